@@ -1,0 +1,121 @@
+"""BatchRef: what the controller holds instead of data. Index arrays, object references, row lengths.
+
+    BatchRef (4 rows)
+      rows      group [7 7 9 9]   tokens [31 18 25 40]
+      columns   response_ids -> refs (A, B)   object [0 1 1 0]   row [0 0 1 1]
+                rewards      -> refs (C,)     object [0 0 0 0]   row [0 1 2 3]
+
+Row 2's response is row 1 of object B, its reward row 2 of object C. Columns that were written by
+different ops may be cut differently. Filtering, repeating, joining and re-ordering rows changes index
+arrays and nothing else; the controller's cost grows with rows and shards, never with tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_dist.batch import IntArray
+from rlhf_dist.wire import Fetch
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """Where the rows of one column group are: `refs[object_of[i]]`, row `row_of[i]`."""
+
+    refs: tuple[Any, ...]
+    object_of: npt.NDArray[np.int32]
+    row_of: npt.NDArray[np.int32]
+
+    def take(self, index: IntArray) -> Located:
+        """The same data seen through other rows."""
+        return Located(self.refs, self.object_of[index], self.row_of[index])
+
+
+@dataclass(frozen=True, eq=False)
+class StoredColumn:
+    """A column inside a stored object, under the name its writer gave it."""
+
+    at: Located
+    name: str
+
+    def take(self, index: IntArray) -> StoredColumn:
+        """The same data seen through other rows."""
+        return StoredColumn(self.at.take(index), self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """What the controller knows of each row: [B] group ids and [B] tokens (prompt + response)."""
+
+    group: IntArray
+    tokens: IntArray
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def take(self, index: IntArray) -> RowTable:
+        """Rows `index`, in that order."""
+        return RowTable(self.group[index], self.tokens[index])
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRef:
+    """Rows and where their columns are."""
+
+    rows: RowTable
+    columns: Mapping[str, StoredColumn]
+
+    def take(self, index: IntArray) -> BatchRef:
+        """Rows `index` of every column; columns that share objects keep sharing them."""
+        moved: dict[int, Located] = {}
+        columns = {}
+        for name, column in self.columns.items():
+            at = moved.setdefault(id(column.at), column.at.take(index))
+            columns[name] = StoredColumn(at, column.name)
+        return BatchRef(self.rows.take(index), columns)
+
+    def home(self, parts: int) -> IntArray | None:
+        """[B] the part that holds most of a row's columns, where columns were written by as many parts; else None."""
+        candidates = {id(c.at): c.at for c in self.columns.values() if len(c.at.refs) == parts}
+        return next(iter(candidates.values())).object_of.astype(np.int64) if candidates else None
+
+
+def fetch_plan(batch: BatchRef, index: IntArray) -> list[Fetch]:
+    """What a rank has to pull to hold rows `index` of `batch`: one entry per column group, used objects only."""
+    groups: dict[int, tuple[Located, dict[str, str]]] = {}
+    for name, column in batch.columns.items():
+        groups.setdefault(id(column.at), (column.at, {}))[1][name] = column.name
+    plan = []
+    for at, names in groups.values():
+        used, object_of = np.unique(at.object_of[index], return_inverse=True)
+        plan.append(
+            Fetch(
+                names=names,
+                refs=tuple(at.refs[k] for k in used),
+                object_of=object_of.astype(np.int32),
+                row_of=at.row_of[index],
+            )
+        )
+    return plan
+
+
+def merge_stored(
+    stored: Sequence[Sequence[tuple[tuple[str, ...], Any]]], order: IntArray, counts: Sequence[int]
+) -> dict[str, StoredColumn]:
+    """Columns of an op's output from what each answering rank stored.
+
+    stored: per rank, (column names, object reference) pairs, the same grouping on every rank. counts:
+    rows on each rank. order: [B] positions in the ranks' concatenated rows, in the batch's row order.
+    """
+    object_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+    row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.empty(0, np.int32)])[order]
+    columns: dict[str, StoredColumn] = {}
+    for group, (names, _) in enumerate(stored[0] if stored else ()):
+        at = Located(tuple(rank[group][1] for rank in stored), object_of, row_of)
+        columns.update({name: StoredColumn(at, name) for name in names})
+    return columns

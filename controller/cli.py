@@ -1,0 +1,174 @@
+"""The command `rlhf-dist`: run, submit, check, graph, config, recipes.
+
+Nothing heavy is imported before it is needed: `graph`, `check`, `config` and `recipes` load none of
+torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
+RLHF_DIST_TRACEBACK=1) shows where it was found.
+
+    0 done    1 the run or job failed    2 the command or the settings are wrong    130 interrupted
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+EPILOG = """examples:
+  rlhf-dist recipes
+  rlhf-dist config ppo model=smollm2 task=chain_sum
+  rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
+  rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
+  rlhf-dist graph ppo --format mermaid
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    # Overrides may stand before and after options; argparse alone takes only the first run of them.
+    parsed, rest = parser.parse_known_args(arguments)
+    dashed = [text for text in rest if text.startswith("-")]
+    if dashed or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unknown argument {(dashed or rest)[0]}")
+    if hasattr(parsed, "overrides"):
+        parsed.overrides = [*parsed.overrides, *rest]
+    try:
+        return int(COMMANDS[parsed.command](parsed))
+    except BrokenPipeError:  # `rlhf-dist graph ppo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if parsed.traceback or os.environ.get("RLHF_DIST_TRACEBACK", "0") not in ("", "0"):
+            raise
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+
+
+class UserError(Exception):
+    """A mistake of the user's; the message says what to do."""
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for a user's mistake, 1 for a failure that explains itself, None for one that needs its traceback."""
+    from rlhf_dist.typed import ConfigError
+
+    if isinstance(error, (ConfigError, UserError)) or getattr(error, "found_before_start", False):
+        return 2
+    return 1 if type(error).__module__.startswith("controller.") else None
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple[object, list[str]]:
+    """The launch and its plan; any ValueError here is about what the user wrote."""
+    from rlhf_dist.checks import check_launch
+    from rlhf_dist.compose import compose
+
+    try:
+        launch = compose(arguments.recipe, arguments.overrides)
+        return launch, check_launch(launch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    _, plan = _prepared(arguments)
+    print("\n".join(plan))
+    print("ok: settings, graph and batch arithmetic fit together")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    launch, plan = _prepared(arguments)
+    if not arguments.quiet:
+        print("\n".join(plan), flush=True)
+    from controller.display import Display
+    from controller.run import run
+
+    settings = launch.run  # type: ignore[attr-defined]
+    with Display(settings.name, settings.steps, quiet=arguments.quiet) as display:
+        run(launch, display=display)
+    return 0
+
+
+def _graph(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.compose import compose_dataflow
+    from rlhf_dist.dataflow.draw import FORMATS
+
+    try:
+        dataflow = compose_dataflow(arguments.recipe, arguments.overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(FORMATS[arguments.format](dataflow))
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.compose import compose, root_type
+    from rlhf_dist.field_docs import annotate, field_docs
+
+    try:
+        launch = compose(arguments.recipe, arguments.overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(launch.yaml.rstrip() if arguments.plain else annotate(launch.yaml, field_docs(root_type(launch.recipe))))
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.recipe_files import list_recipes
+
+    found = list_recipes()
+    width = max(map(len, found), default=0)
+    for name, doc in found.items():
+        print(f"{name:<{width}}  {doc}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from controller.submit import submit
+    from rlhf_dist.compose import compose
+
+    try:
+        launch = compose(arguments.recipe, arguments.overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return submit(launch, arguments.recipe, arguments.overrides, arguments.address)
+
+
+COMMANDS = {"run": _run, "submit": _submit, "check": _check, "graph": _graph, "config": _config, "recipes": _recipes}
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error was found")
+    launch = argparse.ArgumentParser(add_help=False, parents=[common])
+    launch.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or path/to/file.py[:name]")
+    launch.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. actor.optimizer.lr=1e-5")
+    parser = argparse.ArgumentParser(
+        prog="rlhf-dist",
+        description="Distributed RLHF as a dataflow.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", parents=[launch], help="run a recipe here, or on the cluster at ray.address")
+    run.add_argument("--quiet", action="store_true", help="no progress display")
+    submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
+    submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
+    commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    graph = commands.add_parser("graph", parents=[launch], help="draw the recipe's dataflow")
+    graph.add_argument("--format", choices=("text", "mermaid", "dot", "json"), default="text")
+    config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
+    config.add_argument("--plain", action="store_true", help="without the explanations")
+    commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

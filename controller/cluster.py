@@ -1,0 +1,209 @@
+"""The Ray cluster: connect or start, reserve slots as placement groups, start one process per slot, clean up.
+
+    Cluster -- placement group per pool --> Pool(processes 0..n-1, one process group)
+           \\- host pool (CPU helpers, no process group)
+
+Every wait is bounded. A request that cannot be met says what is missing on which node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_dist.config import PoolConfig, RayConfig
+
+HOST_POOL = "host"
+PROCESS_PATH = ("workers.process", "WorkerProcess")
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot give what the placement asks for."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool's processes, by rank."""
+
+    name: str
+    processes: tuple[Any, ...]
+    devices: tuple[str, ...] = ()
+    node_ids: tuple[str, ...] = ()
+    pids: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.processes)
+
+
+@dataclass
+class Cluster:
+    """A context manager around Ray; leaving it ends everything it started."""
+
+    config: RayConfig
+    slots: int
+    """Slots all pools need together."""
+    host_processes: int
+    log_folder: Path | None = None
+    pools: dict[str, Pool] = field(default_factory=dict)
+    _groups: list[Any] = field(default_factory=list)
+    _started: bool = False
+
+    def __enter__(self) -> Cluster:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if ray.is_initialized():
+            return self
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if self.config.address:
+            ray.init(address=self.config.address, **options)
+        else:
+            ray.init(
+                num_cpus=self.slots + self.host_processes + 1,
+                object_store_memory=self.config.object_store_bytes,
+                include_dashboard=False,
+                **options,
+            )
+        self._started = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+        """Reserve the slots, start their processes and join them into one process group.
+
+        Raises ClusterError when the slots are not free within `ready_timeout_s`.
+        """
+        gpus = self._gpus_per_slot(pool)
+        bundle: dict[str, float] = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
+        group = self._reserve(name, [bundle] * pool.slots)
+        processes = self._start(name, pool.slots, group, gpus)
+        waiting = self.config.ready_timeout_s
+        whereabouts = self._get(name, [process.pid.remote() for process in processes], waiting)
+        node_ids = tuple(node for _, node in whereabouts)
+        address, port = self._get(name, [processes[0].open_port.remote()], waiting)[0]
+        devices = self._get(
+            name,
+            [
+                process.join.remote(address, port, pool.device, len(set(node_ids)) == 1, waiting)
+                for process in processes
+            ],
+            waiting + 60,
+        )
+        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts))
+        self.pools[name] = made
+        return made
+
+    def add_host_pool(self) -> Pool:
+        """Start the CPU processes for sources, rule rewards and host ops."""
+        group = self._reserve(HOST_POOL, [{"CPU": 1.0}] * self.host_processes)
+        processes = self._start(HOST_POOL, self.host_processes, group, gpus=0)
+        whereabouts = self._get(HOST_POOL, [process.pid.remote() for process in processes], self.config.ready_timeout_s)
+        made = Pool(HOST_POOL, tuple(processes), pids=tuple(pid for pid, _ in whereabouts))
+        self.pools[HOST_POOL] = made
+        return made
+
+    def close(self, grace_s: float = 5.0) -> None:
+        """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
+        if not ray.is_initialized():
+            return
+        processes = [process for pool in self.pools.values() for process in pool.processes]
+        with contextlib.suppress(Exception):
+            ray.wait([p.close.remote() for p in processes], num_returns=len(processes), timeout=grace_s)
+        for process in processes:
+            with contextlib.suppress(Exception):
+                ray.kill(process)
+        for group in self._groups:
+            with contextlib.suppress(Exception):
+                remove_placement_group(group)
+        self.pools.clear()
+        self._groups.clear()
+        if self._started:
+            ray.shutdown()
+
+    def _gpus_per_slot(self, pool: PoolConfig) -> int:
+        if pool.device == "cpu":
+            return 0
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if pool.device == "cuda" and not gpus:
+            raise ClusterError("placement asks for device=cuda, but the cluster has no GPU; use device=auto or cpu")
+        return int(gpus > 0)
+
+    def _reserve(self, name: str, bundles: list[dict[str, float]]) -> Any:
+        group = placement_group(bundles, strategy="PACK", name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
+        self._groups.append(group)
+        deadline = time.monotonic() + self.config.ready_timeout_s
+        if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
+            raise ClusterError(
+                f"pool {name!r} needs {len(bundles)} slots of {_resources(bundles[0])}, not free within "
+                f"{self.config.ready_timeout_s:g} s; the nodes have free: {_free_resources()}. "
+                f"Use fewer slots, add nodes, or end the job that holds them"
+            )
+        return group
+
+    def _start(self, pool: str, count: int, group: Any, gpus: int) -> list[Any]:
+        import importlib
+
+        module, name = PROCESS_PATH
+        remote = ray.remote(getattr(importlib.import_module(module), name))
+        logs = self.log_folder
+        return [
+            remote.options(
+                num_cpus=1,
+                num_gpus=gpus,
+                max_restarts=0,
+                runtime_env={"env_vars": _environment()},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
+            for rank in range(count)
+        ]
+
+    def _get(self, pool: str, refs: list[Any], timeout_s: float) -> list[Any]:
+        try:
+            return list(ray.get(refs, timeout=timeout_s))
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s") from None
+        except ray.exceptions.RayActorError as died:
+            raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
+
+
+def _environment() -> dict[str, str]:
+    """Environment of worker processes. One thread per rank: ranks share the machine's cores."""
+    defaults = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+def _resources(bundle: Mapping[str, float]) -> str:
+    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def _free_resources() -> str:
+    from ray._private.state import available_resources_per_node
+
+    lines = []
+    names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    for node, free in available_resources_per_node().items():
+        lines.append(f"{names.get(node, node)}: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU")
+    return "; ".join(lines) or "no node is alive"

@@ -1,0 +1,175 @@
+"""What a person sees of a run: a live table on a terminal, one line a step elsewhere.
+
+demo  step 12/100  ━━━━━╺━━━━━━━━━━━━━━━  0:00:41 left
+  reward           0.41   first 0.12   ▁▂▂▃▅▅▆
+  kl               0.02   first 0.00   ▁▁▂▂▃▃▃
+  time             actor.update_actor ███████ 52 %   actor.generate_sequences ███ 24 %  ...
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+KEY_METRICS: tuple[tuple[str, str], ...] = (
+    ("reward", r"(^|/)(reward|rewards)(/mean)?$"),
+    ("cost", r"(^|/)(cost|costs)(/mean)?$"),
+    ("accuracy", r"(^|/)(accuracy|heldout[^/]*)$"),
+    ("kl", r"(^|/)(ref_kl|kl|approx_kl)(/mean)?$"),
+    ("response tokens", r"(^|/)response_(length|tokens)(/mean)?$"),
+    ("tokens/s", r"(^|/)tokens_per_s$"),
+    ("loss", r"(^|/)loss(/mean)?$"),
+    ("grad norm", r"(^|/)grad_norm(/mean)?$"),
+    ("entropy", r"(^|/)entropy(/mean)?$"),
+)
+"""What people look at first: label and the metrics' names it stands for."""
+
+BARS = "▁▂▃▄▅▆▇█"
+HISTORY = 24
+
+
+class Display:
+    """Progress of a run; a context manager. Never raises for a metric it does not know."""
+
+    def __init__(self, run_name: str, total_steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
+        self._name, self._total, self._quiet = run_name, total_steps, quiet
+        self._console = console or Console()
+        self._live: Live | None = None
+        self._history: dict[str, list[float]] = {}
+        self._seconds: dict[str, float] = {}
+        self._done = 0
+        self._first_step: int | None = None
+        self._started = time.monotonic()
+
+    @property
+    def live(self) -> bool:
+        """Whether a table is redrawn in place: on a terminal, and not under CI."""
+        return not self._quiet and self._console.is_terminal and not os.environ.get("CI")
+
+    def __enter__(self) -> Display:
+        self._started = time.monotonic()
+        if self.live:
+            self._live = Live(self._table(), console=self._console, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def step(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> None:
+        """Step `step` (from 0) is done: its metrics, and the seconds each node took."""
+        if self._first_step is None:
+            self._first_step = step
+        self._done = step + 1
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._history.setdefault(name, []).append(float(value))
+        for name, seconds in node_seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if self._live is not None:
+            self._live.update(self._table())
+        elif not self._quiet:
+            print(self._line(step, metrics, node_seconds), file=self._console.file, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line for people, above the table."""
+        if self._live is not None:
+            self._live.console.print(Text(text))
+        elif not self._quiet:
+            print(text, file=self._console.file, flush=True)
+
+    def summary(self, rows: Mapping[str, object]) -> None:
+        """The table at the end; shown even when quiet."""
+        self._stop()
+        table = Table(title=f"{self._name}: summary", title_justify="left", show_header=False, box=None)
+        for name, value in rows.items():
+            table.add_row(name, _number(value) if isinstance(value, float) else str(value))
+        self._console.print(table)
+
+    # --- drawing ---------------------------------------------------------------------------------------
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> str:
+        parts = [f"step {step + 1}/{self._total}"]
+        parts += [f"{label} {_number(metrics[name])}" for label, name in _chosen(metrics)]
+        parts += [f"{name} {share:.0%}" for name, share in _shares(node_seconds)[:3]]
+        return "  ".join([*parts, f"left {_duration(self._left())}"])
+
+    def _table(self) -> Group:
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self._name, style="bold"),
+            f"step {self._done}/{self._total}",
+            ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
+            f"{_duration(self._left())} left",
+        )
+        metrics = Table.grid(padding=(0, 2))
+        for label, name in _chosen(self._history):
+            past = self._history[name]
+            metrics.add_row(
+                f"  {label}", Text(_number(past[-1]), style="bold"), f"first {_number(past[0])}", sparkline(past)
+            )
+        shares = Table.grid(padding=(0, 2))
+        for name, share in _shares(self._seconds):
+            bar = ProgressBar(total=1.0, completed=share, width=24)
+            shares.add_row(f"  {name}", bar, f"{share:.0%}")
+        return Group(head, metrics, shares)
+
+    def _left(self) -> float | None:
+        """Seconds to the last step at the pace so far; None before the first step is done."""
+        if self._first_step is None:
+            return None
+        steps = self._done - self._first_step
+        return (time.monotonic() - self._started) / steps * (self._total - self._done)
+
+
+def sparkline(values: Sequence[float], width: int = HISTORY) -> str:
+    """The last `width` values as bars between their least and greatest; flat values are low bars."""
+    shown = list(values)[-width:]
+    least, span = min(shown, default=0.0), max(shown, default=0.0) - min(shown, default=0.0)
+    return "".join(BARS[int((value - least) / span * (len(BARS) - 1)) if span else 0] for value in shown)
+
+
+def _chosen(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
+    """(label, name) of the metrics worth a row: one for each label, more where roles share it."""
+    found: list[tuple[str, str]] = []
+    for label, pattern in KEY_METRICS:
+        names = [name for name in metrics if re.search(pattern, name)]
+        found += [(label if len(names) == 1 else name, name) for name in names[:3]]
+    return found
+
+
+def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Nodes and their share of the time of all nodes, largest first; nodes below 0.5 % are left out."""
+    total = sum(seconds.values())
+    shares = [(name, value / total) for name, value in seconds.items()] if total > 0 else []
+    return sorted((entry for entry in shares if entry[1] >= 0.005), key=lambda entry: -entry[1])[:8]
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

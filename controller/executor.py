@@ -1,0 +1,222 @@
+"""The executor: starts every node as soon as its columns, weights and pool are free.
+
+    +--------------------------------------------------------------------------+
+    |  ready instances (node, step), oldest step first, then recipe order      |
+    |      |  pool idle?  step open?                                           |
+    |      v                                                                   |
+    |  runner.launch(node, step)            on the pool, nothing waits here    |
+    |      |                                                                   |
+    |  runner.wait()  <-- blocks until any launched node is finished           |
+    |      |              (bounded: a node past its time limit is an error)    |
+    |      v                                                                   |
+    |  count down the edges of its successors (same step, or step + distance)  |
+    +--------------------------------------------------------------------------+
+
+Pure scheduling: what a node does, on what, is the runner's business (`ray_runner.py` runs it on worker
+groups; a simulation runs it on a clock). One node at a time runs on a pool, so roles that share
+processes take turns and roles on different pools overlap. Steps overlap as far as edges allow: the
+next prompts are drawn while this step trains. A barrier step waits until everything before is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rlhf_dist.dataflow.graph import Dataflow, Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A node that is done."""
+
+    node: str
+    step: int
+    started_s: float
+    ended_s: float
+    metrics: dict[str, float]
+
+
+class Runner(Protocol):
+    """Runs nodes. Times are seconds on the runner's own clock."""
+
+    def pool_of(self, node: Node) -> str | None:
+        """The pool a node occupies; None for nodes that occupy none (any number run at a time)."""
+        ...
+
+    def launch(self, node: Node, step: int) -> None:
+        """Start a node; its inputs are finished."""
+        ...
+
+    def wait(self) -> Sequence[Finished]:
+        """Block until at least one launched node is finished. Raises what the node raised."""
+        ...
+
+    def end_step(self, step: int) -> None:
+        """All nodes of `step` are finished: what it left may be dropped."""
+        ...
+
+
+@dataclass
+class StepReport:
+    """What a step did."""
+
+    step: int
+    nodes: list[Finished] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All nodes' metrics."""
+        return {name: value for node in self.nodes for name, value in node.metrics.items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Node -> seconds."""
+        return {node.node: node.ended_s - node.started_s for node in self.nodes}
+
+    @property
+    def started_s(self) -> float:
+        """When its first node started."""
+        return min(node.started_s for node in self.nodes)
+
+    @property
+    def ended_s(self) -> float:
+        """When its last node ended."""
+        return max(node.ended_s for node in self.nodes)
+
+
+def run_steps(
+    dataflow: Dataflow,
+    runner: Runner,
+    *,
+    start: int,
+    stop: int,
+    on_step: Callable[[StepReport], None],
+    open_steps: int = 2,
+    barrier: Callable[[int], bool] = lambda step: False,
+) -> None:
+    """Run steps start..stop-1 of `dataflow`.
+
+    on_step is called once per step, in order, when the step is finished. At most `open_steps` steps are
+    under way. If `barrier(t)`, nothing of step t + 1 starts before on_step(t) has returned.
+    """
+    _Schedule(dataflow, runner, start, stop, on_step, open_steps, barrier).run()
+
+
+class _Schedule:
+    def __init__(
+        self,
+        dataflow: Dataflow,
+        runner: Runner,
+        start: int,
+        stop: int,
+        on_step: Callable[[StepReport], None],
+        open_steps: int,
+        barrier: Callable[[int], bool],
+    ) -> None:
+        self.nodes = {node.name: node for node in dataflow}
+        self.position = {node.name: position for position, node in enumerate(dataflow)}
+        self.runner, self.start, self.stop = runner, start, stop
+        self.on_step, self.open_steps, self.barrier = on_step, open_steps, barrier
+        edges = {(edge.source, edge.target, edge.distance) for edge in dataflow.edges}
+        edges |= {(batch.rows, node.name, 0) for node in dataflow for batch in node.inputs}
+        self.before: dict[str, list[tuple[str, int]]] = {name: [] for name in self.nodes}
+        self.after: dict[str, list[tuple[str, int]]] = {name: [] for name in self.nodes}
+        for source, target, distance in sorted(edges):
+            self.before[target].append((source, distance))
+            self.after[source].append((target, distance))
+        self.done: set[tuple[str, int]] = set()
+        self.running: dict[str, int] = {}
+        self.waiting: dict[tuple[str, int], int] = {}
+        self.ready: list[tuple[int, int, str]] = []
+        self.reports: dict[int, StepReport] = {}
+        self.opened = start
+        self.closed = start
+        self.in_flight = 0
+
+    def run(self) -> None:
+        while self.closed < self.stop:
+            self._open()
+            self._launch()
+            if self.in_flight:
+                for finished in self.runner.wait():
+                    self.in_flight -= 1
+                    self._free(finished)
+                    self._finish(finished.node, finished.step, finished)
+            elif not self._close_finished():
+                stuck = ", ".join(f"{name} of step {step}" for (name, step), left in self.waiting.items() if left)
+                raise RuntimeError(f"the schedule cannot go on: nothing runs and these wait: {stuck}")
+            self._close_finished()
+
+    def _open(self) -> None:
+        while self.opened < min(self.stop, self.closed + self.open_steps):
+            if any(self.barrier(step) for step in range(self.closed, self.opened)):
+                return
+            step = self.opened
+            self.opened += 1
+            self.reports[step] = StepReport(step)
+            for name in self.nodes:
+                left = sum(
+                    1
+                    for source, distance in self.before[name]
+                    if step - distance >= self.start and (source, step - distance) not in self.done
+                )
+                self.waiting[name, step] = left
+            for name in self.nodes:
+                if self.waiting[name, step] == 0:
+                    self._make_ready(name, step)
+
+    def _make_ready(self, name: str, step: int) -> None:
+        self.ready.append((step, self.position[name], name))
+
+    def _launch(self) -> None:
+        progressed = True
+        while progressed:
+            progressed = False
+            for entry in sorted(self.ready):
+                step, _, name = entry
+                node = self.nodes[name]
+                if not node.runs_at(step):
+                    self.ready.remove(entry)
+                    self._finish(name, step, None)
+                    progressed = True
+                    break
+                pool = self.runner.pool_of(node)
+                if pool is not None and self.running.get(pool):
+                    continue
+                self.ready.remove(entry)
+                if pool is not None:
+                    self.running[pool] = 1
+                self.in_flight += 1
+                self.runner.launch(node, step)
+
+    def _free(self, finished: Finished) -> None:
+        pool = self.runner.pool_of(self.nodes[finished.node])
+        if pool is not None:
+            self.running[pool] = 0
+
+    def _finish(self, name: str, step: int, finished: Finished | None) -> None:
+        self.done.add((name, step))
+        if finished:
+            self.reports[step].nodes.append(finished)
+        for target, distance in self.after[name]:
+            instance = (target, step + distance)
+            if instance in self.waiting:
+                self.waiting[instance] -= 1
+                if self.waiting[instance] == 0:
+                    self._make_ready(*instance)
+
+    def _close_finished(self) -> bool:
+        closed = False
+        while self.closed < self.opened and all((name, self.closed) in self.done for name in self.nodes):
+            step = self.closed
+            self.runner.end_step(step)
+            self.on_step(self.reports.pop(step))
+            for name in self.nodes:
+                self.waiting.pop((name, step), None)
+            self.closed += 1
+            oldest = self.closed - max((d for pairs in self.before.values() for _, d in pairs), default=0)
+            self.done = {(name, at) for name, at in self.done if at >= oldest}
+            closed = True
+        return closed

@@ -1,0 +1,97 @@
+"""Metrics of a run on disk: one JSON line a step, and TensorBoard events (written without torch)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and `tensorboard/` in a run's folder; a context manager.
+
+    A run that continues at `first_step` drops the lines of that step and later ones, and a line that was
+    cut by a crash, so that no step is there twice; TensorBoard is told to forget the same steps.
+    """
+
+    def __init__(self, folder: str | Path, first_step: int = 0) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._path = self._folder / NAME
+        _drop_lines(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(self._folder / "tensorboard"), flush_secs=10)
+        if first_step:
+            self._forget_events(first_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step. A metric that is not finite is written as null and counted in `nonfinite_metrics`."""
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        row: dict[str, Any] = {"step": step, **{name: finite.get(name) for name in metrics}}
+        if len(finite) < len(metrics):
+            row["nonfinite_metrics"] = len(metrics) - len(finite)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self._write_events(step, finite)
+
+    def close(self) -> None:
+        """Flush and close both; calling it again does nothing."""
+        if not self._file.closed:
+            self._file.close()
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_events(self, step: int, metrics: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def _forget_events(self, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = SessionLog(status=SessionLog.START)
+        self._events.add_event(Event(step=first_step, wall_time=time.time(), session_log=start))
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """All steps of a run's `metrics.jsonl`, in order; a last line that was cut is left out."""
+    path = Path(folder) / NAME
+    rows = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [row for row in rows if row is not None]
+
+
+def _drop_lines(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if (row := _parsed(line)) is not None and row["step"] < first_step]
+    # Written beside and moved: a crash here leaves the old file whole.
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

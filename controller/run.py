@@ -1,0 +1,277 @@
+"""A run from start to summary: folder, cluster, first sync, evaluation, steps, checkpoints, export, clean-up.
+
+    prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
+                                                                         |
+                                      on every finished step: metrics.jsonl, TensorBoard, display
+                                      at barriers: checkpoint, evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from controller.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from controller.cluster import Cluster
+from controller.eager import run_eagerly
+from controller.evaluation import Evaluation
+from controller.executor import StepReport, run_steps
+from controller.metrics import MetricsWriter
+from controller.session import Session, generates, slots_needed, start_session
+from rlhf_dist.compose import Launch
+from rlhf_dist.dataflow.passes import insert_rollout_dump
+from rlhf_dist.typed import ConfigError
+
+
+class StepDisplay(Protocol):
+    """What shows progress (`controller/display.py`)."""
+
+    def step(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> None:
+        """A step is finished."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened."""
+        ...
+
+
+@dataclass
+class _Progress:
+    """What the run has done so far, for its summary."""
+
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    spans: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+
+def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[str, Any]:
+    """Run a launch to its end and return its summary, which is also written to summary.json.
+
+    Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
+    every process that was started has ended.
+    """
+    started = time.perf_counter()
+    folder = Path(launch.run.output.root) / launch.run.name
+    first_step = _prepare_folder(launch, folder)
+    progress = _Progress()
+    cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
+    with _terminate_as_interrupt(), cluster, MetricsWriter(folder, first_step) as writer:
+        display.note(f"starting {slots_needed(launch)} slots and {cluster.host_processes} host processes")
+        session = start_session(launch, cluster)
+        _Run(launch, session, folder, writer, display, progress, eager).execute(first_step)
+    summary = {
+        "name": launch.run.name,
+        "recipe": launch.recipe.name,
+        "steps": launch.run.steps,
+        "seed": launch.run.seed,
+        "wall_s": round(time.perf_counter() - started, 2),
+        "step_s": round(progress.seconds / max(progress.steps, 1), 4),
+        "tokens_per_s": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+        "first": progress.first,
+        "last": progress.last,
+        "evaluations": progress.evaluations,
+    }
+    _write_json(folder / "summary.json", summary)
+    _write_json(folder / "trace.json", {"traceEvents": progress.spans})
+    return summary
+
+
+class _Run:
+    def __init__(
+        self,
+        launch: Launch,
+        session: Session,
+        folder: Path,
+        writer: MetricsWriter,
+        display: StepDisplay,
+        progress: _Progress,
+        eager: bool,
+    ) -> None:
+        self.launch, self.session, self.folder = launch, session, folder
+        self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
+        output = launch.run.output
+        self.dataflow = insert_rollout_dump(
+            launch.dataflow,
+            folder=str((folder / "rollouts").resolve()),
+            rows=output.rollout_rows,
+            every=output.rollouts_every,
+        )
+        numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
+        self.runner = session.runner(self.dataflow, numbers)
+        self.evaluation = Evaluation(session)
+        self.closed_s = time.perf_counter()
+
+    def execute(self, first_step: int) -> None:
+        run = self.launch.run
+        if first_step:
+            self._resume(first_step)
+        for role in self.launch.recipe.roles:
+            if generates(self.launch, role):
+                self.session.call_role(role, "reshard", first_step)
+        if first_step < run.steps:
+            self._evaluate(first_step)
+        self.closed_s = time.perf_counter()
+        if self.eager:
+            run_eagerly(
+                self.launch.recipe,
+                self.launch.algorithm,
+                self.runner,
+                start=first_step,
+                stop=run.steps,
+                on_step=self._on_step,
+            )
+        else:
+            run_steps(
+                self.dataflow,
+                self.runner,
+                start=first_step,
+                stop=run.steps,
+                on_step=self._on_step,
+                barrier=self._is_barrier,
+            )
+        self._export()
+
+    def _on_step(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        seconds, self.closed_s = now - self.closed_s, now
+        metrics = report.metrics
+        tokens = next((value for name, value in metrics.items() if name.endswith("/tokens")), 0.0)
+        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds}
+        self._remember(report, metrics, tokens, seconds)
+        self.writer.write(report.step, metrics, report.seconds)
+        self.display.step(report.step, metrics, report.seconds)
+        done = report.step + 1
+        if self._evaluates_after(report.step):
+            self._evaluate(done)
+        if self._checkpoints_after(report.step):
+            self._checkpoint(done)
+        self.closed_s = time.perf_counter()
+
+    def _remember(self, report: StepReport, metrics: dict[str, float], tokens: float, seconds: float) -> None:
+        self.progress.first = self.progress.first or metrics
+        self.progress.last = metrics
+        self.progress.steps += 1
+        self.progress.tokens += tokens
+        self.progress.seconds += seconds
+        for node in report.nodes:
+            pool = self.runner.pool_of(self.dataflow[node.node]) if not self.eager else None
+            self.progress.spans.append(
+                {
+                    "name": node.node,
+                    "ph": "X",
+                    "pid": pool or "host",
+                    "tid": 0,
+                    "ts": round(node.started_s * 1e6),
+                    "dur": round((node.ended_s - node.started_s) * 1e6),
+                    "args": {"step": node.step},
+                }
+            )
+
+    # --- barriers ------------------------------------------------------------------------------------
+    def _evaluates_after(self, step: int) -> bool:
+        every, done = self.launch.run.output.evaluate_every, step + 1
+        return self.evaluation.possible and (done == self.launch.run.steps or bool(every and done % every == 0))
+
+    def _checkpoints_after(self, step: int) -> bool:
+        every, done = self.launch.run.output.checkpoint_every, step + 1
+        return bool(every) and (done == self.launch.run.steps or done % every == 0)
+
+    def _is_barrier(self, step: int) -> bool:
+        return self._evaluates_after(step) or self._checkpoints_after(step)
+
+    def _evaluate(self, done: int) -> None:
+        metrics = self.evaluation.run(done, self.runner.numbers)
+        if metrics:
+            self.progress.evaluations.append({"step": float(done), **metrics})
+            self.writer.write_evaluation(done, metrics)
+            self.display.note(f"held-out reward after {done} steps: {metrics.get('heldout/reward', float('nan')):.4f}")
+
+    def _checkpoint(self, done: int) -> None:
+        save_checkpoint(
+            self.folder / "checkpoints",
+            step=done,
+            recipe=self.launch.recipe.name,
+            roles=self.session.model_roles,
+            numbers=self.runner.numbers,
+            save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
+            keep=self.launch.run.output.keep_checkpoints,
+        )
+
+    def _resume(self, step: int) -> None:
+        checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
+        load_checkpoint(
+            checkpoint,
+            recipe=self.launch.recipe.name,
+            roles=self.session.model_roles,
+            load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
+        )
+        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
+        self.display.note(f"resumed after {step} steps from {checkpoint.folder}")
+
+    def _export(self) -> None:
+        if not self.launch.run.output.save_model:
+            return
+        for role in self.session.model_roles:
+            target = self.folder / "models" / role
+            partial = target.with_name(f".{role}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            self.display.note(f"wrote {target}")
+
+
+def _prepare_folder(launch: Launch, folder: Path) -> int:
+    """Make the run's folder; returns the first step to run (not 0 when an earlier run is continued)."""
+    resume, first = launch.run.resume, 0
+    if folder.exists():
+        if resume == "never":
+            raise ConfigError(
+                f"name={launch.run.name}: {folder} holds an earlier run; choose another name, "
+                f"or set resume=auto to continue it or resume=overwrite to delete it"
+            )
+        if resume == "overwrite":
+            shutil.rmtree(folder)
+        else:
+            complete = list_checkpoints(folder / "checkpoints")
+            first = complete[-1].step if complete else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(launch.yaml)
+    return first
+
+
+def _write_json(path: Path, data: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2))
+    partial.replace(path)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM (what a job scheduler sends) like Ctrl-C, so that the same clean-up runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,193 @@
+"""A session: the pools and worker groups of one launch, up and ready.
+
+    Launch -- placement --> pools --> processes --> role workers --> WorkerGroup per role
+
+Rule rewards and sources live on the host pool's CPU processes; everything with a model lives on a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from controller.cluster import HOST_POOL, Cluster, ClusterError, Pool
+from controller.ray_runner import RayRunner
+from controller.worker_group import WorkerGroup
+from rlhf_dist.compose import Launch
+from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
+from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
+from rlhf_dist.roles import OpSpec, State
+
+HELDOUT = "heldout"
+SOURCE_WORKER = "workers.source:SourceWorker"
+
+
+@dataclass
+class Session:
+    """Worker groups of a launch, and calls to them."""
+
+    launch: Launch
+    cluster: Cluster
+    groups: dict[str, WorkerGroup]
+    states: dict[str, State]
+
+    def runner(
+        self, dataflow: Dataflow | None, numbers: Mapping[str, Mapping[str, float]], **sources: str
+    ) -> RayRunner:
+        """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ."""
+        run = self.launch.run
+        groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
+        rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
+        default = {name: {"rows": run.data.prompts_per_step} for name in self.launch.recipe.sources}
+        return RayRunner(
+            dataflow,
+            groups,
+            self.cluster.pools[HOST_POOL],
+            seed=run.seed,
+            call_timeout_s=run.ray.call_timeout_s,
+            states=self.states,
+            numbers=numbers,
+            source_kwargs={**default, **rows},
+        )
+
+    def call_role(self, role: str, op: str, step: int, **kwargs: Any) -> dict[str, float]:
+        """Run `op` on every rank of a role, without rows; returns its metrics."""
+        node = Node(
+            name=f"{role}.{op}",
+            role=role,
+            op=op,
+            kind="op",
+            kwargs=kwargs,
+            spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
+        )
+        return self.runner(None, {}).run_node(node, step).metrics
+
+    @property
+    def model_roles(self) -> list[str]:
+        """Roles with weights of their own that learn: what is checkpointed and exported."""
+        written = {state.split(".")[0] for node in self.launch.dataflow for state in node.weights_written}
+        return [role for role in self.launch.recipe.roles if role in written]
+
+
+def start_session(launch: Launch, cluster: Cluster) -> Session:
+    """Start pools and role workers. Raises ClusterError when a pool or a worker does not come up."""
+    run = launch.run
+    host = cluster.add_host_pool()
+    pools = {name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if _used(launch, name)}
+    groups: dict[str, WorkerGroup] = {}
+    states = {name: kind() for name, kind in launch.recipe.states.items()}
+    first_host = Pool(HOST_POOL, host.processes[:1])
+    tokenizer = _tokenizer_of(launch)
+    starting: list[tuple[str, list[Any]]] = []
+    for name in launch.recipe.sources:
+        groups[name] = WorkerGroup(name, first_host)
+        starting.append((name, _host_source(launch, groups[name], run.data.train, tokenizer)))
+    if run.data.heldout is not None:
+        groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
+        starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
+    for role, interface in launch.recipe.roles.items():
+        config = launch.roles[role]
+        pool = host if is_rule(config) else pools[pool_name(launch, role)]
+        path, settings = _worker_of(launch, role, interface)
+        groups[role] = WorkerGroup(role, pool, _meshes(config, pool.size))
+        starting.append((role, _host_role(launch, groups[role], path, settings)))
+    _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
+    return Session(launch, cluster, groups, states)
+
+
+def pool_name(launch: Launch, role: str) -> str:
+    """The pool `role` is placed in."""
+    roles = launch.run.placement.roles
+    return roles.get(role) or roles["default"]
+
+
+def is_rule(config: Any) -> bool:
+    """Whether a role is a reward function, which needs no slot."""
+    return isinstance(config, RewardConfig) and config.function is not None
+
+
+def slots_needed(launch: Launch) -> int:
+    """Slots of all pools that some role is placed in."""
+    return sum(pool.slots for name, pool in launch.run.placement.pools.items() if _used(launch, name))
+
+
+def generates(launch: Launch, role: str) -> bool:
+    """Whether the recipe generates with `role`."""
+    return any(f"{role}.rollout" in node.weights_read for node in launch.dataflow)
+
+
+def _used(launch: Launch, pool: str) -> bool:
+    return any(
+        not is_rule(config) and pool_name(launch, role) == pool for role, config in launch.roles.items()
+    )
+
+
+def _tokenizer_of(launch: Launch) -> str:
+    for config in launch.roles.values():
+        model = getattr(config, "model", None)
+        if model is not None:
+            return str(Path(model.path).resolve())
+    raise ClusterError("no role has a model, so there is no tokenizer for the source")
+
+
+def _meshes(config: Any, size: int) -> dict[str, Mesh]:
+    tp = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
+    return {"train": Mesh({"dp": size}), "rollout": Mesh({"dp": size // tp, "tp": tp})}
+
+
+def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str, Any]]:
+    config = launch.roles[role]
+    trains = any(f"{role}.train" in node.weights_written for node in launch.dataflow)
+    if isinstance(config, RewardConfig) and config.function is not None:
+        from rlhf_dist.rewards import load_function
+
+        return interface.rule_worker, {"function": load_function(config.function, launch.recipe.file)}
+    if isinstance(config, ActorConfig):
+        return interface.worker, {"config": config, "trains": trains}
+    if isinstance(config, ReferenceConfig):
+        actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
+        temperature = actors[0].rollout.temperature if actors and _any_generates(launch) else 1.0
+        return interface.worker, {"config": config, "temperature": temperature}
+    assert isinstance(config, CriticConfig | RewardConfig), f"role {role} has settings of an unknown kind"
+    return interface.worker, {
+        "model": config.model,
+        "engine": config.engine,
+        "optimizer": config.optimizer if trains else None,
+    }
+
+
+def _any_generates(launch: Launch) -> bool:
+    return any(generates(launch, role) for role in launch.roles)
+
+
+def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str) -> list[Any]:
+    settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer}
+    return _host_role(launch, group, SOURCE_WORKER, settings)
+
+
+def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
+    context = {"seed": launch.run.seed, "generates": generates(launch, group.role), "total_steps": launch.run.steps}
+    return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]
+
+
+def _await_roles(starting: list[tuple[str, list[Any]]], timeout_s: float) -> None:
+    role_of = {ref: (role, rank) for role, refs in starting for rank, ref in enumerate(refs)}
+    left = list(role_of)
+    while left:
+        ready, left = ray.wait(left, num_returns=1, timeout=timeout_s)
+        if not ready:
+            missing = sorted({role_of[ref][0] for ref in left})
+            raise ClusterError(f"the workers of {', '.join(missing)} did not start within {timeout_s:g} s")
+        role, rank = role_of[ready[0]]
+        try:
+            ray.get(ready[0])
+        except ray.exceptions.RayTaskError as failed:
+            cause = failed.cause
+            raise ClusterError(f"{role}, rank {rank}, could not start: {type(cause).__name__}: {cause}") from failed
+        except ray.exceptions.RayActorError as died:
+            raise ClusterError(f"{role}, rank {rank}: its process died while it started; see its log") from died

@@ -1,0 +1,39 @@
+"""Algorithms: losses, advantages, KL, shaping and multipliers, as plain math. Nothing here imports torch.
+
+A recipe names losses: `from rlhf_dist.algorithms import ppo_clip, value_clip`. The advantage formulas are
+numpy functions in `advantages/`; recipes use them through `rlhf_dist.transforms`.
+"""
+
+from rlhf_dist.algorithms.contract import Average, Loss, ModelOutput, Output, Rows
+from rlhf_dist.algorithms.kl import KlEstimator, adapted_kl_coef
+from rlhf_dist.algorithms.lagrange import combined_advantages, updated_log_multiplier
+from rlhf_dist.algorithms.losses import (
+    bradley_terry,
+    dpo,
+    ipo,
+    nll,
+    policy_gradient,
+    ppo_clip,
+    simpo,
+    value_clip,
+)
+
+__all__ = [
+    "Average",
+    "KlEstimator",
+    "Loss",
+    "ModelOutput",
+    "Output",
+    "Rows",
+    "adapted_kl_coef",
+    "bradley_terry",
+    "combined_advantages",
+    "dpo",
+    "ipo",
+    "nll",
+    "policy_gradient",
+    "ppo_clip",
+    "simpo",
+    "updated_log_multiplier",
+    "value_clip",
+]

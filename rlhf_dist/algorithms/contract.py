@@ -1,0 +1,112 @@
+"""What a loss is: a small picklable object that travels to the workers and sees one micro-batch.
+
+    engine                                   loss (this file's protocol)
+    ------                                   ---------------------------
+    packs rows, runs the model        ->     ModelOutput: log_probs [T], entropy [T], values [T]
+    turns columns into tensors        ->     Rows: rows["advantages"] [T], rows["label"] [B], ...
+    sums what comes back, divides by  <-     one number per token [T], row [B] or group [G], unreduced
+    the count over the *whole* batch
+
+A loss never averages over tokens, rows or groups itself: it says over what it is to be averaged
+(`average`), and the engine divides the sum by the count over all micro-batches of all ranks. That is
+what makes the gradient of a batch the same however it is cut.
+
+T: response tokens of the micro-batch, all rows one after the other. B: rows. G: groups (rows of one
+group are always in one micro-batch when `average == "groups"`).
+
+torch is imported only for type checkers: recipes name losses, and a recipe can be traced, checked and
+drawn on a machine that has no torch. Losses use tensor methods, or import torch where they need more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Average = Literal["tokens", "rows", "groups"]
+Output = Literal["log_probs", "entropy", "values", "scores"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """What the model said about each response token, differentiable. Only what the loss asked for is set."""
+
+    log_probs: Tensor | None = None
+    """[T] log pi(y_t | ...), nats."""
+    entropy: Tensor | None = None
+    """[T] entropy of pi(. | ...), nats."""
+    values: Tensor | None = None
+    """[T] V(s_t), reward units."""
+    scores: Tensor | None = None
+    """[B] the value head at the last token of each row: what a reward model says, reward units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """One micro-batch of rows as tensors."""
+
+    columns: Mapping[str, Tensor]
+    """Per-token columns [T], per-row columns [B]."""
+    mask: Tensor
+    """[T] float; 1 where the token counts (response_mask)."""
+    row_of_token: Tensor
+    """[T] int64; which row a token belongs to."""
+    group_of_row: Tensor
+    """[B] int64 in 0..G-1; which group a row belongs to."""
+    num_groups: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.group_of_row)
+
+    def sum_tokens(self, per_token: Tensor) -> Tensor:
+        """[T] -> [B]: sum over the counted tokens of each row."""
+        return (per_token * self.mask).new_zeros(self.num_rows).index_add(0, self.row_of_token, per_token * self.mask)
+
+    def mean_tokens(self, per_token: Tensor) -> Tensor:
+        """[T] -> [B]: mean over the counted tokens of each row; 0 for a row without any."""
+        return self.sum_tokens(per_token) / self.sum_tokens(self.mask).clamp(min=1)
+
+    def sum_groups(self, per_row: Tensor) -> Tensor:
+        """[B] -> [G]: sum over the rows of each group."""
+        return per_row.new_zeros(self.num_groups).index_add(0, self.group_of_row, per_row)
+
+    def last_token(self, per_token: Tensor) -> Tensor:
+        """[T] -> [B]: the entry at the last token of each row (every row has at least one)."""
+        last = self.row_of_token.new_zeros(self.num_rows)
+        position = self.row_of_token.new_ones(len(self.row_of_token)).cumsum(0) - 1
+        return per_token[last.scatter_reduce(0, self.row_of_token, position, "amax")]
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss over one micro-batch. Frozen dataclasses of numbers are the natural way to write one."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns it needs besides the sequence, the mask and the group id."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What it needs of the model."""
+        ...
+
+    @property
+    def average(self) -> Average:
+        """What its value is averaged over: counted tokens, rows, or groups."""
+        ...
+
+    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """The unreduced loss ([T], [B] or [G] as `average` says) and metrics of that same shape.
+
+        The engine masks token losses with `rows.mask` before it sums; metrics are averaged the same way.
+        """
+        ...

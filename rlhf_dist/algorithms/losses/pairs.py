@@ -1,0 +1,25 @@
+"""Pairs: a group of two rows, one labelled +1 (chosen) and one -1 (rejected). Rows labelled 0 are left out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_dist.algorithms.contract import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def chosen_and_rejected(per_row: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """[B] -> two of [G]: each group's entry at its chosen and at its rejected row.
+
+    Raises ValueError if a group has not exactly one of each.
+    """
+    label = rows["label"]
+    chosen, rejected = (label > 0).to(per_row.dtype), (label < 0).to(per_row.dtype)
+    if not bool(((rows.sum_groups(chosen) == 1) & (rows.sum_groups(rejected) == 1)).all()):
+        raise ValueError(
+            "every group must have exactly one row labelled +1 and one labelled -1 for a loss over pairs; "
+            f"got {int(chosen.sum())} and {int(rejected.sum())} in {rows.num_groups} groups"
+        )
+    return rows.sum_groups(per_row * chosen), rows.sum_groups(per_row * rejected)

@@ -1,0 +1,57 @@
+"""Plain policy gradient (REINFORCE, Williams 1992): L_t = -A_t log pi(y_t), for on-policy rows.
+
+For RLOO and ReMax, where the whole response is one action, average over rows with row_divisor=1: the
+row's loss is -A log pi(y) with log pi(y) the sum over its tokens (Ahmadian et al. 2024, 2402.14740, eq. 6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
+from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradient:
+    """Reads advantages [T]."""
+
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 for none."""
+    average: TokenAverage = "tokens"
+    """tokens, or rows (see average.py)."""
+    row_divisor: float = 0.0
+    """With average="rows": a constant to divide each row's sum by; 0 for the row's own token count."""
+
+    def __post_init__(self) -> None:
+        check_average(self.average, self.row_divisor)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("advantages",)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return ("log_probs", "entropy") if self.entropy_coef else ("log_probs",)
+
+    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        assert model.log_probs is not None, "policy_gradient asked for log_probs"
+        policy_loss = loss = -rows["advantages"] * model.log_probs
+        metrics = {"policy_loss": policy_loss, "log_prob": model.log_probs}
+        if self.entropy_coef:
+            assert model.entropy is not None, "policy_gradient asked for entropy"
+            loss = loss - self.entropy_coef * model.entropy
+            metrics["entropy"] = model.entropy
+        means = {name: averaged(value.detach(), rows, self.average, 0.0) for name, value in metrics.items()}
+        return averaged(loss, rows, self.average, self.row_divisor), means
+
+
+def policy_gradient(
+    *, entropy_coef: float = 0.0, average: TokenAverage = "tokens", row_divisor: float = 0.0
+) -> PolicyGradient:
+    """`policy_gradient(average="rows", row_divisor=1)` is REINFORCE over whole responses."""
+    return PolicyGradient(entropy_coef=entropy_coef, average=average, row_divisor=row_divisor)

@@ -1,0 +1,126 @@
+"""Clipped policy gradient: PPO and the members of its family that differ in ratio, clip and average.
+
+    rho_t = pi(y_t) / pi_old(y_t)
+    L_t   = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)       Schulman et al. 2017, 1707.06347, eq. 7
+
+    clip_high > clip_low   "clip higher"                                        DAPO, 2503.14476, eq. 10
+    dual_clip = c          where A_t < 0:  L_t = min(L_t, -c A_t)               Ye et al. 2020, 1912.09729, eq. 5
+    ratio = "sequence"     rho_t = exp(mean over the row of log rho), all t     GSPO, 2507.18071, eq. 7
+    kl_coef = beta         L_t + beta * KL estimate of (pi, pi_ref)             GRPO, 2402.03300, eqs. 3, 4 (k3)
+    entropy_coef = c       L_t - c * H_t                                        PPO, eq. 9
+
+The gradient of k1 in a loss is 0 in expectation: take k2 or k3 there, and k1 in rewards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
+from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, KlEstimator, k3, kl
+from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoClip:
+    """Reads old_log_probs and advantages [T] (and ref_log_probs [T] with kl_coef > 0)."""
+
+    clip_low: float = 0.2
+    """The ratio is cut at 1 - clip_low from below."""
+    clip_high: float = 0.2
+    """The ratio is cut at 1 + clip_high from above."""
+    dual_clip: float = 0.0
+    """Largest ratio that counts where the advantage is negative, > 1; 0 for no such bound."""
+    ratio: Literal["token", "sequence"] = "token"
+    """One ratio per token, or the geometric mean of a row's ratios for all its tokens."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference in the loss; 0 for none."""
+    kl_estimator: KlEstimator = "k3"
+    """k1, k2 or k3 (see kl.py)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 for none."""
+    average: TokenAverage = "tokens"
+    """tokens, or rows (see average.py)."""
+    row_divisor: float = 0.0
+    """With average="rows": a constant to divide each row's sum by; 0 for the row's own token count."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
+            raise ValueError(f"clip_low must be in (0, 1] and clip_high > 0, got {self.clip_low} and {self.clip_high}")
+        if self.dual_clip and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be > 1, or 0 for none, got {self.dual_clip}")
+        if self.ratio not in ("token", "sequence"):
+            raise ValueError(f"ratio must be 'token' or 'sequence', got {self.ratio!r}")
+        check_average(self.average, self.row_divisor)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("old_log_probs", "advantages", *(("ref_log_probs",) if self.kl_coef else ()))
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return ("log_probs", "entropy") if self.entropy_coef else ("log_probs",)
+
+    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        assert model.log_probs is not None, "ppo_clip asked for log_probs"
+        log_probs, advantages = model.log_probs, rows["advantages"]
+        ratio = self._ratio(log_probs, rows)
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        policy_loss = -(ratio * advantages).minimum(clipped * advantages)
+        if self.dual_clip:
+            policy_loss = policy_loss.minimum((-self.dual_clip * advantages).where(advantages < 0, policy_loss))
+
+        loss = policy_loss
+        metrics = {
+            "policy_loss": policy_loss,
+            "ratio": ratio,
+            "clip_fraction": (-clipped * advantages > -ratio * advantages).to(ratio.dtype),
+            "approx_kl": k3(rows["old_log_probs"], log_probs),
+        }
+        if self.kl_coef:
+            ref_kl = kl(log_probs, rows["ref_log_probs"], self.kl_estimator)
+            loss = loss + self.kl_coef * ref_kl
+            metrics["ref_kl"] = ref_kl
+        if self.entropy_coef:
+            assert model.entropy is not None, "ppo_clip asked for entropy"
+            loss = loss - self.entropy_coef * model.entropy
+            metrics["entropy"] = model.entropy
+        means = {name: averaged(value.detach(), rows, self.average, 0.0) for name, value in metrics.items()}
+        return averaged(loss, rows, self.average, self.row_divisor), means
+
+    def _ratio(self, log_probs: Tensor, rows: Rows) -> Tensor:
+        # Tokens that do not count may hold anything: 0 keeps them from overflowing before they are masked.
+        log_ratio = (log_probs - rows["old_log_probs"]).masked_fill(rows.mask == 0, 0.0)
+        if self.ratio == "sequence":
+            log_ratio = rows.mean_tokens(log_ratio)[rows.row_of_token]
+        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def ppo_clip(
+    clip: float = 0.2,
+    *,
+    clip_high: float | None = None,
+    dual_clip: float = 0.0,
+    ratio: Literal["token", "sequence"] = "token",
+    kl_coef: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
+    entropy_coef: float = 0.0,
+    average: TokenAverage = "tokens",
+    row_divisor: float = 0.0,
+) -> PpoClip:
+    """`ppo_clip(0.2)` is PPO; `clip_high=None` clips alike on both sides."""
+    return PpoClip(
+        clip_low=clip,
+        clip_high=clip if clip_high is None else clip_high,
+        dual_clip=dual_clip,
+        ratio=ratio,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        average=average,
+        row_divisor=row_divisor,
+    )

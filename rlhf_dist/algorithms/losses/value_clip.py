@@ -1,0 +1,57 @@
+"""The critic's loss in PPO, with the value clip of OpenAI's baselines (Huang et al. 2022, "37 details", 9).
+
+v'  = v_old + clip(v - v_old, -clip, clip)
+L_t = max((v_t - R_t)^2, (v'_t - R_t)^2) / 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_dist.algorithms.contract import Average, ModelOutput, Output, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueClip:
+    """Reads returns [T] (and the values [T] before the update, with clip > 0)."""
+
+    clip: float = 0.2
+    """How far a value may move from the one before the update, in reward units; 0 for no bound."""
+
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise ValueError(f"the value clip must be > 0 reward units, or 0 for none, got {self.clip}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("returns", "values") if self.clip else ("returns",)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return ("values",)
+
+    @property
+    def average(self) -> Average:
+        return "tokens"
+
+    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        assert model.values is not None, "value_clip asked for values"
+        values, returns = model.values, rows["returns"]
+        squared_error = (values - returns) ** 2
+        loss = 0.5 * squared_error
+        metrics = {"value": values.detach(), "value_error_squared": squared_error.detach()}
+        if self.clip:
+            old = rows["values"]
+            clipped_error = (old + (values - old).clamp(-self.clip, self.clip) - returns) ** 2
+            loss = 0.5 * squared_error.maximum(clipped_error)
+            metrics["value_clip_fraction"] = (clipped_error > squared_error).to(values.dtype)
+        return loss, {"value_loss": loss.detach(), **metrics}
+
+
+def value_clip(clip: float = 0.2) -> ValueClip:
+    """`value_clip(0)` is the plain squared error."""
+    return ValueClip(clip=clip)

@@ -1,0 +1,312 @@
+"""Everything that can be known to be wrong before a process starts, and the plan of a step for people.
+
+Each check reads settings, small files and the graph; none imports torch, ray or vllm. A check that
+fails raises ConfigError with the key, the value, the rule and the next step.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.compose import Launch, RoleConfig
+from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
+from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.model_folder import ModelShape, read_shape
+from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
+from rlhf_dist.typed import ConfigError
+
+CPU_SLOTS = 8
+"""Processes that a machine without GPUs may always have, however few cores it has."""
+
+
+def check_launch(launch: Launch) -> list[str]:
+    """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run."""
+    _check_numbers(launch)
+    _check_folder(launch)
+    _check_rewards(launch)
+    shapes = {
+        role: read_shape(model.path, f"{role}.model.path")
+        for role, settings in launch.roles.items()
+        if (model := _model(settings)) is not None
+    }
+    pools = pool_of_roles(launch.run.placement, launch.roles)
+    _check_slots(launch)
+    _check_rollout(launch, shapes, pools)
+    _check_lengths(launch, shapes)
+    rows = rows_of_nodes(launch)
+    _check_mini_batches(launch, rows)
+    _check_sources(launch)
+    return _plan(launch, pools, rows)
+
+
+# --- settings by themselves --------------------------------------------------------------------------------
+def _check_numbers(launch: Launch) -> None:
+    run = launch.run
+    at_least: dict[str, tuple[float, float]] = {
+        "steps": (run.steps, 1),
+        "data.prompts_per_step": (run.data.prompts_per_step, 1),
+        "data.max_prompt_tokens": (run.data.max_prompt_tokens, 1),
+        "data.max_response_tokens": (run.data.max_response_tokens, 1),
+        "placement.host_processes": (run.placement.host_processes, 1),
+        "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
+        **{f"output.{name}": (value, 0) for name, value in vars(run.output).items() if type(value) is int},
+        **{f"placement.pools.{name}.slots": (pool.slots, 1) for name, pool in run.placement.pools.items()},
+    }
+    above_zero = {"ray.ready_timeout_s": run.ray.ready_timeout_s, "ray.call_timeout_s": run.ray.call_timeout_s}
+    for role, settings in launch.roles.items():
+        at_least[f"{role}.engine.micro_batch_tokens"] = (settings.engine.micro_batch_tokens, 1)
+        at_least[f"{role}.engine.logit_chunk_tokens"] = (settings.engine.logit_chunk_tokens, 1)
+        optimizer = getattr(settings, "optimizer", None)
+        if optimizer is not None:
+            for name in ("lr", "warmup_steps", "total_steps", "min_lr_ratio", "weight_decay", "grad_clip"):
+                at_least[f"{role}.optimizer.{name}"] = (getattr(optimizer, name), 0)
+            above_zero[f"{role}.optimizer.eps"] = optimizer.eps
+            if optimizer.schedule != "constant":
+                at_least[f"{role}.optimizer.total_steps"] = (optimizer.total_steps, optimizer.warmup_steps + 1)
+        if isinstance(settings, ActorConfig) and _generates(launch, role):
+            rollout = settings.rollout
+            for name in ("tensor_parallel", "max_prompt_tokens", "max_response_tokens", "bucket_bytes"):
+                at_least[f"{role}.rollout.{name}"] = (getattr(rollout, name), 1)
+            at_least[f"{role}.rollout.top_k"] = (rollout.top_k, 0)
+            above_zero[f"{role}.rollout.temperature"] = rollout.temperature
+            above_zero[f"{role}.rollout.top_p"] = rollout.top_p
+            if rollout.top_p > 1:
+                raise ConfigError(
+                    f"{role}.rollout.top_p must be at most 1 (the whole vocabulary), got {rollout.top_p:g}"
+                )
+    for key, (value, least) in at_least.items():
+        if not value >= least:
+            raise ConfigError(f"{key} must be at least {least:g}, got {value:g}")
+    for key, value in above_zero.items():
+        if not value > 0:
+            raise ConfigError(f"{key} must be above 0, got {value:g}")
+
+
+def _check_folder(launch: Launch) -> None:
+    name = launch.run.name
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise ConfigError(f"name must be a plain folder name, got {name!r}")
+    folder = Path(launch.run.output.root) / name
+    if launch.run.resume == "never" and folder.is_dir() and (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
+            f"or another name=..."
+        )
+
+
+def _check_rewards(launch: Launch) -> None:
+    from rlhf_dist.rewards.load import load_function
+
+    for role, settings in launch.roles.items():
+        if not isinstance(settings, RewardConfig):
+            continue
+        if settings.function is not None and settings.model is not None:
+            raise ConfigError(
+                f"{role} has both a function ({settings.function}) and a model ({settings.model.path}); exactly one is "
+                f"needed: set {role}.function=null or {role}.model=null"
+            )
+        if settings.function is None and settings.model is None:
+            raise ConfigError(
+                f"{role} has neither a function nor a model; set {role}.function=FUNCTION (or choose a task=...), "
+                f"or {role}.model.path=FOLDER"
+            )
+        if settings.function is not None:
+            try:
+                load_function(settings.function, launch.recipe.file)
+            except Exception as error:  # the user's file may raise anything when it is executed
+                name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ConfigError(f"{role}.function: {name}{error}") from error
+
+
+# --- settings against the machine and the model --------------------------------------------------------------
+def _check_slots(launch: Launch) -> None:
+    if launch.run.ray.address is not None:
+        return  # The cluster knows what it has; the controller asks it and waits a bounded time.
+    pools = launch.run.placement.pools
+    gpus = visible_gpus()
+    on_gpu = {name: pool for name, pool in pools.items() if pool.device == "cuda" or (pool.device == "auto" and gpus)}
+    if on_gpu and not gpus:
+        raise ConfigError(
+            f"placement.pools.{next(iter(on_gpu))}.device is cuda, but this machine has no GPU; "
+            f"set it to auto or cpu, or ray.address to a cluster that has one"
+        )
+    limits = (("GPUs", on_gpu, gpus), ("processes", pools.keys() - on_gpu.keys(), max(CPU_SLOTS, os.cpu_count() or 1)))
+    for what, names, limit in limits:
+        wanted = sum(pools[name].slots for name in names)
+        if wanted > limit:
+            each = ", ".join(f"{name} {pools[name].slots}" for name in names)
+            raise ConfigError(
+                f"placement.pools need {wanted} slots ({each}), but this machine offers {limit} {what}; "
+                f"use fewer slots, place roles together, or set ray.address to a larger cluster"
+            )
+
+
+def visible_gpus() -> int:
+    """GPUs this process may use, asked of nvidia-smi (0 where there is none) and CUDA_VISIBLE_DEVICES."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([entry for entry in visible.split(",") if entry.strip()]))
+
+
+def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[str, str]) -> None:
+    for role, settings in launch.roles.items():
+        if not isinstance(settings, ActorConfig) or not _generates(launch, role):
+            continue
+        size, key = settings.rollout.tensor_parallel, f"{role}.rollout.tensor_parallel"
+        slots = launch.run.placement.pools[pools[role]].slots
+        if slots % size:
+            raise ConfigError(f"{key} must divide the {slots} slots of pool {pools[role]!r}, got {size}")
+        shape = shapes[role]
+        for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
+            if count is not None and count % size:
+                raise ConfigError(
+                    f"{key} must divide the {count} {what} of {settings.model.path}, got {size}; "
+                    f"it may be {', '.join(str(n) for n in _divisors(shape, slots))}"
+                )
+
+
+def _divisors(shape: ModelShape, slots: int) -> list[int]:
+    counts = [count for count in (slots, shape.heads, shape.kv_heads) if count is not None]
+    return [size for size in range(1, slots + 1) if all(count % size == 0 for count in counts)]
+
+
+def _check_lengths(launch: Launch, shapes: dict[str, ModelShape]) -> None:
+    tokens, key = max_row_tokens(launch)
+    for role, shape in shapes.items():
+        if shape.max_tokens is not None and tokens > shape.max_tokens:
+            raise ConfigError(
+                f"{key} = {tokens} tokens, but the model of {role!r} "
+                f"holds {shape.max_tokens} (max_position_embeddings); lower one of them"
+            )
+
+
+def max_row_tokens(launch: Launch) -> tuple[int, str]:
+    """Longest prompt and response together, tokens, and the settings that say so."""
+    for role, settings in launch.roles.items():
+        if isinstance(settings, ActorConfig) and _generates(launch, role):
+            limits, where = (
+                (settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens),
+                f"{role}.rollout",
+            )
+            break
+    else:
+        limits, where = (launch.run.data.max_prompt_tokens, launch.run.data.max_response_tokens), "data"
+    return sum(limits), f"{where}.max_prompt_tokens + {where}.max_response_tokens = {limits[0]} + {limits[1]}"
+
+
+# --- rows ------------------------------------------------------------------------------------------------------
+def rows_of_nodes(launch: Launch) -> dict[str, tuple[int, bool]]:
+    """Node -> (most rows it sees in a step, whether a filter may have dropped some)."""
+    rows: dict[str, tuple[int, bool]] = {}
+    for node in launch.dataflow:
+        if node.kind == "source":
+            per_prompt = 2 if launch.run.data.train.rows == "preferences" else 1
+            rows[node.name] = (launch.run.data.prompts_per_step * per_prompt, False)
+            continue
+        if not node.inputs:
+            rows[node.name] = (0, False)
+            continue
+        count, dropped = rows[node.inputs[0].rows]
+        if node.rows == "expand":
+            count *= _times(node)
+        rows[node.name] = (count, dropped or node.rows == "drop")
+    return rows
+
+
+def _times(node: Node) -> int:
+    times = node.kwargs.get("n", 1)
+    if not isinstance(times, int) or times < 1:
+        raise ConfigError(f"{node.line}: {node.name} needs n >= 1 responses to a prompt, got {times!r}")
+    return times
+
+
+def _updates(launch: Launch) -> Iterator[tuple[Node, int, int]]:
+    """Nodes that take optimizer steps, with their mini-batches and epochs."""
+    for node in launch.dataflow:
+        if "mini_batches" in node.kwargs:
+            yield node, node.kwargs["mini_batches"], node.kwargs.get("epochs", 1)
+
+
+def _check_mini_batches(launch: Launch, rows: dict[str, tuple[int, bool]]) -> None:
+    prompts = launch.run.data.prompts_per_step
+    for node, mini_batches, epochs in _updates(launch):
+        for name, value in (("mini_batches", mini_batches), ("epochs", epochs)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{node.line}: {node.name} needs {name} >= 1, got {value!r}")
+        if mini_batches > prompts or (prompts % mini_batches and not rows[node.name][1]):
+            near = [size for size in range(1, prompts + 1) if prompts % size == 0]
+            raise ConfigError(
+                f"{node.line}: {node.name} cuts the step into {mini_batches} mini-batches, which must divide "
+                f"data.prompts_per_step = {prompts}; it may be {', '.join(map(str, near))}"
+            )
+
+
+def _check_sources(launch: Launch) -> None:
+    from rlhf_dist.data.check import check_source
+
+    tokenizer = _tokenizer(launch)
+    for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
+        if source is None:
+            continue
+        try:
+            check_source(source, where, tokenizer=tokenizer, seed=launch.run.seed)
+        except ConfigError:
+            raise
+        except Exception as error:  # a generator of the user's may raise anything
+            name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
+            raise ConfigError(f"{name}{error}") from error
+
+
+def _tokenizer(launch: Launch) -> str | None:
+    models = [model for settings in launch.roles.values() if (model := _model(settings)) is not None]
+    return models[0].path if models else None
+
+
+def _model(settings: RoleConfig) -> ModelConfig | None:
+    return settings.model
+
+
+def _generates(launch: Launch, role: str) -> bool:
+    return any(f"{role}.rollout" in node.weights_read for node in launch.dataflow)
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------
+def _plan(launch: Launch, pools: dict[str, str], rows: dict[str, tuple[int, bool]]) -> list[str]:
+    run = launch.run
+    tokens, _ = max_row_tokens(launch)
+    most = max((count for count, _ in rows.values()), default=0)
+    what = {"preferences": "pairs", "examples": "examples"}.get(run.data.train.rows, "prompts")
+    lines = [
+        f"run       {run.name}: {run.steps} steps of {launch.recipe.name}, seed {run.seed}",
+        f"step      {run.data.prompts_per_step} {what} -> {most} rows, at most {most * tokens:,} tokens "
+        f"({tokens} a row)",
+    ]
+    for node, mini_batches, epochs in _updates(launch):
+        lines.append(
+            f"learning  {node.role}: {mini_batches} mini-batches x {epochs} epochs = {mini_batches * epochs} "
+            f"optimizer steps{_cadence(node)} ({node.op})"
+        )
+    for name, pool in run.placement.pools.items():
+        roles = ", ".join(role for role, at in pools.items() if at == name)
+        lines.append(f"pool      {name}: {pool.slots} slots ({pool.device}) for {roles}")
+    on_host = ", ".join(["sources, host ops", *(role for role, at in pools.items() if at == HOST_POOL)])
+    lines.append(f"pool      {HOST_POOL}: {run.placement.host_processes} CPU processes for {on_host}")
+    width = max(len(node.name) for node in launch.dataflow)
+    for number, node in enumerate(launch.dataflow, start=1):
+        count, dropped = rows[node.name]
+        amount = f"{'up to ' if dropped else ''}{count} rows" if count else "weights"
+        where = pools.get(node.role, "controller" if node.kind in ("state", "join") else HOST_POOL)
+        lines.append(f"{number:>4}      {node.name:<{width}}  {amount:<14} {where}{_cadence(node)}".rstrip())
+    return lines
+
+
+def _cadence(node: Node) -> str:
+    return f", every {node.every} steps" if node.every > 1 else ""

@@ -1,0 +1,262 @@
+"""Every setting there is: frozen, keyword-only dataclasses, a line under each field.
+
+Hydra composes them from `recipes/conf/` and the command line (`rlhf_dist/compose.py`). A config stops
+at the constructor of what it configures; nothing deeper reads it, nothing changes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING: Any = "???"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Hugging Face model folder."""
+
+    path: str = MISSING
+    """Folder with config.json, weights and tokenizer; relative paths are taken from where the command runs."""
+    init: str = "pretrained"
+    """`pretrained` loads the weights; `random` builds them from config.json and the run's seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate, per optimizer step."""
+    schedule: str = "constant"
+    """`constant`, `linear` or `cosine` decay after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0; 0 for none."""
+    total_steps: int = 0
+    """Optimizer steps at which `linear` and `cosine` reach min_lr_ratio; not used by `constant`."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the decay, as a share of lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are left out."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a role's model is held and trained."""
+
+    name: str = "fsdp"
+    """Training engine: `fsdp`."""
+    dtype: str = "float32"
+    """Compute and gather dtype: `float32` or `bfloat16`. Master weights and gradients reduce in float32."""
+    micro_batch_tokens: int = 4096
+    """Most tokens (prompt + response) in one forward pass of one rank; a longer row gets a pass of its own."""
+    logit_chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Generation."""
+
+    engine: str = "vllm"
+    """`vllm`, or `transformers` as the embedded fallback."""
+    tensor_parallel: int = 1
+    """Ranks that share one copy of the model; data parallel over the rest."""
+    dtype: str = "float32"
+    """Dtype of the generation weights and KV cache: `float32` or `bfloat16`."""
+    max_prompt_tokens: int = 256
+    """Longer prompts are dropped by the source, and counted."""
+    max_response_tokens: int = 64
+    """A response is cut here."""
+    temperature: float = 1.0
+    """Sampling temperature; also divides the logits when log-probs are recomputed. 0 is not allowed: use greedy."""
+    top_p: float = 1.0
+    """Nucleus; 1 for the whole vocabulary (anything else makes rollout and training policies differ)."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 for all."""
+    kv_cache_bytes: int = 64 << 20
+    """KV cache per rank, bytes (CPU); on CUDA 0 lets vLLM take `gpu_memory_share`."""
+    gpu_memory_share: float = 0.5
+    """Share of the GPU's memory for vLLM when kv_cache_bytes is 0."""
+    bucket_bytes: int = 64 << 20
+    """Most bytes of full parameters gathered at one time in a weight sync."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """The trained policy."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Where it starts."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How it is trained."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it learns."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How it generates; not used by recipes that never generate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """A value model: the trunk of a language model with a linear head."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Where the trunk starts; a sequence-classification folder brings its head along."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How it is trained."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """A frozen policy."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy the actor is kept near."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How it is held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Rewards from a function of the text, or from a sequence-classification model. Exactly one is set."""
+
+    function: str | None = None
+    """`package.module:name`, `file.py:name`, or a name in the recipe's own file. None: use `model`."""
+    model: ModelConfig | None = None
+    """A sequence-classification folder with one label. None: use `function`."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How the model is held."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it learns; only recipes that train the reward model use it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where rows come from: exactly one of `path` and `generator`."""
+
+    path: str | None = None
+    """A Parquet or JSONL file."""
+    generator: str | None = None
+    """A reasoning-gym data set's name, e.g. `basic_arithmetic`, or `file.py:name` of a function (index) -> row dict."""
+    generator_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the generator, e.g. {min_digits: 1}."""
+    size: int = 1000
+    """Rows a generator makes before it starts over."""
+    rows: str = "prompts"
+    """`prompts`, `examples` (prompt and response) or `preferences` (prompt, chosen, rejected)."""
+    prompt_key: str = "prompt"
+    """Field with the prompt: text, or a list of chat messages."""
+    response_key: str = "response"
+    """Field with the response, for examples."""
+    answer_key: str = "answer"
+    """Field with the ground truth; a missing field means an empty string."""
+    system: str | None = None
+    """A system message put before every prompt; needs a tokenizer with a chat template."""
+    chat: bool | None = None
+    """Apply the chat template. None: only where the prompt is a list of messages."""
+    shuffle: bool = True
+    """A new order each epoch, drawn from the run's seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and held-out rows."""
+
+    train: SourceConfig = field(default_factory=SourceConfig)
+    """Rows to train on."""
+    heldout: SourceConfig | None = None
+    """Rows to evaluate on; None for no evaluation."""
+    prompts_per_step: int = 32
+    """Rows the source emits each step (pairs, for preferences)."""
+    max_prompt_tokens: int = 256
+    """Longer prompts are dropped, and counted."""
+    max_response_tokens: int = 256
+    """Longer given responses (examples, preferences) are cut, and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """A set of slots (a GPU, or a process on a machine without one); roles in one pool share its processes."""
+
+    slots: int = 1
+    """Processes, one per GPU."""
+    device: str = "auto"
+    """`auto` (cuda where there is one), `cuda` or `cpu`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Which role runs where."""
+
+    pools: dict[str, PoolConfig] = field(default_factory=dict)
+    """Pool name -> its slots."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Role -> pool. `default` stands for every role not named."""
+    host_processes: int = 1
+    """CPU processes for sources, rule rewards and host ops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """How the controller reaches Ray."""
+
+    address: str | None = None
+    """`auto` or host:port of a running cluster; None starts one on this machine and ends it with the run."""
+    object_store_bytes: int = 512 << 20
+    """Object store of a cluster started here."""
+    ready_timeout_s: float = 120.0
+    """Longest wait for slots to become free."""
+    call_timeout_s: float = 1800.0
+    """Longest a single operation may take before the run fails, naming it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What the run leaves behind."""
+
+    root: str = "runs"
+    """Folder of all runs; this run writes to root/name."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 for none but the last."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted once a new one is complete; 0 keeps all."""
+    save_model: bool = True
+    """Write the trained models as Hugging Face folders when the run ends."""
+    evaluate_every: int = 0
+    """Steps between evaluations on `data.heldout`; 0 for before the first and after the last step only."""
+    rollouts_every: int = 10
+    """Steps between Parquet dumps of sampled rollouts; 0 for none."""
+    rollout_rows: int = 16
+    """Rows in such a dump."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The root: what all recipes share. A recipe's roles and its own `algorithm` section are added to it."""
+
+    name: str = MISSING
+    """Name of the run and of its folder."""
+    steps: int = 100
+    """Steps to run; one step is one pass over the recipe."""
+    seed: int = 0
+    """Of everything random: data order, initial heads, sampling."""
+    resume: str = "never"
+    """`never` (an earlier run of this name is an error), `auto` (continue it if it is there), `overwrite`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Rows in."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Where roles run."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Files out."""

@@ -1,0 +1,7 @@
+"""Data: sources of prompts, examples and preferences; the tokenizer they use; what the driver checks."""
+
+from rlhf_dist.data.check import check_source
+from rlhf_dist.data.source import PromptSource, emitted_columns
+from rlhf_dist.data.tokenizer import TextTokenizer, has_chat_template
+
+__all__ = ["PromptSource", "TextTokenizer", "check_source", "emitted_columns", "has_chat_template"]

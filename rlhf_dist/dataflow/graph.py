@@ -1,0 +1,175 @@
+"""The dataflow graph: frozen nodes and edges, one edge per column or weight state.
+
+    prompts --prompt_ids--> actor.generate_sequences --response_ids--> critic.compute_values --values--> gae
+                                 ^                                                                        |
+                                 |  weights actor.rollout, distance 1                  advantages         v
+                                 +------------------------- reshard <--weights actor.train-- actor.update_actor
+
+A node belongs to a step; an edge with distance d runs from the source's step t to the target's step
+t + d. A node's inputs name, for every column an op reads, which node wrote it and under which name,
+and which node made the rows. Nodes that make rows (a source, generation, a filter) own all columns of
+those rows: columns they only carry along move by index, not by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlhf_dist.roles import RowEffect
+
+Kind = Literal["source", "op", "host", "state", "join", "reshard"]
+
+
+class GraphError(ValueError):
+    """A recipe that cannot run, found before anything starts."""
+
+
+@dataclass(frozen=True)
+class ColumnOrigin:
+    """Column `column` as node `node` wrote or carried it."""
+
+    node: str
+    column: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One batch that a node reads."""
+
+    rows: str
+    """The node that made the rows."""
+    columns: Mapping[str, ColumnOrigin]
+    """Column as the op sees it -> where it comes from."""
+    carried: Mapping[str, ColumnOrigin] = field(default_factory=dict)
+    """Columns not read but carried along by a node that makes new rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One operation of a step."""
+
+    name: str
+    """Unique in its graph: `critic.compute_values`, `gae`, `actor.generate_sequences#2`."""
+    role: str
+    """Role that runs it; `host` for host ops, `controller` for joins."""
+    op: str
+    kind: Kind
+    inputs: tuple[Input, ...] = ()
+    writes: tuple[str, ...] = ()
+    """Columns it writes, under the recipe's names."""
+    out: Mapping[str, str] = field(default_factory=dict)
+    """The op's own column name -> the recipe's, where they differ."""
+    rows: RowEffect = "keep"
+    weights_read: tuple[str, ...] = ()
+    weights_written: tuple[str, ...] = ()
+    """Weight states, e.g. `actor.train`, `actor.rollout`, `multiplier.state`."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    spec: Any = None
+    """OpSpec or HostOp behind it."""
+    line: str = ""
+    """Where in the recipe, `ppo.py:31`."""
+    every: int = 1
+    """Cadence: the node runs at steps divisible by it."""
+    after: int = 0
+    """Cadence: the node runs from this step on (critic warm-up)."""
+
+    def runs_at(self, step: int) -> bool:
+        """Whether the node runs at `step`; a node that does not counts as done."""
+        return step >= self.after and step % self.every == 0
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns it reads, as the op sees them."""
+        return tuple(dict.fromkeys(name for batch in self.inputs for name in batch.columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """`target` at step t + distance waits for `source` at step t. Exactly one of column, weights is set."""
+
+    source: str
+    target: str
+    column: str | None = None
+    weights: str | None = None
+    distance: int = 0
+    reason: Literal["data", "write-then-read", "read-then-write", "write-then-write"] = "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataflow:
+    """A recipe as a graph. Nodes are in the recipe's order, which is a topological order of distance-0 edges."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    roles: Mapping[str, str]
+    """Role -> the name of its interface, in the recipe's order."""
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __getitem__(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(f"no node {name!r} in {self.name}; it has {', '.join(node.name for node in self.nodes)}")
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges: columns in node order, then weight states."""
+        columns = [
+            Edge(source=origin.node, target=node.name, column=origin.column)
+            for node in self.nodes
+            for batch in node.inputs
+            for origin in dict.fromkeys(batch.columns.values())
+        ]
+        return (*columns, *_weight_edges(self.nodes))
+
+    def predecessors(self, name: str) -> set[str]:
+        """Nodes whose columns `name` reads, in the same step."""
+        return {edge.source for edge in self.edges if edge.target == name and edge.column}
+
+    def readers(self, name: str) -> set[str]:
+        """Nodes that need anything `name` wrote or carried, in the same step."""
+        return {
+            node.name
+            for node in self.nodes
+            for batch in node.inputs
+            if any(origin.node == name for origin in (*batch.columns.values(), *batch.carried.values()))
+            or batch.rows == name
+        }
+
+
+def _weight_edges(nodes: Iterable[Node]) -> list[Edge]:
+    """Read-after-write, write-after-read and write-after-write order of every weight state, around the step."""
+    effects: dict[str, list[tuple[str, bool]]] = {}
+    for node in nodes:
+        for state in dict.fromkeys((*node.weights_read, *node.weights_written)):
+            effects.setdefault(state, []).append((node.name, state in node.weights_written))
+    edges: list[Edge] = []
+    for state, sequence in effects.items():
+        if not any(writes for _, writes in sequence):
+            continue
+        for position, (name, writes) in enumerate(sequence):
+            # Look back around the loop for the last write before this node.
+            for back in range(1, len(sequence) + 1):
+                other, other_writes = sequence[position - back]
+                if other_writes:
+                    reason: Any = "write-then-write" if writes else "write-then-read"
+                    edges.append(
+                        Edge(source=other, target=name, weights=state, distance=int(back > position), reason=reason)
+                    )
+                    break
+            if not writes:
+                for ahead in range(1, len(sequence) + 1):
+                    wrapped, index = divmod(position + ahead, len(sequence))
+                    other, other_writes = sequence[index]
+                    if other_writes:
+                        edges.append(
+                            Edge(
+                                source=name, target=other, weights=state, distance=wrapped, reason="read-then-write"
+                            )
+                        )
+                        break
+    return edges

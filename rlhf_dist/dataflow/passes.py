@@ -1,0 +1,67 @@
+"""Graph passes: Dataflow in, Dataflow out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, Input, Node
+from rlhf_dist.schema import COLUMNS
+
+
+def insert_reshard(dataflow: Dataflow) -> Dataflow:
+    """Add the node that moves a role's weights from its training layout to its generation layout.
+
+    `actor.train` and `actor.rollout` are two weight states. Where a recipe writes the first and reads
+    the second, `actor.reshard` is put right after the last write of the step; generation of the next
+    step then depends on it through a loop-carried edge.
+    """
+    nodes = list(dataflow.nodes)
+    for role in dataflow.roles:
+        train, rollout = f"{role}.train", f"{role}.rollout"
+        writers = [position for position, node in enumerate(nodes) if train in node.weights_written]
+        if not writers or not any(rollout in node.weights_read for node in nodes):
+            continue
+        nodes.insert(writers[-1] + 1, reshard_node(role))
+    return replace(dataflow, nodes=tuple(nodes))
+
+
+def reshard_node(role: str) -> Node:
+    """The node that reads `role`.train and writes `role`.rollout."""
+    return Node(
+        name=f"{role}.reshard",
+        role=role,
+        op="reshard",
+        kind="reshard",
+        weights_read=(f"{role}.train",),
+        weights_written=(f"{role}.rollout",),
+    )
+
+
+def insert_rollout_dump(dataflow: Dataflow, *, folder: str, rows: int, every: int) -> Dataflow:
+    """Add the node that writes sampled rollouts to Parquet: text and every per-row column of the first generation.
+
+    The source role writes the file; graphs without generation are returned as they are.
+    """
+    maker = next((node for node in dataflow if node.rows == "expand"), None)
+    source = next((node for node in dataflow if node.kind == "source"), None)
+    if maker is None or source is None or not every:
+        return dataflow
+    made = (*maker.writes, *(name for batch in maker.inputs for name in (*batch.columns, *batch.carried)))
+    columns = {name: ColumnOrigin(maker.name, name) for name in made if _per_row(name)}
+    for node in dataflow:
+        if node.rows == "keep" and node.inputs and node.inputs[0].rows == maker.name:
+            columns |= {name: ColumnOrigin(node.name, name) for name in node.writes if _per_row(name)}
+    dump = Node(
+        name=f"{source.name}.dump",
+        role=source.name,
+        op="dump",
+        kind="op",
+        inputs=(Input(rows=maker.name, columns=columns),),
+        kwargs={"folder": folder, "rows": rows},
+        every=every,
+    )
+    return replace(dataflow, nodes=(*dataflow.nodes, dump))
+
+
+def _per_row(name: str) -> bool:
+    return name not in COLUMNS or COLUMNS[name].shape == "[B]"

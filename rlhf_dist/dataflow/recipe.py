@@ -1,0 +1,76 @@
+"""A recipe: a function over roles. Its parameter list is the role list; no critic parameter, no critic process.
+
+    @recipe
+    def ppo(prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, reward: Reward, cfg: PPO): ...
+
+Parameters are told apart by their annotation: a source (`Prompts`, `Examples`, `Preferences`, plain
+`Batch`), a role interface, a `State`, and `cfg` with the recipe's own frozen dataclass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.batch import Batch
+from rlhf_dist.dataflow.graph import GraphError
+from rlhf_dist.roles import Prompts, State, ops_of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe function with its parameters sorted."""
+
+    function: Callable[..., None]
+    name: str
+    file: Path
+    sources: Mapping[str, type]
+    roles: Mapping[str, type]
+    states: Mapping[str, type[State]]
+    config: type | None
+    """The dataclass of the `cfg` parameter; None if the recipe has none."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.function(*args, **kwargs)
+
+    @property
+    def source_columns(self) -> dict[str, tuple[str, ...]]:
+        """Source parameter -> columns it emits."""
+        return {name: kind.columns for name, kind in self.sources.items()}
+
+
+def recipe(function: Callable[..., None]) -> Recipe:
+    """Make a recipe of a function. Raises GraphError for a parameter whose type says nothing."""
+    hints = typing.get_type_hints(function)
+    sources: dict[str, type] = {}
+    roles: dict[str, type] = {}
+    states: dict[str, type[State]] = {}
+    config: type | None = None
+    for name in inspect.signature(function).parameters:
+        kind = hints.get(name)
+        if isinstance(kind, type) and issubclass(kind, Batch):
+            sources[name] = Prompts if kind is Batch else kind
+        elif isinstance(kind, type) and issubclass(kind, State):
+            states[name] = kind
+        elif isinstance(kind, type) and is_dataclass(kind):
+            config = kind
+        elif isinstance(kind, type) and ops_of(kind):
+            roles[name] = kind
+        else:
+            raise GraphError(
+                f"recipe {function.__name__}: parameter {name!r} must be annotated with a source (Prompts, Examples, "
+                f"Preferences), a role (Actor, Critic, ...), a State or a config dataclass, got {kind!r}"
+            )
+    return Recipe(
+        function=function,
+        name=function.__name__,
+        file=Path(inspect.getfile(function)),
+        sources=sources,
+        roles=roles,
+        states=states,
+        config=config,
+    )

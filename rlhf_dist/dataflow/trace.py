@@ -1,0 +1,398 @@
+"""Tracing: call a recipe with handles that record instead of compute.
+
+Every handle holds, per column, which node wrote it; an op looks up the origins of the columns it
+reads, so edges come out per column although the text reads as a sequence. Nothing is executed here:
+`on_node` is called with each node as it is recorded, and a live run (`controller/eager.py`) executes
+it there and then. That is the whole difference between the two ways to run a recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
+from rlhf_dist.dataflow.host import HostOp
+from rlhf_dist.dataflow.recipe import Recipe
+from rlhf_dist.roles import OpSpec, RowEffect, StateValue, ops_of
+from rlhf_dist.schema import COLUMNS
+
+OnNode = Callable[[Node], None]
+Fetch = Callable[[str, str], Any]
+"""(node, column) -> the rows' values; only a live run has one."""
+
+
+class Tracer:
+    """Collects the nodes of one step."""
+
+    def __init__(self, recipe: Recipe, on_node: OnNode | None = None, fetch: Fetch | None = None) -> None:
+        self.recipe = recipe
+        self.nodes: list[Node] = []
+        self._on_node = on_node
+        self.fetch = fetch
+
+    def add(self, node: Node) -> Node:
+        """Record `node` under a unique name."""
+        taken = sum(other.name.split("#")[0] == node.name for other in self.nodes)
+        if taken:
+            node = _replace(node, name=f"{node.name}#{taken + 1}")
+        self.nodes.append(node)
+        if self._on_node:
+            self._on_node(node)
+        return node
+
+    def line(self) -> str:
+        """`ppo.py:31`, the recipe's line that is being traced; the caller's line outside of the recipe's file."""
+        frame: Any = sys._getframe(1)
+        here = str(self.recipe.file)
+        while frame and frame.f_code.co_filename != here:
+            frame = frame.f_back
+        return f"{self.recipe.file.name}:{frame.f_lineno}" if frame else self.recipe.file.name
+
+    def read(self, op: str, batch: TracedBatch, names: tuple[str, ...]) -> Mapping[str, ColumnOrigin]:
+        """Origins of `names`. Raises GraphError naming op, line, what is there and what would write it."""
+        missing = [name for name in names if name not in batch.origins]
+        if missing:
+            raise GraphError(self._missing(op, batch, missing[0]))
+        return {name: batch.origins[name] for name in names}
+
+    def _missing(self, op: str, batch: TracedBatch, name: str) -> str:
+        writers = [
+            f"{role}.{spec.name}"
+            for role, interface in self.recipe.roles.items()
+            for spec in ops_of(interface).values()
+            if not callable(spec.writes) and name in spec.writes
+        ]
+        meaning = f" ({COLUMNS[name].meaning})" if name in COLUMNS else ""
+        hint = f"; {' or '.join(writers)} would write it" if writers else ""
+        near = difflib.get_close_matches(name, batch.origins, n=1)
+        hint += f"; did you mean {near[0]!r}?" if near and not writers else ""
+        return (
+            f"{self.line()}: {op} reads column {name!r}{meaning}, which the batch does not have; "
+            f"it has {', '.join(sorted(batch.origins))}{hint}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBatch:
+    """A batch in a recipe: for each column, the node that wrote it. Holds no data."""
+
+    tracer: Tracer
+    rows: str
+    """The node that made the rows."""
+    origins: Mapping[str, ColumnOrigin]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns at this point of the recipe."""
+        return tuple(self.origins)
+
+    def select(self, *names: str) -> TracedBatch:
+        """Only these columns; no data moves."""
+        return _replace(self, origins=self.tracer.read("select", self, names))
+
+    def drop(self, *names: str) -> TracedBatch:
+        """All but these columns; no data moves."""
+        return _replace(self, origins={name: at for name, at in self.origins.items() if name not in names})
+
+    def rename(self, **new_from_old: str) -> TracedBatch:
+        """Columns under new names, as `new="old"`; no data moves."""
+        taken = self.tracer.read("rename", self, tuple(new_from_old.values()))
+        kept = {name: at for name, at in self.origins.items() if name not in taken and name not in new_from_old}
+        return _replace(self, origins={**kept, **{new: taken[old] for new, old in new_from_old.items()}})
+
+    def join(self, other: TracedBatch, **new_from_old: str) -> TracedBatch:
+        """Columns of `other` added as `new="old"`, rows matched by group; `other` has one row per group.
+
+        The controller matches the rows by index; no data moves.
+        """
+        node = self.tracer.add(
+            Node(
+                name="join",
+                role="controller",
+                op="join",
+                kind="join",
+                inputs=(
+                    Input(rows=self.rows, columns={}),
+                    Input(rows=other.rows, columns=self.tracer.read("join", other, tuple(new_from_old.values()))),
+                ),
+                writes=tuple(new_from_old),
+                out={old: new for new, old in new_from_old.items()},
+                line=self.tracer.line(),
+            )
+        )
+        return self._with_written(node)
+
+    def apply_host_op(self, host_op: HostOp[Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TracedBatch:
+        """Record a host op (see `rlhf_dist/dataflow/host.py`)."""
+        if len(args) != 1:
+            raise GraphError(
+                f"{self.tracer.line()}: {host_op.name} takes one batch and keyword settings, got {len(args)} "
+                f"positional arguments; use batch.join(...) to bring two batches together"
+            )
+        _check_keywords(self.tracer.line(), host_op.name, host_op.function, kwargs)
+        node = self._record(
+            name=host_op.name,
+            role="host",
+            op=host_op.name,
+            kind="host",
+            reads=host_op.columns(host_op.reads, kwargs),
+            writes=host_op.columns(host_op.writes, kwargs),
+            rows="drop" if host_op.drops_rows else "keep",
+            kwargs=kwargs,
+            spec=host_op,
+        )
+        return self._with_written(node)
+
+    def _record(
+        self,
+        *,
+        name: str,
+        role: str,
+        op: str,
+        kind: Kind,
+        reads: tuple[str, ...],
+        writes: tuple[str, ...],
+        rows: RowEffect,
+        kwargs: Mapping[str, Any],
+        spec: Any,
+        weights_read: tuple[str, ...] = (),
+        weights_written: tuple[str, ...] = (),
+    ) -> Node:
+        kwargs = dict(kwargs)
+        out = _output_names(kwargs.pop("out", None), writes, name, self.tracer)
+        every, after = int(kwargs.pop("every", 1)), int(kwargs.pop("after", 0))
+        if (every != 1 or after) and writes:
+            raise GraphError(
+                f"{self.tracer.line()}: {name} writes {', '.join(writes)}, which later nodes may read every step; "
+                f"every= and after= are for updates"
+            )
+        values = [value for value in kwargs.values() if isinstance(value, StateValue)]
+        read = self.tracer.read(name, self, reads)
+        node = Node(
+            name=name,
+            role=role,
+            op=op,
+            kind=kind,
+            inputs=(
+                Input(
+                    rows=self.rows,
+                    columns=read,
+                    carried={} if rows == "keep" else {c: at for c, at in self.origins.items() if c not in read},
+                ),
+            ),
+            writes=tuple(out.get(column, column) for column in writes),
+            out=out,
+            rows=rows,
+            weights_read=(*weights_read, *(f"{value.role}.state" for value in values)),
+            weights_written=weights_written,
+            kwargs=kwargs,
+            spec=spec,
+            line=self.tracer.line(),
+            every=every,
+            after=after,
+        )
+        return self.tracer.add(node)
+
+    def _with_written(self, node: Node) -> TracedBatch:
+        written = {name: ColumnOrigin(node.name, name) for name in node.writes}
+        if node.rows == "keep":
+            return _replace(self, origins={**self.origins, **written})
+        owned = {name: ColumnOrigin(node.name, name) for name in self.origins}
+        return _replace(self, rows=node.name, origins={**owned, **written})
+
+    def fetch(self, name: str) -> Any:
+        """The rows of a column, in a live run (`rlhf-dist run RECIPE --eager`); for looking, not for computing."""
+        if self.tracer.fetch is None:
+            self._no_data(f"fetching column {name!r}", "run with --eager to look at data, or write a host op")
+        origin = self.tracer.read("fetch", self, (name,))[name]
+        return self.tracer.fetch(origin.node, origin.column)
+
+    # --- what a traced batch cannot do -------------------------------------------------------------
+    def _no_data(self, what: str, instead: str) -> NoReturn:
+        raise GraphError(
+            f"{self.tracer.line()}: {what} needs the batch's data, but a recipe is traced before there is any; {instead}"
+        )
+
+    def __bool__(self) -> bool:
+        self._no_data(
+            "a condition on a batch", "drop rows in a host op (drops_rows=True), or decide on cfg or a State"
+        )
+
+    def __iter__(self) -> Any:
+        self._no_data("iterating over a batch", "write a host op (rlhf_dist.dataflow.host_op) that sees the rows")
+
+    def __len__(self) -> int:
+        self._no_data("len() of a batch", "row counts may change at run time; a host op sees batch.num_rows")
+
+    def __getitem__(self, name: str) -> Any:
+        self._no_data(f"reading column {name!r}", "write a host op (rlhf_dist.dataflow.host_op) that reads it")
+
+    def item(self) -> Any:
+        """Not possible on a traced batch."""
+        self._no_data(".item()", "compute the number in a host op and report it as a metric, or keep it in a State")
+
+
+class RoleHandle:
+    """A role in a recipe: its ops record nodes."""
+
+    def __init__(self, tracer: Tracer, role: str, interface: type) -> None:
+        self._tracer, self._role, self._interface = tracer, role, interface
+        self._ops = ops_of(interface)
+
+    def __getattr__(self, name: str) -> Callable[..., TracedBatch]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._ops:
+            near = difflib.get_close_matches(name, self._ops, n=1)
+            raise GraphError(
+                f"{self._tracer.line()}: {self._interface.__name__} {self._role!r} has no op {name!r}; "
+                f"it has {', '.join(self._ops)}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        spec = self._ops[name]
+
+        def call(batch: TracedBatch, **kwargs: Any) -> TracedBatch:
+            return self._call(spec, batch, kwargs)
+
+        return call
+
+    def _call(self, spec: OpSpec, batch: TracedBatch, kwargs: dict[str, Any]) -> TracedBatch:
+        where = f"{self._role}.{spec.name}"
+        if not isinstance(batch, TracedBatch):
+            raise GraphError(f"{self._tracer.line()}: {where} takes a batch first, got {type(batch).__name__}")
+        _check_keywords(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
+        settings = {**_defaults(getattr(self._interface, spec.name)), **kwargs}
+        node = batch._record(
+            name=where,
+            role=self._role,
+            op=spec.name,
+            kind="op",
+            reads=spec.columns(spec.reads, settings),
+            writes=spec.columns(spec.writes, settings),
+            rows=spec.rows,
+            kwargs=settings,
+            spec=spec,
+            weights_read=(f"{self._role}.{spec.weights_read}",) if spec.weights_read else (),
+            weights_written=(f"{self._role}.{spec.weights_written}",) if spec.weights_written else (),
+        )
+        return batch._with_written(node)
+
+
+class StateHandle:
+    """A `State` in a recipe: `value(key)` for a number, its `state_op` methods to update it."""
+
+    def __init__(self, tracer: Tracer, role: str, kind: type) -> None:
+        self._tracer, self._role, self._kind = tracer, role, kind
+        self._ops = ops_of(kind)
+
+    def value(self, key: str) -> float:
+        """Stands for the number `key` wherever an op takes one."""
+        return cast(float, StateValue(self._role, key))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_") or name not in self._ops:
+            raise AttributeError(f"{self._kind.__name__} has no state op {name!r}; it has {', '.join(self._ops)}")
+        spec = self._ops[name]
+
+        def call(batch: TracedBatch, **kwargs: Any) -> None:
+            batch._record(
+                name=f"{self._role}.{name}",
+                role=self._role,
+                op=name,
+                kind="state",
+                reads=spec.columns(spec.reads, kwargs),
+                writes=(),
+                rows="keep",
+                kwargs=kwargs,
+                spec=spec,
+                weights_read=(f"{self._role}.state",),
+                weights_written=(f"{self._role}.state",),
+            )
+
+        return call
+
+
+def run_traced(recipe: Recipe, cfg: Any, on_node: OnNode | None = None, fetch: Fetch | None = None) -> Tracer:
+    """Call `recipe` with handles; `on_node` sees each node as it is recorded (a live run executes it there)."""
+    tracer = Tracer(recipe, on_node, fetch)
+    arguments: dict[str, Any] = {}
+    for name, columns in recipe.source_columns.items():
+        tracer.add(
+            Node(
+                name=name,
+                role=name,
+                op="next_batch",
+                kind="source",
+                writes=columns,
+                rows="new",
+                line=f"{recipe.file.name}:{recipe.function.__code__.co_firstlineno}",
+            )
+        )
+        arguments[name] = TracedBatch(tracer, name, {column: ColumnOrigin(name, column) for column in columns})
+    arguments |= {name: RoleHandle(tracer, name, kind) for name, kind in recipe.roles.items()}
+    arguments |= {name: StateHandle(tracer, name, kind) for name, kind in recipe.states.items()}
+    for name in inspect.signature(recipe.function).parameters:
+        if name not in arguments:
+            arguments[name] = cfg
+    recipe.function(**arguments)
+    return tracer
+
+
+def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
+    """The recipe's graph for settings `cfg` (default: the recipe's own defaults), reshard nodes inserted.
+
+    Raises GraphError for a column nobody wrote, an unknown op or setting, or a condition on data.
+    """
+    from rlhf_dist.dataflow.passes import insert_reshard
+
+    if cfg is None and recipe.config is not None:
+        cfg = recipe.config()
+    tracer = run_traced(recipe, cfg)
+    roles = {name: kind.__name__ for name, kind in (recipe.sources | recipe.roles | recipe.states).items()}
+    return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))
+
+
+def _output_names(out: Any, writes: tuple[str, ...], op: str, tracer: Tracer) -> dict[str, str]:
+    if out is None:
+        return {}
+    if isinstance(out, str):
+        if len(writes) != 1:
+            raise GraphError(f"{tracer.line()}: {op} writes {', '.join(writes) or 'nothing'}; out= must be a mapping")
+        return {writes[0]: out}
+    unknown = [name for name in out if name not in writes]
+    if unknown:
+        raise GraphError(f"{tracer.line()}: {op} does not write {unknown[0]!r}; it writes {', '.join(writes)}")
+    return dict(out)
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def _check_keywords(line: str, op: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in kwargs:
+        if name not in (*keywords, "out", "every", "after"):
+            near = difflib.get_close_matches(name, keywords, n=1)
+            raise GraphError(
+                f"{line}: {op} has no setting {name!r}; it has {', '.join(keywords) or 'none'}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    for p in parameters.values():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
+            raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
+
+
+def _replace(thing: Any, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(thing, **changes)
+
+
+__all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "run_traced", "trace"]

@@ -1,0 +1,149 @@
+"""Transfer protocols: which rows go to which rank, and which ranks answer. Pure functions over mesh axes.
+
+Example: 8 ranks as dp=2, pp=2, tp=2 (the last axis varies fastest), 6 rows, protocol ROWS:
+
+    rank        0  1  2  3  4  5  6  7
+    dp          0  0  0  0  1  1  1  1
+    pp          0  0  1  1  0  0  1  1
+    tp          0  1  0  1  0  1  0  1
+    rows        a  a  a  a  b  b  b  b      split over dp (balanced by tokens), repeated over the rest
+    answers           x           x         tp = 0, pp = last
+
+This is HybridFlow's 3D_PROTO (arXiv 2409.19256, table of section 4); on a mesh with dp only it is
+DP_PROTO. Adding a protocol is adding a `TransferProtocol` value.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_dist.batch import IntArray
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named axes over ranks 0..size-1, row-major: the last axis varies fastest."""
+
+    axes: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return int(np.prod(list(self.axes.values()), dtype=np.int64))
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Rank -> its index on every axis."""
+        index = np.unravel_index(rank, tuple(self.axes.values()))
+        return {axis: int(position) for axis, position in zip(self.axes, index, strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferProtocol:
+    """How rows are spread over a mesh and where results are read."""
+
+    name: str
+    split: tuple[str, ...] = ()
+    """Axes that rows are split over; over all other axes they are repeated. Empty: everyone gets all rows."""
+    answer: Mapping[str, int] | None = None
+    """Ranks that answer: axis -> index (-1 for the last). Axes not named: every index. None: all ranks."""
+
+    def parts(self, mesh: Mesh) -> int:
+        """Into how many parts the rows are cut."""
+        return int(np.prod([mesh.axes.get(axis, 1) for axis in self.split], dtype=np.int64))
+
+    def part_of(self, mesh: Mesh, rank: int) -> int:
+        """Which part `rank` gets."""
+        at, part = mesh.coordinate(rank), 0
+        for axis in self.split:
+            if axis in mesh.axes:
+                part = part * mesh.axes[axis] + at[axis]
+        return part
+
+    def answering(self, mesh: Mesh) -> list[int]:
+        """Ranks whose result is read, in the order of their parts."""
+        ranks = list(range(mesh.size))
+        for axis, index in (self.answer or {}).items():
+            if axis in mesh.axes:
+                ranks = [rank for rank in ranks if mesh.coordinate(rank)[axis] == index % mesh.axes[axis]]
+        return sorted(ranks, key=lambda rank: (self.part_of(mesh, rank), rank))
+
+
+ROWS = TransferProtocol(name="ROWS", split=("dp",), answer={"tp": 0, "sp": 0, "pp": -1})
+"""3D_PROTO and DP_PROTO: split over dp, repeat over the rest, answer from tp = 0, pp = last."""
+ALL_MICRO_ROWS = TransferProtocol(name="ALL_MICRO_ROWS", split=("dp", "micro_dp"), answer={"tp": 0, "pp": -1})
+"""3D_ALL_MICRO_DP: also split over the micro data-parallel groups of generation."""
+ONE_TO_ALL = TransferProtocol(name="ONE_TO_ALL")
+"""Everyone gets everything, everyone answers."""
+PP_ONLY = TransferProtocol(name="PP_ONLY", answer={"tp": 0, "dp": 0})
+"""3D_PP_ONLY: everyone gets everything, one rank of every pipeline stage answers."""
+
+
+def balance(
+    tokens: npt.ArrayLike,
+    parts: int,
+    *,
+    groups: npt.ArrayLike | None = None,
+    home: npt.ArrayLike | None = None,
+    slack: float = 0.05,
+) -> list[IntArray]:
+    """Row indices of each part, parts of about equal token count, rows ascending within a part.
+
+    tokens: [B] tokens of each row. groups: [B] ids; rows of one id stay together. home: [B] the part
+    that already holds a row's data, -1 for none; rows stay home as long as no part then carries more
+    than (1 + slack) of the mean (or one unit, when a unit is larger than that).
+
+    Largest unit first to the least loaded part: at most 4/3 of the best possible maximum (Graham 1969).
+    O(B log B + B log parts). Deterministic.
+    """
+    weight = np.asarray(tokens, dtype=np.int64)
+    unit_of_row = np.arange(len(weight))
+    if groups is not None:
+        _, unit_of_row = np.unique(np.asarray(groups), return_inverse=True)
+    count = int(unit_of_row.max()) + 1 if len(weight) else 0
+    load = np.bincount(unit_of_row, weights=weight, minlength=count).astype(np.int64)
+    part_of_unit = np.full(count, -1, dtype=np.int64)
+    filled = np.zeros(parts, dtype=np.int64)
+    order = np.argsort(-load, kind="stable")
+    if home is not None:
+        limit = (1 + slack) * load.sum() / parts
+        home_of_unit = np.full(count, -1, dtype=np.int64)
+        home_of_unit[unit_of_row[::-1]] = np.asarray(home, dtype=np.int64)[::-1]
+        for unit in order:
+            at = home_of_unit[unit]
+            if at >= 0 and filled[at] + load[unit] <= limit:
+                part_of_unit[unit] = at
+                filled[at] += load[unit]
+    heap = [(int(filled[part]), part) for part in range(parts)]
+    heapq.heapify(heap)
+    for unit in order:
+        if part_of_unit[unit] < 0:
+            smallest, part = heapq.heappop(heap)
+            part_of_unit[unit] = part
+            heapq.heappush(heap, (smallest + int(load[unit]), part))
+    part_of_row = part_of_unit[unit_of_row] if len(weight) else np.empty(0, dtype=np.int64)
+    return [np.flatnonzero(part_of_row == part).astype(np.int64) for part in range(parts)]
+
+
+def mini_batch_of_row(groups: IntArray, mini_batches: int, seed: Sequence[int]) -> IntArray:
+    """[B] in 0..mini_batches-1: a random cut that keeps groups whole and depends on nothing but its arguments.
+
+    Mini-batches hold equally many groups (up to one). Raises ValueError if there are fewer groups than
+    mini-batches.
+    """
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    if mini_batches > len(first):
+        raise ValueError(
+            f"mini_batches must be at most the number of prompts (or pairs) left in the batch, {len(first)}, "
+            f"got {mini_batches}; use fewer mini-batches or more prompts per step"
+        )
+    if mini_batches == 1:
+        return np.zeros(len(groups), dtype=np.int64)
+    appearance = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+    shuffled = np.random.default_rng(list(seed)).permutation(len(first))
+    slot = shuffled[appearance[inverse]]
+    return (slot * mini_batches // len(first)).astype(np.int64)

@@ -1,0 +1,63 @@
+"""What a Hugging Face model folder says about itself, read without loading anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.typed import ConfigError
+
+PREPARED_BY = {"models/smollm2": "make smollm2", "runs/demo/model": "make demo"}
+"""Folders that are made, not downloaded, and the command that makes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The numbers of config.json that a launch depends on; None where the model does not say."""
+
+    heads: int | None
+    kv_heads: int | None
+    max_tokens: int | None
+    """Longest sequence, tokens."""
+    vocabulary: int | None
+    labels: int
+    """Outputs of a sequence-classification head."""
+
+
+def read_shape(path: str, key: str) -> ModelShape:
+    """The shape of the model at `path`, which the setting `key` names.
+
+    Raises ConfigError if the folder or its config.json is missing or is no JSON object.
+    """
+    folder = Path(path).expanduser()
+    how = PREPARED_BY.get(folder.as_posix())
+    hint = (
+        f"run `{how}` to make it" if how else "give a Hugging Face model folder, or choose model=demo or model=smollm2"
+    )
+    if not folder.is_dir():
+        raise ConfigError(f"{key}: no folder {path!r} (looked for {folder.resolve()}); {hint}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{key}: {path!r} is no model folder, it has no config.json; {hint}")
+    try:
+        settings = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: {file} is not JSON ({error}); {hint}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{key}: {file} must hold a JSON object; {hint}")
+    text = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
+    heads = _number(text, "num_attention_heads", "n_head")
+    labels = settings.get("id2label")
+    return ModelShape(
+        heads=heads,
+        kv_heads=_number(text, "num_key_value_heads") or heads,
+        max_tokens=_number(text, "max_position_embeddings", "n_positions"),
+        vocabulary=_number(text, "vocab_size"),
+        labels=len(labels) if isinstance(labels, dict) else int(settings.get("num_labels", 2)),
+    )
+
+
+def _number(settings: dict[str, Any], *names: str) -> int | None:
+    return next((settings[name] for name in names if isinstance(settings.get(name), int)), None)

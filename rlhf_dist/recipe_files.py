@@ -1,0 +1,109 @@
+"""Finding recipes: our own by name, a user's by path.
+
+    ppo                    the module recipes/ppo.py
+    path/to/mine.py        a file anywhere with one @recipe
+    path/to/mine.py:name   one of several
+
+`recipes` is looked up by name at run time, so that this package never imports the floor above it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from rlhf_dist.dataflow.graph import GraphError
+from rlhf_dist.dataflow.recipe import Recipe
+from rlhf_dist.rewards.load import load_file
+from rlhf_dist.typed import ConfigError, unknown
+
+PACKAGE = "recipes"
+
+
+class RecipeFile(NamedTuple):
+    """A user's recipe as it was named on the command line."""
+
+    path: Path
+    name: str | None
+
+
+def parse_spec(spec: str) -> RecipeFile | None:
+    """The file and the recipe in it, or None for the name of one of our recipes."""
+    path, name = spec, ""
+    if not spec.endswith(".py") and ":" in spec:
+        path, _, name = spec.rpartition(":")
+    return RecipeFile(Path(path).expanduser().resolve(), name or None) if path.endswith(".py") else None
+
+
+def recipes_folder() -> Path:
+    """Folder of our recipes; `conf/` in it holds their settings."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("the package `recipes` is not installed; install rlhf-dist as a whole (pip install -e .)")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def list_recipes() -> dict[str, str]:
+    """Our recipes: name -> first line of its docstring, without importing any."""
+    found: dict[str, str] = {}
+    for path in sorted(recipes_folder().glob("*.py")):
+        text = path.read_text()
+        if not path.stem.startswith("_") and "@recipe" in text:
+            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return found
+
+
+def load_recipe(spec: str) -> Recipe:
+    """The recipe `spec` names. Raises ConfigError if there is none, or if its file cannot be loaded."""
+    file = parse_spec(spec)
+    if file is not None:
+        return _choose(_load_users(file.path), str(file.path), file.name)
+    names = list_recipes()
+    if spec not in names:
+        message = unknown(spec, names, "recipe")
+        there = f" There is {', '.join(names)}." if "did you mean" in message else "."
+        raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
+    return _choose(importlib.import_module(f"{PACKAGE}.{spec}"), f"recipe {spec}", None, prefer=spec)
+
+
+def _load_users(path: Path) -> ModuleType:
+    import cloudpickle
+
+    if not path.is_file():
+        raise ConfigError(f"recipe file {path} does not exist")
+    try:
+        module = load_file(path)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except GraphError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+    # Workers cannot import the user's file: what it defines (losses, rewards, host ops) travels by value.
+    cloudpickle.register_pickle_by_value(module)
+    return module
+
+
+def _choose(module: ModuleType, where: str, name: str | None, prefer: str = "") -> Recipe:
+    found = {
+        value.name: value
+        for value in vars(module).values()
+        if isinstance(value, Recipe) and value.function.__module__ == module.__name__
+    }
+    if not found:
+        raise ConfigError(f"{where} has no function marked @recipe (from rlhf_dist.dataflow.recipe import recipe)")
+    if name is not None and name not in found:
+        raise ConfigError(f"{where} has no recipe {name}; it has {', '.join(found)}")
+    if name is None and len(found) > 1 and prefer not in found:
+        raise ConfigError(f"{where} has {len(found)} recipes ({', '.join(found)}); say which, as {where}:NAME")
+    return found[name or (prefer if prefer in found else next(iter(found)))]
+
+
+def _place(error: Exception, path: Path) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}:{lines[-1]}" if lines else str(path)

@@ -1,0 +1,80 @@
+"""Finding a function by its name in the config: `package.module:name`, `file.py:name`, or `name` in the recipe's file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_function(spec: str, default_file: str | Path | None = None) -> Callable[..., Any]:
+    """The function that `spec` names; a bare `name` is looked up in `default_file`.
+
+    Raises ValueError naming what is missing (the module, the file, the name with its nearest match), and
+    when what is there cannot be called.
+    """
+    where, _, name = spec.rpartition(":")
+    if not name:
+        raise ValueError(f"a function is given as module:name, file.py:name or name, got {spec!r}")
+    if where.endswith(".py"):
+        module = load_file(where)
+    elif where:
+        module = _import(where, spec)
+    elif default_file is not None:
+        module = load_file(default_file)
+    else:
+        raise ValueError(f"{spec!r} needs a place to look in: write package.module:{name} or file.py:{name}")
+    function = getattr(module, name, None)
+    if function is None:
+        raise ValueError(f"{where or default_file} has no {name!r}{_nearest(name, module)}")
+    if not callable(function):
+        raise ValueError(f"{spec!r} must be a function, got a {type(function).__name__}")
+    found: Callable[..., Any] = function
+    return found
+
+
+def load_file(path: str | Path) -> ModuleType:
+    """The Python file as a module, executed once per process however often it is asked for.
+
+    Relative paths are taken from the current directory. Raises ValueError if there is no such file; what
+    the file itself raises passes through.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f"no Python file {str(path)!r} (looked for {file})")
+    # Dataclasses and pickle look modules up by name, so the name must be unique and registered.
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, f"{file} ends in .py, so it has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import(module: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # Only the module that was asked for: an import that fails inside it is the file's own error.
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise
+        raise ValueError(f"no module {error.name!r}, wanted by {spec!r}; is its folder on PYTHONPATH?") from error
+
+
+def _nearest(name: str, module: ModuleType) -> str:
+    names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names[:10]) or 'no functions'}"

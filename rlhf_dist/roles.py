@@ -1,0 +1,226 @@
+"""Roles: what the algorithmic parts of RLHF can do, and what each operation touches.
+
+An interface declares once, per op, which columns it reads and writes, whether it reads or writes the
+role's weights, and how rows are spread over ranks (`rlhf_dist/dispatch.py`). Recipes name roles by
+these types; workers implement them; the tracer, the checker, the planner and the executor read the
+declarations. Names and signatures follow HybridFlow (arXiv 2409.19256, section 4).
+
+Reads may depend on the call: `update_actor(batch, loss=...)` reads what its loss reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from rlhf_dist.algorithms.contract import Loss
+from rlhf_dist.batch import Batch
+from rlhf_dist.dispatch import ROWS, TransferProtocol
+from rlhf_dist.schema import SEQUENCE, TRAINABLE
+
+F = TypeVar("F", bound=Callable[..., Any])
+Columns = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
+"""Column names, or a function of the call's settings that gives them."""
+RowEffect = Literal["keep", "new", "expand", "drop"]
+"""What an op does to rows: keeps them, makes new ones, several of each, or drops some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """What one op of a role touches."""
+
+    name: str
+    reads: Columns
+    writes: Columns = ()
+    rows: RowEffect = "keep"
+    weights_read: str | None = None
+    weights_written: str | None = None
+    """Weight state of the role: `train` (what learns) or `rollout` (what generates)."""
+    dispatch: TransferProtocol = ROWS
+    mesh: str = "train"
+    """Which of the role's meshes the rows are spread over: `train` or `rollout`."""
+
+    def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Column names for these arguments."""
+        return which(kwargs) if callable(which) else which
+
+
+def op(
+    *,
+    reads: Columns,
+    writes: Columns = (),
+    rows: RowEffect = "keep",
+    weights_read: str | None = None,
+    weights_written: str | None = None,
+    dispatch: TransferProtocol = ROWS,
+    mesh: str = "train",
+) -> Callable[[F], F]:
+    """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
+
+    def wrap(function: F) -> F:
+        function.op_spec = OpSpec(  # type: ignore[attr-defined]
+            name=function.__name__,
+            reads=reads,
+            writes=writes,
+            rows=rows,
+            weights_read=weights_read,
+            weights_written=weights_written,
+            dispatch=dispatch,
+            mesh=mesh,
+        )
+        return function
+
+    return wrap
+
+
+def ops_of(interface: type) -> dict[str, OpSpec]:
+    """All ops of an interface, inherited ones included."""
+    found = {name: getattr(interface, name, None) for name in dir(interface)}
+    return {name: member.op_spec for name, member in found.items() if hasattr(member, "op_spec")}
+
+
+def _loss_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*TRAINABLE, *kwargs["loss"].reads)))
+
+
+class Role(Protocol):
+    """Base of every role interface."""
+
+    worker: ClassVar[str] = ""
+    """`package.module:Class` that implements the role, imported on the workers only."""
+
+
+class Actor(Role, Protocol):
+    """The policy that is trained."""
+
+    worker: ClassVar[str] = "workers.actor:ActorWorker"
+
+    @op(
+        reads=("prompt_ids",),
+        writes=("response_ids", "response_mask", "response", "finished", "rollout_log_probs", "policy_version"),
+        rows="expand",
+        weights_read="rollout",
+        mesh="rollout",
+    )
+    def generate_sequences(self, prompts: Batch, *, n: int = 1, greedy: bool = False) -> Batch:
+        """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along."""
+        ...
+
+    @op(reads=SEQUENCE, writes=("old_log_probs", "entropy"), weights_read="train")
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        """Log-probs of the responses under the policy as it is before this step's update."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train")
+    def update_actor(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """`epochs` passes over the batch cut into `mini_batches`, one optimizer step for each."""
+        ...
+
+
+class Critic(Role, Protocol):
+    """The value function."""
+
+    worker: ClassVar[str] = "workers.value_model:CriticWorker"
+
+    @op(reads=SEQUENCE, writes=("values",), weights_read="train")
+    def compute_values(self, batch: Batch) -> Batch:
+        """V(s_t) before each response token."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train")
+    def update_critic(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """As `Actor.update_actor`."""
+        ...
+
+
+class Reference(Role, Protocol):
+    """A frozen policy."""
+
+    worker: ClassVar[str] = "workers.reference:ReferenceWorker"
+
+    @op(reads=SEQUENCE, writes=("ref_log_probs",))
+    def compute_ref_log_prob(self, batch: Batch) -> Batch:
+        """Log-probs of the responses under the frozen policy."""
+        ...
+
+
+class Reward(Role, Protocol):
+    """A score for each response: a rule, or a sequence-classification model. Also used for costs."""
+
+    worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
+    rule_worker: ClassVar[str] = "workers.rule_reward:RuleRewardWorker"
+
+    @op(reads=("prompt_ids", "response_ids", "prompt", "response", "answer"), writes=("rewards",))
+    def compute_reward(self, batch: Batch) -> Batch:
+        """The terminal reward of every row."""
+        ...
+
+
+class RewardModel(Role, Protocol):
+    """A reward model that is trained on preferences."""
+
+    worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
+
+    @op(reads=SEQUENCE, writes=("rewards",), weights_read="train")
+    def compute_reward(self, batch: Batch) -> Batch:
+        """The score of every row."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train")
+    def update_reward_model(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """As `Actor.update_actor`."""
+        ...
+
+
+class Prompts(Batch):
+    """A recipe parameter of this type (or plain `Batch`) is fed with prompts."""
+
+    rows_kind: ClassVar[str] = "prompts"
+    columns: ClassVar[tuple[str, ...]] = ("group_id", "prompt_ids", "prompt", "answer")
+
+
+class Examples(Batch):
+    """A recipe parameter of this type is fed with prompts and given responses."""
+
+    rows_kind: ClassVar[str] = "examples"
+    columns: ClassVar[tuple[str, ...]] = (*Prompts.columns, "response_ids", "response_mask")
+
+
+class Preferences(Batch):
+    """A recipe parameter of this type is fed with labelled responses: two rows of one group make a pair."""
+
+    rows_kind: ClassVar[str] = "preferences"
+    columns: ClassVar[tuple[str, ...]] = (*Examples.columns, "label", "margin")
+
+
+class State:
+    """A few numbers that the controller keeps, updates every step and checkpoints: multipliers, coefficients.
+
+    Subclass it; methods marked with `state_op` are pure: (numbers, batch, **settings) -> (numbers, metrics).
+    In a recipe `state.value("key")` stands for a number wherever an op takes one.
+    """
+
+    def initial(self, cfg: Any) -> dict[str, float]:
+        """The numbers a run starts with; `cfg` is the recipe's algorithm section."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StateValue:
+    """A number of a state, to be filled in when the op runs."""
+
+    role: str
+    key: str
+
+
+def state_op(*, reads: Columns) -> Callable[[F], F]:
+    """Declare a `State` method that reads `reads` of a batch and returns (new numbers, metrics)."""
+
+    def wrap(function: F) -> F:
+        function.op_spec = OpSpec(  # type: ignore[attr-defined]
+            name=function.__name__, reads=reads, weights_read="state", weights_written="state"
+        )
+        return function
+
+    return wrap

@@ -1,0 +1,84 @@
+"""What every batch column means: the one place where shapes, dtypes and units are written down.
+
+B is the number of rows (trajectories), T_i the number of *response* tokens of row i. Per-token columns
+are aligned with the response: `values[i][j]` belongs to `response_ids[i][j]`. A prompt is its own
+ragged column, so nothing is padded and no offset has to be remembered.
+
+    prompt_ids    [B, P_i]   w w w w
+    response_ids  [B, T_i]           y y y y y
+    response_mask [B, T_i]           1 1 1 1 1      0 where the token must not be trained on
+    log_probs, values, rewards, ...  one number per response token, or one per row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Shape = Literal["[B]", "[B, T]", "[B, P]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSpec:
+    """One column: `shape` in rows B, response tokens T or prompt tokens P; `dtype` a numpy name or "text"."""
+
+    shape: Shape
+    dtype: str
+    meaning: str
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the column has one entry for each response token."""
+        return self.shape == "[B, T]"
+
+
+def _spec(shape: Shape, dtype: str, meaning: str) -> ColumnSpec:
+    return ColumnSpec(shape=shape, dtype=dtype, meaning=meaning)
+
+
+COLUMNS: dict[str, ColumnSpec] = {
+    # What a source emits.
+    "group_id": _spec("[B]", "int64", "rows of one prompt (or one preference set) share it; unique within a run"),
+    "prompt_ids": _spec("[B, P]", "int32", "token ids of the prompt, chat template applied"),
+    "prompt": _spec("[B]", "text", "the prompt before the chat template, for rewards and people"),
+    "answer": _spec("[B]", "text", "ground truth for a verifier; JSON when the verifier needs more than a string"),
+    "source": _spec("[B]", "text", "where the row comes from: fresh, replay, expert or a data set's name"),
+    # What generation emits.
+    "response_ids": _spec("[B, T]", "int32", "token ids of the response, end-of-sequence token included"),
+    "response_mask": _spec("[B, T]", "uint8", "1 where a token counts in losses and returns"),
+    "response": _spec("[B]", "text", "the response as text, special tokens removed"),
+    "finished": _spec("[B]", "uint8", "1 if the response ended itself, 0 if the token limit cut it"),
+    "rollout_log_probs": _spec("[B, T]", "float32", "log pi(y_t) as the generation engine sampled it, nats"),
+    "policy_version": _spec("[B]", "int32", "weight version that sampled the response (0 is the initial model)"),
+    # What forward passes emit.
+    "old_log_probs": _spec("[B, T]", "float32", "log pi_old(y_t) recomputed by the training engine, nats"),
+    "ref_log_probs": _spec("[B, T]", "float32", "log pi_ref(y_t) under the frozen reference, nats"),
+    "entropy": _spec("[B, T]", "float32", "entropy of the policy before y_t, nats"),
+    "values": _spec("[B, T]", "float32", "V(s_t) under the critic, in reward units"),
+    # Rewards, advantages.
+    "rewards": _spec("[B]", "float32", "terminal reward of the trajectory"),
+    "token_rewards": _spec("[B, T]", "float32", "reward received after each token; sums to the return at gamma 1"),
+    "advantages": _spec("[B, T]", "float32", "A(s_t, y_t) in reward units (or normalised, as the recipe says)"),
+    "returns": _spec("[B, T]", "float32", "target of the critic at s_t, in reward units"),
+    # Preferences: rows of one group, labelled.
+    "label": _spec("[B]", "int8", "+1 chosen, -1 rejected, 0 neither, among the rows of a group"),
+    "margin": _spec("[B]", "float32", "strength of the preference, in reward units; 0 when unknown"),
+    "weight": _spec("[B]", "float32", "weight of the row in its loss; 1 when all count alike"),
+}
+
+SEQUENCE: tuple[str, ...] = ("prompt_ids", "response_ids")
+"""What a forward pass needs of a row."""
+
+TRAINABLE: tuple[str, ...] = (*SEQUENCE, "response_mask", "group_id")
+"""What every update reads besides what its loss asks for."""
+
+
+def describe(names: Iterable[str]) -> str:
+    """A table of `names` for people: one line each with shape, dtype and meaning."""
+    rows = [(name, COLUMNS.get(name)) for name in names]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(
+        f"{name:<{width}}  {spec.shape:<7} {spec.dtype:<8} {spec.meaning}" if spec else f"{name:<{width}}  (user-defined)"
+        for name, spec in rows
+    )

@@ -1,0 +1,21 @@
+"""Host ops that recipes use between roles: advantages, whitening, pairs and filters. Nothing here imports torch."""
+
+from rlhf_dist.transforms.gae import gae
+from rlhf_dist.transforms.grpo_advantage import grpo_advantage
+from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
+from rlhf_dist.transforms.remax_advantage import remax_advantage
+from rlhf_dist.transforms.rloo_advantage import rloo_advantage
+from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, keep_best_and_worst
+from rlhf_dist.transforms.whiten import whiten
+
+__all__ = [
+    "best_of_group",
+    "drop_equal_groups",
+    "gae",
+    "grpo_advantage",
+    "keep_best_and_worst",
+    "lagrangian_advantage",
+    "remax_advantage",
+    "rloo_advantage",
+    "whiten",
+]

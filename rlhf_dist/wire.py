@@ -1,0 +1,110 @@
+"""What crosses between the controller and a worker process: instructions out, small records back.
+
+Token data is never in here. A `Fetch` says where rows lie in the object store and the worker pulls
+them itself; a `Reply` carries references to what the worker stored, plus row counts and lengths.
+
+    controller                         worker                          object store
+      Call + [Fetch]  ----------->       pull rows  <------------------  columns of earlier ops
+                                         run the op
+      Reply  <--------------------       store columns  -------------->  columns of this op
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_dist.batch import Batch, IntArray
+from rlhf_dist.metrics import Metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Fetch:
+    """Rows of one column group, to be pulled by the worker."""
+
+    names: Mapping[str, str]
+    """Column as the op sees it -> its name inside the stored objects."""
+    refs: tuple[Any, ...]
+    """Object references; nested in a record, so Ray does not resolve them on the way."""
+    object_of: npt.NDArray[np.int32]
+    """[B] index into refs."""
+    row_of: npt.NDArray[np.int32]
+    """[B] row inside that object."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One op on one rank."""
+
+    step: int
+    node: str
+    line: str
+    """The recipe's line, for errors."""
+    seed: int
+    """The run's seed."""
+    num_rows: int
+    fetches: tuple[Fetch, ...] = ()
+    row_index: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    """[B] positions of these rows in the whole batch: randomness hangs on them, never on placement."""
+    mini_batch: IntArray | None = None
+    """[B] mini-batch of each row, for updates."""
+    out: Mapping[str, str] = field(default_factory=dict)
+    """The op's column name -> the recipe's, where they differ."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpResult:
+    """What a worker's op returns: written columns, and more where it needs to."""
+
+    columns: Batch
+    parent: IntArray | None = None
+    """[B'] input row of each output row, for ops that make or drop rows; None: rows are kept."""
+    tokens: IntArray | None = None
+    """[B'] prompt + response tokens, for ops that make rows."""
+    groups: IntArray | None = None
+    """[B'] group ids, for sources."""
+    metrics: Metrics = field(default_factory=dict)
+    """Add up over answering ranks; an op whose ranks all know the same number reports it on rank 0 only."""
+    state: Mapping[str, float] | None = None
+    """New numbers of a State."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reply:
+    """The record of an op on one rank."""
+
+    stored: tuple[tuple[tuple[str, ...], Any], ...]
+    """(column names, object reference) of each column group, the same groups on every rank."""
+    num_rows: int
+    nbytes: int
+    """Bytes stored."""
+    seconds: float
+    """Inside the op, pulling and storing included."""
+    pull_seconds: float
+    parent: IntArray | None = None
+    tokens: IntArray | None = None
+    groups: IntArray | None = None
+    metrics: Metrics = field(default_factory=dict)
+    state: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerContext:
+    """Where a role worker finds itself."""
+
+    role: str
+    rank: int
+    """Rank in the pool's process group."""
+    world: int
+    device: str
+    """`cpu`, `cuda:0`, ..."""
+    seed: int
+    generates: bool = False
+    """Whether the recipe generates with this role."""
+    total_steps: int = 0
+    """Steps of the run, for schedules."""

@@ -1,0 +1,181 @@
+"""Each loss against numbers computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf_dist.algorithms import bradley_terry, dpo, ipo, nll, policy_gradient, ppo_clip, simpo, value_clip
+from tests.algorithms.rows import make_rows, model, tokens
+
+
+def sigmoid_loss(x: float) -> float:
+    return math.log(1 + math.exp(-x))
+
+
+def ratio_rows(ratios: list[float], advantages: list[float], lengths: list[int] | None = None, **columns):
+    lengths = lengths or [len(ratios)]
+    zeros = torch.zeros(len(ratios), dtype=torch.float64)
+    rows = make_rows(
+        lengths,
+        list(range(len(lengths))),
+        torch.ones(len(ratios), dtype=torch.float64),
+        {"old_log_probs": zeros, "advantages": tokens(*advantages), **columns},
+    )
+    return model(log_probs=tokens(*map(math.log, ratios))), rows
+
+
+def test_ppo_clip_takes_the_worse_of_the_plain_and_the_clipped_objective() -> None:
+    output, rows = ratio_rows([1.5, 1.5, 0.5, 0.5, 1.1], [1, -1, 1, -1, 2])
+    loss, metrics = ppo_clip(0.2)(output, rows)
+    torch.testing.assert_close(loss, tokens(-1.2, 1.5, -0.5, 0.8, -2.2))
+    torch.testing.assert_close(metrics["clip_fraction"], tokens(1, 0, 0, 1, 0))
+    torch.testing.assert_close(metrics["ratio"], tokens(1.5, 1.5, 0.5, 0.5, 1.1))
+    # KL(old || new) by k3 with d = log ratio.
+    torch.testing.assert_close(metrics["approx_kl"][0], torch.tensor(0.5 - math.log(1.5), dtype=torch.float64))
+
+
+def test_ppo_clip_higher_and_dual_clip() -> None:
+    output, rows = ratio_rows([1.5, 4.0, 1.05], [1, -1, -1])
+    loss, _ = ppo_clip(0.2, clip_high=0.28, dual_clip=3.0)(output, rows)
+    torch.testing.assert_close(loss, tokens(-1.28, 3.0, 1.05))
+
+
+def test_ppo_clip_average_over_rows_and_with_a_constant_divisor() -> None:
+    output, rows = ratio_rows([1.0, 1.0, 1.0], [1, 3, 5], lengths=[2, 1])
+    torch.testing.assert_close(ppo_clip(average="rows")(output, rows)[0], tokens(-2, -5))
+    torch.testing.assert_close(ppo_clip(average="rows", row_divisor=10)(output, rows)[0], tokens(-0.4, -0.5))
+
+
+def test_sequence_ratio_is_the_geometric_mean_of_the_row() -> None:
+    output, rows = ratio_rows([2.0, 0.5, 1.1, 1.21], [1, 1, 1, 1], lengths=[2, 2])
+    loss, metrics = ppo_clip(0.5, ratio="sequence", average="rows")(output, rows)
+    torch.testing.assert_close(loss, tokens(-1.0, -(1.1**1.5)))
+    torch.testing.assert_close(metrics["ratio"], tokens(1.0, 1.1**1.5))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"), [("k1", 0.3), ("k2", 0.045), ("k3", math.exp(-0.3) - 1 + 0.3)]
+)
+def test_ppo_clip_adds_kl_and_takes_off_entropy(estimator: str, expected: float) -> None:
+    loss_function = ppo_clip(kl_coef=0.1, kl_estimator=estimator, entropy_coef=0.01)  # type: ignore[arg-type]
+    assert loss_function.reads == ("old_log_probs", "advantages", "ref_log_probs")
+    assert loss_function.outputs == ("log_probs", "entropy")
+    output, rows = ratio_rows([1.0], [2.0], ref_log_probs=tokens(-0.3))
+    loss, metrics = loss_function(model(log_probs=output.log_probs, entropy=tokens(5.0)), rows)
+    torch.testing.assert_close(loss, tokens(-2 + 0.1 * expected - 0.05))
+    torch.testing.assert_close(metrics["ref_kl"], tokens(expected))
+
+
+def test_ppo_clip_reads_only_what_it_needs() -> None:
+    assert ppo_clip().reads == ("old_log_probs", "advantages")
+    assert ppo_clip().outputs == ("log_probs",)
+
+
+def test_ppo_clip_is_finite_where_uncounted_tokens_hold_absurd_numbers() -> None:
+    for ratio in ("token", "sequence"):
+        log_probs = tokens(-1.0, -500.0).requires_grad_()
+        columns = {"old_log_probs": tokens(-1.0, 400.0), "advantages": tokens(1.0, 0.0)}
+        rows = make_rows([2], [0], tokens(1, 0), columns)
+        loss, metrics = ppo_clip(ratio=ratio)(model(log_probs=log_probs), rows)  # type: ignore[arg-type]
+        (loss * rows.mask).sum().backward()
+        torch.testing.assert_close(log_probs.grad, tokens(-1.0, 0.0))
+        assert all(value.isfinite().all() for value in metrics.values())
+
+
+def test_policy_gradient_of_a_response_is_minus_advantage_times_its_log_prob() -> None:
+    rows = make_rows([2, 1], [0, 1], tokens(1, 1, 1), {"advantages": tokens(2, 2, -1)})
+    output = model(log_probs=tokens(-0.5, -1.0, -3.0))
+    torch.testing.assert_close(policy_gradient()(output, rows)[0], tokens(1.0, 2.0, -3.0))
+    torch.testing.assert_close(policy_gradient(average="rows", row_divisor=1)(output, rows)[0], tokens(3.0, -3.0))
+
+
+def test_value_clip_takes_the_larger_error() -> None:
+    columns = {"values": tokens(0, 0, 0), "returns": tokens(1, 1, -1)}
+    rows = make_rows([3], [0], tokens(1, 1, 1), columns)
+    output = model(values=tokens(0.8, 0.1, 0.5))
+    loss, metrics = value_clip(0.2)(output, rows)
+    # Row 0: 0.8 is clipped to 0.2, error 0.64 > 0.04. Row 1: inside. Row 2: moved away, the plain error is larger.
+    torch.testing.assert_close(loss, tokens(0.32, 0.405, 1.125))
+    torch.testing.assert_close(metrics["value_clip_fraction"], tokens(1, 0, 0))
+    torch.testing.assert_close(value_clip(0)(output, rows)[0], tokens(0.02, 0.405, 1.125))
+    assert value_clip(0).reads == ("returns",)
+
+
+def test_nll_and_its_row_weights() -> None:
+    rows = make_rows([2, 1], [0, 1], tokens(1, 1, 1), {"weight": tokens(0.5, 2.0)})
+    output = model(log_probs=tokens(-1, -2, -3))
+    torch.testing.assert_close(nll()(output, rows)[0], tokens(1, 2, 3))
+    torch.testing.assert_close(nll(weighted=True)(output, rows)[0], tokens(0.5, 1, 6))
+    torch.testing.assert_close(nll(average="rows")(output, rows)[0], tokens(1.5, 3))
+
+
+def pair_rows(**columns: torch.Tensor):
+    """Two pairs: chosen first in the one, last in the other; the last token of row 1 does not count."""
+    label = torch.tensor([1, -1, -1, 1], dtype=torch.int8)
+    return make_rows([2, 3, 1, 1], [7, 7, 9, 9], tokens(1, 1, 1, 1, 0, 1, 1), {"label": label, **columns})
+
+
+PAIR_LOG_PROBS = tokens(-1, -2, -1, -1, -50, -3, -1)
+PAIR_REF = tokens(-2, -2, -1, -0.5, 0, -3, -2)
+# Log-ratios: rows 0..3 = 1, -0.5, 0, 1; delta = 1.5 and 1.
+
+
+def test_dpo_by_hand() -> None:
+    rows = pair_rows(ref_log_probs=PAIR_REF)
+    loss, metrics = dpo(0.4)(model(log_probs=PAIR_LOG_PROBS), rows)
+    torch.testing.assert_close(loss, tokens(sigmoid_loss(0.6), sigmoid_loss(0.4)))
+    torch.testing.assert_close(metrics["margin"], tokens(0.6, 0.4))
+    torch.testing.assert_close(metrics["accuracy"], tokens(1, 1))
+    smooth, _ = dpo(0.4, label_smoothing=0.1)(model(log_probs=PAIR_LOG_PROBS), rows)
+    torch.testing.assert_close(smooth[1], tokens(0.9 * sigmoid_loss(0.4) + 0.1 * sigmoid_loss(-0.4))[0])
+    mean, _ = dpo(1.0, length_normalised=True)(model(log_probs=PAIR_LOG_PROBS), rows)
+    torch.testing.assert_close(mean, tokens(sigmoid_loss(0.5 + 0.25), sigmoid_loss(1.0)))
+
+
+def test_ipo_draws_the_log_ratios_half_an_inverse_tau_apart() -> None:
+    loss, _ = ipo(0.5)(model(log_probs=PAIR_LOG_PROBS), pair_rows(ref_log_probs=PAIR_REF))
+    torch.testing.assert_close(loss, tokens(0.25, 0.0))
+
+
+def test_simpo_needs_no_reference() -> None:
+    assert simpo().reads == ("label",)
+    loss, _ = simpo(2.0, 0.5)(model(log_probs=PAIR_LOG_PROBS), pair_rows())
+    # Means: -1.5 and -1; -1 and -3.
+    torch.testing.assert_close(loss, tokens(sigmoid_loss(2 * -0.5 - 0.5), sigmoid_loss(2 * 2 - 0.5)))
+
+
+def test_bradley_terry_reads_the_value_at_the_last_token() -> None:
+    values = tokens(9, 2, 9, 9, 1, 3, 0.5)
+    loss, metrics = bradley_terry()(model(values=values), pair_rows())
+    torch.testing.assert_close(loss, tokens(sigmoid_loss(1.0), sigmoid_loss(-2.5)))
+    torch.testing.assert_close(metrics["accuracy"], tokens(1, 0))
+    margin = pair_rows(margin=tokens(0.5, 0.5, 0.0, 0.0))
+    loss, _ = bradley_terry(use_margin=True, centre_coef=0.1)(model(values=values), margin)
+    torch.testing.assert_close(loss, tokens(sigmoid_loss(0.5) + 0.9, sigmoid_loss(-2.5) + 0.1 * 3.5**2))
+
+
+def test_a_group_that_is_no_pair_is_an_error() -> None:
+    rows = make_rows([1, 1], [0, 0], tokens(1, 1), {"label": torch.tensor([1, 1]), "ref_log_probs": tokens(0, 0)})
+    with pytest.raises(ValueError, match="exactly one row labelled"):
+        dpo()(model(log_probs=tokens(-1, -1)), rows)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ppo_clip(0),
+        lambda: ppo_clip(dual_clip=0.5),
+        lambda: ppo_clip(average="groups"),  # type: ignore[arg-type]
+        lambda: ppo_clip(row_divisor=3),
+        lambda: value_clip(-1),
+        lambda: dpo(0),
+        lambda: dpo(label_smoothing=0.5),
+        lambda: ipo(0),
+    ],
+)
+def test_impossible_settings_are_refused(build) -> None:
+    with pytest.raises(ValueError, match="must be|got"):
+        build()

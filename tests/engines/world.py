@@ -1,0 +1,89 @@
+"""A world of real processes in one gloo group, kept alive so that many tests share its start-up.
+
+    parent    run(f, x) ---pipe---> rank 0: f(x)  \
+                        ---pipe---> rank 1: f(x)  /  collectives between them
+              results  <---pipe---                   each wait ends after a time limit
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CALL_TIMEOUT_S = 90.0
+
+
+class World:
+    """`size` processes, each a rank of one gloo group on this machine."""
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(*args) on every rank; results by rank. Raises RuntimeError with a rank's traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(CALL_TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} did not answer within {CALL_TIMEOUT_S} s")
+            done, result = pipe.recv()
+            results.append(result)
+            if not done:
+                errors.append(f"rank {rank}:\n{result}")
+        if errors:
+            raise RuntimeError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join(5)
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from workers.device import device_for, init_distributed
+
+    torch.set_num_threads(1)
+    init_distributed(
+        rank=rank,
+        world=size,
+        master_addr="127.0.0.1",
+        master_port=port,
+        device=device_for(rank, "cpu"),
+        timeout_s=CALL_TIMEOUT_S / 2,
+        one_node=True,
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))

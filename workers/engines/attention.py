@@ -1,0 +1,124 @@
+"""Attention over packed sequences: rows lie one after the other in one long row, and none sees another.
+
+    hidden  [1, N, H]   |  row 0  |  row 1  |   row 2    |   row 3    |
+    spans               (count 2, length 9)  (count 2, length 12)
+
+No [N, N] mask is built. Rows are packed in order of length, so rows of equal length are neighbours and one
+attention call over a view handles each span. On CUDA in half precision torch's variable-length flash attention
+takes the whole pack in one call.
+
+Registered with transformers as the attention implementation `packed`, which it passes `packing` to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a pack lie."""
+
+    spans: tuple[tuple[int, int], ...]
+    """(count, length) of neighbouring sequences of equal length, in order."""
+    ends: Tensor
+    """[sequences + 1] int32 on the device: 0 and the end of each sequence, in tokens."""
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Packing:
+        """The packing of sequences of these lengths (tokens, each >= 1) in this order."""
+        spans: list[tuple[int, int]] = []
+        for length in lengths:
+            if spans and spans[-1][1] == length:
+                spans[-1] = (spans[-1][0] + 1, length)
+            else:
+                spans.append((1, length))
+        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device, torch.int32)
+        return Packing(tuple(spans), ends)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(length for _, length in self.spans)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of the pack, as transformers calls it.
+
+    query [1, Hq, N, D], key and value [1, Hk, N, D] with Hq a multiple of Hk -> [1, N, Hq, D].
+    Raises ValueError for attention variants that it does not compute.
+    """
+    if attention_mask is not None or softcap is not None or s_aux is not None:
+        raise ValueError(f"packed attention has no masks, soft caps or sinks, which {type(module).__name__} asks for")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _flash(query, key, value, packing, scaling, sliding_window), None
+    outputs, start = [], 0
+    for count, length in packing.spans:
+        part = slice(start, start + count * length)
+        start = part.stop
+        q, k, v = (_sequences(t[0, :, part], count) for t in (query, key, value))
+        window = _window_mask(length, sliding_window, query.device)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _sequences(tensor: Tensor, count: int) -> Tensor:
+    """[heads, count * length, D] -> [count, heads, length, D], a view."""
+    heads, tokens, size = tensor.shape
+    return tensor.reshape(heads, count, tokens // count, size).transpose(0, 1)
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[length, length] bool, True where attended; None where the window covers the whole sequence."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    return seen.tril().triu(1 - sliding_window)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, sliding_window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    attended = varlen_attn(
+        q,
+        k,
+        v,
+        packing.ends,
+        packing.ends,
+        packing.longest,
+        packing.longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(attended, Tensor), "asked for no auxiliary outputs"
+    return attended.unsqueeze(0)
+
+
+AttentionInterface.register("packed", packed_attention)

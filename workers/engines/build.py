@@ -1,0 +1,47 @@
+"""From an engine's name in the config to the engine. Imports only what is asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from rlhf_dist.wire import WorkerContext
+from workers.engines.generation import GenerationEngine
+from workers.engines.models import Head
+from workers.engines.training import TrainingEngine
+
+
+def new_training_engine(
+    model: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig | None, head: Head, context: WorkerContext
+) -> TrainingEngine:
+    """The engine `engine.name` names; `optimizer` None for a frozen model. Raises ValueError for another name."""
+    if engine.name == "fsdp":
+        from workers.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(
+            model=model,
+            engine=engine,
+            optimizer=optimizer,
+            head=head,
+            device=torch.device(context.device),
+            seed=context.seed,
+        )
+    raise ValueError(f"engine.name must be fsdp, got {engine.name!r}")
+
+
+def new_generation_engine(model_path: str, rollout: RolloutConfig, context: WorkerContext) -> GenerationEngine:
+    """The engine `rollout.engine` names. Raises ValueError for another name."""
+    device = torch.device(context.device)
+    if rollout.engine == "vllm":
+        from workers.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            model_path=model_path, rollout=rollout, rank=context.rank, world=context.world, device=device
+        )
+    if rollout.engine == "transformers":
+        from workers.engines.transformers import TransformersEngine
+
+        return TransformersEngine(
+            model_path=model_path, rollout=rollout, rank=context.rank, world=context.world, device=device
+        )
+    raise ValueError(f"rollout.engine must be vllm or transformers, got {rollout.engine!r}")

@@ -1,0 +1,271 @@
+"""The generation contract: what every generation engine does, and how it comes by its weights.
+
+    buckets of (name, tensor) ──> Arrivals: known? once? dtype? checksum? ──> _install ──> _finish_install
+                                                  │ anything wrong                              │ read back
+                                                  v                                             v
+                                   WeightSyncError, on every rank of the            weights_version = version
+                                   tensor-parallel group; generate refuses
+
+An engine starts without weights and refuses to generate (`StaleWeights`) until a sync completes; a sync
+that begins takes the old version away, so a stale or half-updated policy cannot be sampled from.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.sampling import Sampling
+
+Bucket: TypeAlias = list[tuple[str, Tensor]]
+"""Some full parameters under their Hugging Face names, in the rollout dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """One sampled response."""
+
+    token_ids: NDArray[np.int32]
+    """[T] tokens drawn, T >= 1; the end-of-sequence token included when the response ended itself."""
+    log_probs: NDArray[np.float32]
+    """[T] log-probs of those tokens under softmax(logits / temperature) over the *full* vocabulary, whatever
+    top_p, top_k or greedy say: what the trainer recomputes at the same temperature."""
+    finished: bool
+    """Ended itself; False when cut at max_tokens."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one weight sync moved into this engine."""
+
+    parameters: int
+    """Full parameters received."""
+    bytes: int
+    """Their bytes."""
+    seconds: float
+    """From the call to verified, waiting for the sender included."""
+
+
+class WeightSyncError(RuntimeError):
+    """Weights did not arrive as announced, or were not installed as they arrived."""
+
+    def __init__(self, version: int, rule: str, parameters: Iterable[str] = ()) -> None:
+        self.version, self.rule, self.parameters = version, rule, tuple(sorted(parameters))
+        shown = ", ".join(self.parameters[:5]) + (", ..." if len(self.parameters) > 5 else "")
+        which = f" ({len(self.parameters)} parameters: {shown})" if self.parameters else ""
+        super().__init__(
+            f"weight sync of version {version} failed: {rule}{which}; "
+            "this engine generates nothing until a sync completes"
+        )
+
+
+class StaleWeights(RuntimeError):
+    """Generation was asked of an engine that does not hold a verified version of the weights."""
+
+
+class GenerationEngine(Protocol):
+    """What the actor needs of an engine. Every rank of a tensor-parallel group makes every call, alike."""
+
+    @property
+    def weights_version(self) -> int:
+        """Version of the weights held; -1 for none."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Response]:
+        """Draw sampling.n responses per prompt.
+
+        prompts: token ids, [T_i] each; zero prompts are fine. seeds: one per response, in [0, 2^63). Each
+        response is drawn from its own random stream, so it does not depend on the rank, the other prompts
+        or the batch size (up to float rounding). Returns len(prompts) * n responses, the n of one prompt together.
+        Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
+        """
+        ...
+
+    def receive_weights(self, version: int, buckets: Iterator[Bucket], expected: Mapping[str, int]) -> SyncReport:
+        """Take the parameters of `version`; expected: name -> `full_checksum` of every parameter to come.
+
+        Raises WeightSyncError; the engine then refuses to generate until a later call succeeds.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the device memory back for training (nothing to do on a CPU)."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again; the weights held before sleep() are held after wake()."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; the process group the engine was given stays. Calling it twice is fine."""
+        ...
+
+
+class Arrivals:
+    """Checks what arrives in one sync against what was announced."""
+
+    def __init__(self, version: int, expected: Mapping[str, int], dtype: torch.dtype) -> None:
+        self._version, self._expected, self._dtype = version, expected, dtype
+        self._seen: set[str] = set()
+        self.bytes = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._seen)
+
+    def check(self, bucket: Bucket) -> None:
+        """Raise WeightSyncError for a name, dtype, repetition or checksum that was not announced."""
+        names = [name for name, _ in bucket]
+        if unknown := set(names) - self._expected.keys():
+            raise WeightSyncError(self._version, "only announced parameters may arrive", unknown)
+        if again := {name for name in names if name in self._seen or names.count(name) > 1}:
+            raise WeightSyncError(self._version, "every parameter must arrive once", again)
+        if wrong := {name for name, tensor in bucket if tensor.dtype != self._dtype}:
+            raise WeightSyncError(self._version, f"parameters must arrive as {self._dtype}", wrong)
+        if wrong := {name for name, tensor in bucket if full_checksum(tensor) != self._expected[name]}:
+            raise WeightSyncError(self._version, "checksums must equal the sender's", wrong)
+        self._seen.update(names)
+        self.bytes += sum(tensor.nbytes for _, tensor in bucket)
+
+    def check_complete(self) -> None:
+        """Raise WeightSyncError when nothing arrived, or not all of it."""
+        if not self._seen:
+            raise WeightSyncError(self._version, "at least one parameter must arrive, got none", self._expected)
+        if missing := self._expected.keys() - self._seen:
+            raise WeightSyncError(self._version, "every announced parameter must arrive", missing)
+
+
+class SyncedEngine(ABC):
+    """The part of the contract that is the same for every engine: a verified sync, or no generation."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._version = -1
+        self._refusal = "no weights have arrived yet"
+
+    @property
+    def weights_version(self) -> int:
+        """Version of the weights held; -1 for none."""
+        return self._version
+
+    def receive_weights(self, version: int, buckets: Iterator[Bucket], expected: Mapping[str, int]) -> SyncReport:
+        """See GenerationEngine."""
+        if version < 0:
+            raise ValueError(f"version must be >= 0, got {version}")
+        started = perf_counter()
+        self._version, self._refusal = -1, f"the sync of version {version} did not complete"
+        arrivals = Arrivals(version, expected, self._dtype)
+        failure: Exception | None = None
+        try:
+            self._begin_install()
+            for bucket in buckets:
+                # Buckets come out of collectives: after a failure the rest is still drawn, so that the other
+                # ranks are not left waiting, and all of them hear of it below.
+                failure = failure or self._attempt(arrivals, bucket)
+            if failure is None:
+                arrivals.check_complete()
+                self._finish_install(version, expected)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+            failure = failure or error
+        elsewhere = self._failures_of_peers(None if failure is None else str(failure))
+        if failure is not None:
+            raise (
+                failure if isinstance(failure, WeightSyncError) else WeightSyncError(version, repr(failure))
+            ) from failure
+        if elsewhere:
+            raise WeightSyncError(
+                version, f"all ranks of the tensor-parallel group must succeed; {'; '.join(elsewhere)}"
+            )
+        self._version = version
+        return SyncReport(arrivals.count, arrivals.bytes, perf_counter() - started)
+
+    def _attempt(self, arrivals: Arrivals, bucket: Bucket) -> Exception | None:
+        try:
+            arrivals.check(bucket)
+            self._install(bucket)
+        except Exception as error:  # noqa: BLE001 - raised by receive_weights once the buckets are drawn
+            return error
+        return None
+
+    def _require_weights(self) -> None:
+        if self._version < 0:
+            raise StaleWeights(f"generation needs a verified version of the weights: {self._refusal}; sync first")
+
+    @abstractmethod
+    def _begin_install(self) -> None:
+        """Make what is installed unusable, so that whatever is not replaced shows."""
+
+    @abstractmethod
+    def _install(self, bucket: Bucket) -> None:
+        """Write full parameters into the model."""
+
+    @abstractmethod
+    def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
+        """Make the model ready to run; raise WeightSyncError unless what runs is what arrived."""
+
+    def _failures_of_peers(self, failure: str | None) -> list[str]:
+        """Tell the ranks sharing this copy of the model of this rank's failure; returns theirs."""
+        return []
+
+
+def check_request(
+    prompts: Sequence[NDArray[np.integer]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+) -> None:
+    """Raise ValueError for a generate() call that does not fit the engine's limits."""
+    if len(seeds) != len(prompts) * sampling.n:
+        raise ValueError(
+            f"one seed per response: {len(prompts)} prompts x n={sampling.n} need {len(prompts) * sampling.n}, "
+            f"got {len(seeds)}"
+        )
+    if any(not 0 <= seed < 1 << 63 for seed in seeds):
+        raise ValueError(f"seeds must be in [0, 2^63), got {min(seeds)}..{max(seeds)}")
+    lengths = [len(prompt) for prompt in prompts]
+    if lengths and not 1 <= min(lengths) <= max(lengths) <= max_prompt_tokens:
+        raise ValueError(
+            f"prompts must have 1..{max_prompt_tokens} tokens (rollout.max_prompt_tokens), "
+            f"got {min(lengths)}..{max(lengths)}; drop or cut them in the source"
+        )
+    if sampling.max_tokens > max_response_tokens:
+        raise ValueError(
+            f"max_tokens must be <= rollout.max_response_tokens ({max_response_tokens}), got {sampling.max_tokens}"
+        )
+
+
+def stream_seed(seed: int) -> int:
+    """A 32-bit seed that depends on all 64 bits of `seed`: torch's CPU generator reads only the low 32.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    mask = (1 << 64) - 1
+    mixed = (seed + 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return (mixed ^ (mixed >> 31)) >> 32
+
+
+def end_token_ids(model_path: str | Path) -> list[int]:
+    """The tokens that end a response: eos_token_id of generation_config.json, else of config.json; may be none."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(model_path) / name
+        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            return [int(token) for token in (found if isinstance(found, list) else [found])]
+    return []

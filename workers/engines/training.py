@@ -1,0 +1,100 @@
+"""What a training engine is: one small contract in front of FSDP2 and, later, others.
+
+Every method is collective over the engine's process group: all ranks call it, each with its own rows, and
+a rank may have none. Several engines may live in one process (actor, critic and reference colocated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rlhf_dist.algorithms.contract import Loss, Output
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.metrics import Metrics
+
+Term = tuple[float, Loss, Batch]
+"""One summand of a step: weight, loss, and the rows of this rank."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient that is NaN or infinite; raised on all ranks before any weight has changed."""
+
+    def __init__(self, loss: str, step: int, groups: tuple[int, ...]) -> None:
+        super().__init__(loss, step, groups)
+        self.loss, self.step, self.groups = loss, step, groups
+
+    def __str__(self) -> str:
+        where = f"in rows with group_id {list(self.groups)}" if self.groups else "in the gradient only"
+        return (
+            f"{self.loss} is not finite in optimizer step {self.step}, {where}; the weights are unchanged. "
+            "Look at these rows (rewards, advantages, log-probs), or lower the learning rate"
+        )
+
+
+class TrainingEngine(Protocol):
+    """A sharded model with its optimizer."""
+
+    version: int
+    """Optimizer steps done."""
+
+    def forward(self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0) -> dict[str, Column]:
+        """`outputs` without gradient: ragged float32 columns aligned with response_ids (`scores`: dense [B]).
+
+        Reads prompt_ids (at least one token a row) and response_ids (may be empty). Entry j is read at the
+        position before response token j: log_probs[j] and entropy[j] are those of token j, values[j] is the
+        value of the state before it.
+        """
+        ...
+
+    def scores(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """[B] the value head at the last token of prompt and response: what a reward model says."""
+        ...
+
+    def step(self, batch: Batch, loss: Loss, temperature: float = 1.0) -> Metrics:
+        """One optimizer step on the loss averaged over the rows of all ranks; the same metrics on every rank.
+
+        A step over no rows at all does nothing. Raises NonFiniteLoss before the weights change.
+        """
+        ...
+
+    def step_many(self, terms: Sequence[Term], temperature: float = 1.0) -> Metrics:
+        """One optimizer step on a weighted sum of losses, each averaged over its own batch."""
+        ...
+
+    def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """All parameters by checkpoint name, whole, in buckets of at most `bucket_bytes` (or one parameter).
+
+        Every rank must exhaust the iterator; tied parameters come once.
+        """
+        ...
+
+    def checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        """`full_checksum` of each parameter as `full_weights(dtype, ...)` gives it, without gathering."""
+        ...
+
+    def offload(self) -> None:
+        """Move parameters and optimizer state to the host; nothing on a CPU."""
+        ...
+
+    def onload(self) -> None:
+        """Move them back."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and version, each rank its shards, to a new or empty shared folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, on any number of ranks."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder: weights, config, tokenizer."""
+        ...

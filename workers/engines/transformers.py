@@ -1,0 +1,196 @@
+"""Generation with transformers alone: the embedded fallback, one copy of the model per rank.
+
+A batch is padded on the left, so that its last column is every row's newest token; rows that ended are kept
+until the batch ends. Slower than vLLM (no paging, no continuous batching), and short enough to read.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from rlhf_dist.config import RolloutConfig
+from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.sampling import Sampling
+from workers.engines.generation import (
+    Bucket,
+    Response,
+    SyncedEngine,
+    WeightSyncError,
+    check_request,
+    end_token_ids,
+    stream_seed,
+)
+
+_ROWS_AT_ONCE = 128
+"""Responses generated together; bounds the KV cache and the logits."""
+
+
+class TransformersEngine(SyncedEngine):
+    """See GenerationEngine."""
+
+    def __init__(
+        self, *, model_path: str, rollout: RolloutConfig, rank: int, world: int, device: torch.device
+    ) -> None:
+        super().__init__(getattr(torch, rollout.dtype))
+        if rollout.tensor_parallel != 1:
+            raise ValueError(
+                f"rollout.tensor_parallel must be 1 for the transformers engine, got {rollout.tensor_parallel}; "
+                "use rollout.engine=vllm"
+            )
+        self._rollout, self._device, self._asleep = rollout, device, False
+        self._end_tokens = torch.tensor(end_token_ids(model_path), dtype=torch.int64, device=device)
+        # Random weights, never generated with; the process's random streams are the trainer's.
+        with torch.random.fork_rng():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=self._dtype)
+        self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Response]:
+        """See GenerationEngine."""
+        model = self._running("generate")
+        self._require_weights()
+        check_request(
+            prompts,
+            sampling,
+            seeds,
+            max_prompt_tokens=self._rollout.max_prompt_tokens,
+            max_response_tokens=self._rollout.max_response_tokens,
+        )
+        rows = [prompt for prompt in prompts for _ in range(sampling.n)]
+        responses: list[Response] = []
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            stop = start + _ROWS_AT_ONCE
+            responses += self._generate_rows(model, rows[start:stop], sampling, seeds[start:stop])
+        return responses
+
+    def sleep(self) -> None:
+        """See GenerationEngine. On CUDA the weights move to host memory."""
+        model = self._running("sleep")
+        if self._device.type == "cuda":
+            model.to("cpu")
+            torch.cuda.empty_cache()
+        self._asleep = True
+
+    def wake(self) -> None:
+        """See GenerationEngine."""
+        assert self._model is not None, "wake() after close()"
+        self._model.to(self._device)
+        self._asleep = False
+
+    def close(self) -> None:
+        """See GenerationEngine."""
+        self._model = None
+        self._version, self._refusal = -1, "the engine is closed"
+        gc.collect()
+
+    def _running(self, call: str) -> PreTrainedModel:
+        if self._model is None:
+            raise RuntimeError(f"{call}() needs an open engine, this one is closed; construct another")
+        if self._asleep:
+            raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
+        return self._model
+
+    def _begin_install(self) -> None:
+        for parameter in self._running("receive_weights").parameters():
+            parameter.fill_(torch.nan)
+
+    def _install(self, bucket: Bucket) -> None:
+        parameters = dict(self._running("receive_weights").named_parameters(remove_duplicate=False))
+        for name, tensor in bucket:
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                got = f"shape {tuple(tensor.shape)}, the model has {parameters[name].shape if name in parameters else 'no such'}"
+                raise ValueError(f"parameter {name} must fit the rollout model: {got}")
+            parameters[name].copy_(tensor)
+
+    def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
+        model = self._running("receive_weights")
+        if names := [name for name, parameter in model.named_parameters() if bool(parameter.sum().isnan())]:
+            rule = "the model must be written completely and hold no NaN (or the trained weights have one)"
+            raise WeightSyncError(version, rule, names)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if names := [name for name, checksum in expected.items() if full_checksum(parameters[name]) != checksum]:
+            raise WeightSyncError(version, "parameters must read back as they arrived", names)
+
+    def _generate_rows(
+        self, model: PreTrainedModel, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Response]:
+        tokens, mask = self._left_padded(prompts)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        streams = [torch.Generator(self._device).manual_seed(stream_seed(seed)) for seed in seeds]
+        cache = DynamicCache(config=model.config)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
+        drawn: list[Tensor] = []  # one [B] per step
+        log_probs: list[Tensor] = []
+        lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self._device)
+        for _ in range(sampling.max_tokens):
+            logits = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            token, log_prob = _draw(logits.float(), sampling, streams)
+            drawn.append(token)
+            log_probs.append(log_prob)
+            lengths += ~ended
+            ended |= torch.isin(token, self._end_tokens)
+            if bool(ended.all()):
+                break
+            tokens, positions = token[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        all_tokens = torch.stack(drawn, dim=1).to(torch.int32).cpu().numpy()
+        all_log_probs = torch.stack(log_probs, dim=1).cpu().numpy()
+        return [
+            Response(all_tokens[row, :length].copy(), all_log_probs[row, :length].copy(), bool(ended[row]))
+            for row, length in enumerate(lengths.tolist())
+        ]
+
+    def _left_padded(self, prompts: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
+        width = max(len(prompt) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+            mask[row, width - len(prompt) :] = 1
+        return tokens.to(self._device), mask.to(self._device)
+
+
+def _draw(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob over the full vocabulary; logits [B, V] float32 -> [B], [B].
+
+    Exponential race: argmax_v p_v / e_v with e_v ~ Exp(1) draws v with probability p_v.
+    """
+    log_probs = (logits / sampling.temperature).log_softmax(-1)
+    if sampling.greedy:
+        token = log_probs.argmax(-1)
+    else:
+        race = torch.empty_like(log_probs)
+        for row, stream in zip(race, streams, strict=True):
+            row.exponential_(generator=stream)
+        token = (_truncated(log_probs, sampling) - race.log()).argmax(-1)
+    return token, log_probs.gather(-1, token[:, None])[:, 0]
+
+
+def _truncated(log_probs: Tensor, sampling: Sampling) -> Tensor:
+    """-inf outside the top_k most likely tokens and the nucleus (Holtzman et al., 2020), which are cut in this order."""
+    vocabulary = log_probs.shape[-1]
+    if 0 < sampling.top_k < vocabulary:
+        least = log_probs.topk(sampling.top_k, dim=-1).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = log_probs.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= sampling.top_p  # the mass before a token already fills the nucleus
+        log_probs = log_probs.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return log_probs

@@ -1,0 +1,258 @@
+"""Generation with vLLM, in the process and process group of the training rank (HybridFlow's HybridEngine).
+
+world of W ranks, tensor_parallel t:   ranks [0..t) hold one copy, [t..2t) the next, ... (data parallel W/t)
+
+generate:  requests ──> LLMEngine.step() until none is left       every rank of a copy runs the same
+           steps on the same requests; the only waits are vLLM's collectives inside the copy
+sync:      invalidate ──> load bucket by bucket ──> pack ──> read back ──> prefix cache reset
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from rlhf_dist.config import RolloutConfig
+from rlhf_dist.reshard.checks import check_tensor_parallel
+from rlhf_dist.sampling import Sampling
+from workers.engines.generation import (
+    Bucket,
+    Response,
+    SyncedEngine,
+    WeightSyncError,
+    check_request,
+    end_token_ids,
+    stream_seed,
+)
+
+# Read by vLLM when it is imported. In-process, with the one model runner whose sampler we extend; the rest are
+# defaults a user's environment may override. VLLM_CPU_KVCACHE_SPACE would override kv_cache_bytes.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from vllm import EngineArgs, SamplingParams  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
+from vllm.distributed import parallel_state  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
+
+from workers.engines import vllm_weights  # noqa: E402
+from workers.engines.vllm_sampler import FullVocabularySampler  # noqa: E402
+
+_MAX_REQUESTS = 1024
+"""Requests in one scheduler step; the KV cache is the tighter limit."""
+_MAX_BATCHED_TOKENS = 8192
+"""Prompt tokens in one scheduler step."""
+_CPU_BLOCK_TOKENS = 32
+"""KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
+
+
+class VllmEngine(SyncedEngine):
+    """See GenerationEngine. The default process group must exist; all its ranks construct the engine together."""
+
+    def __init__(self, *, model_path: str, rollout: RolloutConfig, rank: int, world: int, device: torch.device) -> None:
+        super().__init__(getattr(torch, rollout.dtype))
+        config = json.loads((Path(model_path) / "config.json").read_text())
+        check_tensor_parallel(config, rollout.tensor_parallel, world)
+        if not dist.is_initialized() or dist.get_world_size() != world:
+            raise ValueError(
+                f"VllmEngine needs the default process group of its {world} ranks, got "
+                f"{dist.get_world_size() if dist.is_initialized() else 'none'}; call init_process_group first"
+            )
+        self._rollout = rollout
+        self._end_tokens = end_token_ids(model_path)
+        self._request_ids = count()
+        self._asleep = False
+        self._sleeps = device.type == "cuda"
+        # vLLM seeds the process's random streams; they are the trainer's.
+        with torch.random.fork_rng(), vllm_weights.parameters_kept():
+            vllm_config = _engine_args(model_path, rollout, device).create_engine_config()
+            self._engine: LLMEngine | None = LLMEngine(
+                vllm_config, executor_class=_executor_class(rank, device), log_stats=False, multiprocess_mode=False
+            )
+        # vLLM's own shutdown, also run at exit, would destroy the default process group: close() does the rest of it.
+        self._engine.engine_core._finalizer.detach()
+        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        runner.sampler = FullVocabularySampler()
+        self._model: torch.nn.Module = runner.model
+
+    def generate(
+        self, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Response]:
+        """See GenerationEngine."""
+        engine = self._running("generate")
+        self._require_weights()
+        rollout = self._rollout
+        check_request(
+            prompts,
+            sampling,
+            seeds,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+            max_response_tokens=rollout.max_response_tokens,
+        )
+        params = self._sampling_params(sampling)
+        places: dict[str, int] = {}
+        for place, seed in enumerate(seeds):
+            own, request_id = copy.copy(params), str(next(self._request_ids))
+            own.seed = None if sampling.greedy else stream_seed(seed)
+            prompt = {"type": "token", "prompt_token_ids": prompts[place // sampling.n].tolist()}
+            engine.add_request(request_id, prompt, own)
+            places[request_id] = place
+        responses: list[Response | None] = [None] * len(places)
+        with torch.random.fork_rng(devices=[]):
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    responses[places[output.request_id]] = _response(output.outputs[0])
+        assert all(responses), "vLLM left requests without an output"
+        return [response for response in responses if response is not None]
+
+    def sleep(self) -> None:
+        """See GenerationEngine. On CUDA weights move to host memory and the KV cache is dropped."""
+        engine = self._running("sleep")
+        if self._sleeps:
+            engine.sleep(level=1)
+        self._asleep = True
+
+    def wake(self) -> None:
+        """See GenerationEngine."""
+        assert self._engine is not None, "wake() after close()"
+        if self._sleeps and self._asleep:
+            self._engine.wake_up()
+        self._asleep = False
+
+    def close(self) -> None:
+        """See GenerationEngine."""
+        if self._engine is None:
+            return
+        core = self._engine.engine_core.engine_core
+        core.structured_output_manager.clear_backend()
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        gc.unfreeze()
+        self._version, self._refusal = -1, "the engine is closed"
+        del core, self._model
+        self._engine = None
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:  # the groups vLLM made of the default group, not that group itself
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+        gc.collect()
+
+    def _running(self, call: str) -> LLMEngine:
+        if self._engine is None:
+            raise RuntimeError(f"{call}() needs an open engine, this one is closed; construct another")
+        if self._asleep:
+            raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
+        return self._engine
+
+    def _sampling_params(self, sampling: Sampling) -> SamplingParams:
+        if sampling.temperature < 0.01:
+            raise ValueError(f"temperature must be >= 0.01 for vLLM, got {sampling.temperature}; use greedy=True")
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            top_k=1 if sampling.greedy else sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=self._end_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
+    def _begin_install(self) -> None:
+        self._running("receive_weights")
+        vllm_weights.invalidate(self._model)
+
+    def _install(self, bucket: Bucket) -> None:
+        self._model.load_weights(bucket)
+
+    def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
+        engine = self._running("receive_weights")
+        if names := vllm_weights.unwritten(self._model):
+            raise WeightSyncError(
+                version,
+                "vLLM's model must be written completely and hold no NaN (or the trained weights have one)",
+                names,
+            )
+        vllm_weights.pack(self._model)
+        if names := vllm_weights.mispacked(self._model):
+            raise WeightSyncError(version, "vLLM's packed kernels must compute what their parameters say", names)
+        if not engine.reset_prefix_cache():
+            raise WeightSyncError(version, "the prefix cache must be empty of the old version; requests still run")
+
+    def _failures_of_peers(self, failure: str | None) -> list[str]:
+        if self._engine is None or self._rollout.tensor_parallel == 1:
+            return []
+        group = parallel_state.get_tp_group()
+        told: list[str | None] = [None] * group.world_size
+        dist.all_gather_object(told, failure, group=group.cpu_group)
+        return [f"rank {group.ranks[i]}: {text}" for i, text in enumerate(told) if text and i != group.rank_in_group]
+
+
+def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) -> EngineArgs:
+    cpu = device.type == "cpu"
+    max_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    where: dict[str, Any] = (
+        {"block_size": _CPU_BLOCK_TOKENS}
+        if cpu
+        else {"gpu_memory_utilization": rollout.gpu_memory_share, "enable_sleep_mode": True}
+    )
+    return EngineArgs(
+        model=model_path,
+        load_format="dummy",
+        dtype=rollout.dtype,
+        tensor_parallel_size=rollout.tensor_parallel,
+        distributed_executor_backend="external_launcher",
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        enforce_eager=cpu,
+        kv_cache_memory_bytes=rollout.kv_cache_bytes if cpu or rollout.kv_cache_bytes else None,
+        max_model_len=max_tokens,
+        max_num_seqs=_MAX_REQUESTS,
+        max_num_batched_tokens=max(_MAX_BATCHED_TOKENS, max_tokens),
+        async_scheduling=False,
+        disable_log_stats=True,
+        seed=0,
+        **where,
+    )
+
+
+def _executor_class(rank: int, device: torch.device) -> type[ExecutorWithExternalLauncher]:
+    # vLLM names shared memory after this address. Its default is the same for every run on a host, so that
+    # two runs would write into each other's; ours is drawn by rank 0 and never connected to.
+    name: list[str] = [uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+
+    class InDefaultGroup(ExecutorWithExternalLauncher):
+        def __init__(self, vllm_config: VllmConfig) -> None:
+            super().__init__(vllm_config)
+
+        def _distributed_args(self) -> tuple[str, int, int]:
+            return f"tcp://default-group:{name[0]}", rank, device.index or 0
+
+    return InDefaultGroup
+
+
+def _response(completion: Any) -> Response:
+    tokens = np.asarray(completion.token_ids, dtype=np.int32)
+    log_probs = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
+    assert len(tokens) == len(log_probs), f"{len(tokens)} tokens with {len(log_probs)} log-probs"
+    return Response(tokens, log_probs, finished=completion.finish_reason == "stop")

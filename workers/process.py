@@ -1,0 +1,181 @@
+"""The one Ray actor per slot. It hosts role workers, pulls the rows an op needs, stores what it wrote.
+
+Ray calls, one at a time, in the controller's order
+  open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)
+  host_role            build a role worker here: an engine, a rule, a data source
+  call                 Call -> pull rows -> worker.op(batch, call, **settings) -> store -> Reply
+  run_host_op          the same for a pure function
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlhf_dist.batch import Batch
+from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
+from rlhf_dist.wire import Call, Fetch, OpResult, Reply, WorkerContext
+
+PULL_TIMEOUT_S = 300.0
+"""Longest wait for rows that another process wrote; they are there already unless that process died."""
+
+
+class WorkerProcess:
+    """Hosts role workers of one slot. Wrapped with `ray.remote` by the controller."""
+
+    def __init__(self, pool: str, rank: int, world: int, log_file: str | None) -> None:
+        self.pool, self.rank, self.world = pool, rank, world
+        self.device = "cpu"
+        self._roles: dict[str, Any] = {}
+        if log_file:
+            _redirect_output(Path(log_file))
+
+    def pid(self) -> tuple[int, str]:
+        """Process id and node id."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def open_port(self) -> tuple[str, int]:
+        """An address for the pool's rendezvous; called on rank 0."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def join(self, address: str, port: int, device: str, one_node: bool, timeout_s: float) -> str:
+        """Join the pool's process group. Returns the device. Raises within `timeout_s`."""
+        from workers.device import device_for, init_distributed
+
+        local_rank = 0 if os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 else self.rank
+        chosen = device_for(local_rank, device)
+        init_distributed(
+            rank=self.rank,
+            world=self.world,
+            master_addr=address,
+            master_port=port,
+            device=chosen,
+            timeout_s=timeout_s,
+            one_node=one_node,
+        )
+        self.device = str(chosen)
+        return self.device
+
+    def host_role(self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]) -> None:
+        """Build the worker of `role`: `worker_path` is `package.module:Class`."""
+        module, name = worker_path.split(":")
+        worker = getattr(importlib.import_module(module), name)
+        where = WorkerContext(role=role, rank=self.rank, world=self.world, device=self.device, **context)
+        self._roles[role] = worker(context=where, **settings)
+
+    def call(self, role: str, op: str, call: Call) -> Reply:
+        """Run one op of one role."""
+        started = time.perf_counter()
+        batch = pull(call.fetches, call.num_rows)
+        pulled = time.perf_counter()
+        returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
+        result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+        return _reply(result, call, started, pulled)
+
+    def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:
+        """Run a pure function of a batch."""
+        started = time.perf_counter()
+        batch = pull(call.fetches, call.num_rows)
+        pulled = time.perf_counter()
+        result: HostResult = as_result(op.function(batch, **call.kwargs))
+        return _reply(
+            OpResult(columns=result.columns, parent=result.keep, metrics=result.metrics), call, started, pulled
+        )
+
+    def run_state_op(self, state: Any, op: str, numbers: Mapping[str, float], call: Call) -> Reply:
+        """Run a `State`'s op: (numbers, batch) -> (numbers, metrics)."""
+        started = time.perf_counter()
+        batch = pull(call.fetches, call.num_rows)
+        pulled = time.perf_counter()
+        new, metrics = getattr(state, op)(dict(numbers), batch, **call.kwargs)
+        return _reply(OpResult(columns=Batch({}, 0), metrics=metrics, state=new), call, started, pulled)
+
+    def close(self) -> None:
+        """Let every role worker free what outlives the process (shared memory, sockets)."""
+        for worker in self._roles.values():
+            if hasattr(worker, "close"):
+                worker.close()
+        self._roles.clear()
+        if "torch" in sys.modules:
+            import torch.distributed
+
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def pull(fetches: Sequence[Fetch], num_rows: int) -> Batch:
+    """The rows a call needs, straight from the object store; a view where one object has them in order."""
+    columns = {}
+    for fetch in fetches:
+        objects: list[Batch] = ray.get(list(fetch.refs), timeout=PULL_TIMEOUT_S)
+        names = {inside: seen for seen, inside in fetch.names.items()}
+        parts = [part.select(*names) for part in objects]
+        gathered = _gather(parts, fetch)
+        columns.update({seen: gathered[inside] for inside, seen in names.items()})
+    return Batch(columns, num_rows)
+
+
+def _gather(parts: list[Batch], fetch: Fetch) -> Batch:
+    if len(parts) == 1:
+        whole = len(fetch.row_of) == parts[0].num_rows and np.array_equal(fetch.row_of, np.arange(parts[0].num_rows))
+        return parts[0] if whole else parts[0].take(fetch.row_of)
+    taken = [part.take(fetch.row_of[fetch.object_of == k]) for k, part in enumerate(parts)]
+    together = Batch.concat(taken)
+    order = np.argsort(fetch.object_of, kind="stable")  # where each row of `together` belongs
+    if np.array_equal(order, np.arange(len(order))):
+        return together
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return together.take(inverse)
+
+
+def _reply(result: OpResult, call: Call, started: float, pulled: float) -> Reply:
+    columns = result.columns
+    if call.out:
+        columns = columns.rename(**{new: old for old, new in call.out.items()})
+    groups = _column_groups(columns)
+    stored = tuple((names, ray.put(columns.select(*names))) for names in groups)
+    return Reply(
+        stored=stored,
+        num_rows=columns.num_rows,
+        nbytes=columns.nbytes,
+        seconds=time.perf_counter() - started,
+        pull_seconds=pulled - started,
+        parent=result.parent,
+        tokens=result.tokens,
+        groups=result.groups,
+        metrics=result.metrics,
+        state=result.state,
+    )
+
+
+def _column_groups(columns: Batch) -> list[tuple[str, ...]]:
+    """Each ragged column is an object of its own, so that a reader moves only what it reads; the per-row
+    columns, a few bytes a row, share one."""
+    per_row = tuple(name for name, column in columns.items() if column.offsets is None)
+    return [
+        *((name,) for name, column in columns.items() if column.offsets is not None),
+        *([per_row] if per_row else []),
+    ]
+
+
+def _redirect_output(log_file: Path) -> None:
+    """Send everything this process prints, native libraries included, to its own file."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    target = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(target, stream)
+    os.close(target)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")

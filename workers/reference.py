@@ -1,0 +1,22 @@
+"""The reference: a frozen policy."""
+
+from __future__ import annotations
+
+from rlhf_dist.batch import Batch
+from rlhf_dist.config import ReferenceConfig
+from rlhf_dist.wire import Call, OpResult, WorkerContext
+from workers.engines.build import new_training_engine
+
+
+class ReferenceWorker:
+    """One rank of the reference. Implements `rlhf_dist.roles.Reference`."""
+
+    def __init__(self, context: WorkerContext, config: ReferenceConfig, temperature: float = 1.0) -> None:
+        """`temperature`: the actor's, so that both log-probs are of the same kind."""
+        self.temperature = temperature
+        self.engine = new_training_engine(config.model, config.engine, None, "policy", context)
+
+    def compute_ref_log_prob(self, batch: Batch, call: Call) -> OpResult:
+        """Log-probs of the responses under the frozen policy."""
+        found = self.engine.forward(batch, ("log_probs",), self.temperature)
+        return OpResult(columns=Batch({"ref_log_probs": found["log_probs"]}, batch.num_rows))

@@ -1,0 +1,52 @@
+"""A source of rows: reads or generates them, tokenizes them. Runs on a CPU process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import DataConfig, SourceConfig
+from rlhf_dist.data import PromptSource
+from rlhf_dist.metrics import Mean
+from rlhf_dist.wire import Call, OpResult, WorkerContext
+
+
+class SourceWorker:
+    """Rows of one data set. What step t emits depends on (config, seed, t) only: nothing to checkpoint."""
+
+    def __init__(self, context: WorkerContext, config: SourceConfig, data: DataConfig, tokenizer: str) -> None:
+        """`tokenizer`: a model folder."""
+        self.source = PromptSource(
+            config,
+            tokenizer=tokenizer,
+            seed=context.seed,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=data.max_response_tokens,
+        )
+
+    def next_batch(self, batch: Batch, call: Call, *, rows: int) -> OpResult:
+        """The rows of step `call.step`; with rows = 0 every row once, whatever the step."""
+        emitted = self.source.emit(call.step, rows) if rows else self.source.emit(0, self.source.size)
+        tokens = emitted["prompt_ids"].lengths
+        if "response_ids" in emitted:
+            tokens = tokens + emitted["response_ids"].lengths
+        return OpResult(
+            columns=emitted,
+            tokens=tokens,
+            groups=emitted["group_id"].values.astype(np.int64),
+            metrics={
+                "rows": Mean(float(emitted.num_rows), 0),
+                "tokens": Mean(float(tokens.sum()), 0),
+                "prompts_too_long": Mean(float(self.source.prompts_too_long), 0),
+                "responses_cut": Mean(float(self.source.responses_cut), 0),
+            },
+        )
+
+    def dump(self, batch: Batch, call: Call, *, folder: str, rows: int) -> OpResult:
+        """Write the first `rows` rows to `folder`/step_N.parquet, prompts and responses as text."""
+        index = np.arange(min(rows, batch.num_rows))
+        taken = batch.take(index).with_columns(step=Column(np.full(len(index), call.step)))
+        taken.write_parquet(Path(folder) / f"step_{call.step:06d}.parquet")
+        return OpResult(columns=Batch({}, 0))

@@ -1,0 +1,74 @@
+"""Roles with a value head: the critic, and reward models (scored or trained)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_dist.algorithms.contract import Loss
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.metrics import Mean
+from rlhf_dist.wire import Call, OpResult, WorkerContext
+from workers.engines.build import new_training_engine
+from workers.update import run_update
+
+
+class ValueModelWorker:
+    """One rank of a value model."""
+
+    def __init__(
+        self, context: WorkerContext, model: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig | None
+    ) -> None:
+        """`optimizer` None: the model is frozen."""
+        self.context = context
+        self.engine = new_training_engine(model, engine, optimizer, "value", context)
+
+    def save(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
+        """Write this role's checkpoint."""
+        self.engine.save(Path(folder))
+        return OpResult(columns=Batch({}, 0))
+
+    def load(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
+        """Restore this role's checkpoint."""
+        self.engine.load(Path(folder))
+        return OpResult(columns=Batch({}, 0))
+
+    def export(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
+        """Write a Hugging Face sequence-classification folder."""
+        self.engine.export(Path(folder))
+        return OpResult(columns=Batch({}, 0))
+
+
+class CriticWorker(ValueModelWorker):
+    """Implements `rlhf_dist.roles.Critic`."""
+
+    def compute_values(self, batch: Batch, call: Call) -> OpResult:
+        """V(s_t) before each response token."""
+        values = self.engine.forward(batch, ("values",))["values"]
+        total = float(values.values.sum(dtype=np.float64))
+        return OpResult(
+            columns=Batch({"values": values}, batch.num_rows),
+            metrics={"value": Mean(total, float(len(values.values)))},
+        )
+
+    def update_critic(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
+        """Optimizer steps on `loss`."""
+        return run_update(self.engine, self.context, batch, call, loss=loss, mini_batches=mini_batches, epochs=epochs)
+
+
+class RewardModelWorker(ValueModelWorker):
+    """Implements `rlhf_dist.roles.RewardModel`, and `Reward` when the reward is a model."""
+
+    def compute_reward(self, batch: Batch, call: Call) -> OpResult:
+        """The value head at the last token of every row."""
+        scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))
+        return OpResult(
+            columns=Batch({"rewards": Column(scores)}, batch.num_rows),
+            metrics={"reward": Mean(float(scores.sum(dtype=np.float64)), float(len(scores)))},
+        )
+
+    def update_reward_model(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
+        """Optimizer steps on `loss`."""
+        return run_update(self.engine, self.context, batch, call, loss=loss, mini_batches=mini_batches, epochs=epochs)
