@@ -105,6 +105,16 @@ class TracedBatch:
         kept = {name: at for name, at in self.origins.items() if name not in taken and name not in new_from_old}
         return _replace(self, origins={**kept, **{new: taken[old] for new, old in new_from_old.items()}})
 
+    def with_columns_of(self, other: TracedBatch, **new_from_old: str) -> TracedBatch:
+        """Columns of `other`, a batch with these same rows, added as `new="old"`; no data moves."""
+        if other.rows != self.rows:
+            raise GraphError(
+                f"{self.tracer.line()}: with_columns_of needs batches with the same rows; these come from "
+                f"{self.rows} and {other.rows}; use join(), which matches rows by group"
+            )
+        taken = self.tracer.read("with_columns_of", other, tuple(new_from_old.values()))
+        return _replace(self, origins={**self.origins, **{new: taken[old] for new, old in new_from_old.items()}})
+
     def join(self, other: TracedBatch, **new_from_old: str) -> TracedBatch:
         """Columns of `other` added as `new="old"`, rows matched by group; `other` has one row per group.
 

@@ -1,0 +1,31 @@
+"""ReMax (Li et al. 2023, arXiv 2310.10505): the greedy response's reward is the baseline, no critic."""
+
+from dataclasses import dataclass
+
+from rlhf_dist.algorithms import policy_gradient
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Prompts, Reference, Reward
+from rlhf_dist.transforms import remax_advantage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMax:
+    """Settings of ReMax."""
+
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref in the reward; 0 for none, and then no reference is held."""
+
+
+@recipe
+def remax(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, cfg: ReMax) -> None:
+    """Policy gradient against the reward of the greedy response."""
+    batch = actor.generate_sequences(prompts)
+    greedy = actor.generate_sequences(prompts, greedy=True)
+    if cfg.kl_coef:
+        batch = actor.compute_log_prob(batch)
+        batch = reference.compute_ref_log_prob(batch)
+    batch = reward.compute_reward(batch)
+    greedy = reward.compute_reward(greedy)
+    batch = batch.join(greedy, baseline_rewards="rewards")
+    batch = remax_advantage(batch, kl_coef=cfg.kl_coef)
+    actor.update_actor(batch, loss=policy_gradient())

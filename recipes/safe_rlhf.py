@@ -1,0 +1,86 @@
+"""Safe RLHF (Dai et al. 2023, arXiv 2310.12773): a reward, a cost, and a multiplier that learns."""
+
+from dataclasses import dataclass
+from math import exp, log
+
+from rlhf_dist.algorithms import ppo_clip, updated_log_multiplier, value_clip
+from rlhf_dist.batch import Batch
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.metrics import Mean, Metrics
+from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
+from rlhf_dist.transforms import gae, lagrangian_advantage, whiten
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeRLHF:
+    """Settings of Safe RLHF."""
+
+    samples_per_prompt: int = 1
+    """Responses to each prompt."""
+    mini_batches: int = 4
+    """Optimizer steps in one pass over the batch."""
+    clip: float = 0.2
+    """The probability ratio is cut at 1 - clip and 1 + clip."""
+    value_clip: float = 0.2
+    """A new value may move this far from the old one."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref in the reward."""
+    cost_limit: float = 0.0
+    """The mean cost to stay under."""
+    multiplier: float = 1.0
+    """The multiplier at the start."""
+    multiplier_lr: float = 0.1
+    """Step size of its logarithm."""
+
+
+class Lagrange(State):
+    """The multiplier of the cost constraint."""
+
+    def initial(self, cfg: SafeRLHF) -> dict[str, float]:
+        return {"multiplier": cfg.multiplier}
+
+    @state_op(reads=("costs",))
+    def update(
+        self, numbers: dict[str, float], batch: Batch, *, limit: float, lr: float
+    ) -> tuple[dict[str, float], Metrics]:
+        """Raise the multiplier while the mean cost is over the limit, lower it while it is under."""
+        cost = float(batch["costs"].values.mean(dtype="float64"))
+        multiplier = exp(updated_log_multiplier(log(numbers["multiplier"]), cost, limit=limit, lr=lr))
+        return {"multiplier": multiplier}, {"cost": Mean(cost), "multiplier": Mean(multiplier)}
+
+
+@recipe
+def safe_rlhf(
+    prompts: Prompts,
+    actor: Actor,
+    critic: Critic,
+    cost_critic: Critic,
+    reference: Reference,
+    reward: Reward,
+    cost: Reward,
+    lagrange: Lagrange,
+    cfg: SafeRLHF,
+) -> None:
+    """PPO on a reward under a constraint on a cost."""
+    batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
+    batch = actor.compute_log_prob(batch)
+    batch = reference.compute_ref_log_prob(batch)
+    batch = reward.compute_reward(batch)
+    batch = cost.compute_reward(batch, out="costs")
+    batch = critic.compute_values(batch)
+    batch = cost_critic.compute_values(batch, out="cost_values")
+
+    estimate = {"gamma": cfg.gamma, "lam": cfg.lam}
+    batch = gae(batch, kl_coef=cfg.kl_coef, **estimate)
+    costs = gae(batch.rename(rewards="costs", values="cost_values"), **estimate)
+    lagrange.update(batch, limit=cfg.cost_limit, lr=cfg.multiplier_lr)
+    batch = batch.with_columns_of(costs, cost_advantages="advantages")
+    batch = whiten(lagrangian_advantage(batch, lam=lagrange.value("multiplier")))
+
+    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
+    cost_critic.update_critic(costs, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
+    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
