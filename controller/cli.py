@@ -12,7 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_dist.compose import Launch
 
 EPILOG = """examples:
   rlhf-dist recipes
@@ -64,7 +68,7 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if type(error).__module__.startswith("controller.") else None
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[object, list[str]]:
+def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str]]:
     """The launch and its plan; any ValueError here is about what the user wrote."""
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
@@ -89,11 +93,25 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\n".join(plan), flush=True)
     from controller.display import Display
     from controller.run import run
+    from controller.user_files import send_user_files_by_value
 
-    settings = launch.run  # type: ignore[attr-defined]
-    with Display(settings.name, settings.steps, quiet=arguments.quiet) as display:
-        run(launch, display=display)
+    send_user_files_by_value()
+    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet) as display:
+        summary = run(launch, display=display, eager=arguments.eager)
+        display.summary(_for_people(summary))
     return 0
+
+
+def _for_people(summary: Mapping[str, Any]) -> dict[str, object]:
+    """A run's summary as a short table: what was done, how fast, and metrics from first to last."""
+    rows: dict[str, object] = {name: value for name, value in summary.items() if isinstance(value, (str, int, float))}
+    evaluations = summary.get("evaluations") or []
+    first, last = (summary.get("first") or {}, summary.get("last") or {})
+    pairs = {name: (first[name], last[name]) for name in first if name in last and not name.startswith("time_s/")}
+    for name in evaluations[0] if evaluations else ():
+        if name != "step":
+            pairs[name] = (evaluations[0][name], evaluations[-1].get(name, float("nan")))
+    return rows | {name: f"{before:.4g} -> {after:.4g}" for name, (before, after) in sorted(pairs.items())}
 
 
 def _graph(arguments: argparse.Namespace) -> int:
@@ -159,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", parents=[launch], help="run a recipe here, or on the cluster at ray.address")
     run.add_argument("--quiet", action="store_true", help="no progress display")
+    run.add_argument("--eager", action="store_true", help="line by line: breakpoint() works in the recipe")
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
     commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")

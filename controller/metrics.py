@@ -33,10 +33,20 @@ class MetricsWriter:
         if first_step:
             self._forget_events(first_step)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step. A metric that is not finite is written as null and counted in `nonfinite_metrics`."""
+    def write(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float] | None = None) -> None:
+        """One step; `node_seconds` becomes `time_s/NODE`.
+
+        A metric that is not finite is written as null and counted in `nonfinite_metrics`.
+        """
+        self._write(step, {**metrics, **{f"time_s/{name}": s for name, s in (node_seconds or {}).items()}}, {})
+
+    def write_evaluation(self, steps_done: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation after `steps_done` steps; its line has `"kind": "evaluation"`."""
+        self._write(steps_done, metrics, {"kind": "evaluation"})
+
+    def _write(self, step: int, metrics: Mapping[str, float], marks: Mapping[str, str]) -> None:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        row: dict[str, Any] = {"step": step, **{name: finite.get(name) for name in metrics}}
+        row: dict[str, Any] = {"step": step, **marks, **{name: finite.get(name) for name in metrics}}
         if len(finite) < len(metrics):
             row["nonfinite_metrics"] = len(metrics) - len(finite)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -72,7 +82,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """All steps of a run's `metrics.jsonl`, in order; a last line that was cut is left out."""
+    """All lines of a run's `metrics.jsonl`, in order; a last line that was cut is left out."""
     path = Path(folder) / NAME
     rows = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return [row for row in rows if row is not None]

@@ -106,7 +106,7 @@ def _asked(address: str, call: Any, *arguments: Any, **settings: Any) -> Any:
         given = "was refused" if os.environ.get("RAY_AUTH_MODE") == "token" else "is missing"
         raise SubmitError(
             f"the cluster at {address} asks for a token and ours {given} ({str(error).splitlines()[0]}); "
-            f"set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token (or RAY_AUTH_TOKEN_PATH to a file with it)"
+            f"set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to its file"
         ) from error
     except (ConnectionError, RequestException) as error:
         raise SubmitError(

@@ -10,7 +10,6 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
@@ -29,7 +28,7 @@ def check_launch(launch: Launch) -> list[str]:
     _check_folder(launch)
     _check_rewards(launch)
     shapes = {
-        role: read_shape(model.path, f"{role}.model.path")
+        role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
         for role, settings in launch.roles.items()
         if (model := _model(settings)) is not None
     }
@@ -91,7 +90,7 @@ def _check_folder(launch: Launch) -> None:
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(f"name must be a plain folder name, got {name!r}")
     folder = Path(launch.run.output.root) / name
-    if launch.run.resume == "never" and folder.is_dir() and (folder / "config.yaml").exists():
+    if launch.run.resume == "never" and folder.exists():
         raise ConfigError(
             f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
             f"or another name=..."
@@ -253,6 +252,11 @@ def _check_sources(launch: Launch) -> None:
     from rlhf_dist.data.check import check_source
 
     tokenizer = _tokenizer(launch)
+    if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{tokenizer} has no tokenizer.json, which the source needs; save it with "
+            f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which converts older formats"
+        )
     for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
         if source is None:
             continue
@@ -309,4 +313,5 @@ def _plan(launch: Launch, pools: dict[str, str], rows: dict[str, tuple[int, bool
 
 
 def _cadence(node: Node) -> str:
-    return f", every {node.every} steps" if node.every > 1 else ""
+    every = f", every {node.every} steps" if node.every > 1 else ""
+    return every + (f", from step {node.after}" if node.after else "")

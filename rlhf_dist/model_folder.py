@@ -12,6 +12,8 @@ from rlhf_dist.typed import ConfigError
 PREPARED_BY = {"models/smollm2": "make smollm2", "runs/demo/model": "make demo"}
 """Folders that are made, not downloaded, and the command that makes them."""
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -26,10 +28,10 @@ class ModelShape:
     """Outputs of a sequence-classification head."""
 
 
-def read_shape(path: str, key: str) -> ModelShape:
+def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
     """The shape of the model at `path`, which the setting `key` names.
 
-    Raises ConfigError if the folder or its config.json is missing or is no JSON object.
+    Raises ConfigError if the folder, its config.json, or (with `weights`) its weights are missing.
     """
     folder = Path(path).expanduser()
     how = PREPARED_BY.get(folder.as_posix())
@@ -47,6 +49,9 @@ def read_shape(path: str, key: str) -> ModelShape:
         raise ConfigError(f"{key}: {file} is not JSON ({error}); {hint}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{key}: {file} must hold a JSON object; {hint}")
+    if weights and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        init = key.replace(".path", ".init")
+        raise ConfigError(f"{key}: {path!r} has no weights (*.safetensors); {hint}, or set {init}=random")
     text = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
     heads = _number(text, "num_attention_heads", "n_head")
     labels = settings.get("id2label")

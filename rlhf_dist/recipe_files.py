@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.recipe import Recipe
-from rlhf_dist.rewards.load import load_file
+from rlhf_dist.python_files import load_file
 from rlhf_dist.typed import ConfigError, unknown
 
 PACKAGE = "recipes"
@@ -72,21 +72,16 @@ def load_recipe(spec: str) -> Recipe:
 
 
 def _load_users(path: Path) -> ModuleType:
-    import cloudpickle
-
     if not path.is_file():
         raise ConfigError(f"recipe file {path} does not exist")
     try:
-        module = load_file(path)
+        return load_file(path)
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except GraphError:
         raise
     except Exception as error:
         raise ConfigError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
-    # Workers cannot import the user's file: what it defines (losses, rewards, host ops) travels by value.
-    cloudpickle.register_pickle_by_value(module)
-    return module
 
 
 def _choose(module: ModuleType, where: str, name: str | None, prefer: str = "") -> Recipe:

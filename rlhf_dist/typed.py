@@ -9,6 +9,7 @@ Hydra composes plain data; the types live in the dataclasses and are applied her
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -116,13 +117,14 @@ def _convert_sequence(kind: Any, arguments: tuple[Any, ...], value: Any, key: st
 
 
 def _convert_scalar(kind: Any, value: Any, key: str) -> Any:
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number and value == value:  # not NaN
         return float(value)
-    if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+    if kind is int and number and math.isfinite(value) and value == int(value):
         return int(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if kind is str and number:
         return str(value)
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if kind is not float and isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} must be {type_name(kind)}, got {value!r}")
 

@@ -36,10 +36,11 @@ def clipped(rewards: FloatArray, low: float, high: float) -> FloatArray:
     """Rewards cut to [low, high]. Raises ValueError if low > high."""
     if low > high:
         raise ValueError(f"reward clipping needs low <= high, got [{low}, {high}]")
-    cut: FloatArray = np.clip(rewards, low, high).astype(np.float32)
+    cut: FloatArray = np.clip(rewards, low, high)
     return cut
 
 
 def centred(rewards: FloatArray, baseline: FloatArray | float) -> FloatArray:
     """Rewards minus a baseline: a constant, or one number per row (e.g. the reward of a reference answer)."""
-    return (rewards - np.asarray(baseline)).astype(np.float32)
+    difference: FloatArray = (rewards - np.asarray(baseline)).astype(np.float32)
+    return difference

@@ -31,6 +31,7 @@ def to_json(dataflow: Dataflow) -> str:
             "weights_written": list(node.weights_written),
             "rows": node.rows,
             "every": node.every,
+            "after": node.after,
             "line": node.line,
         }
         for node in dataflow
@@ -57,7 +58,7 @@ def to_text(dataflow: Dataflow) -> str:
     """A listing in the order of execution; a bracket joins nodes that may run at the same time."""
     level = levels(dataflow)
     nodes = sorted(dataflow, key=lambda node: level[node.name])  # stable: the recipe's order within a level
-    places = {node.name: node.line + (f" every {node.every}" if node.every > 1 else "") for node in nodes}
+    places = {node.name: node.line + _cadence(node) for node in nodes}
     width, place_width = max(map(len, places)), max(map(len, places.values()))
     lines = [f"{dataflow.name}: {len(nodes)} nodes; roles {_roles(dataflow)}", ""]
     for node in nodes:
@@ -129,7 +130,7 @@ FORMATS = {"text": to_text, "mermaid": to_mermaid, "dot": to_dot, "json": to_jso
 
 
 def _edge_json(edge: Edge) -> dict[str, Any]:
-    what = {"column": edge.column} if edge.column is not None else {"weights": edge.weights}
+    what: dict[str, Any] = {"weights": edge.weights} if edge.column is None else {"column": edge.column}
     return {"source": edge.source, "target": edge.target, **what, "distance": edge.distance, "reason": edge.reason}
 
 
@@ -155,6 +156,10 @@ def _details(node: Node, width: int = 72) -> list[str]:
             wrapped = textwrap.wrap(", ".join(names), width, break_long_words=False, break_on_hyphens=False)
             lines += [f"{what if not row else '      '} {line}" for row, line in enumerate(wrapped)]
     return lines or [""]
+
+
+def _cadence(node: Node) -> str:
+    return (f" every {node.every}" if node.every > 1 else "") + (f" from step {node.after}" if node.after else "")
 
 
 def _roles(dataflow: Dataflow) -> str:

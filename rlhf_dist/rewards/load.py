@@ -1,16 +1,15 @@
-"""Finding a function by its name in the config: `package.module:name`, `file.py:name`, or `name` in the recipe's file."""
+"""Finding a function named in the config: `package.module:name`, `file.py:name`, or `name` in the recipe's file."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from rlhf_dist.python_files import load_file
 
 
 def load_function(spec: str, default_file: str | Path | None = None) -> Callable[..., Any]:
@@ -37,31 +36,6 @@ def load_function(spec: str, default_file: str | Path | None = None) -> Callable
         raise ValueError(f"{spec!r} must be a function, got a {type(function).__name__}")
     found: Callable[..., Any] = function
     return found
-
-
-def load_file(path: str | Path) -> ModuleType:
-    """The Python file as a module, executed once per process however often it is asked for.
-
-    Relative paths are taken from the current directory. Raises ValueError if there is no such file; what
-    the file itself raises passes through.
-    """
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise ValueError(f"no Python file {str(path)!r} (looked for {file})")
-    # Dataclasses and pickle look modules up by name, so the name must be unique and registered.
-    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, f"{file} ends in .py, so it has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _import(module: str, spec: str) -> ModuleType:

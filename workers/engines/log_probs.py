@@ -1,8 +1,8 @@
 """Log-probabilities and entropy from hidden states, without ever holding the logits of all tokens.
 
-    z = h W^T / temperature          [chunk, V], float32, recomputed in the backward pass
-    log p(y) = z_y - logsumexp(z)    d/dz_k = 1[k = y] - p_k
-    H        = logsumexp(z) - sum_k p_k z_k        d/dz_k = -p_k (log p_k + H)
+    z     = h W^T / temperature     [chunk, V], float32, recomputed in the backward pass
+    log p = log_softmax(z)          d log p_y / d z_k = 1[k = y] - p_k
+    H     = -sum_k p_k log p_k      d H / d z_k       = -p_k (log p_k + H)
 
 Memory: about three float32 buffers of [chunk_tokens, vocabulary], and a float32 gradient of W.
 """
@@ -37,9 +37,9 @@ def log_probs_and_entropy(
     return result
 
 
-def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    return logits if scale == 1.0 else logits.mul_(scale)
+def _log_softmax(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
+    # Not z - logsumexp(z): for large z that loses the digits that the gradient of the entropy is made of.
+    return (hidden @ weight.t()).float().mul_(scale).log_softmax(-1)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -47,30 +47,27 @@ class _ChunkedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        log_z = hidden.new_empty(len(targets), dtype=torch.float32)
-        log_probs = torch.empty_like(log_z)
-        entropy = torch.empty_like(log_z) if with_entropy else log_z.new_empty(0)
+        log_probs = hidden.new_empty(len(targets), dtype=torch.float32)
+        entropy = torch.empty_like(log_probs) if with_entropy else log_probs.new_empty(0)
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[chunk], weight, scale)
-            log_z[chunk] = logits.logsumexp(-1)
-            log_probs[chunk] = logits.gather(-1, targets[chunk, None]).squeeze(-1) - log_z[chunk]
+            log_p = _log_softmax(hidden[chunk], weight, scale)
+            log_probs[chunk] = log_p.gather(-1, targets[chunk, None]).squeeze(-1)
             if with_entropy:
-                probs = (logits - log_z[chunk, None]).exp_()
-                entropy[chunk] = log_z[chunk] - probs.mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
+                entropy[chunk] = -(log_p.exp() * log_p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
         ctx.scale, ctx.chunk_tokens, ctx.with_entropy = scale, chunk_tokens, with_entropy
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_log_probs, grad_entropy = grads
-        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        hidden, weight, targets, entropy = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(targets), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
-            log_p = _logits(hidden[chunk], weight, ctx.scale).sub_(log_z[chunk, None])
+            log_p = _log_softmax(hidden[chunk], weight, ctx.scale)
             slope = grad_log_probs[chunk, None]
             if ctx.with_entropy:
                 slope = slope + grad_entropy[chunk, None] * (log_p + entropy[chunk, None])

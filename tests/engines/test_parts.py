@@ -1,0 +1,169 @@
+"""The parts of the training engines that need no process group."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlhf_dist.batch import Batch
+from rlhf_dist.config import OptimizerConfig
+from rlhf_dist.reshard.checksum import full_checksum, rows_checksum, unsigned
+from tests.engines.losses import make_batch
+from workers.device import backend_for, device_for
+from workers.engines.attention import Packing, packed_attention
+from workers.engines.log_probs import log_probs_and_entropy
+from workers.engines.packing import micro_batches, pack
+from workers.engines.schedule import learning_rate
+
+CPU = torch.device("cpu")
+
+
+# --- checksums -------------------------------------------------------------------------------------
+def test_a_checksum_is_the_weighted_sum_of_words() -> None:
+    values = torch.tensor([1, 2, -3], dtype=torch.int32).view(torch.float32)
+    assert full_checksum(values) == 1 * 1 + 2 * 3 - 3 * 5 + 2**64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (5, 4), (3, 2, 5), (300, 700)])
+def test_checksums_of_any_cut_into_rows_add_up(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    rows = shape[0]
+    for cuts in ((0, rows), (0, 1, rows), (0, rows // 2, rows // 2, rows)):
+        pairs = zip(cuts, cuts[1:], strict=False)
+        parts = [rows_checksum(tensor[a:b], first_row=a, shape=shape) for a, b in pairs]
+        assert unsigned(torch.stack(parts).sum()) == full_checksum(tensor)
+
+
+def test_a_checksum_sees_one_changed_bit_and_any_two_elements_exchanged() -> None:
+    tensor = torch.randn(6, 50)
+    original = full_checksum(tensor)
+    for bit in (0, 15, 31):
+        changed = tensor.clone()
+        changed.view(torch.int32)[3, 7] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+        assert full_checksum(changed) != original
+    for left, right in ((0, 1), (0, 32), (5, 261)):
+        exchanged = tensor.clone().view(-1)
+        # Differing in the sign bit alone is the hard case for weighted sums.
+        exchanged[left], exchanged[right] = 1.5, -1.5
+        before = full_checksum(exchanged.view(6, 50))
+        exchanged[left], exchanged[right] = -1.5, 1.5
+        assert full_checksum(exchanged.view(6, 50)) != before
+    assert full_checksum(tensor.t().contiguous()) != original
+
+
+# --- log-probs -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_chunked_log_probs_have_the_values_and_gradients_of_log_softmax(chunk: int, temperature: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (9,))
+    mix, mix_entropy = torch.randn(9), torch.randn(9)
+    log_p = (hidden @ weight.t() / temperature).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    chosen = log_p.gather(1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((chosen * mix + entropy * mix_entropy).sum(), (hidden, weight))
+    single = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    got = log_probs_and_entropy(*single, targets, temperature=temperature, chunk_tokens=chunk, with_entropy=True)
+    torch.testing.assert_close(got, (chosen.float(), entropy.float()), rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad((got[0] * mix + got[1] * mix_entropy).sum(), single)
+    torch.testing.assert_close(grads, tuple(g.float() for g in expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        log_probs_and_entropy(
+            torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), temperature=0, chunk_tokens=1,
+            with_entropy=False,
+        )  # fmt: skip
+
+
+# --- attention -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_attention_keeps_sequences_apart(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = [2, 4, 4, 7]
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
+    attended, _ = packed_attention(
+        nn.Identity(), query, key, value, None, packing=Packing.of(lengths, CPU), scaling=0.3, sliding_window=window
+    )
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+        seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+        repeated = [t.repeat_interleave(2, dim=1) for t in (k, v)]
+        plain = F.scaled_dot_product_attention(q, *repeated, attn_mask=seen, scale=0.3)
+        torch.testing.assert_close(attended[:, part], plain.transpose(1, 2))
+        start += length
+
+
+def test_packed_attention_refuses_variants_it_does_not_compute() -> None:
+    tensor = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="soft caps or sinks"):
+        packed_attention(nn.Identity(), tensor, tensor, tensor, None, packing=Packing.of([2], CPU), softcap=30.0)
+
+
+# --- packing ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("whole_groups", [False, True])
+@pytest.mark.parametrize("budget", [1, 17, 60, 10_000])
+def test_micro_batches_hold_every_row_once_within_the_budget(budget: int, whole_groups: bool) -> None:
+    batch = make_batch(groups=12)
+    lengths = batch["prompt_ids"].lengths + batch["response_ids"].lengths
+    cut = micro_batches(batch, budget, whole_groups=whole_groups)
+    np.testing.assert_array_equal(np.sort(np.concatenate(cut)), np.arange(batch.num_rows))
+    groups = batch["group_id"].values
+    for rows in cut:
+        alone = len(set(groups[rows])) == 1 if whole_groups else len(rows) == 1
+        assert lengths[rows].sum() <= budget or alone
+        assert np.all(np.diff(lengths[rows]) >= 0)
+    if whole_groups:
+        assert sum(len(set(groups[rows])) for rows in cut) == len(set(groups))
+
+
+def test_packing_puts_each_token_after_the_position_it_is_predicted_from() -> None:
+    batch = Batch.of(prompt_ids=[[5], [6, 7, 8]], response_ids=[[9, 10], [11]])
+    packed = pack(batch, CPU)
+    assert packed.input_ids.tolist() == [[5, 9, 10, 6, 7, 8, 11]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert packed.before_token.tolist() == [0, 1, 5]
+    assert packed.targets.tolist() == [9, 10, 11]
+    assert packed.last_token.tolist() == [2, 6]
+
+
+def test_a_row_without_a_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 1 has none"):
+        pack(Batch.of(prompt_ids=[[5], []], response_ids=[[9], [11]]), CPU)
+
+
+# --- schedule and device ---------------------------------------------------------------------------
+def test_schedules_by_hand() -> None:
+    def rates(**config: object) -> list[float]:
+        settings = OptimizerConfig(lr=1.0, **config)  # type: ignore[arg-type]
+        return [learning_rate(step, settings) for step in range(6)]
+
+    assert rates() == [1.0] * 6
+    assert rates(warmup_steps=2) == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    linear = {"schedule": "linear", "warmup_steps": 1, "total_steps": 5, "min_lr_ratio": 0.2}
+    assert rates(**linear) == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(schedule="cosine", total_steps=4) == pytest.approx([1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [{"schedule": "step"}, {"schedule": "linear"}])
+def test_a_schedule_that_makes_no_sense_is_refused(config: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="schedule"):
+        learning_rate(0, OptimizerConfig(**config))  # type: ignore[arg-type]
+
+
+def test_devices_are_chosen_in_one_place() -> None:
+    assert device_for(3, "cpu") == CPU
+    assert backend_for(CPU) == "gloo"
+    with pytest.raises(ValueError, match="auto, cpu or cuda"):
+        device_for(0, "tpu")
+    with pytest.raises(ValueError, match="needs a GPU of its own"):
+        device_for(torch.cuda.device_count(), "cuda")

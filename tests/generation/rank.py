@@ -1,0 +1,155 @@
+"""What the tests run inside a rank: one engine per process, its weights made from a seed on every rank alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_dist.config import RolloutConfig
+from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.sampling import Sampling
+
+Answers = list[tuple[list[int], list[float], bool]]
+
+_engine: Any = None
+_folder: Path
+
+
+def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
+    global _engine, _folder
+    close_engine()
+    if kind == "vllm":
+        from workers.engines.vllm import VllmEngine as Engine
+    else:
+        from workers.engines.transformers import TransformersEngine as Engine  # type: ignore[assignment]
+    limits = {"max_prompt_tokens": 200, "max_response_tokens": 12, "kv_cache_bytes": 16 << 20} | rollout
+    _folder = folder
+    _engine = Engine(
+        model_path=str(folder),
+        rollout=RolloutConfig(**limits),
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        device=torch.device("cpu"),
+    )
+
+
+def close_engine() -> None:
+    global _engine
+    if _engine is not None:
+        _engine.close()
+        _engine = None
+
+
+def sync(version: int, seed: int, fault: str = "", fault_rank: int = 0) -> dict[str, Any]:
+    """Sends the weights of `seed`, with one fault; returns what came of it."""
+    faulty = dist.get_rank() == fault_rank
+    weights = {name: tensor.detach() for name, tensor in _model(seed).named_parameters()}
+    expected = {name: full_checksum(tensor) for name, tensor in weights.items()}
+    victim = "model.layers.1.self_attn.k_proj.weight"
+    if faulty and fault == "corrupted":
+        weights[victim] = weights[victim] + torch.eye(*weights[victim].shape) * 1e-3
+    if faulty and fault == "missing":
+        del weights[victim]
+    if faulty and fault == "nothing":
+        weights = {}
+    if faulty and fault == "unknown":
+        weights["model.layers.1.self_attn.k_proj.scale"] = torch.ones(3)
+    if faulty and fault == "dtype":
+        weights[victim] = weights[victim].double()
+    if faulty and fault == "unannounced":  # what is announced arrives, and the model needs one more
+        del weights[victim], expected[victim]
+    if faulty and fault == "sender":
+        weights[victim] = torch.zeros(0)
+    try:
+        report = _engine.receive_weights(version, _buckets(weights, fails=faulty and fault == "sender"), expected)
+    except RuntimeError as error:
+        return {"error": type(error).__name__, "message": str(error), "version": _engine.weights_version}
+    return {"parameters": report.parameters, "bytes": report.bytes, "version": _engine.weights_version}
+
+
+def sync_without_packing(version: int, seed: int) -> dict[str, Any]:
+    """A sync in which the packed kernels are not built again: vLLM's own mistake with tied embeddings."""
+    from workers.engines import vllm_weights
+
+    pack = vllm_weights.pack
+    vllm_weights.pack = lambda model: None
+    try:
+        return sync(version, seed)
+    finally:
+        vllm_weights.pack = pack
+
+
+def generate(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Answers | str:
+    try:
+        responses = _engine.generate([np.array(prompt, dtype=np.int32) for prompt in prompts], sampling, seeds)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    assert all(r.token_ids.dtype == np.int32 and r.log_probs.dtype == np.float32 for r in responses)
+    return [(r.token_ids.tolist(), r.log_probs.tolist(), r.finished) for r in responses]
+
+
+def own_share(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Answers | str:
+    """Data parallel: rank r generates every world-th prompt, starting at r."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = [seeds[i * sampling.n : (i + 1) * sampling.n] for i in range(len(prompts))][rank::world]
+    return generate(prompts[rank::world], sampling, [seed for row in rows for seed in row])
+
+
+def largest_difference(seed: int, prompts: list[list[int]], answers: Answers, sampling: Sampling) -> float:
+    """Largest |log-prob - the one a plain forward pass of the weights of `seed` gives|."""
+    model, worst = _model(seed), 0.0
+    for prompt, (tokens, log_probs, _) in zip(
+        [prompt for prompt in prompts for _ in range(sampling.n)], answers, strict=True
+    ):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        wanted = (logits / sampling.temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        worst = max(worst, float((wanted - torch.tensor(log_probs)).abs().max()))
+    return worst
+
+
+def random_stream() -> list[float]:
+    return torch.rand(2).tolist()
+
+
+def seed_random_stream(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def sleep_then(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> tuple[Answers | str, Answers | str]:
+    _engine.sleep()
+    asleep = generate(prompts, sampling, seeds)
+    _engine.wake()
+    return asleep, generate(prompts, sampling, seeds)
+
+
+def group_works() -> float:
+    one = torch.ones(())
+    dist.all_reduce(one)
+    return float(one)
+
+
+def shared_memory_names() -> list[str]:
+    """Shared-memory files of this process's engine."""
+    return [name for name in os.listdir("/dev/shm") if os.environ["VLLM_DIST_IDENT"] in name]
+
+
+def _model(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_folder)).eval()
+
+
+def _buckets(weights: dict[str, Tensor], fails: bool) -> Iterator[list[tuple[str, Tensor]]]:
+    items = list(weights.items())
+    for start in range(0, len(items), 3):
+        if fails and start:
+            raise RuntimeError("the gather timed out")
+        yield items[start : start + 3]

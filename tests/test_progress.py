@@ -1,0 +1,101 @@
+"""What a run shows and leaves: metrics.jsonl and TensorBoard that survive a resume, lines and tables for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from controller.display import Display, sparkline
+from controller.metrics import MetricsWriter, read_metrics
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_metrics_are_a_line_a_step_with_times_and_evaluations(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write_evaluation(0, {"heldout/reward": 0.1})
+        writer.write(0, {"reward": 0.5}, {"gae": 0.25})
+    assert read_metrics(tmp_path) == [
+        {"step": 0, "kind": "evaluation", "heldout/reward": 0.1},
+        {"step": 0, "reward": 0.5, "time_s/gae": 0.25},
+    ]
+
+
+def test_numbers_that_are_not_finite_become_null_and_are_counted(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"loss": math.nan, "kl": math.inf, "reward": 1.0})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda word: 1 / 0) == {
+        "step": 0, "loss": None, "kl": None, "reward": 1.0, "nonfinite_metrics": 2
+    }  # fmt: skip
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(5):
+            writer.write(step, {"reward": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # killed while writing
+    with MetricsWriter(tmp_path, first_step=3) as writer:
+        for step in range(3, 6):
+            writer.write(step, {"reward": 10.0 + step})
+    assert [(row["step"], row["reward"]) for row in read_metrics(tmp_path)] == [
+        (0, 0.0), (1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0)
+    ]  # fmt: skip
+
+
+def test_tensorboard_reads_the_events_and_forgets_what_was_redone(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(5):
+            writer.write(step, {"actor/loss": float(step)})
+    with MetricsWriter(tmp_path, first_step=3) as writer:
+        writer.write(3, {"actor/loss": 30.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("actor/loss")] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+
+
+def test_without_a_terminal_there_is_a_line_a_step() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with Display("demo", 3, console=console) as display:
+        assert not display.live
+        display.note("starting")
+        for step in range(3):
+            display.step(step, {"reward": 0.25 * step, "actor/kl": 0.01, "odd": math.nan}, {"gae": 1.0, "update": 3.0})
+        display.summary({"steps": 3, "wall_s": 1.5})
+    lines = shown(console).splitlines()
+    assert lines[0] == "starting" and lines[2].startswith("step 2/3  reward 0.25  kl 0.01  update 75%  gae 25%")
+    assert "left 0:00" in lines[3] and any("wall_s" in line and "1.5" in line for line in lines)
+    assert "\x1b" not in shown(console)
+
+
+def test_on_a_terminal_the_table_shows_trend_and_shares(monkeypatch: object) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    display = Display("demo", 10, console=console)
+    for step in range(4):
+        display.step(step, {"reward": float(step), "tokens_per_s": 1234.0}, {"generate": 1.0, "update": 1.0})
+    console.print(display._table())
+    text = shown(console)
+    assert "step 4/10" in text and "▁▃▅█" in text and "first 0" in text and "1,234" in text and "50%" in text
+
+
+def test_a_quiet_display_still_ends_with_the_summary() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Display("demo", 1, quiet=True, console=console) as display:
+        display.note("x")
+        display.step(0, {"reward": 1.0}, {})
+        assert shown(console) == ""
+        display.summary({"reward": "0 -> 1"})
+    assert "0 -> 1" in shown(console)
+
+
+def test_sparkline_is_the_shape_of_the_last_values() -> None:
+    assert sparkline([0, 1, 2, 3], width=3) == "▁▄█"
+    assert sparkline([5, 5]) == "▁▁" and sparkline([]) == ""
