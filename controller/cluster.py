@@ -23,8 +23,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_dist.config import PoolConfig, RayConfig
+from rlhf_dist.placement.roles import HOST_POOL
 
-HOST_POOL = "host"
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import ray
 
 from controller.batch_ref import BatchRef, StoredColumn
-from controller.cluster import HOST_POOL, Pool
+from controller.cluster import Pool
 from controller.executor import Finished
 from controller.worker_group import NodeOutput, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Dataflow, Input, Node
+from rlhf_dist.placement.roles import HOST_POOL
 from rlhf_dist.roles import State, StateValue
 from rlhf_dist.wire import Reply
 
@@ -95,7 +96,7 @@ class RayRunner:
             protocol_parts = self._part_of_rank(node, group)
             refs = tuple(
                 process.call.remote(
-                    node.role,
+                    group.role,
                     node.op,
                     build_call(node, step, self.seed, read, shards.parts[protocol_parts[rank]], mini_batch, kwargs),
                 )

@@ -26,7 +26,7 @@ from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
-from controller.session import Session, generates, slots_needed, start_session
+from controller.session import Session, generates, slots_needed, start_session, used_roles
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.typed import ConfigError
@@ -118,7 +118,7 @@ class _Run:
         run = self.launch.run
         if first_step:
             self._resume(first_step)
-        for role in self.launch.recipe.roles:
+        for role in used_roles(self.launch):
             if generates(self.launch, role):
                 self.session.call_role(role, "reshard", first_step)
         if first_step < run.steps:
@@ -148,7 +148,7 @@ class _Run:
         now = time.perf_counter()
         seconds, self.closed_s = now - self.closed_s, now
         metrics = report.metrics
-        tokens = next((value for name, value in metrics.items() if name.endswith("/tokens")), 0.0)
+        tokens = self._tokens(metrics)
         metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds}
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
@@ -159,6 +159,12 @@ class _Run:
         if self._checkpoints_after(report.step):
             self._checkpoint(done)
         self.closed_s = time.perf_counter()
+
+    def _tokens(self, metrics: Mapping[str, float]) -> float:
+        """Prompt and response tokens of the step: what was generated, or what the sources gave."""
+        counted = {name: value for name, value in metrics.items() if name.endswith("/sequence_tokens")}
+        sources = {f"{name}/sequence_tokens" for name in self.launch.recipe.sources}
+        return sum(value for name, value in counted.items() if name not in sources) or sum(counted.values())
 
     def _remember(self, report: StepReport, metrics: dict[str, float], tokens: float, seconds: float) -> None:
         self.progress.first = self.progress.first or metrics

@@ -14,13 +14,14 @@ from typing import Any
 
 import ray
 
-from controller.cluster import HOST_POOL, Cluster, ClusterError, Pool
+from controller.cluster import Cluster, ClusterError, Pool
 from controller.ray_runner import RayRunner
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
+from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
 from rlhf_dist.roles import OpSpec, State
 
 HELDOUT = "heldout"
@@ -71,17 +72,18 @@ class Session:
     def model_roles(self) -> list[str]:
         """Roles with weights of their own that learn: what is checkpointed and exported."""
         written = {state.split(".")[0] for node in self.launch.dataflow for state in node.weights_written}
-        return [role for role in self.launch.recipe.roles if role in written]
+        return [role for role in used_roles(self.launch) if role in written]
 
 
 def start_session(launch: Launch, cluster: Cluster) -> Session:
     """Start pools and role workers. Raises ClusterError when a pool or a worker does not come up."""
     run = launch.run
-    host = cluster.add_host_pool()
-    pools = {name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if _used(launch, name)}
+    placed = pools_of_roles(launch)
+    pools = {HOST_POOL: cluster.add_host_pool()}
+    pools |= {name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if name in placed.values()}
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
-    first_host = Pool(HOST_POOL, host.processes[:1])
+    first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
     tokenizer = _tokenizer_of(launch)
     starting: list[tuple[str, list[Any]]] = []
     for name in launch.recipe.sources:
@@ -90,41 +92,34 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
-    for role, interface in launch.recipe.roles.items():
-        config = launch.roles[role]
-        pool = host if is_rule(config) else pools[pool_name(launch, role)]
+    for role, interface in used_roles(launch).items():
+        pool = pools[placed[role]]
         path, settings = _worker_of(launch, role, interface)
-        groups[role] = WorkerGroup(role, pool, _meshes(config, pool.size))
+        groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool.size))
         starting.append((role, _host_role(launch, groups[role], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
-def pool_name(launch: Launch, role: str) -> str:
-    """The pool `role` is placed in."""
-    roles = launch.run.placement.roles
-    return roles.get(role) or roles["default"]
-
-
-def is_rule(config: Any) -> bool:
-    """Whether a role is a reward function, which needs no slot."""
-    return isinstance(config, RewardConfig) and config.function is not None
+def pools_of_roles(launch: Launch) -> dict[str, str]:
+    """Role -> pool, for the roles the graph uses."""
+    return pool_of_roles(launch.run.placement, {role: launch.roles[role] for role in used_roles(launch)})
 
 
 def slots_needed(launch: Launch) -> int:
     """Slots of all pools that some role is placed in."""
-    return sum(pool.slots for name, pool in launch.run.placement.pools.items() if _used(launch, name))
+    return sum(launch.run.placement.pools[name].slots for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
+
+
+def used_roles(launch: Launch) -> dict[str, type]:
+    """Roles the graph uses, with their interfaces: a reference nobody asks is not started."""
+    used = launch.dataflow.used_roles
+    return {role: interface for role, interface in launch.recipe.roles.items() if role in used}
 
 
 def generates(launch: Launch, role: str) -> bool:
     """Whether the recipe generates with `role`."""
     return any(f"{role}.rollout" in node.weights_read for node in launch.dataflow)
-
-
-def _used(launch: Launch, pool: str) -> bool:
-    return any(
-        not is_rule(config) and pool_name(launch, role) == pool for role, config in launch.roles.items()
-    )
 
 
 def _tokenizer_of(launch: Launch) -> str:

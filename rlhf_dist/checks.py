@@ -29,7 +29,7 @@ def check_launch(launch: Launch) -> list[str]:
     _check_rewards(launch)
     shapes = {
         role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
-        for role, settings in launch.roles.items()
+        for role, settings in launch.used_roles.items()
         if (model := _model(settings)) is not None
     }
     pools = pool_of_roles(launch.run.placement, launch.roles)
@@ -100,7 +100,7 @@ def _check_folder(launch: Launch) -> None:
 def _check_rewards(launch: Launch) -> None:
     from rlhf_dist.rewards.load import load_function
 
-    for role, settings in launch.roles.items():
+    for role, settings in launch.used_roles.items():
         if not isinstance(settings, RewardConfig):
             continue
         if settings.function is not None and settings.model is not None:
@@ -270,7 +270,7 @@ def _check_sources(launch: Launch) -> None:
 
 
 def _tokenizer(launch: Launch) -> str | None:
-    models = [model for settings in launch.roles.values() if (model := _model(settings)) is not None]
+    models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
     return models[0].path if models else None
 
 
@@ -299,9 +299,10 @@ def _plan(launch: Launch, pools: dict[str, str], rows: dict[str, tuple[int, bool
             f"optimizer steps{_cadence(node)} ({node.op})"
         )
     for name, pool in run.placement.pools.items():
-        roles = ", ".join(role for role, at in pools.items() if at == name)
+        roles = ", ".join(role for role, at in pools.items() if at == name and role in launch.used_roles)
         lines.append(f"pool      {name}: {pool.slots} slots ({pool.device}) for {roles}")
-    on_host = ", ".join(["sources, host ops", *(role for role, at in pools.items() if at == HOST_POOL)])
+    rules = [role for role, at in pools.items() if at == HOST_POOL and role in launch.used_roles]
+    on_host = ", ".join(["sources, host ops", *rules])
     lines.append(f"pool      {HOST_POOL}: {run.placement.host_processes} CPU processes for {on_host}")
     width = max(len(node.name) for node in launch.dataflow)
     for number, node in enumerate(launch.dataflow, start=1):

@@ -12,7 +12,7 @@ Hydra's own structured configs cannot be frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -82,6 +82,11 @@ class Launch:
     yaml: str
     """The resolved settings, for people and for the run's folder."""
 
+    @property
+    def used_roles(self) -> dict[str, RoleConfig]:
+        """Roles that the dataflow uses, with their settings; only these are started and need a model."""
+        return {role: settings for role, settings in self.roles.items() if role in self.dataflow.used_roles}
+
 
 def compose(spec: str, overrides: Sequence[str] = ()) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
@@ -91,15 +96,16 @@ def compose(spec: str, overrides: Sequence[str] = ()) -> Launch:
     recipe = load_recipe(spec)
     root = _root(recipe)
     composed = _compose(spec, recipe, root, overrides)
-    settings = _build(root, composed)
+    algorithm = _algorithm(recipe, composed)
+    dataflow = trace(recipe, algorithm)
+    settings = _build(root, composed, recipe.roles.keys() - dataflow.used_roles)
     _check_rows(recipe, settings)
-    algorithm = settings.algorithm if recipe.config else None
     return Launch(
         recipe=recipe,
         run=RunConfig(**{item.name: getattr(settings, item.name) for item in fields(RunConfig)}),
         algorithm=algorithm,
         roles={name: getattr(settings, name) for name in recipe.roles},
-        dataflow=trace(recipe, algorithm),
+        dataflow=dataflow,
         yaml=OmegaConf.to_yaml(composed, resolve=True),
     )
 
@@ -111,9 +117,7 @@ def compose_dataflow(spec: str, overrides: Sequence[str] = ()) -> Dataflow:
     """
     recipe = load_recipe(spec)
     composed = _compose(spec, recipe, _root(recipe), overrides)
-    if recipe.config is None:
-        return trace(recipe)
-    return trace(recipe, typed.build(recipe.config, _resolved(composed, "algorithm"), "algorithm"))
+    return trace(recipe, _algorithm(recipe, composed))
 
 
 def root_type(recipe: Recipe) -> type:
@@ -162,7 +166,18 @@ def _schema(recipe: Recipe, root: type) -> dict[str, Any]:
     return schema
 
 
-def _build(root: type, composed: DictConfig) -> Any:
+def _algorithm(recipe: Recipe, composed: DictConfig) -> Any:
+    if recipe.config is None:
+        return None
+    return typed.build(recipe.config, _resolved(composed, "algorithm"), "algorithm")
+
+
+def _build(root: type, composed: DictConfig, unused_roles: Set[str]) -> Any:
+    unset = {MISSING, "${model.path}"} if OmegaConf.is_missing(composed.model, "path") else {MISSING}
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    for role in unused_roles:
+        if (plain[role].get("model") or {}).get("path") in unset:
+            OmegaConf.update(composed, f"{role}.model.path", "")  # Never started: it needs no model.
     followed = "${model.path}" in _leaves(OmegaConf.to_container(composed, resolve=False))
     if followed and OmegaConf.is_missing(composed.model, "path"):
         choices = ", ".join(f"model={name}" for name in _options("model", [_conf()]) if name != "none")

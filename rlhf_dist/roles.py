@@ -76,8 +76,8 @@ def op(
 
 def ops_of(interface: type) -> dict[str, OpSpec]:
     """All ops of an interface, inherited ones included."""
-    found = {name: getattr(interface, name, None) for name in dir(interface)}
-    return {name: member.op_spec for name, member in found.items() if hasattr(member, "op_spec")}
+    found = {name: getattr(getattr(interface, name, None), "op_spec", None) for name in dir(interface)}
+    return {name: spec for name, spec in found.items() if isinstance(spec, OpSpec)}
 
 
 def _loss_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -79,6 +79,8 @@ def describe(names: Iterable[str]) -> str:
     rows = [(name, COLUMNS.get(name)) for name in names]
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(
-        f"{name:<{width}}  {spec.shape:<7} {spec.dtype:<8} {spec.meaning}" if spec else f"{name:<{width}}  (user-defined)"
+        f"{name:<{width}}  {spec.shape:<7} {spec.dtype:<8} {spec.meaning}"
+        if spec
+        else f"{name:<{width}}  (user-defined)"
         for name, spec in rows
     )

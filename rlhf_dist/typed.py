@@ -124,7 +124,12 @@ def _convert_scalar(kind: Any, value: Any, key: str) -> Any:
         return int(value)
     if kind is str and number:
         return str(value)
-    if kind is not float and isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if (
+        kind is not float
+        and isinstance(kind, type)
+        and isinstance(value, kind)
+        and (kind is bool or not isinstance(value, bool))
+    ):
         return value
     raise ConfigError(f"{key} must be {type_name(kind)}, got {value!r}")
 

@@ -132,7 +132,7 @@ def test_config_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    code = "rlhf() { %s -m controller.cli \"$@\"; }; rlhf graph ppo --format json | head -1; echo ${PIPESTATUS[0]}"
+    code = 'rlhf() { %s -m controller.cli "$@"; }; rlhf graph ppo --format json | head -1; echo ${PIPESTATUS[0]}'
     done = subprocess.run(
         ["bash", "-c", code % sys.executable], capture_output=True, text=True, timeout=60, check=False
     )

@@ -70,7 +70,7 @@ class ActorWorker:
                 "finished": Mean(float(columns["finished"].values.sum()), rows),
                 "empty_responses": Mean(float((lengths == 0).sum()), 0),
                 "rows": Mean(rows, 0),
-                "tokens": Mean(float(tokens.sum()), 0),
+                "sequence_tokens": Mean(float(tokens.sum()), 0),
             },
         )
 

@@ -38,7 +38,7 @@ class SourceWorker:
             groups=emitted["group_id"].values.astype(np.int64),
             metrics={
                 "rows": Mean(float(emitted.num_rows), 0),
-                "tokens": Mean(float(tokens.sum()), 0),
+                "sequence_tokens": Mean(float(tokens.sum()), 0),
                 "prompts_too_long": Mean(float(self.source.prompts_too_long), 0),
                 "responses_cut": Mean(float(self.source.responses_cut), 0),
             },

@@ -88,7 +88,9 @@ def _check_fields(row: Any, needed: Sequence[str], place: str) -> None:
         raise ValueError(f"{place} must be an object with named fields, got {str(row)[:80]!r}")
     for name in needed:
         if row.get(name) is None:
-            raise ValueError(f"{place} has nothing under {name!r}, only {', '.join(row) or 'none'}{near(name, list(row))}")
+            raise ValueError(
+                f"{place} has nothing under {name!r}, only {', '.join(row) or 'none'}{near(name, list(row))}"
+            )
 
 
 def _read_file(path: Path, limit: int | None) -> list[RawRow]:

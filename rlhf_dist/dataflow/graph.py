@@ -126,6 +126,12 @@ class Dataflow:
         ]
         return (*columns, *_weight_edges(self.nodes))
 
+    @property
+    def used_roles(self) -> set[str]:
+        """Roles that some node runs on or whose state it reads: the others need no process."""
+        states = {state.split(".")[0] for node in self.nodes for state in node.weights_read}
+        return {node.role for node in self.nodes} | states
+
     def predecessors(self, name: str) -> set[str]:
         """Nodes whose columns `name` reads, in the same step."""
         return {edge.source for edge in self.edges if edge.target == name and edge.column}
@@ -167,9 +173,7 @@ def _weight_edges(nodes: Iterable[Node]) -> list[Edge]:
                     other, other_writes = sequence[index]
                     if other_writes:
                         edges.append(
-                            Edge(
-                                source=name, target=other, weights=state, distance=wrapped, reason="read-then-write"
-                            )
+                            Edge(source=name, target=other, weights=state, distance=wrapped, reason="read-then-write")
                         )
                         break
     return edges

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-
 from rlhf_dist.batch import Batch, IntArray
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.roles import Columns
@@ -94,5 +93,3 @@ def _import_op(module: str, name: str) -> Any:
 def as_result(returned: Batch | HostResult) -> HostResult:
     """Both things a host op may return, as one."""
     return returned if isinstance(returned, HostResult) else HostResult(columns=returned)
-
-

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.graph import GraphError
@@ -40,7 +40,7 @@ class Recipe:
     @property
     def source_columns(self) -> dict[str, tuple[str, ...]]:
         """Source parameter -> columns it emits."""
-        return {name: kind.columns for name, kind in self.sources.items()}
+        return {name: cast(Any, kind).columns for name, kind in self.sources.items()}
 
 
 def recipe(function: Callable[..., None]) -> Recipe:

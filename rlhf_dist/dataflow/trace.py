@@ -12,7 +12,7 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
@@ -39,7 +39,7 @@ class Tracer:
         """Record `node` under a unique name."""
         taken = sum(other.name.split("#")[0] == node.name for other in self.nodes)
         if taken:
-            node = _replace(node, name=f"{node.name}#{taken + 1}")
+            node = replace(node, name=f"{node.name}#{taken + 1}")
         self.nodes.append(node)
         if self._on_node:
             self._on_node(node)
@@ -93,17 +93,17 @@ class TracedBatch:
 
     def select(self, *names: str) -> TracedBatch:
         """Only these columns; no data moves."""
-        return _replace(self, origins=self.tracer.read("select", self, names))
+        return replace(self, origins=self.tracer.read("select", self, names))
 
     def drop(self, *names: str) -> TracedBatch:
         """All but these columns; no data moves."""
-        return _replace(self, origins={name: at for name, at in self.origins.items() if name not in names})
+        return replace(self, origins={name: at for name, at in self.origins.items() if name not in names})
 
     def rename(self, **new_from_old: str) -> TracedBatch:
         """Columns under new names, as `new="old"`; no data moves."""
         taken = self.tracer.read("rename", self, tuple(new_from_old.values()))
         kept = {name: at for name, at in self.origins.items() if name not in taken and name not in new_from_old}
-        return _replace(self, origins={**kept, **{new: taken[old] for new, old in new_from_old.items()}})
+        return replace(self, origins={**kept, **{new: taken[old] for new, old in new_from_old.items()}})
 
     def with_columns_of(self, other: TracedBatch, **new_from_old: str) -> TracedBatch:
         """Columns of `other`, a batch with these same rows, added as `new="old"`; no data moves."""
@@ -113,7 +113,7 @@ class TracedBatch:
                 f"{self.rows} and {other.rows}; use join(), which matches rows by group"
             )
         taken = self.tracer.read("with_columns_of", other, tuple(new_from_old.values()))
-        return _replace(self, origins={**self.origins, **{new: taken[old] for new, old in new_from_old.items()}})
+        return replace(self, origins={**self.origins, **{new: taken[old] for new, old in new_from_old.items()}})
 
     def join(self, other: TracedBatch, **new_from_old: str) -> TracedBatch:
         """Columns of `other` added as `new="old"`, rows matched by group; `other` has one row per group.
@@ -211,9 +211,9 @@ class TracedBatch:
     def _with_written(self, node: Node) -> TracedBatch:
         written = {name: ColumnOrigin(node.name, name) for name in node.writes}
         if node.rows == "keep":
-            return _replace(self, origins={**self.origins, **written})
+            return replace(self, origins={**self.origins, **written})
         owned = {name: ColumnOrigin(node.name, name) for name in self.origins}
-        return _replace(self, rows=node.name, origins={**owned, **written})
+        return replace(self, rows=node.name, origins={**owned, **written})
 
     def fetch(self, name: str) -> Any:
         """The rows of a column, in a live run (`rlhf-dist run RECIPE --eager`); for looking, not for computing."""
@@ -229,9 +229,7 @@ class TracedBatch:
         )
 
     def __bool__(self) -> bool:
-        self._no_data(
-            "a condition on a batch", "drop rows in a host op (drops_rows=True), or decide on cfg or a State"
-        )
+        self._no_data("a condition on a batch", "drop rows in a host op (drops_rows=True), or decide on cfg or a State")
 
     def __iter__(self) -> Any:
         self._no_data("iterating over a batch", "write a host op (rlhf_dist.dataflow.host_op) that sees the rows")
@@ -362,7 +360,8 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     if cfg is None and recipe.config is not None:
         cfg = recipe.config()
     tracer = run_traced(recipe, cfg)
-    roles = {name: kind.__name__ for name, kind in (recipe.sources | recipe.roles | recipe.states).items()}
+    interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
+    roles = {name: kind.__name__ for name, kind in interfaces.items()}
     return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))
 
 
@@ -397,12 +396,6 @@ def _check_keywords(line: str, op: str, function: Callable[..., Any], kwargs: Ma
     for p in parameters.values():
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
             raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
-
-
-def _replace(thing: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(thing, **changes)
 
 
 __all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "run_traced", "trace"]

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-import threading
+import functools
+import logging
+from typing import Any
 
-TIMEOUT_S = 3
-"""Longest that parsing, and comparing, may take each; some expressions would take for ever to simplify."""
+from rlhf_dist.rewards.time_limit import OutOfTime, time_limit
+
+TIMEOUT_S = 5.0
+"""Longest that reading and comparing one response may take; some expressions would simplify for ever."""
 
 
 def math_verify(prompt: str, response: str, answer: str) -> dict[str, float]:
     """reward 1.0 if math-verify finds the two equal, else 0.0; timed_out 1.0 if it ran out of time (reward 0.0).
 
     The answer is LaTeX or a plain expression. Raises ValueError if nothing mathematical is found in the
-    answer, RuntimeError outside a process's main thread (the library's time limit is a signal there).
+    answer, RuntimeError outside a process's main thread (the time limit is a signal).
     """
-    import math_verify as library
-    from math_verify.errors import TimeoutException
+    library = _library()
+    gold = _parsed_answer(answer)
+    try:
+        with time_limit(TIMEOUT_S):
+            # timeout 0: its own limit fires once only, and can be lost (see time_limit).
+            parsed = library.parse(response, parsing_timeout=0)
+            equal = bool(library.verify(gold, parsed, timeout_seconds=0))
+    except OutOfTime:
+        return {"reward": 0.0, "timed_out": 1.0}
+    return {"reward": float(equal), "timed_out": 0.0}
 
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("math_verify must run in the main thread of its process: its time limit is a signal")
-    gold = library.parse(answer, parsing_timeout=TIMEOUT_S) or library.parse(f"${answer}$", parsing_timeout=TIMEOUT_S)
+
+@functools.lru_cache(maxsize=4096)
+def _parsed_answer(answer: str) -> list[Any]:
+    library = _library()
+    try:
+        with time_limit(TIMEOUT_S):
+            gold = library.parse(answer, parsing_timeout=0) or library.parse(f"${answer}$", parsing_timeout=0)
+    except OutOfTime:
+        raise ValueError(f"math-verify cannot read the answer {answer!r} within {TIMEOUT_S} s") from None
     if not gold:
         raise ValueError(f"math-verify finds no mathematical expression in the answer {answer!r}")
-    try:
-        parsed = library.parse(response, parsing_timeout=TIMEOUT_S, raise_on_error=True)
-        equal = library.verify(gold, parsed, timeout_seconds=TIMEOUT_S, raise_on_error=True)
-    except TimeoutException:
-        return {"reward": 0.0, "timed_out": 1.0}
-    except Exception:
-        # A response that the library cannot read is a wrong response, not a failure of ours.
-        equal = False
-    return {"reward": float(equal), "timed_out": 0.0}
+    return list(gold)
+
+
+@functools.cache
+def _library() -> Any:
+    """The library, warm: its first use imports and builds a parser for seconds, which is no row's fault."""
+    import math_verify as library
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit is off
+    library.verify(
+        library.parse("$\\frac{1}{2}$", parsing_timeout=0), library.parse("0.5", parsing_timeout=0), timeout_seconds=0
+    )
+    return library

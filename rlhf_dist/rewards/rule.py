@@ -41,12 +41,13 @@ def score_rows(
         scores = returned if isinstance(returned, dict) else {"reward": returned}
         if "reward" not in scores:
             raise RewardFunctionError(f"{where} returned a dict without 'reward': {_short(repr(returned))}")
+        finite = {name: _finite(value, name, where) for name, value in scores.items()}
         if row and set(scores) != set(scored):
             raise RewardFunctionError(
                 f"{where} must return the same names for every row, got {sorted(scores)} after {sorted(scored)}"
             )
-        for name, value in scores.items():
-            scored.setdefault(name, []).append(_finite(value, name, where))
+        for name, value in finite.items():
+            scored.setdefault(name, []).append(value)
     return scored
 
 

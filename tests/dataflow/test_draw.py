@@ -32,7 +32,11 @@ def test_json_of_ppo_shows_siblings_after_generation() -> None:
         assert {edge["source"] for edge in edges if edge["target"] == target and "column" in edge} == {
             "actor.generate_sequences"
         }
-    assert {"source": "actor.reshard", "target": "actor.generate_sequences", "weights": "actor.rollout"}.items() <= next(
+    assert {
+        "source": "actor.reshard",
+        "target": "actor.generate_sequences",
+        "weights": "actor.rollout",
+    }.items() <= next(
         edge for edge in edges if edge["distance"] == 1 and edge.get("weights") == "actor.rollout"
     ).items()
 

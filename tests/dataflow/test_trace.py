@@ -108,7 +108,9 @@ def test_no_reshard_without_generation_and_none_without_training() -> None:
         batch = critic.compute_values(actor.generate_sequences(prompts))
         critic.update_critic(batch, loss=Reads(("values",)))
 
-    assert not any(node.kind == "reshard" for dataflow in map(trace, (only_generates, only_critic)) for node in dataflow)
+    assert not any(
+        node.kind == "reshard" for dataflow in map(trace, (only_generates, only_critic)) for node in dataflow
+    )
 
 
 def test_the_order_of_the_text_does_not_matter_for_independent_ops() -> None:

@@ -10,12 +10,28 @@ import pytest
 from rlhf_dist.sampling import Sampling
 from tests.engines.world import World
 from tests.generation import rank
+from tests.tiny import save_llama
 
 SHORT = [[1, 5, 9], [1, 7], [4, 4, 4, 8, 20, 11]]
 LONG = [[1, *range(4, 40), *range(4, 44), *range(4, 44), 5, 6], [1, *range(4, 40), *range(4, 44), *range(4, 44), 7]]
 SAMPLING = Sampling(n=2, temperature=0.8, max_tokens=12)
 SEEDS = [11, 12, 13, 14, 15, 16]
 ENGINES = ["vllm", "transformers"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders by name. Heads of 32: the smallest vLLM's CPU attention has."""
+    return {
+        name: save_llama(tmp_path_factory.mktemp(name), tied=name == "tied", hidden=128) for name in ("tied", "untied")
+    }
+
+
+@pytest.fixture(scope="module")
+def generation_world1() -> Iterator[World]:
+    world = World(1)
+    yield world
+    world.close()
 
 
 class Single:
@@ -115,9 +131,7 @@ def test_responses_end_with_the_end_token_or_at_the_limit(engine: tuple[str, Sin
         ("sender", "the gather timed out"),
     ],
 )
-def test_a_failed_sync_stops_generation_until_one_succeeds(
-    engine: tuple[str, Single], fault: str, says: str
-) -> None:
+def test_a_failed_sync_stops_generation_until_one_succeeds(engine: tuple[str, Single], fault: str, says: str) -> None:
     _, one = engine
     one.sync(1, 1)
     failed = one.sync(7, 21, fault)
@@ -179,9 +193,7 @@ def test_both_engines_agree_on_greedy_tokens(generation_world1: World, folders: 
     assert answers[0] == answers[1]
 
 
-def test_closing_an_engine_leaves_the_process_group_working(
-    generation_world1: World, folders: dict[str, Path]
-) -> None:
+def test_closing_an_engine_leaves_the_process_group_working(generation_world1: World, folders: dict[str, Path]) -> None:
     one = Single(generation_world1)
     one.open_engine("vllm", folders["tied"])
     one.close_engine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from rlhf_dist.sampling import Sampling
 from tests.engines.world import World
 from tests.generation import rank
 from tests.generation.test_engines import LONG, SAMPLING, SEEDS, SHORT
+from tests.tiny import save_llama
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders by name. Heads of 32: the smallest vLLM's CPU attention has."""
+    return {
+        name: save_llama(tmp_path_factory.mktemp(name), tied=name == "tied", hidden=128) for name in ("tied", "untied")
+    }
+
+
+@pytest.fixture(scope="module")
+def generation_world2() -> Iterator[World]:
+    world = World(2)
+    yield world
+    world.close()
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.rewards import exact_match, load_file, load_function
+from rlhf_dist.python_files import load_file
+from rlhf_dist.rewards import exact_match, load_function
 
 SOURCE = """
 from __future__ import annotations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from rlhf_dist.rewards import (
     score_rows,
 )
 from rlhf_dist.rewards.reasoning_gym import answer_json, final_answer
+from rlhf_dist.rewards.time_limit import OutOfTime, time_limit
 
 
 def test_exact_match_ignores_white_space_around_the_text() -> None:
@@ -42,9 +46,37 @@ def test_math_verify_compares_by_meaning(response: str, answer: str, reward: flo
 
 
 def test_math_verify_gives_up_on_what_takes_for_ever_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_dist.rewards.math_verify.TIMEOUT_S", 1)
+    # The package exports a function of the same name, so the module is taken from where Python keeps it.
+    monkeypatch.setattr(sys.modules["rlhf_dist.rewards.math_verify"], "TIMEOUT_S", 0.5)
     endless = "$" + "+".join(f"\\sin(x^{{{k}}})^{{{k}}}" for k in range(2, 400)) + "$"
-    assert math_verify("", endless, "$" + "+".join(f"x^{{{k}}}" for k in range(2, 400)) + "$")["timed_out"] == 1.0
+    assert math_verify("", endless, "7") == {"reward": 0.0, "timed_out": 1.0}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_time_limit_holds_even_where_its_first_exception_is_swallowed() -> None:
+    swallowed: list[BaseException] = []
+
+    class Slow:
+        def __del__(self) -> None:
+            try:
+                time.sleep(5)
+            except BaseException as error:
+                swallowed.append(error)
+                raise
+
+    started = time.monotonic()
+    with pytest.raises(OutOfTime), time_limit(0.1):
+        Slow()
+        time.sleep(5)
+    assert len(swallowed) == 1 and time.monotonic() - started < 3
+
+
+def test_a_time_limit_that_is_not_reached_leaves_no_alarm_behind() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 def test_math_verify_refuses_to_run_where_it_cannot_be_stopped_and_without_a_usable_answer() -> None:

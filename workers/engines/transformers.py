@@ -35,9 +35,7 @@ _ROWS_AT_ONCE = 128
 class TransformersEngine(SyncedEngine):
     """See GenerationEngine."""
 
-    def __init__(
-        self, *, model_path: str, rollout: RolloutConfig, rank: int, world: int, device: torch.device
-    ) -> None:
+    def __init__(self, *, model_path: str, rollout: RolloutConfig, rank: int, world: int, device: torch.device) -> None:
         super().__init__(getattr(torch, rollout.dtype))
         if rollout.tensor_parallel != 1:
             raise ValueError(

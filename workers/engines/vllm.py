@@ -46,7 +46,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import EngineArgs, SamplingParams  # noqa: E402
-from vllm.config import VllmConfig  # noqa: E402
 from vllm.distributed import parallel_state  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -80,12 +79,17 @@ class VllmEngine(SyncedEngine):
         self._request_ids = count()
         self._asleep = False
         self._sleeps = device.type == "cuda"
+        name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
         with torch.random.fork_rng(), vllm_weights.parameters_kept():
             vllm_config = _engine_args(model_path, rollout, device).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
-                vllm_config, executor_class=_executor_class(rank, device), log_stats=False, multiprocess_mode=False
+                vllm_config,
+                executor_class=_executor_class(name, rank, device),
+                log_stats=False,
+                multiprocess_mode=False,
             )
+        _unlink_shared_memory(name)
         # vLLM's own shutdown, also run at exit, would destroy the default process group: close() does the rest of it.
         self._engine.engine_core._finalizer.detach()
         runner = self._engine.model_executor.driver_worker.worker.model_runner
@@ -235,18 +239,25 @@ def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) 
     )
 
 
-def _executor_class(rank: int, device: torch.device) -> type[ExecutorWithExternalLauncher]:
-    # vLLM names shared memory after this address. Its default is the same for every run on a host, so that
-    # two runs would write into each other's; ours is drawn by rank 0 and never connected to.
+def _shared_name() -> str:
+    """A name drawn by rank 0: what vLLM's shared memory is called is else the same for every run on a host."""
     name: list[str] = [uuid4().hex]
     dist.broadcast_object_list(name, src=0)
+    return name[0]
 
+
+def _unlink_shared_memory(name: str) -> None:
+    # vLLM's ranks have mapped it by now (a barrier follows the mapping); without a name it goes with the last
+    # of them, however they end.
+    for file in Path("/dev/shm").glob(f"{name}*"):
+        file.unlink(missing_ok=True)
+
+
+def _executor_class(name: str, rank: int, device: torch.device) -> type[ExecutorWithExternalLauncher]:
     class InDefaultGroup(ExecutorWithExternalLauncher):
-        def __init__(self, vllm_config: VllmConfig) -> None:
-            super().__init__(vllm_config)
-
         def _distributed_args(self) -> tuple[str, int, int]:
-            return f"tcp://default-group:{name[0]}", rank, device.index or 0
+            # Never connected to, since the default group exists; vLLM takes names from the part after the colon.
+            return f"tcp://default-group:{name}", rank, device.index or 0
 
     return InDefaultGroup
 

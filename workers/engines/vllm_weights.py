@@ -3,7 +3,8 @@
 vLLM's CPU layers pack their weights for oneDNN and drop the originals, after which nothing can be written
 or read back. Here they keep both: parameters stay real tensors, and packing is repeated after each sync.
 That costs a second copy of the weights in CPU memory and keeps the packed kernels' speed (measured for 135M
-parameters, one thread, fp32: sync 0.3 s at 290 tok/s; `reload_weights` 0.6 s at 280; no packing 0.06 s at 135).
+parameters, one thread, fp32, before any checks: sync 0.3 s at 290 tok/s; `reload_weights` 0.6 s at 280; no
+packing 0.06 s at 135).
 
     begin:   every parameter = NaN, every packed kernel dropped     what is not replaced cannot look right
     install: model.load_weights(...)                                vLLM maps names, fuses and slices

@@ -1,0 +1,126 @@
+"""A user's file is one module however it is named, and what it defines reaches processes that cannot import it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+
+from controller.user_files import send_user_files_by_value
+from rlhf_dist.python_files import load_file
+from rlhf_dist.recipe_files import load_recipe
+from rlhf_dist.rewards import load_function
+
+SOURCE = '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.dataflow.host import host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Prompts, Reward, State, state_op
+
+with Path(__file__).with_suffix(".count").open("a") as count:
+    count.write("executed ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    scale: float = 3.0
+
+
+@dataclass(frozen=True)
+class Scaled:
+    scale: float
+    reads = ("advantages",)
+    outputs = ("log_probs",)
+    average = "tokens"
+
+    def __call__(self, model, rows):
+        return self.scale * model, {}
+
+
+class Counter(State):
+    def initial(self, cfg: Mine) -> dict[str, float]:
+        return {"count": cfg.scale}
+
+    @state_op(reads=("rewards",))
+    def update(self, numbers, batch):
+        return {"count": numbers["count"] + 1}, {}
+
+
+def plus(value: float) -> float:
+    return value + 1.0
+
+
+@host_op(reads=("rewards",), writes=("advantages",))
+def raised(batch: Batch) -> Batch:
+    return Batch({"advantages": Column(np.float32(plus(batch["rewards"].values)))})
+
+
+def length(prompt: str, response: str, answer: str) -> float:
+    return plus(len(response))
+
+
+@recipe
+def mine(prompts: Prompts, actor: Actor, reward: Reward, counter: Counter, cfg: Mine) -> None:
+    batch = reward.compute_reward(actor.generate_sequences(prompts))
+    counter.update(batch)
+    actor.update_actor(raised(batch), loss=Scaled(cfg.scale))
+'''
+
+RECEIVER = """
+import pickle, sys
+loss, op, reward, state, cfg = pickle.loads(sys.stdin.buffer.read())
+from rlhf_dist.batch import Batch
+assert loss(2.0, None)[0] == 2.0 * cfg.scale == 6.0
+assert op.function(Batch.of(rewards=[1.0])).row(0)["advantages"] == 2.0
+assert reward("", "four", "") == 5.0
+assert state.update(state.initial(cfg), None)[0] == {"count": 4.0}
+print("received")
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_recipe_reward_and_generator_of_one_file_share_one_module(file: Path) -> None:
+    recipe = load_recipe(str(file))
+    by_name, by_path = load_function("length", recipe.file), load_function(f"{file}:length")
+    assert by_name is by_path
+    assert by_name.__module__ == recipe.function.__module__ == recipe.config.__module__
+    assert file.with_suffix(".count").read_text() == "executed "
+
+
+def test_a_file_that_raises_is_not_kept_and_can_be_repaired(file: Path) -> None:
+    file.write_text("import numpy\nraise RuntimeError('half done')\n")
+    with pytest.raises(RuntimeError, match="half done"):
+        load_file(file)
+    assert not any(name.startswith("mine_") and getattr(m, "__file__", "") == str(file) for name, m in sys.modules.items())
+    file.write_text("VALUE = 7\n")
+    assert load_file(file).VALUE == 7
+
+
+@pytest.mark.parametrize("loaded_first", [True, False])
+def test_what_a_file_defines_travels_in_rays_messages(file: Path, loaded_first: bool) -> None:
+    # Ray's cloudpickle is a copy with a registry of its own, so the original's does not help.
+    if loaded_first:
+        load_file(file)
+    send_user_files_by_value()
+    module = load_file(file)
+    cfg = module.Mine()
+    message = cloudpickle.dumps((module.Scaled(cfg.scale), module.raised, module.length, module.Counter(), cfg))
+    file.unlink()
+    received = subprocess.run([sys.executable, "-c", RECEIVER], input=message, capture_output=True, timeout=60)
+    assert received.stdout.decode().strip() == "received", received.stderr.decode()
