@@ -99,7 +99,7 @@ def test_pickle_of_a_batch_without_columns_keeps_its_rows() -> None:
 
 
 @QUICK
-@given(batches())
+@given(batch=batches())
 def test_parquet_round_trip(batch: Batch, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "rows.parquet"
     batch.write_parquet(path)

@@ -13,7 +13,13 @@ from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_llama, save_tokenizer
 
-CHECKED = ["task=addition", "data.prompts_per_step=8"]
+CHECKED = [
+    "task=gcd",
+    "data.train.chat=false",
+    "data.heldout=null",
+    "data.prompts_per_step=8",
+    "data.max_prompt_tokens=256",
+]
 TEXT = '{"prompt": "1+1=", "answer": "2"}\n'
 
 
@@ -61,7 +67,10 @@ def test_rows_follow_expansion_pairs_and_filters(model: Path) -> None:
 
 def test_recipes_without_generation_are_limited_by_the_data(model: Path) -> None:
     assert max_row_tokens(compose("sft", [f"model.path={model}"]))[0] == 512
-    assert max_row_tokens(compose("grpo", [f"model.path={model}", "actor.rollout.max_response_tokens=9"]))[0] == 265
+    assert (
+        max_row_tokens(compose("grpo", [f"model.path={model}", *CHECKED, "actor.rollout.max_response_tokens=9"]))[0]
+        == 265
+    )
 
 
 # --- models and data -------------------------------------------------------------------------------------------

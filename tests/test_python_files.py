@@ -14,7 +14,7 @@ from rlhf_dist.python_files import load_file
 from rlhf_dist.recipe_files import load_recipe
 from rlhf_dist.rewards import load_function
 
-SOURCE = '''
+SOURCE = """
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def mine(prompts: Prompts, actor: Actor, reward: Reward, counter: Counter, cfg: 
     batch = reward.compute_reward(actor.generate_sequences(prompts))
     counter.update(batch)
     actor.update_actor(raised(batch), loss=Scaled(cfg.scale))
-'''
+"""
 
 RECEIVER = """
 import pickle, sys
@@ -107,7 +107,9 @@ def test_a_file_that_raises_is_not_kept_and_can_be_repaired(file: Path) -> None:
     file.write_text("import numpy\nraise RuntimeError('half done')\n")
     with pytest.raises(RuntimeError, match="half done"):
         load_file(file)
-    assert not any(name.startswith("mine_") and getattr(m, "__file__", "") == str(file) for name, m in sys.modules.items())
+    assert not any(
+        name.startswith("mine_") and getattr(m, "__file__", "") == str(file) for name, m in sys.modules.items()
+    )
     file.write_text("VALUE = 7\n")
     assert load_file(file).VALUE == 7
 

@@ -225,7 +225,8 @@ class TracedBatch:
     # --- what a traced batch cannot do -------------------------------------------------------------
     def _no_data(self, what: str, instead: str) -> NoReturn:
         raise GraphError(
-            f"{self.tracer.line()}: {what} needs the batch's data, but a recipe is traced before there is any; {instead}"
+            f"{self.tracer.line()}: {what} needs the batch's data, but a recipe is traced before there is any; "
+            f"{instead}"
         )
 
     def __bool__(self) -> bool:

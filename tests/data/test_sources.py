@@ -13,6 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from rlhf_dist.config import SourceConfig
 from rlhf_dist.data import PromptSource, check_source, emitted_columns
 from rlhf_dist.rewards import reasoning_gym_solved
@@ -59,7 +62,7 @@ def test_emitted_columns_have_the_dtypes_of_the_schema(rows: str, tmp_path: Path
     batch = source(SourceConfig(path=jsonl(tmp_path, [row]), rows=rows), tokenizer).emit(0, 1)
     assert set(batch) == set(emitted_columns(rows))
     for name, column in batch.items():
-        assert "text" if column.text else column.values.dtype == COLUMNS[name].dtype, name
+        assert ("text" if column.text else str(column.values.dtype)) == COLUMNS[name].dtype, name
 
 
 def test_prompts_from_parquet_with_their_own_field_names_and_messages(tmp_path: Path, tokenizer: Path) -> None:
@@ -233,6 +236,19 @@ def test_faults_behind_the_first_row_are_named_by_the_source(tmp_path: Path, tok
     ):
         with pytest.raises(ValueError, match=message):
             source(SourceConfig(path=jsonl(tmp_path, [{"prompt": "a"}, row])), tokenizer)
+
+
+def test_a_rendered_chat_brings_its_own_special_tokens_and_plain_text_gets_the_tokenizers(tmp_path: Path) -> None:
+    inner = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(tmp_path)
+    path = jsonl(tmp_path, [{"prompt": "a a"}])
+    for chat in (True, False):
+        batch = source(SourceConfig(path=path, chat=chat), tmp_path).emit(0, 1)
+        assert batch["prompt_ids"].row(0).tolist() == [0, 2, 2]  # one <s>, never two
 
 
 @pytest.mark.parametrize("extra", [{"chat": True}, {"system": "be short"}, {}])

@@ -45,6 +45,7 @@ def test_math_verify_compares_by_meaning(response: str, answer: str, reward: flo
     assert math_verify("", response, answer) == {"reward": reward, "timed_out": 0.0}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_math_verify_gives_up_on_what_takes_for_ever_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # The package exports a function of the same name, so the module is taken from where Python keeps it.
     monkeypatch.setattr(sys.modules["rlhf_dist.rewards.math_verify"], "TIMEOUT_S", 0.5)
