@@ -79,7 +79,9 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
 def load_checkpoint(checkpoint: Checkpoint, *, recipe: str, roles: Sequence[str], load_role: SaveRole) -> None:
     """Have every role read its part. Raises ValueError if the checkpoint is of another recipe or lacks a role."""
     if checkpoint.recipe != recipe:
-        raise ValueError(f"{checkpoint.folder} is a checkpoint of recipe {checkpoint.recipe!r}, this run's is {recipe!r}")
+        raise ValueError(
+            f"{checkpoint.folder} is a checkpoint of recipe {checkpoint.recipe!r}, this run's is {recipe!r}"
+        )
     missing = [role for role in roles if role not in checkpoint.roles]
     if missing:
         raise ValueError(f"{checkpoint.folder} has no {', '.join(missing)}; it has {', '.join(checkpoint.roles)}")

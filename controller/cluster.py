@@ -167,7 +167,7 @@ class Cluster:
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment()},
+                runtime_env={"env_vars": _environment(gpus)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
             for rank in range(count)
@@ -182,9 +182,12 @@ class Cluster:
             raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
 
 
-def _environment() -> dict[str, str]:
+def _environment(gpus: int) -> dict[str, str]:
     """Environment of worker processes. One thread per rank: ranks share the machine's cores."""
     defaults = {
+        # A CPU rank frees and takes hundreds of megabytes every step; keeping them saves the page faults that
+        # were a third of a 135M model's training step.
+        **({} if gpus else {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -10,6 +10,7 @@ from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.roles import Actor, Prompts, Reward
 
+
 @recipe
 def evaluate(prompts: Prompts, actor: Actor, reward: Reward) -> None:
     """Mean reward of the most likely response."""
@@ -34,4 +35,6 @@ class Evaluation:
         runner = self._session.runner(self._dataflow, numbers, prompts=HELDOUT)
         run_steps(self._dataflow, runner, start=step, stop=step + 1, on_step=reports.append)
         metrics = reports[0].metrics
-        return {f"{HELDOUT}/{name.split('/', 1)[1]}": v for name, v in metrics.items() if not name.startswith("prompts/")}
+        return {
+            f"{HELDOUT}/{name.split('/', 1)[1]}": v for name, v in metrics.items() if not name.startswith("prompts/")
+        }

@@ -1,7 +1,7 @@
 """Runs nodes on worker groups: resolves a node's inputs, calls every rank, collects the replies.
 
-    outputs[node, step] = NodeOutput          index arrays and references, dropped when nobody reads them
-    inputs of a node    = rows of one node's output + columns of several nodes' outputs
+outputs[node, step] = NodeOutput          index arrays and references, dropped when nobody reads them
+inputs of a node    = rows of one node's output + columns of several nodes' outputs
 """
 
 from __future__ import annotations
@@ -164,8 +164,10 @@ class RayRunner:
             group = int(keys[np.argmax(counts > 1)])
             raise NodeError(f"{node.line}: join needs one row per group on the right side, group {group} has several")
         at = np.searchsorted(keys, left.rows.group)
-        found = (at < len(keys)) & (keys[np.minimum(at, max(len(keys) - 1, 0))] == left.rows.group) if len(keys) else (
-            np.zeros(len(left.rows), dtype=bool)
+        found = (
+            (at < len(keys)) & (keys[np.minimum(at, max(len(keys) - 1, 0))] == left.rows.group)
+            if len(keys)
+            else (np.zeros(len(left.rows), dtype=bool))
         )
         if not np.all(found):
             missing = int(left.rows.group[np.argmin(found)])
@@ -254,7 +256,10 @@ class RayRunner:
         """Forget outputs whose last reader is done, so that the object store can free them."""
         self._left[node.name, step] = set(self._readers.get(node.name, ()))
         for entry in node.inputs:
-            origins: Sequence[str] = [entry.rows, *(at.node for at in (*entry.columns.values(), *entry.carried.values()))]
+            origins: Sequence[str] = [
+                entry.rows,
+                *(at.node for at in (*entry.columns.values(), *entry.carried.values())),
+            ]
             for origin in dict.fromkeys(origins):
                 left = self._left.get((origin, step))
                 if left is not None and node.name in left:

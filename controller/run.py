@@ -1,9 +1,9 @@
 """A run from start to summary: folder, cluster, first sync, evaluation, steps, checkpoints, export, clean-up.
 
-    prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
-                                                                         |
-                                      on every finished step: metrics.jsonl, TensorBoard, display
-                                      at barriers: checkpoint, evaluation
+prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
+                                                                     |
+                                  on every finished step: metrics.jsonl, TensorBoard, display
+                                  at barriers: checkpoint, evaluation
 """
 
 from __future__ import annotations

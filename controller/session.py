@@ -80,7 +80,9 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     run = launch.run
     placed = pools_of_roles(launch)
     pools = {HOST_POOL: cluster.add_host_pool()}
-    pools |= {name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if name in placed.values()}
+    pools |= {
+        name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if name in placed.values()
+    }
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
     first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
@@ -88,10 +90,10 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     starting: list[tuple[str, list[Any]]] = []
     for name in launch.recipe.sources:
         groups[name] = WorkerGroup(name, first_host)
-        starting.append((name, _host_source(launch, groups[name], run.data.train, tokenizer)))
+        starting.append((name, _host_source(launch, groups[name], run.data.train, tokenizer, run.data.heldout)))
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
-        starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
+        starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
     for role, interface in used_roles(launch).items():
         pool = pools[placed[role]]
         path, settings = _worker_of(launch, role, interface)
@@ -160,8 +162,10 @@ def _any_generates(launch: Launch) -> bool:
     return any(generates(launch, role) for role in launch.roles)
 
 
-def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str) -> list[Any]:
-    settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer}
+def _host_source(
+    launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, heldout: SourceConfig | None
+) -> list[Any]:
+    settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer, "heldout": heldout}
     return _host_role(launch, group, SOURCE_WORKER, settings)
 
 

@@ -137,9 +137,7 @@ def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchR
     if not any(reply.stored or reply.parent is not None for reply in answers):
         return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state)
     inputs = [shards.parts[part] for part in shards.part_of_answer]
-    made = [
-        rows if reply.parent is None else rows[reply.parent] for rows, reply in zip(inputs, answers, strict=True)
-    ]
+    made = [rows if reply.parent is None else rows[reply.parent] for rows, reply in zip(inputs, answers, strict=True)]
     if node.rows == "new":
         made = [np.arange(reply.num_rows) for reply in answers]
     counts = [len(rows) for rows in made]

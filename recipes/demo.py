@@ -77,7 +77,9 @@ def main() -> None:
     }
     (root / "summary.json").write_text(json.dumps(summary, indent=2))
     _plot(root, ppo)
-    print(f"\nheld-out accuracy {before:.1%} -> {after:.1%} after {ppo['steps']} steps of PPO, {summary['wall_s']} s in all")
+    print(
+        f"\nheld-out accuracy {before:.1%} -> {after:.1%} after {ppo['steps']} steps of PPO, {summary['wall_s']} s in all"
+    )
     print(f"{root / 'summary.json'}, {root / 'demo.png'}")
 
 

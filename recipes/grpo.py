@@ -30,10 +30,12 @@ class GRPO:
 def grpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, cfg: GRPO) -> None:
     """GRPO with a KL term towards the reference."""
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
-    batch = actor.compute_log_prob(batch)
+    one_update = cfg.mini_batches * cfg.epochs == 1
+    if not one_update:
+        batch = actor.compute_log_prob(batch)
     if cfg.kl_coef:
         batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
     batch = grpo_advantage(batch, scale=cfg.scale)
-    loss = ppo_clip(cfg.clip, kl_coef=cfg.kl_coef)
+    loss = ppo_clip(cfg.clip, kl_coef=cfg.kl_coef, on_policy=one_update)
     actor.update_actor(batch, loss=loss, mini_batches=cfg.mini_batches, epochs=cfg.epochs)

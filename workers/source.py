@@ -16,15 +16,27 @@ from rlhf_dist.wire import Call, OpResult, WorkerContext
 class SourceWorker:
     """Rows of one data set. What step t emits depends on (config, seed, t) only: nothing to checkpoint."""
 
-    def __init__(self, context: WorkerContext, config: SourceConfig, data: DataConfig, tokenizer: str) -> None:
-        """`tokenizer`: a model folder."""
-        self.source = PromptSource(
-            config,
-            tokenizer=tokenizer,
-            seed=context.seed,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_response_tokens=data.max_response_tokens,
-        )
+    def __init__(
+        self,
+        context: WorkerContext,
+        config: SourceConfig,
+        data: DataConfig,
+        tokenizer: str,
+        heldout: SourceConfig | None = None,
+    ) -> None:
+        """`tokenizer`: a model folder. `heldout`: rows whose prompts must not be emitted."""
+
+        def source(rows: SourceConfig, exclude: frozenset[str] = frozenset()) -> PromptSource:
+            return PromptSource(
+                rows,
+                tokenizer=tokenizer,
+                seed=context.seed,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_response_tokens=data.max_response_tokens,
+                exclude=exclude,
+            )
+
+        self.source = source(config, source(heldout).prompts if heldout else frozenset())
 
     def next_batch(self, batch: Batch, call: Call, *, rows: int) -> OpResult:
         """The rows of step `call.step`; with rows = 0 every row once, whatever the step."""
@@ -40,6 +52,7 @@ class SourceWorker:
                 "rows": Mean(float(emitted.num_rows), 0),
                 "sequence_tokens": Mean(float(tokens.sum()), 0),
                 "prompts_too_long": Mean(float(self.source.prompts_too_long), 0),
+                "prompts_heldout": Mean(float(self.source.prompts_heldout), 0),
                 "responses_cut": Mean(float(self.source.responses_cut), 0),
             },
         )

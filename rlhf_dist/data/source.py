@@ -11,7 +11,7 @@ there, so each epoch holds every usable row exactly once.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,11 @@ class PromptSource:
         seed: int,
         max_prompt_tokens: int,
         max_response_tokens: int = 0,
+        exclude: Collection[str] = (),
     ) -> None:
         """Reads and tokenises everything.
 
+        Rows whose prompt is in `exclude` (the `prompt` column of held-out rows) are left out and counted.
         `max_response_tokens` cuts given responses, their end-of-sequence token included; 0 for no limit.
         Raises ValueError for what is wrong with the config, the file, a row or the tokenizer, and if every
         prompt is too long.
@@ -60,6 +62,14 @@ class PromptSource:
         raw = read_rows(config, seed)
         fields, text = fields_of(config), TextTokenizer(tokenizer)
         prompts = [_prompt(row[fields.prompt], config, number) for number, row in enumerate(raw)]
+        seen = [index for index, prompt in enumerate(prompts) if _readable(prompt) not in exclude]
+        self.prompts_heldout = len(raw) - len(seen)
+        """Rows left out because they are held out."""
+        if not seen:
+            raise ValueError(
+                f"every one of {len(raw)} prompts is held out too; use other rows for training than for data.heldout"
+            )
+        raw, prompts = [raw[index] for index in seen], [prompts[index] for index in seen]
         prompt_ids = _encode_prompts(prompts, text)
 
         short = [index for index, ids in enumerate(prompt_ids) if len(ids) <= max_prompt_tokens]
@@ -84,6 +94,11 @@ class PromptSource:
         """Given responses cut at max_response_tokens."""
         if config.rows != "prompts":
             self._add_responses([raw[index] for index in short], fields, config.rows, text, max_response_tokens)
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        """All prompts, as in the `prompt` column."""
+        return frozenset(self._items["prompt"].rows())
 
     def emit(self, step: int, rows: int) -> Batch:
         """The `rows` items of step `step` (twice as many rows for preferences: chosen, rejected, chosen, ...).

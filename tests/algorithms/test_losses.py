@@ -102,6 +102,19 @@ def test_value_clip_takes_the_larger_error() -> None:
     assert value_clip(0).reads == ("returns",)
 
 
+def test_ppo_clip_on_policy_equals_ppo_clip_at_the_old_policy() -> None:
+    log_probs, advantages = tokens(-1, -2, -3).requires_grad_(), tokens(1, -0.5, 2)
+    columns = {"old_log_probs": log_probs.detach(), "advantages": advantages, "rollout_log_probs": tokens(-1, -2.5, -3)}
+    rows = make_rows([2, 1], [0, 1], tokens(1, 1, 1), columns)
+    loss, metrics = ppo_clip(0.2, on_policy=True)(model(log_probs=log_probs), rows)
+    expected, _ = ppo_clip(0.2)(model(log_probs=log_probs), rows)
+    torch.testing.assert_close(loss, expected)
+    for value in (loss, expected):
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), log_probs, retain_graph=True)[0], -advantages)
+    torch.testing.assert_close(metrics["rollout_mismatch"], tokens(0, 0.5, 0))
+    assert ppo_clip(on_policy=True).reads == ("rollout_log_probs", "advantages")
+
+
 def test_nll_and_its_row_weights() -> None:
     rows = make_rows([2, 1], [0, 1], tokens(1, 1, 1), {"weight": tokens(0.5, 2.0)})
     output = model(log_probs=tokens(-1, -2, -3))

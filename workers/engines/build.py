@@ -35,9 +35,7 @@ def new_generation_engine(model_path: str, rollout: RolloutConfig, context: Work
     if rollout.engine == "vllm":
         from workers.engines.vllm import VllmEngine
 
-        return VllmEngine(
-            model_path=model_path, rollout=rollout, rank=context.rank, world=context.world, device=device
-        )
+        return VllmEngine(model_path=model_path, rollout=rollout, rank=context.rank, world=context.world, device=device)
     if rollout.engine == "transformers":
         from workers.engines.transformers import TransformersEngine
 

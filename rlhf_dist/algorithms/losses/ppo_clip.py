@@ -47,6 +47,9 @@ class PpoClip:
     """tokens, or rows (see average.py)."""
     row_divisor: float = 0.0
     """With average="rows": a constant to divide each row's sum by; 0 for the row's own token count."""
+    on_policy: bool = False
+    """The batch is used for one update only, so the old policy is the current one: the ratio is 1 with the same
+    gradient and old_log_probs are not read. rollout_log_probs are, to report how far the sampler's are off."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
@@ -59,7 +62,8 @@ class PpoClip:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("old_log_probs", "advantages", *(("ref_log_probs",) if self.kl_coef else ()))
+        old = "rollout_log_probs" if self.on_policy else "old_log_probs"
+        return (old, "advantages", *(("ref_log_probs",) if self.kl_coef else ()))
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -68,7 +72,8 @@ class PpoClip:
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         assert model.log_probs is not None, "ppo_clip asked for log_probs"
         log_probs, advantages = model.log_probs, rows["advantages"]
-        ratio = self._ratio(log_probs, rows)
+        old_log_probs = log_probs.detach() if self.on_policy else rows["old_log_probs"]
+        ratio = self._ratio(log_probs, old_log_probs, rows)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         policy_loss = -(ratio * advantages).minimum(clipped * advantages)
         if self.dual_clip:
@@ -79,8 +84,10 @@ class PpoClip:
             "policy_loss": policy_loss,
             "ratio": ratio,
             "clip_fraction": (-clipped * advantages > -ratio * advantages).to(ratio.dtype),
-            "approx_kl": k3(rows["old_log_probs"], log_probs),
+            "approx_kl": k3(old_log_probs, log_probs),
         }
+        if self.on_policy:
+            metrics["rollout_mismatch"] = (rows["rollout_log_probs"] - log_probs).abs()
         if self.kl_coef:
             ref_kl = kl(log_probs, rows["ref_log_probs"], self.kl_estimator)
             loss = loss + self.kl_coef * ref_kl
@@ -92,9 +99,9 @@ class PpoClip:
         means = {name: averaged(value.detach(), rows, self.average, 0.0) for name, value in metrics.items()}
         return averaged(loss, rows, self.average, self.row_divisor), means
 
-    def _ratio(self, log_probs: Tensor, rows: Rows) -> Tensor:
+    def _ratio(self, log_probs: Tensor, old_log_probs: Tensor, rows: Rows) -> Tensor:
         # Tokens that do not count may hold anything: 0 keeps them from overflowing before they are masked.
-        log_ratio = (log_probs - rows["old_log_probs"]).masked_fill(rows.mask == 0, 0.0)
+        log_ratio = (log_probs - old_log_probs).masked_fill(rows.mask == 0, 0.0)
         if self.ratio == "sequence":
             log_ratio = rows.mean_tokens(log_ratio)[rows.row_of_token]
         return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -111,6 +118,7 @@ def ppo_clip(
     entropy_coef: float = 0.0,
     average: TokenAverage = "tokens",
     row_divisor: float = 0.0,
+    on_policy: bool = False,
 ) -> PpoClip:
     """`ppo_clip(0.2)` is PPO; `clip_high=None` clips alike on both sides."""
     return PpoClip(
@@ -123,4 +131,5 @@ def ppo_clip(
         entropy_coef=entropy_coef,
         average=average,
         row_divisor=row_divisor,
+        on_policy=on_policy,
     )
