@@ -93,9 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\n".join(plan), flush=True)
     from controller.display import Display
     from controller.run import run
-    from controller.user_files import send_user_files_by_value
 
-    send_user_files_by_value()
     with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet) as display:
         summary = run(launch, display=display, eager=arguments.eager)
         display.summary(_for_people(summary))

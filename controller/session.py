@@ -16,6 +16,7 @@ import ray
 
 from controller.cluster import Cluster, ClusterError, Pool
 from controller.ray_runner import RayRunner
+from controller.user_files import send_user_files_by_value
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
@@ -77,6 +78,7 @@ class Session:
 
 def start_session(launch: Launch, cluster: Cluster) -> Session:
     """Start pools and role workers. Raises ClusterError when a pool or a worker does not come up."""
+    send_user_files_by_value()
     run = launch.run
     placed = pools_of_roles(launch)
     pools = {HOST_POOL: cluster.add_host_pool()}
