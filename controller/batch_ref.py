@@ -93,6 +93,8 @@ def fetch_plan(batch: BatchRef, index: IntArray) -> list[Fetch]:
     plan = []
     for at, names in groups.values():
         used, object_of = np.unique(at.object_of[index], return_inverse=True)
+        if len(used) == 0:
+            used = np.zeros(1, dtype=np.int64)  # A rank without rows still learns the columns' types from an object.
         plan.append(
             Fetch(
                 names=names,

@@ -1,7 +1,7 @@
 """How many bytes pass through the controller: everything Ray serialises or deserialises in this process.
 
-    with ControllerTraffic() as traffic: run_steps(...)
-    traffic.sent, traffic.received          bytes; rows and shards count, tokens must not
+with ControllerTraffic() as traffic: run_steps(...)
+traffic.sent, traffic.received          bytes; rows and shards count, tokens must not
 """
 
 from __future__ import annotations

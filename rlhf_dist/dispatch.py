@@ -132,16 +132,11 @@ def balance(
 def mini_batch_of_row(groups: IntArray, mini_batches: int, seed: Sequence[int]) -> IntArray:
     """[B] in 0..mini_batches-1: a random cut that keeps groups whole and depends on nothing but its arguments.
 
-    Mini-batches hold equally many groups (up to one). Raises ValueError if there are fewer groups than
-    mini-batches.
+    Mini-batches hold equally many groups (up to one). A filter may leave fewer groups than mini-batches:
+    then some mini-batches are empty, and the optimizer makes no step for them.
     """
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    if mini_batches > len(first):
-        raise ValueError(
-            f"mini_batches must be at most the number of prompts (or pairs) left in the batch, {len(first)}, "
-            f"got {mini_batches}; use fewer mini-batches or more prompts per step"
-        )
-    if mini_batches == 1:
+    if mini_batches == 1 or len(groups) == 0:
         return np.zeros(len(groups), dtype=np.int64)
     appearance = np.argsort(np.argsort(first, kind="stable"), kind="stable")
     shuffled = np.random.default_rng(list(seed)).permutation(len(first))

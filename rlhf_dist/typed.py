@@ -167,11 +167,16 @@ def unknown(name: str, valid: Iterable[str], what: str) -> str:
     """The message for a name that does not exist: the nearest one, else what there is."""
     choices = list(valid)
     last = name.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.7) or [
-        choice for choice in choices if choice.rsplit(".", 1)[-1] == last
+    # `actor.lr` means actor.optimizer.lr: the same last word below the same first one comes before look-alikes.
+    same = [
+        c for c in choices if "." in name and c.rsplit(".", 1)[-1] == last and c.split(".")[0] == name.split(".")[0]
     ]
-    if not near:
-        near = difflib.get_close_matches(name, choices, n=1, cutoff=0.55)
+    near = (
+        same
+        or difflib.get_close_matches(name, choices, n=1, cutoff=0.7)
+        or [choice for choice in choices if choice.rsplit(".", 1)[-1] == last]
+        or difflib.get_close_matches(name, choices, n=1, cutoff=0.55)
+    )
     if near:
         return f"unknown {what} {name}; did you mean {near[0]}?"
     top = [choice for choice in choices if "." not in choice] or choices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from rlhf_dist.batch import Batch
 from rlhf_dist.rewards import RuleReward, rule_rewards
 from rlhf_dist.wire import Call, OpResult, WorkerContext

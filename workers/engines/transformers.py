@@ -181,7 +181,7 @@ def _draw(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]
 
 
 def _truncated(log_probs: Tensor, sampling: Sampling) -> Tensor:
-    """-inf outside the top_k most likely tokens and the nucleus (Holtzman et al., 2020), which are cut in this order."""
+    """-inf outside the top_k most likely tokens, then outside the nucleus (Holtzman et al., 2020)."""
     vocabulary = log_probs.shape[-1]
     if 0 < sampling.top_k < vocabulary:
         least = log_probs.topk(sampling.top_k, dim=-1).values[:, -1:]
