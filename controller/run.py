@@ -68,7 +68,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     first_step = _prepare_folder(launch, folder)
     progress = _Progress()
     cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
-    with _terminate_as_interrupt(), cluster, MetricsWriter(folder, first_step) as writer:
+    # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
+    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step) as writer:
         display.note(f"starting {slots_needed(launch)} slots and {cluster.host_processes} host processes")
         session = start_session(launch, cluster)
         _Run(launch, session, folder, writer, display, progress, eager).execute(first_step)

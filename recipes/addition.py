@@ -32,7 +32,7 @@ def _both_ways(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def demonstration(index: int) -> dict[str, str]:
-    """Row `index` of the training pairs as an imperfect teacher solves it: three times in five the carry is forgotten."""
+    """Row `index` of the training pairs as an imperfect teacher solves it, forgetting three carries in five."""
     seen, _ = _split()
     a, b = seen[index % len(seen)]
     row = _row(a, b)

@@ -105,8 +105,10 @@ class TransformersEngine(SyncedEngine):
         parameters = dict(self._running("receive_weights").named_parameters(remove_duplicate=False))
         for name, tensor in bucket:
             if name not in parameters or parameters[name].shape != tensor.shape:
-                got = f"shape {tuple(tensor.shape)}, the model has {parameters[name].shape if name in parameters else 'no such'}"
-                raise ValueError(f"parameter {name} must fit the rollout model: {got}")
+                has = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+                raise ValueError(
+                    f"parameter {name} must fit the rollout model: it has {has}, got {tuple(tensor.shape)}"
+                )
             parameters[name].copy_(tensor)
 
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
