@@ -67,7 +67,6 @@ class RayRunner:
         self._left: dict[tuple[str, int], set[str]] = {}
         self._pending: list[_Pending] = []
         self._next_host = 0
-        self.bytes_stored = 0
 
     # --- the Runner protocol -------------------------------------------------------------------------
     def pool_of(self, node: Node) -> str | None:
@@ -243,7 +242,6 @@ class RayRunner:
             output = collect(node, pending.shards, replies, pending.before)
             started = max(started, ended - output.seconds) if node.kind in ("host", "state", "source") else started
             self.outputs[node.name, step] = output
-            self.bytes_stored += output.nbytes
             if output.state is not None:
                 self.numbers[node.role] = dict(output.state)
         self._drop_read(node, step)

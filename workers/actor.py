@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,20 +16,19 @@ from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine, new_training_engine
 from workers.engines.generation import GenerationEngine, Response
-from workers.update import run_update
+from workers.trained_role import NOTHING, TrainedRole
 
 
-class ActorWorker:
+class ActorWorker(TrainedRole):
     """One rank of the actor. Implements `rlhf_dist.roles.Actor`, and `reshard`."""
 
     def __init__(self, context: WorkerContext, config: ActorConfig, trains: bool = True) -> None:
         """`trains` False: no optimizer (evaluation only). The generation engine comes up after the training
         engine: it reuses the process group that is there by then."""
-        self.context, self.config = context, config
+        optimizer = config.optimizer if trains else None
+        super().__init__(context, new_training_engine(config.model, config.engine, optimizer, "policy", context))
+        self.config = config
         self.temperature = config.rollout.temperature
-        self.engine = new_training_engine(
-            config.model, config.engine, config.optimizer if trains else None, "policy", context
-        )
         self.rollout: GenerationEngine | None = None
         if context.generates:
             from transformers import AutoTokenizer
@@ -85,16 +83,8 @@ class ActorWorker:
 
     def update_actor(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
         """Optimizer steps on `loss`."""
-        return run_update(
-            self.engine,
-            self.context,
-            batch,
-            call,
-            loss=loss,
-            mini_batches=mini_batches,
-            epochs=epochs,
-            temperature=self.temperature if self.context.generates else 1.0,
-        )
+        temperature = self.temperature if self.context.generates else 1.0
+        return self.update(batch, call, loss, mini_batches, epochs, temperature)
 
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
@@ -111,22 +101,7 @@ class ActorWorker:
             "sync_bytes": Mean(float(report.bytes), 0),
             "sync_parameters": Mean(float(report.parameters), 0),
         }
-        return OpResult(columns=Batch({}, 0), metrics=metrics if self.context.rank == 0 else {})
-
-    def save(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Write this role's checkpoint."""
-        self.engine.save(Path(folder))
-        return OpResult(columns=Batch({}, 0))
-
-    def load(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Restore this role's checkpoint; the generation engine gets it at the next reshard."""
-        self.engine.load(Path(folder))
-        return OpResult(columns=Batch({}, 0))
-
-    def export(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Write a Hugging Face folder."""
-        self.engine.export(Path(folder))
-        return OpResult(columns=Batch({}, 0))
+        return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from rlhf_dist.algorithms.contract import Loss
@@ -12,33 +10,17 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
-from workers.update import run_update
+from workers.trained_role import TrainedRole
 
 
-class ValueModelWorker:
+class ValueModelWorker(TrainedRole):
     """One rank of a value model."""
 
     def __init__(
         self, context: WorkerContext, model: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig | None
     ) -> None:
         """`optimizer` None: the model is frozen."""
-        self.context = context
-        self.engine = new_training_engine(model, engine, optimizer, "value", context)
-
-    def save(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Write this role's checkpoint."""
-        self.engine.save(Path(folder))
-        return OpResult(columns=Batch({}, 0))
-
-    def load(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Restore this role's checkpoint."""
-        self.engine.load(Path(folder))
-        return OpResult(columns=Batch({}, 0))
-
-    def export(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Write a Hugging Face sequence-classification folder."""
-        self.engine.export(Path(folder))
-        return OpResult(columns=Batch({}, 0))
+        super().__init__(context, new_training_engine(model, engine, optimizer, "value", context))
 
 
 class CriticWorker(ValueModelWorker):
@@ -55,7 +37,7 @@ class CriticWorker(ValueModelWorker):
 
     def update_critic(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
         """Optimizer steps on `loss`."""
-        return run_update(self.engine, self.context, batch, call, loss=loss, mini_batches=mini_batches, epochs=epochs)
+        return self.update(batch, call, loss, mini_batches, epochs)
 
 
 class RewardModelWorker(ValueModelWorker):
@@ -71,4 +53,4 @@ class RewardModelWorker(ValueModelWorker):
 
     def update_reward_model(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
         """Optimizer steps on `loss`."""
-        return run_update(self.engine, self.context, batch, call, loss=loss, mini_batches=mini_batches, epochs=epochs)
+        return self.update(batch, call, loss, mini_batches, epochs)
