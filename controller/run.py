@@ -26,7 +26,7 @@ from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
-from controller.session import Session, generates, slots_needed, start_session, used_roles
+from controller.session import Session, generates, slots_needed, start_session
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.typed import ConfigError
@@ -119,7 +119,7 @@ class _Run:
         run = self.launch.run
         if first_step:
             self._resume(first_step)
-        for role in used_roles(self.launch):
+        for role in self.launch.used_roles:
             if generates(self.launch, role):
                 self.session.call_role(role, "reshard", first_step)
         if first_step < run.steps:

@@ -73,7 +73,7 @@ class Session:
     def model_roles(self) -> list[str]:
         """Roles with weights of their own that learn: what is checkpointed and exported."""
         written = {state.split(".")[0] for node in self.launch.dataflow for state in node.weights_written}
-        return [role for role in used_roles(self.launch) if role in written]
+        return [role for role in self.launch.used_roles if role in written]
 
 
 def start_session(launch: Launch, cluster: Cluster) -> Session:
@@ -96,9 +96,9 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
-    for role, interface in used_roles(launch).items():
+    for role in launch.used_roles:
         pool = pools[placed[role]]
-        path, settings = _worker_of(launch, role, interface)
+        path, settings = _worker_of(launch, role, launch.recipe.roles[role])
         groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool.size))
         starting.append((role, _host_role(launch, groups[role], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
@@ -107,18 +107,13 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
 
 def pools_of_roles(launch: Launch) -> dict[str, str]:
     """Role -> pool, for the roles the graph uses."""
-    return pool_of_roles(launch.run.placement, {role: launch.roles[role] for role in used_roles(launch)})
+    placed = pool_of_roles(launch.run.placement, launch.roles)
+    return {role: placed[role] for role in launch.used_roles}
 
 
 def slots_needed(launch: Launch) -> int:
     """Slots of all pools that some role is placed in."""
     return sum(launch.run.placement.pools[name].slots for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
-
-
-def used_roles(launch: Launch) -> dict[str, type]:
-    """Roles the graph uses, with their interfaces: a reference nobody asks is not started."""
-    used = launch.dataflow.used_roles
-    return {role: interface for role, interface in launch.recipe.roles.items() if role in used}
 
 
 def generates(launch: Launch, role: str) -> bool:
