@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from controller.tracking import Tracker
+
 NAME = "metrics.jsonl"
 
 
@@ -21,10 +23,10 @@ class MetricsWriter:
     cut by a crash, so that no step is there twice; TensorBoard is told to forget the same steps.
     """
 
-    def __init__(self, folder: str | Path, first_step: int = 0) -> None:
+    def __init__(self, folder: str | Path, first_step: int = 0, tracker: Tracker | None = None) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._folder = Path(folder)
+        self._folder, self._tracker = Path(folder), tracker
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / NAME
         _drop_lines(self._path, first_step)
@@ -52,12 +54,16 @@ class MetricsWriter:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._write_events(step, finite)
+        if self._tracker is not None:
+            self._tracker.log(step, finite)
 
     def close(self) -> None:
         """Flush and close both; calling it again does nothing."""
         if not self._file.closed:
             self._file.close()
             self._events.close()
+            if self._tracker is not None:
+                self._tracker.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

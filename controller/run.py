@@ -27,6 +27,7 @@ from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
 from controller.session import Session, generates, slots_needed, start_session
+from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.typed import ConfigError
@@ -66,10 +67,11 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     started = time.perf_counter()
     folder = Path(launch.run.output.root) / launch.run.name
     first_step = _prepare_folder(launch, folder)
+    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml})
     progress = _Progress()
     cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step) as writer:
+    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker) as writer:
         display.note(f"starting {slots_needed(launch)} slots and {cluster.host_processes} host processes")
         session = start_session(launch, cluster)
         _Run(launch, session, folder, writer, display, progress, eager).execute(first_step)

@@ -6,6 +6,7 @@ fails raises ConfigError with the key, the value, the rule and the next step.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ def check_launch(launch: Launch) -> list[str]:
     """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run."""
     _check_numbers(launch)
     _check_folder(launch)
+    _check_tracker(launch)
     _check_rewards(launch)
     shapes = {
         role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
@@ -94,6 +96,15 @@ def _check_folder(launch: Launch) -> None:
         raise ConfigError(
             f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
             f"or another name=..."
+        )
+
+
+def _check_tracker(launch: Launch) -> None:
+    package = launch.run.output.tracker
+    if package != "none" and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"output.tracker={package} needs a package that is not installed; run pip install 'rlhf-dist[tracking]', "
+            f"or set output.tracker=none"
         )
 
 

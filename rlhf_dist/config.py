@@ -238,6 +238,8 @@ class OutputConfig:
     """Steps between Parquet dumps of sampled rollouts; 0 for none."""
     rollout_rows: int = 16
     """Rows in such a dump."""
+    tracker: str = "none"
+    """`wandb` or `mlflow` beside metrics.jsonl and TensorBoard (extra `tracking`); both stay in the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

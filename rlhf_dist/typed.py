@@ -29,6 +29,7 @@ ALLOWED: dict[tuple[type, str], tuple[str, ...]] = {
     (config.RolloutConfig, "dtype"): ("float32", "bfloat16"),
     (config.SourceConfig, "rows"): ("prompts", "examples", "preferences"),
     (config.PoolConfig, "device"): ("auto", "cuda", "cpu"),
+    (config.OutputConfig, "tracker"): ("none", "wandb", "mlflow"),
     (config.RunConfig, "resume"): ("never", "auto", "overwrite"),
 }
 """Fields that are one of a few words."""

@@ -7,11 +7,13 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from controller.display import Display, sparkline
 from controller.metrics import MetricsWriter, read_metrics
+from controller.tracking import new_tracker
 
 
 def shown(console: Console) -> str:
@@ -99,3 +101,25 @@ def test_a_quiet_display_still_ends_with_the_summary() -> None:
 def test_sparkline_is_the_shape_of_the_last_values() -> None:
     assert sparkline([0, 1, 2, 3], width=3) == "▁▄█"
     assert sparkline([5, 5]) == "▁▁" and sparkline([]) == ""
+
+
+def test_mlflow_gets_every_step_in_the_runs_folder(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    tracker = new_tracker("mlflow", "a-run", tmp_path, {"seed": 3})
+    with MetricsWriter(tmp_path, 0, tracker) as writer:
+        writer.write(0, {"gae#2/kl": 0.5, "bad": math.nan})
+        writer.write(1, {"gae#2/kl": 0.25})
+    client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    experiment = client.get_experiment_by_name("rlhf-dist")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "a-run" and run.info.status == "FINISHED"
+    assert [point.value for point in client.get_metric_history(run.info.run_id, "gae-2/kl")] == [0.5, 0.25]
+
+
+def test_wandb_stays_offline_in_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with MetricsWriter(tmp_path, 0, new_tracker("wandb", "a-run", tmp_path, {"seed": 3})) as writer:
+        writer.write(0, {"reward": 0.5})
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"reward" in record.read_bytes()
