@@ -1,0 +1,78 @@
+"""Runs of whole recipes on a real Ray, shared between the tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from controller.display import Display
+from controller.run import run
+from rlhf_dist.checks import check_launch
+from rlhf_dist.compose import compose
+from tests.tiny import save_llama
+
+SUMS = [(a, b) for a in range(10) for b in range(10)]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One Ray for all tests of this folder."""
+    ray.init(num_cpus=12, object_store_memory=256 << 20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untied Llama; heads of 32, the least that vLLM's CPU attention takes."""
+    return save_llama(tmp_path_factory.mktemp("models") / "untied", hidden=128)
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("models") / "tied", hidden=128, tied=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums as prompts, examples and preferences in one file."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [
+        {
+            "prompt": f"{a}+{b}=",
+            "response": str(a + b),
+            "answer": str(a + b),
+            "chosen": str(a + b),
+            "rejected": str(a + b + 1),
+        }
+        for a, b in SUMS
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a recipe at a tiny size; overrides go last. Returns the run's summary."""
+
+    def start(recipe: str, *overrides: str, eager: bool = False, root: Path = tmp_path) -> dict[str, Any]:
+        settings = [
+            "task=none",
+            f"model.path={model}",
+            f"data.train.path={data}",
+            "data.prompts_per_step=4",
+            "steps=2",
+            f"output.root={root}",
+            "resume=overwrite",
+        ]
+        made = compose(recipe, [*settings, *overrides])
+        check_launch(made)
+        with Display(made.run.name, made.run.steps, quiet=True) as display:
+            return run(made, display, eager=eager)
+
+    return start

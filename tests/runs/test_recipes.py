@@ -1,0 +1,192 @@
+"""Every recipe runs on real Ray, FSDP2 and a real generation engine, on two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from controller.metrics import read_metrics
+from rlhf_dist.batch import Batch
+
+Launch = Callable[..., dict[str, Any]]
+REWARD = f"{Path(__file__).parent}/digit_reward.py:digits"
+COST = f"{Path(__file__).parent}/digit_reward.py:letters"
+ROLLOUT = ("actor.rollout.max_response_tokens=8", f"reward.function={REWARD}", "actor.optimizer.lr=1e-3")
+TRANSFORMERS = ("actor.rollout.engine=transformers", *ROLLOUT)
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def moved(folder: Path, start: Path) -> bool:
+    before, after = weights(start), weights(folder)
+    return any(not np.array_equal(before[name], after[name]) for name in after if name in before)
+
+
+def finite(summary: dict[str, Any]) -> bool:
+    return all(math.isfinite(value) for value in summary["last"].values())
+
+
+def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Path, model: Path) -> None:
+    summary = launch("sft", "steps=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
+    assert summary["last"]["actor/loss"] < 0.8 * summary["first"]["actor/loss"]
+    assert summary["tokens_per_s"] > 0
+    folder = tmp_path / "sft"
+    assert [row["step"] for row in read_metrics(folder)] == list(range(6))
+    assert AutoModelForCausalLM.from_pretrained(folder / "models/actor").config.hidden_size == 128
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+    assert {event["name"] for event in json.loads((folder / "trace.json").read_text())["traceEvents"]} == {
+        "examples",
+        "actor.update_actor",
+    }
+    assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
+
+
+def test_reward_model_tells_chosen_from_rejected_and_serves_as_a_reward(
+    launch: Launch, tmp_path: Path
+) -> None:
+    summary = launch("reward_model", "steps=12", "reward.optimizer.lr=1e-2", "data.prompts_per_step=50")
+    assert summary["last"]["reward/accuracy"] > summary["first"]["reward/accuracy"]
+    trained = tmp_path / "reward_model/models/reward"
+    assert AutoModelForSequenceClassification.from_pretrained(trained).config.num_labels == 1
+    scored = launch(
+        "grpo", *TRANSFORMERS, "reward.function=null", f"reward.model.path={trained}", "algorithm.samples_per_prompt=2"
+    )
+    assert finite(scored) and scored["first"]["reward/reward"] != 0.0
+
+
+def test_dpo_raises_the_chosen_over_the_rejected(launch: Launch) -> None:
+    summary = launch("dpo", "steps=6", "actor.optimizer.lr=3e-3", "data.prompts_per_step=50")
+    assert abs(summary["first"]["actor/loss"] - math.log(2)) < 1e-4, "at the start the policy is the reference"
+    assert summary["last"]["actor/margin"] > 0
+
+
+def test_ppo_through_vllm(launch: Launch, tmp_path: Path, model: Path) -> None:
+    settings = ("algorithm.samples_per_prompt=2", "algorithm.mini_batches=2", "output.rollouts_every=1")
+    summary = launch("ppo", *ROLLOUT, *settings)
+    assert finite(summary)
+    assert moved(tmp_path / "ppo/models/actor", model) and moved(tmp_path / "ppo/models/critic", model)
+    dump = Batch.read_parquet(tmp_path / "ppo/rollouts/step_000001.parquet")
+    assert dump.num_rows == 8 and {"prompt", "response", "rewards", "policy_version"} <= set(dump)
+    assert set(dump["policy_version"].values) == {2}, "two optimizer steps were synced before step 1"
+
+
+def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(launch: Launch, tied: Path) -> None:
+    settings = ("algorithm.samples_per_prompt=4", "algorithm.kl_coef=0", "steps=3", f"model.path={tied}")
+    for parallel in (1, 2):
+        summary = launch("grpo", *ROLLOUT, *settings, f"actor.rollout.tensor_parallel={parallel}")
+        assert summary["last"]["actor/version"] == 3
+        assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
+
+
+def test_remax_subtracts_the_greedy_response(launch: Launch) -> None:
+    summary = launch("remax", *TRANSFORMERS)
+    assert finite(summary) and "remax_advantage/baseline_reward" in summary["last"]
+
+
+def test_iterative_dpo_makes_pairs_of_its_own_responses(launch: Launch) -> None:
+    summary = launch("iterative_dpo", *TRANSFORMERS, "algorithm.samples_per_prompt=4")
+    assert 0 < summary["last"]["keep_best_and_worst/pairs"] <= 4
+
+
+def test_iterative_dpo_survives_groups_without_a_preference(launch: Launch) -> None:
+    equal = f"{Path(__file__).parent}/test_recipes.py:always_one"
+    summary = launch("iterative_dpo", *TRANSFORMERS, f"reward.function={equal}", "algorithm.samples_per_prompt=2")
+    assert summary["last"]["keep_best_and_worst/pairs"] == 0
+    assert summary["last"]["keep_best_and_worst/groups_all_equal"] == 4
+
+
+def always_one(prompt: str, response: str, answer: str) -> float:
+    return 1.0
+
+
+def test_safe_rlhf_raises_its_multiplier_while_the_cost_is_over_the_limit(launch: Launch) -> None:
+    summary = launch(
+        "safe_rlhf", *TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2", "algorithm.cost_limit=-1.0"
+    )
+    assert finite(summary)
+    assert summary["last"]["lagrange/multiplier"] > summary["first"]["lagrange/multiplier"] > 1.0
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "grpo"])
+def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch: Launch, tmp_path: Path, recipe: str) -> None:
+    settings = (*(ROLLOUT if recipe == "ppo" else TRANSFORMERS), "algorithm.mini_batches=2", "steps=3")
+    launch(recipe, *settings, root=tmp_path / "graph")
+    launch(recipe, *settings, root=tmp_path / "eager", eager=True)
+    one, other = (weights(tmp_path / way / recipe / "models/actor") for way in ("graph", "eager"))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
+    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2", "output.checkpoint_every=2")
+    straight = launch("safe_rlhf", *settings, "steps=4", root=tmp_path / "straight")
+    launch("safe_rlhf", *settings, "steps=2", root=tmp_path / "resumed")
+    resumed = launch("safe_rlhf", *settings, "steps=4", "resume=auto", root=tmp_path / "resumed")
+    for role in ("actor", "critic", "cost_critic"):
+        one, other = (weights(tmp_path / way / f"safe_rlhf/models/{role}") for way in ("straight", "resumed"))
+        assert all(np.array_equal(one[name], other[name]) for name in one), role
+    assert resumed["last"]["lagrange/multiplier"] == straight["last"]["lagrange/multiplier"]
+    assert [row["step"] for row in read_metrics(tmp_path / "resumed/safe_rlhf")] == [0, 1, 2, 3]
+
+
+USERS_RECIPE = '''
+from dataclasses import dataclass
+
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.dataflow import host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Prompts, Reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    scale: float = 2.0
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A loss of my own."""
+
+    scale: float
+    reads = ("advantages",)
+    outputs = ("log_probs",)
+    average = "tokens"
+
+    def __call__(self, model, rows):
+        loss = -self.scale * rows["advantages"] * model.log_probs
+        return loss, {"mine": loss.detach()}
+
+
+@host_op(reads=("rewards", "response_mask"), writes=("advantages",), scope="batch")
+def centred(batch: Batch) -> Batch:
+    rewards, mask = batch["rewards"].values, batch["response_mask"]
+    return Batch({"advantages": Column((rewards - rewards.mean()).repeat(mask.lengths), mask.offsets)})
+
+
+def my_reward(prompt: str, response: str, answer: str) -> float:
+    return float(len(set(response)))
+
+
+@recipe
+def mine(prompts: Prompts, actor: Actor, reward: Reward, cfg: Mine) -> None:
+    batch = centred(reward.compute_reward(actor.generate_sequences(prompts, n=2)))
+    actor.update_actor(batch, loss=Weighted(cfg.scale))
+'''
+
+
+def test_a_users_recipe_with_its_own_loss_reward_and_advantage(launch: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere" / "mine.py"
+    file.parent.mkdir()
+    file.write_text(USERS_RECIPE)
+    summary = launch(str(file), *TRANSFORMERS[:2], "reward.function=my_reward", "algorithm.scale=3.0")
+    assert summary["recipe"] == "mine" and "actor/mine" in summary["last"]
