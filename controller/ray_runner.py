@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class _Pending:
     shards: Shards
     before: BatchRef | None
     started_s: float
+    replies: dict[int, Reply] = field(default_factory=dict)
+    """Rank -> its reply, once fetched."""
 
 
 class RayRunner:
@@ -209,14 +211,15 @@ class RayRunner:
                     self._get(pending, rank)
 
     def _get(self, pending: _Pending, rank: int) -> Reply:
+        if rank in pending.replies:
+            return pending.replies[rank]
         where = (
             f"{pending.node.name} (step {pending.step}"
             + (f", {pending.node.line}" if pending.node.line else "")
             + f") failed on rank {rank}"
         )
         try:
-            reply: Reply = ray.get(pending.refs[rank], timeout=60.0)
-            return reply
+            return pending.replies.setdefault(rank, ray.get(pending.refs[rank], timeout=60.0))
         except ray.exceptions.RayTaskError as failed:
             cause = failed.cause
             raise NodeError(f"{where}: {type(cause).__name__}: {cause}") from failed
