@@ -10,6 +10,7 @@ Reads may depend on the call: `update_actor(batch, loss=...)` reads what its los
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -194,16 +195,16 @@ class Preferences(Batch):
     columns: ClassVar[tuple[str, ...]] = (*Examples.columns, "label", "margin")
 
 
-class State:
+class State(ABC):
     """A few numbers that the controller keeps, updates every step and checkpoints: multipliers, coefficients.
 
     Subclass it; methods marked with `state_op` are pure: (numbers, batch, **settings) -> (numbers, metrics).
     In a recipe `state.value("key")` stands for a number wherever an op takes one.
     """
 
+    @abstractmethod
     def initial(self, cfg: Any) -> dict[str, float]:
         """The numbers a run starts with; `cfg` is the recipe's algorithm section."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,14 @@ def test_a_pool_that_cannot_be_placed_names_what_is_free_where(cluster: None) ->
     assert time.monotonic() - started < 20
 
 
-def test_a_reward_that_raises_is_an_error_with_its_row_and_never_a_zero(launch: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_reward_that_raises_is_an_error_with_its_row_and_never_a_zero(
+    launch: Callable[..., Any], tmp_path: Path
+) -> None:
     file = tmp_path / "reward.py"
     file.write_text("def broken(prompt, response, answer):\n    raise KeyError('no such sum')\n")
-    with pytest.raises(NodeError, match=r"reward.compute_reward \(step 0, grpo.py:\d+\).*broken for row \d.*no such sum"):
+    with pytest.raises(
+        NodeError, match=r"reward.compute_reward \(step 0, grpo.py:\d+\).*broken for row \d.*no such sum"
+    ):
         launch("grpo", *ROLLOUT, f"reward.function={file}:broken")
 
 

@@ -51,9 +51,7 @@ def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Pat
     assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
 
 
-def test_reward_model_tells_chosen_from_rejected_and_serves_as_a_reward(
-    launch: Launch, tmp_path: Path
-) -> None:
+def test_reward_model_tells_chosen_from_rejected_and_serves_as_a_reward(launch: Launch, tmp_path: Path) -> None:
     summary = launch("reward_model", "steps=12", "reward.optimizer.lr=1e-2", "data.prompts_per_step=50")
     assert summary["last"]["reward/accuracy"] > summary["first"]["reward/accuracy"]
     trained = tmp_path / "reward_model/models/reward"
