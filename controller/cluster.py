@@ -100,7 +100,7 @@ class Cluster:
         devices = self._get(
             name,
             [
-                process.join.remote(address, port, pool.device, len(set(node_ids)) == 1, waiting)
+                process.join.remote(address, port, pool.device, len(set(node_ids)) == 1, self.config.call_timeout_s)
                 for process in processes
             ],
             waiting + 60,

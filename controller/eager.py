@@ -8,7 +8,6 @@ the same to the last bit. Generation asks first whether the weights it holds are
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +44,7 @@ def run_eagerly(
             report.nodes.append(runner.run_node(reshard_node(role), step))
         runner.end_step(step)
         if not report.nodes:
-            raise RuntimeError(f"recipe {recipe.name} did nothing at step {step} ({time.ctime()})")
+            raise RuntimeError(f"recipe {recipe.name} ran no op at step {step}")
         on_step(report)
 
 
