@@ -51,7 +51,7 @@ class WorkerProcess:
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
     def join(self, address: str, port: int, device: str, one_node: bool, timeout_s: float) -> str:
-        """Join the pool's process group; every collective in it ends within `timeout_s` or raises. Returns the device."""
+        """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device."""
         from workers.device import device_for, init_distributed
 
         local_rank = 0 if os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 else self.rank
