@@ -24,6 +24,8 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.checksum import rows_checksum, unsigned
+from rlhf_dist.reshard.layout import Layout
+from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards
 from rlhf_dist.schema import SEQUENCE
 from workers.engines import checkpoint
 from workers.engines.accumulation import Accumulation, equal_passes
@@ -158,6 +160,14 @@ class FsdpEngine:
             raise ValueError(f"this model gives {' and '.join(self._model.outputs)}, asked for {list(outputs)}")
 
     # --- weights ---------------------------------------------------------------------------------
+    def layout(self) -> Layout:
+        """See `TrainingEngine.layout`."""
+        return dtensor_layout({name: _dtensor(parameter) for name, parameter in self._parameters.items()})
+
+    def local_shards(self) -> Shards:
+        """See `TrainingEngine.local_shards`."""
+        return dtensor_shards({name: _dtensor(parameter) for name, parameter in self._parameters.items()})
+
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """See `TrainingEngine.full_weights`."""
         shards = {name: _dtensor(parameter) for name, parameter in self._parameters.items()}

@@ -18,6 +18,8 @@ from torch import Tensor
 from rlhf_dist.algorithms.contract import Loss, Output
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.metrics import Metrics
+from rlhf_dist.reshard.layout import Layout
+from rlhf_dist.reshard.shards import Shards
 
 Term = tuple[float, Loss, Batch]
 """One summand of a step: weight, loss, and the rows of this rank."""
@@ -66,6 +68,20 @@ class TrainingEngine(Protocol):
 
     def step_many(self, terms: Sequence[Term], temperature: float = 1.0) -> Metrics:
         """One optimizer step on a weighted sum of losses, each averaged over its own batch."""
+        ...
+
+    def layout(self) -> Layout:
+        """What each rank of the group holds of every parameter, by checkpoint name, tied ones once.
+
+        The same on every rank, and the same after every step; ranks are those of the engine's group.
+        """
+        ...
+
+    def local_shards(self) -> Shards:
+        """This rank's boxes of `layout()`: views of the master weights, current until the next step.
+
+        Collective: parameters gathered for a forward pass are sharded again.
+        """
         ...
 
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
