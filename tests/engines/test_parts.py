@@ -22,9 +22,27 @@ CPU = torch.device("cpu")
 
 
 # --- checksums -------------------------------------------------------------------------------------
+def odd(position: int) -> int:
+    """SplitMix64's finaliser in Python's integers."""
+    mask = 2**64 - 1
+    x = (position + 1) * 0x9E3779B97F4A7C15 & mask
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+    return x ^ (x >> 31) | 1
+
+
 def test_a_checksum_is_the_weighted_sum_of_words() -> None:
-    values = torch.tensor([1, 2, -3], dtype=torch.int32).view(torch.float32)
-    assert full_checksum(values) == 1 * 1 + 2 * 3 - 3 * 5 + 2**64
+    column = [odd((1 << 40) + c) for c in range(3)]
+    narrow = torch.tensor([[1, 2, -3], [4, 5, 6]], dtype=torch.int32)
+    wanted = sum(odd(r) * sum(b * w for b, w in zip(column, row, strict=True)) for r, row in enumerate(narrow.tolist()))
+    assert full_checksum(narrow.view(torch.float32)) == wanted % 2**64
+    # Rows of a whole number of 64-bit words: the upper half of each is added to it.
+    wide = torch.tensor([[3 << 40, 5], [-(7 << 33), 1]])
+    wanted = sum(
+        odd(r) * sum(b * (w + (w >> 32)) for b, w in zip(column[:2], row, strict=True))
+        for r, row in enumerate(wide.tolist())
+    )
+    assert full_checksum(wide.view(torch.float32)) == wanted % 2**64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
