@@ -108,3 +108,7 @@ class WorkerContext:
     """Whether the recipe generates with this role."""
     total_steps: int = 0
     """Steps of the run, for schedules."""
+    nodes: tuple[int, ...] = ()
+    """[world] which machine each rank of the pool is on; empty for one machine."""
+    sync_timeout_s: float = 300.0
+    """Longest a weight sync may take."""

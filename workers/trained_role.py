@@ -20,6 +20,8 @@ class TrainedRole:
 
     def __init__(self, context: WorkerContext, engine: TrainingEngine) -> None:
         self.context, self.engine = context, engine
+        self.moved = False
+        """A step with a gradient was made since this was last set to False."""
 
     def update(
         self, batch: Batch, call: Call, loss: Loss, mini_batches: int, epochs: int, temperature: float = 1.0
@@ -33,6 +35,7 @@ class TrainedRole:
         parts = [batch.take(np.flatnonzero(call.mini_batch == k)) for k in range(mini_batches)]
         before = self.engine.version
         metrics = combine(self.engine.step(part, loss, temperature) for _ in range(epochs) for part in parts)
+        self.moved |= self.engine.version > before and metrics["grad_norm"].total > 0 and metrics["lr"].total > 0
         metrics["optimizer_steps"] = Mean(float(self.engine.version - before), 0)
         metrics["version"] = Mean(float(self.engine.version), 0)
         # Every rank knows the same numbers: one of them reports.

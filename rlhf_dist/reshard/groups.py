@@ -11,13 +11,14 @@ p*t ranks becomes d_g = p*t / (p_g*t_g) generation replicas (micro data parallel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 import numpy as np
 
+from rlhf_dist.config import ActorConfig
 from rlhf_dist.reshard.layout import Ints, Layout, LayoutError, ParameterLayout
 
 Grouping = Literal["vanilla", "zero_redundancy"]
@@ -137,6 +138,24 @@ def rollout_axes(world: int, t_g: int, *, train_t: int = 1, ranks_per_node: int 
     if t_g <= train_t:
         return {"dp": world // train_t, "tp": t_g, "micro_dp": train_t // t_g}
     return {"dp": world // t_g, "tp": t_g, "micro_dp": 1}
+
+
+def colocated_axes(config: ActorConfig, nodes: Sequence[int]) -> dict[str, int]:
+    """`rollout_axes` of an actor that trains and generates on the same ranks; nodes: [world] machine of each rank."""
+    world, t_g = len(nodes), config.rollout.tensor_parallel
+    train_t = int(getattr(config.engine, "tensor_parallel", 1))
+    # Copies of the sharded parameters are like nodes: sharding starts anew in each.
+    block = min(_block(nodes), world // int(getattr(config.engine, "replicas", 1)))
+    fits = not (world % block or block % t_g or block % train_t or (t_g % train_t and train_t % t_g))
+    # Where ranks are spread unevenly, groups of consecutive ranks.
+    return rollout_axes(world, t_g, train_t=train_t if fits else 1, ranks_per_node=block if fits else t_g)
+
+
+def _block(nodes: Sequence[int]) -> int:
+    """Consecutive ranks on one machine: the same number on each, or 1."""
+    size = next((rank for rank, node in enumerate(nodes) if node != nodes[0]), len(nodes))
+    even = len(nodes) % size == 0 and all(len(set(nodes[k : k + size])) == 1 for k in range(0, len(nodes), size))
+    return size if even else 1
 
 
 def rollout_grid(axes: Mapping[str, int]) -> Ints:
