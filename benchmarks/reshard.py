@@ -34,6 +34,7 @@ from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.plan import lower_bound_bytes, make_plan
 from rlhf_dist.reshard.schedule import schedule
 from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards, flat_shards
+from tests.engines import world as worlds
 from tests.engines.world import World
 from tests.reshard.models import llama
 from workers.reshard.exchange import exchange
@@ -263,6 +264,7 @@ def _layout_results(world: World, kind: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run both layouts and print the line."""
+    worlds.CALL_TIMEOUT_S = 400.0  # DeepSpeed compiles an extension when it first starts
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="*", default=["fsdp4_to_tp2dp2", "zero3x4_to_tp2dp2"])
     layouts = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -107,6 +108,8 @@ def _target(rollout: GenerationEngine, source: Layout, world: int) -> Layout:
 def _link(context: WorkerContext) -> Link | None:
     if context.world == 1:
         return None
+    # A name of its own each time: the store still knows the addresses of every link before.
+    name = [uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
     store = dist.distributed_c10d._get_default_store()
-    device = torch.device(context.device)
-    return Link(store, f"{context.role}/colocated", context.rank, context.world, device, context.sync_timeout_s)
+    return Link(store, name[0], context.rank, context.world, torch.device(context.device), context.sync_timeout_s)

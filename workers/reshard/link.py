@@ -48,7 +48,8 @@ class Link:
     def __init__(
         self, store: dist.Store, name: str, rank: int, world: int, device: torch.device, timeout_s: float
     ) -> None:
-        """Opens nothing yet: the first `meet` does. `timeout_s` bounds a whole sync. All ranks give the same name."""
+        """Opens nothing yet: the first `meet` does. `timeout_s` bounds a whole sync. All ranks give the same
+        name, which no link over this store has had before."""
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}; it is what one sync may take")
         self.rank, self.world, self.device = rank, world, device
