@@ -66,9 +66,11 @@ class FsdpEngine(PackedEngine):
         offload = CPUOffloadPolicy() if on_host else OffloadPolicy()
         for module in [*layers_of(self._module), self._module]:
             fully_shard(module, mesh=self._mesh.parameters, mp_policy=policy, offload_policy=offload)
-            # Losses are divided by counts over all ranks, so gradients are summed; gloo has no other operation.
-            _fsdp(module).set_gradient_divide_factor(1.0)
-            _fsdp(module).set_force_sum_reduction_for_comms(True)
+            if self._mesh.parameters.size() > 1:
+                # Losses are divided by counts over all ranks, so gradients are summed; gloo has no other operation.
+                # One rank has nothing to sum, and FSDP would copy every gradient to divide it by 1.
+                _fsdp(module).set_gradient_divide_factor(1.0)
+                _fsdp(module).set_force_sum_reduction_for_comms(True)
 
     # --- one pass, one step ------------------------------------------------------------------------
     def _run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
