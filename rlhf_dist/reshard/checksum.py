@@ -41,21 +41,9 @@ def word_bytes(*parameters: ParameterLayout) -> int:
 
 
 def full_checksum(tensor: Tensor) -> int:
-    """The checksum of a whole parameter, in [0, 2^64). Extra memory: 2 MiB."""
-    return unsigned(rows_checksum(tensor, first_row=0, shape=tensor.shape))
-
-
-def rows_checksum(rows: Tensor, *, first_row: int, shape: Sequence[int]) -> Tensor:
-    """What rows [first_row, first_row + len(rows)) of a parameter of `shape` add to its checksum.
-
-    Returns an int64 scalar on the rows' device, to be summed over shards (wrapping) and read by `unsigned`.
-    """
-    if rows.ndim and tuple(rows.shape[1:]) != tuple(shape[1:]):
-        raise ValueError(f"rows must have the parameter's trailing shape {tuple(shape[1:])}, got {tuple(rows.shape)}")
-    box = ((first_row, first_row + len(rows)), *((0, size) for size in shape[1:])) if rows.ndim else ()
-    # Rows of a matrix never cut a row's words; those of a vector may cut anywhere.
-    width = _width(rows.element_size(), shape[1:][-1:])
-    return box_checksum(rows, box, shape, width)
+    """The checksum of a whole parameter in words of one element, so that any boxes add up to it; in [0, 2^64)."""
+    box = tuple((0, size) for size in tensor.shape)
+    return unsigned(box_checksum(tensor, box, tensor.shape, tensor.element_size()))
 
 
 def box_checksum(

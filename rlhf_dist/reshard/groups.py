@@ -143,9 +143,9 @@ def rollout_axes(world: int, t_g: int, *, train_t: int = 1, ranks_per_node: int 
 def colocated_axes(config: ActorConfig, nodes: Sequence[int]) -> dict[str, int]:
     """`rollout_axes` of an actor that trains and generates on the same ranks; nodes: [world] machine of each rank."""
     world, t_g = len(nodes), config.rollout.tensor_parallel
-    train_t = int(getattr(config.engine, "tensor_parallel", 1))
+    train_t = config.engine.tensor_parallel
     # Copies of the sharded parameters are like nodes: sharding starts anew in each.
-    block = min(_block(nodes), world // int(getattr(config.engine, "replicas", 1)))
+    block = min(_block(nodes), world // config.engine.replicas)
     fits = not (world % block or block % t_g or block % train_t or (t_g % train_t and train_t % t_g))
     # Where ranks are spread unevenly, groups of consecutive ranks.
     return rollout_axes(world, t_g, train_t=train_t if fits else 1, ranks_per_node=block if fits else t_g)

@@ -7,6 +7,7 @@ from math import prod
 
 import numpy as np
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from rlhf_dist.reshard.layout import Layout, ParameterLayout, flat_range_boxes
@@ -20,11 +21,12 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def dtensor_layout(parameters: Mapping[str, DTensor]) -> Layout:
-    """The layout of DTensors (FSDP2, with tensor parallelism or without); ranks as in their mesh."""
-    found = {name: _dtensor_boxes(parameter) for name, parameter in parameters.items()}
-    world = 1 + max((int(parameter.device_mesh.mesh.max()) for parameter in parameters.values()), default=-1)
-    return Layout(world, found)
+def dtensor_layout(parameters: Mapping[str, DTensor], grid: DeviceMesh) -> Layout:
+    """The layout of DTensors (FSDP2, with tensor parallelism or without); ranks as in `grid`, the mesh of all axes.
+
+    A parameter may live on some axes of the grid only: along the others it is copied.
+    """
+    return Layout(grid.size(), {name: _dtensor_boxes(parameter, grid) for name, parameter in parameters.items()})
 
 
 def dtensor_shards(parameters: Mapping[str, DTensor]) -> dict[str, list[Tensor]]:
@@ -46,16 +48,20 @@ def flat_shards(flat: Tensor, shape: Sequence[int], begin: int, end: int) -> lis
     return shards
 
 
-def _dtensor_boxes(parameter: DTensor) -> ParameterLayout:
+def _dtensor_boxes(parameter: DTensor, grid: DeviceMesh) -> ParameterLayout:
+    axes, own = grid.mesh_dim_names or (), parameter.device_mesh.mesh_dim_names or ()
+    placement_of = dict(zip(own, parameter.placements, strict=True))
     placements: list[int | None] = []
     late: list[int] = []
-    for axis, placement in enumerate(parameter.placements):
-        if placement.is_partial():
+    for axis, name in enumerate(axes):
+        placement = placement_of.get(name)
+        if placement is not None and placement.is_partial():
             raise ValueError(f"a parameter's placement must be a shard or a copy, got {placement}")
-        placements.append(None if placement.is_replicate() else int(placement.dim))  # type: ignore[attr-defined]
+        copied = placement is None or placement.is_replicate()
+        placements.append(None if copied else int(placement.dim))  # type: ignore[union-attr]
         # FSDP cuts what tensor parallelism has cut although its axis stands first: such an axis is strided.
         if getattr(placement, "split_factor", 1) > 1:
             late.append(axis)
     order = [axis for axis in range(len(placements)) if axis not in late] + late[::-1]
-    mesh = parameter.device_mesh.mesh.cpu().numpy().astype(np.int64)
+    mesh = grid.mesh.cpu().numpy().astype(np.int64)
     return ParameterLayout.from_mesh(tuple(parameter.shape), dtype_name(parameter), mesh, placements, order)
