@@ -73,9 +73,10 @@ def setup(kind: str) -> dict[str, int]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        grid = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("shard",))
+        fully_shard(model, mesh=grid)
         sharded = {model.names[key]: p for key, p in model.named_parameters()}
-        layout, shards = dtensor_layout(sharded), dtensor_shards(sharded)  # type: ignore[arg-type]
+        layout, shards = dtensor_layout(sharded, grid), dtensor_shards(sharded)  # type: ignore[arg-type]
         _kept["whole"] = lambda name: _full_dtensor(sharded[name])  # type: ignore[arg-type]
     else:
         layout, shards, gather = _zero3(model)
@@ -153,6 +154,7 @@ def _slices(box: Any) -> tuple[slice, ...]:
 def ours(verified: bool = True) -> None:
     sync: WeightSync = _kept["sync"]
     if verified:
+        _kept["link"].meet()
         report = sync.run(_kept["version"], _kept["shards"], _kept["into"])
         _kept["received"] += report.bytes_received
         _kept["phases"] = report.phase_seconds

@@ -164,14 +164,16 @@ class HeldWeights:
         self.version = version
         self._full = {name: tensor.detach() for name, tensor in _model(seed).named_parameters()}
 
-    def layout(self) -> Layout:
+    adapters: dict[str, Any] = {}
+
+    def layout(self, part: str = "merged") -> Layout:
         ranks = np.arange(dist.get_world_size())
         return Layout(
             len(ranks),
             {n: ParameterLayout.from_mesh(tuple(t.shape), "float32", ranks, [0]) for n, t in self._full.items()},
         )
 
-    def local_shards(self) -> dict[str, list[Tensor]]:
+    def local_shards(self, part: str = "merged") -> dict[str, list[Tensor]]:
         boxes = {name: p.boxes_of(dist.get_rank()) for name, p in self.layout().parameters.items()}
         return {n: [t[tuple(slice(*edge) for edge in box)] for box in boxes[n]] for n, t in self._full.items()}
 
@@ -209,6 +211,6 @@ def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
         "fallback": _colocated.fallback,
         "version": _engine.weights_version,
         "received": report.bytes_received,
-        "planned": int(_colocated._sync.plan.moved[dist.get_rank()]) if _colocated._sync else None,
+        "planned": _colocated.pieces.planned_bytes if _colocated.pieces else None,
         "world": world,
     }
