@@ -25,7 +25,7 @@ _engine: Any = None
 _folder: Path
 
 
-def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
+def open_engine(kind: str, folder: Path, device: str = "cpu", **rollout: Any) -> None:
     global _engine, _folder
     close_engine()
     if kind == "vllm":
@@ -39,7 +39,7 @@ def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
         rollout=RolloutConfig(**limits),
         rank=dist.get_rank(),
         world=dist.get_world_size(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,12 +82,35 @@ def test_adapters_travel_alone_and_generation_follows_them(generating: World, fo
         world.run(trainer.step)
 
 
+def test_what_is_asleep_does_not_generate(generating: World, folder: Path) -> None:
+    generating.run(trainer.open_trainer, folder, {})
+    assert generating.run(trainer.colocate) == [None, None]
+    for first, asleep, again in generating.run(trainer.take_turns, SHORT, SEEDS):
+        assert "needs an engine that is awake" in asleep and isinstance(first, list) and first == again
+
+
 # --- two worlds --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def training() -> Iterator[World]:
     world = World(2)
     yield world
     world.close()
+
+
+def test_the_canary_tells_models_apart_whose_weights_are_the_same(
+    training: World, folder: Path, tmp_path: Path
+) -> None:
+    """Every checksum matches: only what the model does with its weights is another."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.3}))
+    training.run(trainer.open_trainer, folder, {})
+    training.run(rank.open_engine, "transformers", other)
+    assert training.run(trainer.colocate) == [None, None]
+    for answer in training.run(trainer.run, False):
+        assert answer["error"] == "CanaryDied" and "log-probs of the canary's tokens must be" in answer["says"]
+    for refused in training.run(rank.generate, SHORT, SAMPLING, SEEDS):
+        assert "StaleWeights" in refused and "canary" in refused
 
 
 def both(training: World, generating: World, function: Any, *args: Any, late: int = -1) -> tuple[list[Any], list[Any]]:

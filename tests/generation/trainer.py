@@ -17,10 +17,12 @@ from tests.engines.losses import TokenLoss, make_batch
 from tests.generation import rank
 from tests.generation.test_engines import SAMPLING
 from workers.engines.build import new_training_engine
+from workers.reshard.canary import CanaryDied
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.link import SyncStopped
 from workers.reshard.separate import Bridge, GenerationEnd, TrainingEnd
 from workers.reshard.sync import SyncFailed
+from workers.reshard.turns import Turns
 
 CPU = torch.device("cpu")
 ROLLOUT = RolloutConfig(bucket_bytes=1 << 20, canary_tolerance=1e-3)
@@ -31,17 +33,17 @@ _trainer: Any = None
 _sync: Any = None
 
 
-def open_trainer(folder: Path, settings: dict[str, Any]) -> None:
+def open_trainer(folder: Path, settings: dict[str, Any], device: str = "cpu") -> None:
     """A training engine over all ranks of this world."""
     global _trainer
-    context = _context()
+    context = _context(device)
     _trainer = new_training_engine(
         ModelConfig(path=str(folder)), EngineConfig(**settings), OptimizerConfig(lr=1e-2), "policy", context
     )
 
 
-def _context() -> WorkerContext:
-    return WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
+def _context(device: str) -> WorkerContext:
+    return WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device=device, seed=0)
 
 
 def step() -> None:
@@ -49,10 +51,10 @@ def step() -> None:
     _trainer.step(make_batch(), TokenLoss())
 
 
-def colocate() -> str | None:
+def colocate(device: str = "cpu") -> str | None:
     """This rank's end beside the generation engine of `rank.open_engine`; returns why it sends whole tensors."""
     global _sync
-    _sync = ColocatedSync(_trainer, rank._engine, ROLLOUT, _context())
+    _sync = ColocatedSync(_trainer, rank._engine, ROLLOUT, _context(device))
     return _sync.fallback  # type: ignore[no-any-return]
 
 
@@ -79,14 +81,31 @@ def run(must_change: bool, late: int = -1) -> dict[str, Any]:
         time.sleep(4.0)
     try:
         report = _sync.run() if isinstance(_sync, GenerationEnd) else _sync.run(must_change)
-    except (SyncFailed, SyncStopped) as error:
+    except (SyncFailed, SyncStopped, CanaryDied) as error:
         return {"error": type(error).__name__, "says": str(error)}
     return {"version": report.version, "bytes": report.bytes_received, "fallback": _sync.fallback}
 
 
 def planned_bytes() -> int:
-    pieces = _sync.pieces if isinstance(_sync, ColocatedSync) else _sync._plan
-    return int(pieces.planned_bytes)
+    return int(_sync.pieces.planned_bytes)
+
+
+def weight_bytes() -> int:
+    """Of the whole model."""
+    return sum(int(np.prod(p.shape)) * 4 for p in _trainer.layout().parameters.values())
+
+
+def take_turns(prompts: list[list[int]], seeds: list[int]) -> list[rank.Answers | str]:
+    """Generation before and after the trainer has been used, and in its turn again."""
+    turns = Turns(_trainer, rank._engine, CPU)
+    turns.turn("sync")
+    _sync.run(False)
+    turns.turn("generate")
+    answers = [rank.generate(prompts, SAMPLING, seeds)]
+    step()
+    answers.append(rank.generate(prompts, SAMPLING, seeds))
+    turns.turn("generate")
+    return [*answers, rank.generate(prompts, SAMPLING, seeds)]
 
 
 def adapter_bytes() -> int:

@@ -25,12 +25,24 @@ _syncs: dict[str, WeightSync] = {}
 
 
 def link(name: str, timeout_s: float = 20.0) -> Link:
-    """The link of that name over this world's store, opened on first use; `shared...`: buffers that all ranks see."""
+    """The link of that name over this world's store, opened on first use.
+
+    `shared...`: buffers that all ranks see; `cuda...`: all ranks on one GPU.
+    """
     if name not in _links:
         store = dist.distributed_c10d._get_default_store()
-        rank, world, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-        _links[name] = Link(store, name, rank, world, cpu, timeout_s, shares=name.startswith("shared"))
+        rank, world, shares = dist.get_rank(), dist.get_world_size(), name.startswith("shared")
+        _links[name] = Link(store, name, rank, world, device_of(name), timeout_s, shares=shares)
     return _links[name]
+
+
+def device_of(name: str) -> torch.device:
+    return torch.device("cuda:0" if name.startswith("cuda") else "cpu")
+
+
+def moved(shards: dict[str, list[Tensor]], name: str) -> dict[str, list[Tensor]]:
+    """The shards on the device of that link."""
+    return {parameter: [shard.to(device_of(name)) for shard in held] for parameter, held in shards.items()}
 
 
 def whole(layout: Layout, version: int) -> dict[str, Tensor]:
@@ -71,14 +83,14 @@ def round_trips(first: int, count: int, name: str = "trips") -> list[str]:
         wanted = {n: t.to(getattr(torch, target.parameters[n].dtype)) for n, t in full.items()}
         there, met = make_plan(source, target), link(name)
         met.meet()
-        middle = blank(target, rank)
-        WeightSync(there, rank, BUCKET, met).run(seed, shards_of(full, source, rank), middle)
+        middle = moved(blank(target, rank), name)
+        WeightSync(there, rank, BUCKET, met).run(seed, moved(shards_of(full, source, rank), name), middle)
         back = make_plan(target, source)
-        end = blank(source, rank)
+        end = moved(blank(source, rank), name)
         report = WeightSync(back, rank, BUCKET, met).run(seed, middle, end)
         for held, layout in ((middle, target), (end, source)):
             for parameter, pieces in shards_of(wanted, layout, rank).items():
-                if not all(torch.equal(a, b) for a, b in zip(pieces, held[parameter], strict=True)):
+                if not all(torch.equal(a, b.cpu()) for a, b in zip(pieces, held[parameter], strict=True)):
                     wrong.append(f"seed {seed} {parameter}")
         if report.bytes_received != back.moved[rank]:
             wrong.append(f"seed {seed}: received {report.bytes_received}, planned {back.moved[rank]}")
