@@ -215,7 +215,7 @@ class DeepSpeedEngine(PackedEngine):
         for flat in _flat_masters(optimizer, self._stage):
             kept = optimizer.optimizer.state[flat]
             if not kept:
-                kept["step"] = torch.tensor(float(self.version))
+                kept["step"] = torch.tensor(float(self.version), device=flat.device)
                 kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
         if self._stage == 3:
             from deepspeed.utils import safe_get_local_optimizer_state

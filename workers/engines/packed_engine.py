@@ -159,7 +159,9 @@ class PackedEngine(ABC):
         return loss + passes.add(term, rows, outputs) if one else loss
 
     def _pack(self, rows: Batch, pad_to: int) -> Packed:
-        return pack(rows, self._device, pad_to=pad_to, split=self._mesh.tokens)
+        # Pieces of a sequence are gathered in the order of its tokens: there each row keeps its own prompt.
+        shares = self._config.share_prompts and not pad_to and self._mesh.tokens.sequence == 1
+        return pack(rows, self._device, pad_to=pad_to, share_prompts=shares, split=self._mesh.tokens)
 
     @property
     def _budget(self) -> int:
