@@ -94,6 +94,7 @@ def setup(kind: str) -> dict[str, int]:
         "lower_bound": int(bound[rank]),
         "planned": int(plan.moved[rank]),
         "target": int(target.bytes_per_rank()[rank]),
+        "buffers": schedule(plan, rank, BUCKET_BYTES).buffer_bytes,
         "parameters": sum(int(np.prod(cut.shape)) for cut in CUTS.values()),
         "least_bound": _least_bound(plan.source),
     }
@@ -252,6 +253,7 @@ def _layout_results(world: World, kind: str) -> dict[str, Any]:
     found["ours"]["seconds_unverified"] = found.pop("ours_unverified")["seconds"]
     bound = sum(found["lower_bound_bytes_per_rank"])
     found["target_bytes_per_rank"] = [fact["target"] for fact in facts]
+    found["ours"]["planned_buffer_bytes_per_rank"] = [fact["buffers"] for fact in facts]
     found["checks"] = {
         "bytes_over_bound": round(sum(found["ours"]["bytes_received_per_rank"]) / bound - 1, 6),
         "time_share_of_full_gather": round(found["ours"]["seconds"] / found["full_gather"]["seconds"], 3),

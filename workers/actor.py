@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch, Column
@@ -17,7 +16,6 @@ from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine, new_training_engine
 from workers.engines.generation import GenerationEngine, Response
 from workers.reshard.colocated import ColocatedSync
-from workers.reshard.turns import Turns
 from workers.trained_role import NOTHING, TrainedRole
 
 
@@ -40,8 +38,6 @@ class ActorWorker(TrainedRole):
             copies = rollout_grid(colocated_axes(config, context.nodes or (0,) * context.world)).tolist()
             self.rollout = new_generation_engine(config.model.path, config.rollout, context, copies)
             self.sync = ColocatedSync(self.engine, self.rollout, config.rollout, context)
-            device = torch.device(context.device)
-            self.turns = Turns(self.engine, self.rollout, device) if config.rollout.sleeps else None
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
@@ -57,8 +53,7 @@ class ActorWorker(TrainedRole):
         )
         prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
         seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
-        if self.turns:
-            self.turns.turn("generate")
+        self.sync.turn("generate")
         responses = self.rollout.generate(prompts, sampling, seeds)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = response_columns(responses, self.rollout.weights_version)
@@ -98,8 +93,6 @@ class ActorWorker(TrainedRole):
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
         assert self.rollout is not None, "the recipe was planned without generation"
-        if self.turns:
-            self.turns.turn("sync")
         report = self.sync.run(must_change=self.moved)
         self.moved = False
         metrics = {
@@ -107,8 +100,10 @@ class ActorWorker(TrainedRole):
             "sync_bytes": Mean(float(report.bytes_received), 0),
             "sync_parameters": Mean(float(report.parameters), 0),
         }
-        peaks = self.turns.peak_bytes if self.turns else {}
-        metrics |= {f"peak_bytes_{phase}": Mean(float(peak), 1) for phase, peak in peaks.items()}
+        if self.sync.turns is not None:
+            for phase, peak in self.sync.turns.peak_bytes.items():
+                metrics[f"peak_bytes_{phase}"] = Mean(float(peak), 1)
+                metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
     def close(self) -> None:

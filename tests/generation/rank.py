@@ -202,7 +202,7 @@ def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
 
             _engine.trace = refuse
         context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
-        config = RolloutConfig(bucket_bytes=1 << 20)
+        config = RolloutConfig(bucket_bytes=1 << 20, sleeps=False)
         _colocated = ColocatedSync(HeldWeights(seed, version), _engine, config, context)
     _colocated._engine = HeldWeights(seed, version)
     report = _colocated.run(must_change=version > 1)

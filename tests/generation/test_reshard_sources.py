@@ -20,6 +20,7 @@ from tests.tiny import save_llama
 SOURCES: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "fsdp-tp2": {"tensor_parallel": 2},
+    "fsdp-sp2": {"sequence_parallel": 2},
     "fsdp-replicas": {"replicas": 2},
     "zero1": {"name": "deepspeed", "zero_stage": 1},
     "zero3": {"name": "deepspeed", "zero_stage": 3},
@@ -84,7 +85,7 @@ def test_adapters_travel_alone_and_generation_follows_them(generating: World, fo
 
 def test_what_is_asleep_does_not_generate(generating: World, folder: Path) -> None:
     generating.run(trainer.open_trainer, folder, {})
-    assert generating.run(trainer.colocate) == [None, None]
+    assert generating.run(trainer.colocate, "cpu", True) == [None, None]
     for first, asleep, again in generating.run(trainer.take_turns, SHORT, SEEDS):
         assert "needs an engine that is awake" in asleep and isinstance(first, list) and first == again
 

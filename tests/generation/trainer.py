@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from workers.reshard.colocated import ColocatedSync
 from workers.reshard.link import SyncStopped
 from workers.reshard.separate import Bridge, GenerationEnd, TrainingEnd
 from workers.reshard.sync import SyncFailed
-from workers.reshard.turns import Turns
 
 CPU = torch.device("cpu")
 ROLLOUT = RolloutConfig(bucket_bytes=1 << 20, canary_tolerance=1e-3)
@@ -51,10 +51,10 @@ def step() -> None:
     _trainer.step(make_batch(), TokenLoss())
 
 
-def colocate(device: str = "cpu") -> str | None:
+def colocate(device: str = "cpu", sleeps: bool = False) -> str | None:
     """This rank's end beside the generation engine of `rank.open_engine`; returns why it sends whole tensors."""
     global _sync
-    _sync = ColocatedSync(_trainer, rank._engine, ROLLOUT, _context(device))
+    _sync = ColocatedSync(_trainer, rank._engine, replace(ROLLOUT, sleeps=sleeps), _context(device))
     return _sync.fallback  # type: ignore[no-any-return]
 
 
@@ -90,21 +90,14 @@ def planned_bytes() -> int:
     return int(_sync.pieces.planned_bytes)
 
 
-def weight_bytes() -> int:
-    """Of the whole model."""
-    return sum(int(np.prod(p.shape)) * 4 for p in _trainer.layout().parameters.values())
-
-
 def take_turns(prompts: list[list[int]], seeds: list[int]) -> list[rank.Answers | str]:
     """Generation before and after the trainer has been used, and in its turn again."""
-    turns = Turns(_trainer, rank._engine, CPU)
-    turns.turn("sync")
     _sync.run(False)
-    turns.turn("generate")
+    _sync.turn("generate")
     answers = [rank.generate(prompts, SAMPLING, seeds)]
     step()
     answers.append(rank.generate(prompts, SAMPLING, seeds))
-    turns.turn("generate")
+    _sync.turn("generate")
     return [*answers, rank.generate(prompts, SAMPLING, seeds)]
 
 

@@ -38,19 +38,13 @@ def test_turns_free_what_they_say(tmp_path: Path) -> None:
 
 
 def _turns(folder: Path) -> dict[str, Any]:
-    from rlhf_dist.reshard.memory import predicted_bytes
-    from workers.reshard.turns import Turns, sizes_on_device
-
-    generation_rank.open_engine("vllm", folder, device="cuda:0")
     trainer.open_trainer(folder, {}, "cuda:0")
-    trainer.colocate("cuda:0")
-    turns = Turns(trainer._trainer, generation_rank._engine, torch.device("cuda:0"))
+    generation_rank.open_engine("vllm", folder, device="cuda:0")
+    trainer.colocate("cuda:0", True)
+    sync = trainer._sync
     for _ in range(2):
         trainer.step()
-        turns.turn("sync")
         trainer.run(True)
-        turns.turn("generate")
+        sync.turn("generate")
         assert not isinstance(generation_rank.generate(SHORT, SAMPLING, SEEDS), str)
-    weights = trainer.weight_bytes()
-    sizes = sizes_on_device(trainer._trainer, 0, weights, trainer.ROLLOUT.bucket_bytes, 16 << 20)
-    return {"measured": dict(turns.peak_bytes), "predicted": predicted_bytes(sizes)}
+    return {"measured": dict(sync.turns.peak_bytes), "predicted": sync.turns.predicted}

@@ -193,15 +193,18 @@ class PackedEngine(ABC):
 
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
+        self.before_use()
         return self._writer.save(folder, self._state(), self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
+        self.before_use()
         self.version = checkpoint.load(folder, self._state(), self._card(), self._mesh.world)
         self._loaded()
 
     def export(self, folder: Path) -> None:
         """See `TrainingEngine.export`; weights are written in `engine.dtype`."""
+        self.before_use()
         buckets = self.full_weights(self._dtype, FILE_BYTES)
         hf = self._module.hf
         writes = dist.get_rank(self._mesh.world) == 0

@@ -56,7 +56,7 @@ class TrainingEngine(Protocol):
     version: int
     """Optimizer steps done."""
     before_use: Callable[[], None]
-    """Called before anything is computed: brings back what was moved off the device meanwhile."""
+    """Called before anything is computed, saved or loaded: brings back what was moved off the device meanwhile."""
 
     def forward(
         self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False

@@ -60,6 +60,11 @@ class PieceSync:
         """What this rank receives when all weights move."""
         return int(self._weights.plan.moved[self._rank])
 
+    @property
+    def target_bytes(self) -> int:
+        """This rank's share of the generation weights."""
+        return int(self._target.bytes_per_rank()[self._rank])
+
     def run(
         self,
         version: int | None,

@@ -35,7 +35,7 @@ from workers.reshard.exchange import exchange
 from workers.reshard.link import Link, rendezvous
 from workers.reshard.offer import Offer, Wanted, offer_of, wanted_by, whole_on
 from workers.reshard.pieces import PieceSync, empty_shards
-from workers.reshard.sync import SyncFailed, SyncReport
+from workers.reshard.sync import SyncFailed, SyncReport, check_changed
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class _End(ABC):
         self._link.meet()
         with self._link.kept_while("plan"):
             # A rank whose last attempt ended before it had one makes the others plan again with it.
-            if self._plan is None or [0] in self._link.all_gather([0 if self._plan is None else 1]):
+            planned = self._link.all_gather([0 if self._plan is None else 1])
+            if self._plan is None or [0] in planned:
                 self._plan = self._new_plan()
         return self._plan
 
@@ -122,7 +123,7 @@ class TrainingEnd(_End):
         if isinstance(plan, PieceSync):
             report = plan.run(self._engine.version, self._engine, {}, None, None, must_change)
         else:
-            report = plan.send(self._engine)
+            report = plan.send(self._engine, must_change)
         if self._config.canary_tolerance:
             send_canary(self._engine, None, self._config, self._link.all_gather_object)
         return report
@@ -187,6 +188,7 @@ class _WholeTensors:
         self, weights: Layout, bridge: Bridge, rank: int, config: RolloutConfig, link: Link, device: torch.device
     ) -> None:
         self._rank, self._link, self._device, self._dtype = rank, link, device, getattr(torch, config.dtype)
+        self._last: dict[str, int] | None = None
         receivers = range(bridge.senders, bridge.world)
         self._buckets = []
         for part in _buckets(weights, config.bucket_bytes):
@@ -194,14 +196,18 @@ class _WholeTensors:
             plan = make_plan(part, whole, bridge.nodes or None)
             self._buckets.append((whole, schedule(plan, rank, config.bucket_bytes)))
 
-    def send(self, engine: TrainingEngine) -> SyncReport:
+    def send(self, engine: TrainingEngine, must_change: bool) -> SyncReport:
         started = time.perf_counter()
         with self._link.kept_while("announce"):
-            self._link.broadcast_object((engine.version, engine.checksums(self._dtype)), 0)
+            expected = engine.checksums(self._dtype)
+            if must_change:
+                check_changed(engine.version, self._last, expected)
+            self._link.broadcast_object((engine.version, expected), 0)
             shards = engine.local_shards()
             for _, steps in self._buckets:
                 exchange(steps, shards, {}, self._link)
         self._commit(engine.version, None)
+        self._last = expected
         return SyncReport(engine.version, len(shards), 0, time.perf_counter() - started)
 
     def receive(self, rollout: GenerationEngine) -> SyncReport:

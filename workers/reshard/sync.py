@@ -47,6 +47,15 @@ class SyncReport:
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+def check_changed(version: int, last: object, now: object) -> None:
+    """Raise SyncFailed if a trained version has the checksums of the last sync (None: there was none)."""
+    if last == now:
+        raise SyncFailed(
+            f"version {version} was trained since the last sync and must differ from it in some weight, got the same "
+            "bits in all; does the trainer hand out stale shards, or is the learning rate too small for rollout.dtype?"
+        )
+
+
 @dataclass
 class WeightSync:
     """The part of one rank in all syncs of one plan. Every rank calls `run` alike; see the module's picture."""
@@ -108,8 +117,8 @@ class WeightSync:
                 finish(version)
                 clock.lap("finish")
             self._verify(version, expected, target)
-            if must_change:
-                self._check_changed(version, expected)
+            if must_change and self._last:
+                check_changed(version, self._last[1].tolist(), expected.tolist())
             clock.lap("verify")
         except Exception as error:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
             failure = error
@@ -150,14 +159,6 @@ class WeightSync:
             raise SyncFailed(
                 f"version {version}: checksums of what arrived must equal the sender's, on rank {self.rank} "
                 f"{len(wrong)} parameters differ: {few}"
-            )
-
-    def _check_changed(self, version: int, expected: torch.Tensor) -> None:
-        if self._last and torch.equal(self._last[1], expected):
-            raise SyncFailed(
-                f"version {version} was trained since version {self._last[0]} and must differ from it in some weight, "
-                "got the same bits in all; does the trainer hand out stale shards, or is the learning rate too small "
-                "for rollout.dtype?"
             )
 
     def _commit(self, version: int, failure: Exception | None) -> None:

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from rlhf_dist.reshard.memory import GENERATION, TRAINING, Kind, PhaseName, moves
+from rlhf_dist.reshard.memory import GENERATION, TRAINING, Kind, PhaseName, moves, predicted_bytes
 from workers.engines.generation import GenerationEngine, SleepPart
 from workers.engines.training import OffloadPart, TrainingEngine
 
@@ -22,9 +22,12 @@ from workers.engines.training import OffloadPart, TrainingEngine
 class Turns:
     """Whose turn it is. Every rank takes the same turns."""
 
-    def __init__(self, engine: TrainingEngine, rollout: GenerationEngine, device: torch.device) -> None:
+    def __init__(
+        self, engine: TrainingEngine, rollout: GenerationEngine, device: torch.device, sizes: Mapping[Kind, int]
+    ) -> None:
         """Both engines have everything on the device. From now on using the training engine gives it its turn."""
         self._engine, self._rollout, self._device = engine, rollout, device
+        self.predicted = predicted_bytes(sizes)
         self.phase: PhaseName | None = None
         self.peak_bytes: dict[PhaseName, int] = {}
         """Phase -> most bytes allocated through torch in the last turn of it; CUDA only."""
