@@ -65,7 +65,7 @@ class Parameters(nn.Module):
 _kept: dict[str, Any] = {}
 
 
-def setup(kind: str) -> dict[str, int]:
+def setup(kind: str, shares: bool) -> dict[str, int]:
     """Builds the training side on this rank."""
     model = Parameters()
     whole = {name: getattr(model, key).detach().bfloat16() for key, name in model.names.items()}
@@ -86,7 +86,8 @@ def setup(kind: str) -> dict[str, int]:
     plan = make_plan(layout.as_dtype("bfloat16"), target)
     rank = dist.get_rank()
     wanted = {name: [whole[name][_slices(box)] for box in p.boxes_of(rank)] for name, p in target.parameters.items()}
-    link = Link(dist.distributed_c10d._get_default_store(), kind, rank, WORLD, torch.device("cpu"), 60.0)
+    store, cpu = dist.distributed_c10d._get_default_store(), torch.device("cpu")
+    link = Link(store, kind, rank, WORLD, cpu, 60.0, shares=shares)
     _kept.update({"plan": plan, "shards": shards, "target": target, "wanted": wanted, "model": model, "link": link})
     _kept["sync"] = WeightSync(plan, rank, BUCKET_BYTES, link)
     bound = lower_bound_bytes(plan.source, target)
@@ -228,8 +229,8 @@ def _peak_of(call: Callable[[], None]) -> int:
     return int(held.max(initial=0))
 
 
-def _layout_results(world: World, kind: str) -> dict[str, Any]:
-    facts = world.run(setup, kind)
+def _layout_results(world: World, kind: str, shares: bool) -> dict[str, Any]:
+    facts = world.run(setup, kind, shares)
     found: dict[str, Any] = {"lower_bound_bytes_per_rank": [fact["lower_bound"] for fact in facts]}
     rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for k in range(ROUNDS + 1):
@@ -271,11 +272,12 @@ def main() -> None:
     worlds.CALL_TIMEOUT_S = 400.0  # DeepSpeed compiles an extension when it first starts
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="*", default=["fsdp4_to_tp2dp2", "zero3x4_to_tp2dp2"])
-    layouts = {}
-    for kind in parser.parse_args().layouts:
+    parser.add_argument("--shares", action="store_true", help="chunks in memory that all processes see, not sent")
+    given, layouts = parser.parse_args(), {}
+    for kind in given.layouts:
         world = World(WORLD)
         try:
-            layouts[kind] = _layout_results(world, kind)
+            layouts[kind] = _layout_results(world, kind, given.shares)
         finally:
             world.close()
     print(json.dumps({"benchmark": "reshard", "bucket_bytes": BUCKET_BYTES, "layouts": layouts}))
