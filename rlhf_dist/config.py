@@ -125,7 +125,12 @@ class RolloutConfig:
     gpu_memory_share: float = 0.5
     """Share of the GPU's memory for vLLM when kv_cache_bytes is 0."""
     bucket_bytes: int = 64 << 20
-    """Most bytes of full parameters gathered at one time in a weight sync."""
+    """Most bytes of weights on their way at one time in a weight sync, per rank."""
+    sleeps: bool = True
+    """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
+    canary_tolerance: float = 0.0
+    """After each weight sync compare the log-probs of a few tokens with the trainer's, and fail above this; measured:
+    5e-7 in float32, outliers of 0.5 in bfloat16. 0: no canary."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ class ActorWorker(TrainedRole):
         )
         prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
         seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
+        self.sync.turn("generate")
         responses = self.rollout.generate(prompts, sampling, seeds)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = response_columns(responses, self.rollout.weights_version)
@@ -99,6 +100,10 @@ class ActorWorker(TrainedRole):
             "sync_bytes": Mean(float(report.bytes_received), 0),
             "sync_parameters": Mean(float(report.parameters), 0),
         }
+        if self.sync.turns is not None:
+            for phase, peak in self.sync.turns.peak_bytes.items():
+                metrics[f"peak_bytes_{phase}"] = Mean(float(peak), 1)
+                metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from workers.engines.optimizer import clip_, new_optimizer, norm_of, set_learnin
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
 from workers.engines.tensor_parallel import split_over_tensor_ranks
-from workers.engines.training import OffloadPart
+from workers.engines.training import OffloadPart, WeightPart
 
 
 class FsdpEngine(PackedEngine):
@@ -102,24 +102,24 @@ class FsdpEngine(PackedEngine):
             self._optimizer.zero_grad(set_to_none=True)
 
     # --- weights ---------------------------------------------------------------------------------
-    def layout(self) -> Layout:
+    def layout(self, part: WeightPart = "merged") -> Layout:
         """See `TrainingEngine.layout`."""
-        return dtensor_layout(self._weights(), self._mesh.grid)
+        return dtensor_layout(self._named(adapters=part == "adapters"), self._mesh.grid)
 
-    def local_shards(self) -> Shards:
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
-        return dtensor_shards(self._merged())
+        return dtensor_shards(self._merged() if part == "merged" else self._named(adapters=part == "adapters"))
 
-    def _weights(self) -> dict[str, DTensor]:
-        """The model's own parameters, adapters left out."""
-        adapters = {name for adapter in self._adapters.values() for name in (adapter.down, adapter.up)}
-        return {name: _dtensor(p) for name, p in self._parameters.items() if name not in adapters}
+    def _named(self, *, adapters: bool) -> dict[str, DTensor]:
+        """The adapters, or the model's own parameters."""
+        added = {name for adapter in self._adapters.values() for name in (adapter.down, adapter.up)}
+        return {name: _dtensor(p) for name, p in self._parameters.items() if (name in added) == adapters}
 
     def _merged(self) -> dict[str, DTensor]:
         """The model's parameters with adapters added to what they change: copies there, the parameters elsewhere."""
         return {
             name: self._with_adapter(weight, self._adapters[name]) if name in self._adapters else weight
-            for name, weight in self._weights().items()
+            for name, weight in self._named(adapters=False).items()
         }
 
     def _with_adapter(self, weight: DTensor, adapter: Adapter) -> DTensor:
