@@ -2,9 +2,9 @@
 
     +--------------------------------------------------------------------------+
     |  ready instances (node, step), oldest step first, then recipe order      |
-    |      |  pool idle?  step open?                                           |
+    |      |  all its pools idle?  step open?                                  |
     |      v                                                                   |
-    |  runner.launch(node, step)            on the pool, nothing waits here    |
+    |  runner.launch(node, step)            on its pools, nothing waits here   |
     |      |                                                                   |
     |  runner.wait()  <-- blocks until any launched node is finished           |
     |      |              (bounded: a node past its time limit is an error)    |
@@ -13,9 +13,11 @@
     +--------------------------------------------------------------------------+
 
 Pure scheduling: what a node does, on what, is the runner's business (`ray_runner.py` runs it on worker
-groups; a simulation runs it on a clock). One node at a time runs on a pool, so roles that share
-processes take turns and roles on different pools overlap. Steps overlap as far as edges allow: the
-next prompts are drawn while this step trains. A barrier step waits until everything before is done.
+groups, `simulation.py` on a clock). One node at a time runs on a pool, so roles that share processes
+take turns and roles on different pools overlap. A node on two pools (a weight transfer) starts when both
+are idle; it never holds one while it waits for the other, so transfers cannot deadlock, and a pool it
+waits for takes nothing that comes after it, so it cannot starve. Steps overlap as far as edges allow:
+the next prompts are drawn while this step trains. A barrier step waits until everything before is done.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class Finished:
 class Runner(Protocol):
     """Runs nodes. Times are seconds on the runner's own clock."""
 
-    def pool_of(self, node: Node) -> str | None:
-        """The pool a node occupies; None for nodes that occupy none (any number run at a time)."""
+    def pools_of(self, node: Node) -> tuple[str, ...]:
+        """The pools a node occupies; none for nodes of which any number run at a time."""
         ...
 
     def launch(self, node: Node, step: int) -> None:
@@ -127,7 +129,7 @@ class _Schedule:
             self.before[target].append((source, distance))
             self.after[source].append((target, distance))
         self.done: set[tuple[str, int]] = set()
-        self.running: dict[str, int] = {}
+        self.busy: set[str] = set()
         self.waiting: dict[tuple[str, int], int] = {}
         self.ready: list[tuple[int, int, str]] = []
         self.reports: dict[int, StepReport] = {}
@@ -174,6 +176,7 @@ class _Schedule:
         progressed = True
         while progressed:
             progressed = False
+            claimed = set(self.busy)
             for entry in sorted(self.ready):
                 step, _, name = entry
                 node = self.nodes[name]
@@ -182,19 +185,18 @@ class _Schedule:
                     self._finish(name, step, None)
                     progressed = True
                     break
-                pool = self.runner.pool_of(node)
-                if pool is not None and self.running.get(pool):
+                pools = self.runner.pools_of(node)
+                free = claimed.isdisjoint(pools)
+                claimed.update(pools)
+                if not free:
                     continue
                 self.ready.remove(entry)
-                if pool is not None:
-                    self.running[pool] = 1
+                self.busy.update(pools)
                 self.in_flight += 1
                 self.runner.launch(node, step)
 
     def _free(self, finished: Finished) -> None:
-        pool = self.runner.pool_of(self.nodes[finished.node])
-        if pool is not None:
-            self.running[pool] = 0
+        self.busy.difference_update(self.runner.pools_of(self.nodes[finished.node]))
 
     def _finish(self, name: str, step: int, finished: Finished | None) -> None:
         self.done.add((name, step))

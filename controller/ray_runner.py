@@ -71,10 +71,10 @@ class RayRunner:
         self._next_host = 0
 
     # --- the Runner protocol -------------------------------------------------------------------------
-    def pool_of(self, node: Node) -> str | None:
+    def pools_of(self, node: Node) -> tuple[str, ...]:
         """The pool of the node's role; host ops, sources on the host pool and joins occupy none."""
         group = self.groups.get(node.role)
-        return None if group is None or group.pool.name == HOST_POOL else group.pool.name
+        return () if group is None or group.pool.name == HOST_POOL else (group.pool.name,)
 
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""

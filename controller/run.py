@@ -176,17 +176,18 @@ class _Run:
         self.progress.tokens += tokens
         self.progress.seconds += seconds
         for node in report.nodes:
-            pool = self.runner.pool_of(self.dataflow[node.node]) if not self.eager else None
-            self.progress.spans.append(
+            pools = self.runner.pools_of(self.dataflow[node.node]) if not self.eager else ()
+            self.progress.spans.extend(
                 {
                     "name": node.node,
                     "ph": "X",
-                    "pid": pool or "host",
+                    "pid": pool,
                     "tid": 0,
                     "ts": round(node.started_s * 1e6),
                     "dur": round((node.ended_s - node.started_s) * 1e6),
                     "args": {"step": node.step},
                 }
+                for pool in pools or ("host",)
             )
 
     # --- barriers ------------------------------------------------------------------------------------

@@ -2,68 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.executor import Finished, StepReport, run_steps
+from controller.simulation import Clock, Span, simulate
 from recipes.dpo import dpo
 from recipes.ppo import PPO, ppo
 from recipes.remax import remax
 from recipes.safe_rlhf import safe_rlhf
-from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.trace import trace
-
-
-@dataclass
-class Clock:
-    """A runner whose nodes take the time they are given."""
-
-    pools: dict[str, str]
-    seconds: dict[str, float] = field(default_factory=dict)
-    now: float = 0.0
-    running: list[Finished] = field(default_factory=list)
-    history: list[Finished] = field(default_factory=list)
-
-    def pool_of(self, node: Node) -> str | None:
-        return self.pools.get(node.role)
-
-    def launch(self, node: Node, step: int) -> None:
-        ends = self.now + self.seconds.get(node.name, 1.0)
-        self.running.append(Finished(node=node.name, step=step, started_s=self.now, ended_s=ends, metrics={}))
-
-    def wait(self) -> list[Finished]:
-        first = min(self.running, key=lambda one: one.ended_s)
-        self.running.remove(first)
-        self.now = first.ended_s
-        self.history.append(first)
-        return [first]
-
-    def end_step(self, step: int) -> None:
-        pass
-
-    def span(self, name: str, step: int = 0) -> Finished:
-        return next(one for one in self.history if (one.node, one.step) == (name, step))
-
-
-def run(dataflow: Dataflow, clock: Clock, steps: int = 1, **options: object) -> list[StepReport]:
-    reports: list[StepReport] = []
-    run_steps(dataflow, clock, start=0, stop=steps, on_step=reports.append, **options)  # type: ignore[arg-type]
-    return reports
-
 
 COLOCATED = dict.fromkeys(("actor", "critic", "reference"), "main")
 SPLIT = {"actor": "a", "reference": "a", "critic": "b"}
+APART = {"actor": "a", "critic": "b", "reference": "c"}
+
+
+def at(spans: list[Span], name: str, step: int = 0) -> Span:
+    return next(span for span in spans if (span.node, span.step) == (name, step))
+
+
+def schedule(
+    dataflow: Dataflow,
+    pool_of: Mapping[str, str | tuple[str, ...]],
+    steps: int = 1,
+    seconds: Mapping[str, float] | None = None,
+    **options: object,
+) -> list[Span]:
+    given_seconds = seconds or {}
+    return simulate(
+        dataflow,
+        pool_of=pool_of,
+        seconds=lambda node, step: given_seconds.get(node.name, 1.0),
+        steps=steps,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def test_roles_of_one_pool_take_turns_in_recipe_order() -> None:
-    clock = Clock(COLOCATED)
-    run(trace(ppo), clock)
-    spans = sorted((one for one in clock.history if one.node.split(".")[0] in COLOCATED), key=lambda one: one.started_s)
-    assert all(before.ended_s <= after.started_s for before, after in zip(spans, spans[1:], strict=False))
-    assert [one.node for one in spans][:4] == [
+    spans = [span for span in schedule(trace(ppo), COLOCATED) if span.pool]
+    assert all(before.end_s <= after.start_s for before, after in zip(spans, spans[1:], strict=False))
+    assert [span.node for span in spans][:4] == [
         "actor.generate_sequences",
         "actor.compute_log_prob",
         "critic.compute_values",
@@ -72,36 +55,42 @@ def test_roles_of_one_pool_take_turns_in_recipe_order() -> None:
 
 
 def test_siblings_on_different_pools_overlap() -> None:
-    clock = Clock({"actor": "a", "critic": "b", "reference": "c"})
-    run(trace(ppo), clock)
-    spans = [clock.span(name) for name in ("actor.compute_log_prob", "critic.compute_values")]
-    spans.append(clock.span("reference.compute_ref_log_prob"))
-    assert len({one.started_s for one in spans}) == 1, "all three wait for generation only"
+    spans = schedule(trace(ppo), APART)
+    names = ("actor.compute_log_prob", "critic.compute_values", "reference.compute_ref_log_prob")
+    assert len({at(spans, name).start_s for name in names}) == 1, "all three wait for generation only"
 
 
 def test_generation_of_the_next_step_waits_for_the_reshard_of_this_one() -> None:
-    clock = Clock({"actor": "a", "critic": "b", "reference": "c"}, {"critic.update_critic": 50.0})
-    run(trace(ppo), clock, steps=2)
-    assert clock.span("actor.generate_sequences", 1).started_s >= clock.span("actor.reshard", 0).ended_s
-    assert clock.span("prompts", 1).started_s < clock.span("actor.update_actor", 0).started_s, "prompts are prefetched"
+    spans = schedule(trace(ppo), APART, 2, {"critic.update_critic": 50.0})
+    assert at(spans, "actor.generate_sequences", 1).start_s >= at(spans, "actor.reshard", 0).end_s
+    assert at(spans, "prompts", 1).start_s < at(spans, "actor.update_actor", 0).start_s, "prompts are prefetched"
     # The slow critic does not hold the actor back, only its own next use.
-    assert clock.span("actor.generate_sequences", 1).started_s < clock.span("critic.update_critic", 0).ended_s
-    assert clock.span("critic.compute_values", 1).started_s >= clock.span("critic.update_critic", 0).ended_s
+    assert at(spans, "actor.generate_sequences", 1).start_s < at(spans, "critic.update_critic", 0).end_s
+    assert at(spans, "critic.compute_values", 1).start_s >= at(spans, "critic.update_critic", 0).end_s
 
 
 def test_nothing_of_the_next_step_starts_before_a_barrier_is_passed() -> None:
-    clock = Clock(SPLIT)
-    run(trace(ppo), clock, steps=4, barrier=lambda step: step == 1)
-    end_of_1 = max(one.ended_s for one in clock.history if one.step == 1)
-    assert all(one.started_s >= end_of_1 for one in clock.history if one.step >= 2)
-    assert clock.span("prompts", 1).started_s < max(one.ended_s for one in clock.history if one.step == 0)
+    spans = schedule(trace(ppo), SPLIT, 4, barrier=lambda step: step == 1)
+    end_of_1 = max(span.end_s for span in spans if span.step == 1)
+    assert all(span.start_s >= end_of_1 for span in spans if span.step >= 2)
+    assert at(spans, "prompts", 1).start_s < max(span.end_s for span in spans if span.step == 0)
 
 
 def test_a_warm_up_skips_the_actors_update_and_nothing_waits_for_it() -> None:
-    clock = Clock(COLOCATED)
-    reports = run(trace(ppo, PPO(critic_warmup=2)), clock, steps=3)
-    updates = [one.step for one in clock.history if one.node == "actor.update_actor"]
+    reports: list[StepReport] = []
+    spans = schedule(trace(ppo, PPO(critic_warmup=2)), COLOCATED, 3, on_step=reports.append)
+    updates = [span.step for span in spans if span.node == "actor.update_actor"]
     assert updates == [2] and [report.step for report in reports] == [0, 1, 2]
+
+
+def test_a_node_on_two_pools_waits_for_both_and_is_not_overtaken() -> None:
+    pools = {**SPLIT, "actor.reshard": ("a", "b")}
+    spans = schedule(trace(ppo), pools, 3, {"critic.update_critic": 5.0})
+    for step in range(2):
+        reshard = [span for span in spans if (span.node, span.step) == ("actor.reshard", step)]
+        assert [span.pool for span in reshard] == ["a", "b"] and reshard[0].start_s == reshard[1].start_s
+        assert reshard[0].start_s >= at(spans, "critic.update_critic", step).end_s, "it shares the critic's pool"
+        assert at(spans, "actor.generate_sequences", step + 1).start_s >= reshard[0].end_s
 
 
 def test_a_failing_node_ends_the_run() -> None:
@@ -109,8 +98,9 @@ def test_a_failing_node_ends_the_run() -> None:
         def wait(self) -> list[Finished]:
             raise RuntimeError("rank 1 is gone")
 
+    clock = Failing({"actor": "a", "reference": "a"}, lambda node, step: 1.0)
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        run(trace(dpo), Failing({"actor": "a", "reference": "a"}))
+        run_steps(trace(dpo), clock, start=0, stop=1, on_step=lambda report: None)
 
 
 RECIPES = {recipe.name: trace(recipe) for recipe in (ppo, remax, safe_rlhf, dpo)}
@@ -121,21 +111,32 @@ RECIPES = {recipe.name: trace(recipe) for recipe in (ppo, remax, safe_rlhf, dpo)
 def test_every_schedule_ends_keeps_every_edge_and_never_shares_a_pool(data: st.DataObject) -> None:
     dataflow = RECIPES[data.draw(st.sampled_from(sorted(RECIPES)))]
     roles = sorted({node.role for node in dataflow} - {"host", "controller"})
-    pools = {role: data.draw(st.sampled_from(["p", "q", "r"])) for role in roles}
+    names = st.sampled_from(["p", "q", "r"])
+    pools: dict[str, str | tuple[str, ...]] = {role: data.draw(names) for role in roles}
+    pools |= {node.name: ("p", "q", "r")[: data.draw(st.integers(1, 3))] for node in dataflow if node.kind == "reshard"}
     seconds = {node.name: data.draw(st.floats(0.01, 9.0)) for node in dataflow}
     steps, barrier = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    clock = Clock(pools, seconds)
-    reports = run(
-        dataflow, clock, steps, open_steps=data.draw(st.integers(1, 3)), barrier=lambda step: step % barrier == 0
+    reports: list[StepReport] = []
+    spans = schedule(
+        dataflow,
+        pools,
+        steps,
+        seconds,
+        open_steps=data.draw(st.integers(1, 3)),
+        barrier=lambda step: step % barrier == 0,
+        on_step=reports.append,
     )
     assert [report.step for report in reports] == list(range(steps))
-    spans = {(one.node, one.step): one for one in clock.history}
-    assert len(spans) == len(clock.history) == steps * len(dataflow.nodes), "every node runs once a step"
+    when = {(span.node, span.step): span for span in spans}
+    assert sum(len(report.nodes) for report in reports) == len(when) == steps * len(dataflow.nodes), "every node once"
     for edge in dataflow.edges:
         for step in range(steps - edge.distance):
-            before, after = spans[edge.source, step], spans[edge.target, step + edge.distance]
-            assert before.ended_s <= after.started_s, edge
-    for pool in set(pools.values()):
-        names = {node.name for node in dataflow if pools.get(node.role) == pool}
-        busy = sorted((one.started_s, one.ended_s) for one in clock.history if one.node in names)
+            before, after = when[edge.source, step], when[edge.target, step + edge.distance]
+            assert before.end_s <= after.start_s, edge
+    _assert_pools_are_not_shared(spans)
+
+
+def _assert_pools_are_not_shared(spans: list[Span]) -> None:
+    for pool in {span.pool for span in spans} - {None}:
+        busy = sorted((span.start_s, span.end_s) for span in spans if span.pool == pool)
         assert all(end <= start for (_, end), (start, _) in zip(busy, busy[1:], strict=False))
