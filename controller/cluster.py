@@ -84,15 +84,18 @@ class Cluster:
     ) -> None:
         self.close()
 
-    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
-        """Reserve the slots, start their processes and join them into one process group.
+    def add_pool(self, name: str, pool: PoolConfig, size: int) -> Pool:
+        """Reserve `size` slots, start their processes and join them into one process group.
 
-        Raises ClusterError when the slots are not free within `ready_timeout_s`.
+        With `pool.nodes`, ranks are in node order and every node has as many. Raises ClusterError when the slots
+        are not free within `ready_timeout_s`.
         """
         gpus = self._gpus_per_slot(pool)
         bundle: dict[str, float] = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
-        group = self._reserve(name, [bundle] * pool.slots)
-        processes = self._start(name, pool.slots, group, gpus)
+        nodes = pool.nodes or size
+        bundles = [{what: amount * size // nodes for what, amount in bundle.items()}] * nodes
+        group = self._reserve(name, bundles, "STRICT_SPREAD" if pool.nodes else "PACK")
+        processes = self._start(name, size, group, gpus, per_bundle=size // nodes)
         waiting = self.config.ready_timeout_s
         whereabouts = self._get(name, [process.pid.remote() for process in processes], waiting)
         node_ids = tuple(node for _, node in whereabouts)
@@ -144,19 +147,20 @@ class Cluster:
             raise ClusterError("placement asks for device=cuda, but the cluster has no GPU; use device=auto or cpu")
         return int(gpus > 0)
 
-    def _reserve(self, name: str, bundles: list[dict[str, float]]) -> Any:
-        group = placement_group(bundles, strategy="PACK", name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
+    def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
+        group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
         self._groups.append(group)
         deadline = time.monotonic() + self.config.ready_timeout_s
         if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
             raise ClusterError(
-                f"pool {name!r} needs {len(bundles)} slots of {_resources(bundles[0])}, not free within "
+                f"pool {name!r} needs {len(bundles)} {'nodes with' if strategy == 'STRICT_SPREAD' else 'slots of'} "
+                f"{_resources(bundles[0])}, not free within "
                 f"{self.config.ready_timeout_s:g} s; the nodes have free: {_free_resources()}. "
                 f"Use fewer slots, add nodes, or end the job that holds them"
             )
         return group
 
-    def _start(self, pool: str, count: int, group: Any, gpus: int) -> list[Any]:
+    def _start(self, pool: str, count: int, group: Any, gpus: int, per_bundle: int = 1) -> list[Any]:
         import importlib
 
         module, name = PROCESS_PATH
@@ -168,7 +172,9 @@ class Cluster:
                 num_gpus=gpus,
                 max_restarts=0,
                 runtime_env={"env_vars": _environment(gpus)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank // per_bundle
+                ),
             ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
             for rank in range(count)
         ]

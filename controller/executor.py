@@ -12,6 +12,9 @@
     |  count down the edges of its successors (same step, or step + distance)  |
     +--------------------------------------------------------------------------+
 
+    streamed edge    the successor starts with its source and takes each shard as it is finished
+    interrupted      a node that gave its pool up to an older one; ready again, to go on where it was
+
 Pure scheduling: what a node does, on what, is the runner's business (`ray_runner.py` runs it on worker
 groups, `simulation.py` on a clock). One node at a time runs on a pool, so roles that share processes
 take turns and roles on different pools overlap. A node on two pools (a weight transfer) starts when both
@@ -38,6 +41,12 @@ class Finished:
     started_s: float
     ended_s: float
     metrics: dict[str, float]
+    tokens: int = 0
+    """Tokens of the rows it worked on."""
+    nbytes: int = 0
+    """Bytes it wrote to the object store, or moved between worlds."""
+    interrupted: bool = False
+    """It gave its pools up before it was done, and is to be launched again."""
 
 
 class Runner(Protocol):
@@ -47,8 +56,18 @@ class Runner(Protocol):
         """The pools a node occupies; none for nodes of which any number run at a time."""
         ...
 
+    def streams(self, source: Node, target: Node) -> bool:
+        """Whether `target` may be launched as soon as `source` is, to take its shards one by one. It then
+        finishes after `source`."""
+        ...
+
     def launch(self, node: Node, step: int) -> None:
-        """Start a node; its inputs are finished."""
+        """Start a node; its inputs are finished, or streamed."""
+        ...
+
+    def interrupt(self, node: Node, step: int) -> None:
+        """An older node waits for the pools of this running one, and for nothing else. The runner may make it
+        finish early as `interrupted`, or let it run."""
         ...
 
     def wait(self) -> Sequence[Finished]:
@@ -62,7 +81,7 @@ class Runner(Protocol):
 
 @dataclass
 class StepReport:
-    """What a step did."""
+    """What a step did. A node that was interrupted is there once for each time it ran."""
 
     step: int
     nodes: list[Finished] = field(default_factory=list)
@@ -75,7 +94,10 @@ class StepReport:
     @property
     def seconds(self) -> dict[str, float]:
         """Node -> seconds."""
-        return {node.node: node.ended_s - node.started_s for node in self.nodes}
+        total = dict.fromkeys((node.node for node in self.nodes), 0.0)
+        for node in self.nodes:
+            total[node.node] += node.ended_s - node.started_s
+        return total
 
     @property
     def started_s(self) -> float:
@@ -95,15 +117,17 @@ def run_steps(
     start: int,
     stop: int,
     on_step: Callable[[StepReport], None],
-    open_steps: int = 2,
+    open_steps: int | None = None,
     barrier: Callable[[int], bool] = lambda step: False,
 ) -> None:
     """Run steps start..stop-1 of `dataflow`.
 
     on_step is called once per step, in order, when the step is finished. At most `open_steps` steps are
-    under way. If `barrier(t)`, nothing of step t + 1 starts before on_step(t) has returned.
+    under way (None: as many as may have work, the graph's staleness and one for the next prompts). If
+    `barrier(t)`, nothing of step t + 1 starts before on_step(t) has returned.
     """
-    _Schedule(dataflow, runner, start, stop, on_step, open_steps, barrier).run()
+    most = dataflow.staleness + 2 if open_steps is None else open_steps
+    _Schedule(dataflow, runner, start, stop, on_step, most, barrier).run()
 
 
 class _Schedule:
@@ -128,8 +152,14 @@ class _Schedule:
         for source, target, distance in sorted(edges):
             self.before[target].append((source, distance))
             self.after[source].append((target, distance))
+        self.streamed = {
+            (source, target)
+            for source, target, distance in edges
+            if distance == 0 and runner.streams(self.nodes[source], self.nodes[target])
+        }
         self.done: set[tuple[str, int]] = set()
-        self.busy: set[str] = set()
+        self.launched: set[tuple[str, int]] = set()
+        self.busy: dict[str, tuple[str, int]] = {}
         self.waiting: dict[tuple[str, int], int] = {}
         self.ready: list[tuple[int, int, str]] = []
         self.reports: dict[int, StepReport] = {}
@@ -143,9 +173,7 @@ class _Schedule:
             self._launch()
             if self.in_flight:
                 for finished in self.runner.wait():
-                    self.in_flight -= 1
-                    self._free(finished)
-                    self._finish(finished.node, finished.step, finished)
+                    self._take(finished)
             elif not self._close_finished():
                 stuck = ", ".join(f"{name} of step {step}" for (name, step), left in self.waiting.items() if left)
                 raise RuntimeError(f"the schedule cannot go on: nothing runs and these wait: {stuck}")
@@ -162,7 +190,9 @@ class _Schedule:
                 left = sum(
                     1
                     for source, distance in self.before[name]
-                    if step - distance >= self.start and (source, step - distance) not in self.done
+                    if step - distance >= self.start
+                    and (source, step - distance) not in self.done
+                    and not ((source, name) in self.streamed and (source, step) in self.launched)
                 )
                 self.waiting[name, step] = left
             for name in self.nodes:
@@ -186,24 +216,53 @@ class _Schedule:
                     progressed = True
                     break
                 pools = self.runner.pools_of(node)
-                free = claimed.isdisjoint(pools)
+                if claimed.isdisjoint(pools):
+                    self.ready.remove(entry)
+                    self._start(node, step, pools)
+                    progressed = True
+                    break
+                self._ask_for(pools, claimed)
                 claimed.update(pools)
-                if not free:
-                    continue
-                self.ready.remove(entry)
-                self.busy.update(pools)
-                self.in_flight += 1
-                self.runner.launch(node, step)
 
-    def _free(self, finished: Finished) -> None:
-        self.busy.difference_update(self.runner.pools_of(self.nodes[finished.node]))
+    def _start(self, node: Node, step: int, pools: tuple[str, ...]) -> None:
+        self.busy.update(dict.fromkeys(pools, (node.name, step)))
+        self.in_flight += 1
+        self.runner.launch(node, step)
+        if (node.name, step) not in self.launched:
+            self.launched.add((node.name, step))
+            self._count_down([(target, step) for source, target in self.streamed if source == node.name])
+
+    def _ask_for(self, pools: tuple[str, ...], claimed: set[str]) -> None:
+        """Tell the runner that a node waits for one running node only: it may be one that can be interrupted."""
+        holders = {self.busy[pool] for pool in pools if pool in self.busy}
+        if len(holders) == 1 and all(pool in self.busy for pool in pools if pool in claimed):
+            name, step = holders.pop()
+            self.runner.interrupt(self.nodes[name], step)
+
+    def _take(self, finished: Finished) -> None:
+        self.in_flight -= 1
+        for pool in self.runner.pools_of(self.nodes[finished.node]):
+            del self.busy[pool]
+        if finished.interrupted:
+            self.reports[finished.step].nodes.append(finished)
+            self._make_ready(finished.node, finished.step)
+        else:
+            self._finish(finished.node, finished.step, finished)
 
     def _finish(self, name: str, step: int, finished: Finished | None) -> None:
         self.done.add((name, step))
         if finished:
             self.reports[step].nodes.append(finished)
-        for target, distance in self.after[name]:
-            instance = (target, step + distance)
+        self._count_down(
+            [
+                (target, step + distance)
+                for target, distance in self.after[name]
+                if (name, target) not in self.streamed or (name, step) not in self.launched
+            ]
+        )
+
+    def _count_down(self, instances: list[tuple[str, int]]) -> None:
+        for instance in instances:
             if instance in self.waiting:
                 self.waiting[instance] -= 1
                 if self.waiting[instance] == 0:
@@ -220,5 +279,6 @@ class _Schedule:
             self.closed += 1
             oldest = self.closed - max((d for pairs in self.before.values() for _, d in pairs), default=0)
             self.done = {(name, at) for name, at in self.done if at >= oldest}
+            self.launched = {(name, at) for name, at in self.launched if at > step}
             closed = True
         return closed

@@ -26,7 +26,7 @@ from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
-from controller.session import Session, generates, slots_needed, start_session
+from controller.session import Session, slots_needed, start_session
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.passes import insert_rollout_dump
@@ -121,9 +121,7 @@ class _Run:
         run = self.launch.run
         if first_step:
             self._resume(first_step)
-        for role in self.launch.used_roles:
-            if generates(self.launch, role):
-                self.session.call_role(role, "reshard", first_step)
+        self.session.sync(first_step)
         if first_step < run.steps:
             self._evaluate(first_step)
         self.closed_s = time.perf_counter()

@@ -1,6 +1,7 @@
 """A session: the pools and worker groups of one launch, up and ready.
 
     Launch -- placement --> pools --> processes --> role workers --> WorkerGroup per role
+                                                        actor ---- bridge ---> actor.rollout, in another pool
 
 Rule rewards and sources live on the host pool's CPU processes; everything with a model lives on a slot.
 """
@@ -15,18 +16,21 @@ from typing import Any
 import ray
 
 from controller.cluster import Cluster, ClusterError, Pool
+from controller.executor import Finished
 from controller.ray_runner import RayRunner
 from controller.user_files import send_user_files_by_value
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
+from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.roles import OpSpec, State
 
 HELDOUT = "heldout"
 SOURCE_WORKER = "workers.source:SourceWorker"
+ROLLOUT_WORKER = "workers.rollout:RolloutWorker"
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Session:
             states=self.states,
             numbers=numbers,
             source_kwargs={**default, **rows},
+            interrupts=run.placement.interrupt,
         )
 
     def call_role(self, role: str, op: str, step: int, **kwargs: Any) -> dict[str, float]:
@@ -68,6 +73,11 @@ class Session:
             spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
         )
         return self.runner(None, {}).run_node(node, step).metrics
+
+    def sync(self, steps_done: int) -> list[Finished]:
+        """Give every role that generates the weights it has trained in `steps_done` steps."""
+        runner = self.runner(None, {})
+        return [runner.run_node(reshard_node(role), steps_done - 1) for role in self.launch.dataflow.generating]
 
     @property
     def model_roles(self) -> list[str]:
@@ -83,7 +93,9 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     placed = pools_of_roles(launch)
     pools = {HOST_POOL: cluster.add_host_pool()}
     pools |= {
-        name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if name in placed.values()
+        name: cluster.add_pool(name, pool, pool_size(run.placement, name))
+        for name, pool in run.placement.pools.items()
+        if name in placed.values()
     }
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
@@ -96,29 +108,51 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
-    for role in launch.used_roles:
-        pool = pools[placed[role]]
-        path, settings = _worker_of(launch, role, launch.recipe.roles[role])
-        groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool.size))
-        starting.append((role, _host_role(launch, groups[role], path, settings)))
+    for name, at in placed.items():
+        role, pool = name.split(".")[0], pools[at]
+        path, settings = _worker_of(launch, role, rollout_of(role) in placed)
+        if name == rollout_of(role):
+            path = ROLLOUT_WORKER
+            trained = _is_trained(launch, role)
+            settings = {
+                "config": launch.roles[role],
+                "max_staleness": run.placement.max_staleness if trained else None,
+            }
+        groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool.size, rollout_of(role) in placed))
+        starting.append((name, _host_role(launch, groups[name], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
+    for role in launch.dataflow.generating:
+        if rollout_of(role) in groups:
+            _connect(groups[role], groups[rollout_of(role)], run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
 def pools_of_roles(launch: Launch) -> dict[str, str]:
-    """Role -> pool, for the roles the graph uses."""
-    placed = pool_of_roles(launch.run.placement, launch.roles)
-    return {role: placed[role] for role in launch.used_roles}
+    """Role -> pool, for the roles the graph uses; `ROLE.rollout` too where generation has a pool of its own."""
+    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    return {name: pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles}
 
 
 def slots_needed(launch: Launch) -> int:
     """Slots of all pools that some role is placed in."""
-    return sum(launch.run.placement.pools[name].slots for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
+    return sum(pool_size(launch.run.placement, name) for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
 
 
-def generates(launch: Launch, role: str) -> bool:
-    """Whether the recipe generates with `role`."""
-    return any(f"{role}.rollout" in node.weights_read for node in launch.dataflow)
+def _is_trained(launch: Launch, role: str) -> bool:
+    return any(f"{role}.train" in node.weights_written for node in launch.dataflow)
+
+
+def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> None:
+    """Join rank 0 of one pool and all ranks of the other into the group that weights are sent over."""
+    address, port = ray.get(sending.pool.processes[0].open_port.remote(), timeout=timeout_s)
+    size = 1 + receiving.pool.size
+    ranks = [*((sending, rank, 0 if rank == 0 else None) for rank in range(sending.pool.size))]
+    ranks += [(receiving, rank, 1 + rank) for rank in range(receiving.pool.size)]
+    joining = [
+        group.pool.processes[rank].connect.remote(group.role, address, port, in_bridge, size, timeout_s)
+        for group, rank, in_bridge in ranks
+    ]
+    _await_roles([(f"{sending.role} and {receiving.role}", joining)], timeout_s)
 
 
 def _tokenizer_of(launch: Launch) -> str:
@@ -129,23 +163,25 @@ def _tokenizer_of(launch: Launch) -> str:
     raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
-def _meshes(config: Any, size: int) -> dict[str, Mesh]:
+def _meshes(config: Any, size: int, rollout_apart: bool) -> dict[str, Mesh]:
     tp = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
+    tp = 1 if size % tp and rollout_apart else tp  # The training pool's size need not fit what it does not do.
     return {"train": Mesh({"dp": size}), "rollout": Mesh({"dp": size // tp, "tp": tp})}
 
 
-def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str, Any]]:
+def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dict[str, Any]]:
     config = launch.roles[role]
-    trains = any(f"{role}.train" in node.weights_written for node in launch.dataflow)
+    interface: Any = launch.recipe.roles[role]
+    trains = _is_trained(launch, role)
     if isinstance(config, RewardConfig) and config.function is not None:
         from rlhf_dist.rewards import load_function
 
         return interface.rule_worker, {"function": load_function(config.function, launch.recipe.file)}
     if isinstance(config, ActorConfig):
-        return interface.worker, {"config": config, "trains": trains}
+        return interface.worker, {"config": config, "trains": trains, "generates_here": not rollout_apart}
     if isinstance(config, ReferenceConfig):
         actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
-        temperature = actors[0].rollout.temperature if actors and _any_generates(launch) else 1.0
+        temperature = actors[0].rollout.temperature if actors and launch.dataflow.generating else 1.0
         return interface.worker, {"config": config, "temperature": temperature}
     assert isinstance(config, CriticConfig | RewardConfig), f"role {role} has settings of an unknown kind"
     return interface.worker, {
@@ -153,10 +189,6 @@ def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str
         "engine": config.engine,
         "optimizer": config.optimizer if trains else None,
     }
-
-
-def _any_generates(launch: Launch) -> bool:
-    return any(generates(launch, role) for role in launch.roles)
 
 
 def _host_source(
@@ -167,7 +199,8 @@ def _host_source(
 
 
 def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
-    context = {"seed": launch.run.seed, "generates": generates(launch, group.role), "total_steps": launch.run.steps}
+    generates = group.role.split(".")[0] in launch.dataflow.generating
+    context = {"seed": launch.run.seed, "generates": generates, "total_steps": launch.run.steps}
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]
 
 

@@ -41,6 +41,9 @@ class OpSpec:
     dispatch: TransferProtocol = ROWS
     mesh: str = "train"
     """Which of the role's meshes the rows are spread over: `train` or `rollout`."""
+    streams: bool = False
+    """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
+    processes), it may be given the first finished rows of its input while the others are being made."""
 
     def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Column names for these arguments."""
@@ -56,6 +59,7 @@ def op(
     weights_written: str | None = None,
     dispatch: TransferProtocol = ROWS,
     mesh: str = "train",
+    streams: bool = False,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
 
@@ -69,6 +73,7 @@ def op(
             weights_written=weights_written,
             dispatch=dispatch,
             mesh=mesh,
+            streams=streams,
         )
         return function
 
@@ -152,7 +157,7 @@ class Reward(Role, Protocol):
     worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
     rule_worker: ClassVar[str] = "workers.rule_reward:RuleRewardWorker"
 
-    @op(reads=("prompt_ids", "response_ids", "prompt", "response", "answer"), writes=("rewards",))
+    @op(reads=("prompt_ids", "response_ids", "prompt", "response", "answer"), writes=("rewards",), streams=True)
     def compute_reward(self, batch: Batch) -> Batch:
         """The terminal reward of every row."""
         ...

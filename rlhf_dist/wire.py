@@ -72,6 +72,8 @@ class OpResult:
     """Add up over answering ranks; an op whose ranks all know the same number reports it on rank 0 only."""
     state: Mapping[str, float] | None = None
     """New numbers of a State."""
+    interrupted: bool = False
+    """Generation that was asked to stop early; the worker keeps what it has and goes on when it is called again."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +93,7 @@ class Reply:
     groups: IntArray | None = None
     metrics: Metrics = field(default_factory=dict)
     state: Mapping[str, float] | None = None
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,76 +1,43 @@
-"""The actor: a training engine and, where the recipe generates, a generation engine in the same process."""
+"""The actor: a training engine and, unless generation has a pool of its own, a generation engine beside it."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 
 import numpy as np
 import torch
 
 from rlhf_dist.algorithms.contract import Loss
-from rlhf_dist.batch import Batch, Column
+from rlhf_dist.batch import Batch
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean
-from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import Call, OpResult, WorkerContext
-from workers.engines.build import new_generation_engine, new_training_engine
-from workers.engines.generation import GenerationEngine, Response
+from workers.engines.build import new_training_engine
+from workers.rollout import RolloutWorker, sync_metrics
 from workers.trained_role import NOTHING, TrainedRole
+from workers.weight_bridge import Announcement, WeightBridge
 
 
 class ActorWorker(TrainedRole):
     """One rank of the actor. Implements `rlhf_dist.roles.Actor`, and `reshard`."""
 
-    def __init__(self, context: WorkerContext, config: ActorConfig, trains: bool = True) -> None:
+    def __init__(
+        self, context: WorkerContext, config: ActorConfig, trains: bool = True, generates_here: bool = True
+    ) -> None:
         """`trains` False: no optimizer (evaluation only). The generation engine comes up after the training
         engine: it reuses the process group that is there by then."""
         optimizer = config.optimizer if trains else None
         super().__init__(context, new_training_engine(config.model, config.engine, optimizer, "policy", context))
         self.config = config
         self.temperature = config.rollout.temperature
-        self.rollout: GenerationEngine | None = None
-        if context.generates:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-            self.rollout = new_generation_engine(config.model.path, config.rollout, context)
+        here = context.generates and generates_here
+        self.generation = RolloutWorker(context, config, 0 if trains else None) if here else None
+        self.bridge: WeightBridge | None = None
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
-        """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
-        assert self.rollout is not None, "the recipe was planned without generation"
-        rollout = self.config.rollout
-        sampling = Sampling(
-            n=n,
-            greedy=greedy,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=rollout.max_response_tokens,
-        )
-        prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
-        seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
-        responses = self.rollout.generate(prompts, sampling, seeds)
-        parent = np.repeat(np.arange(batch.num_rows), n)
-        columns = response_columns(responses, self.rollout.weights_version)
-        columns["response"] = Column.strings(
-            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        )
-        lengths = columns["response_ids"].lengths
-        tokens = batch["prompt_ids"].lengths[parent] + lengths
-        rows = float(len(responses))
-        return OpResult(
-            columns=Batch(columns, len(responses)),
-            parent=parent,
-            tokens=tokens,
-            metrics={
-                "response_tokens": Mean(float(lengths.sum()), rows),
-                "finished": Mean(float(columns["finished"].values.sum()), rows),
-                "empty_responses": Mean(float((lengths == 0).sum()), 0),
-                "rows": Mean(rows, 0),
-                "sequence_tokens": Mean(float(tokens.sum()), 0),
-            },
-        )
+        """`n` responses a prompt."""
+        assert self.generation is not None, "the recipe was planned without generation in this pool"
+        return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Old log-probs and entropy under the training engine, at the sampling temperature."""
@@ -88,40 +55,30 @@ class ActorWorker(TrainedRole):
 
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
-        assert self.rollout is not None, "the recipe was planned without generation"
+        assert self.generation is not None, "the recipe was planned without generation in this pool"
         started = time.perf_counter()
         dtype = getattr(torch, self.config.rollout.dtype)
         expected = self.engine.checksums(dtype)
-        report = self.rollout.receive_weights(
+        report = self.generation.engine.receive_weights(
             self.engine.version, self.engine.full_weights(dtype, self.config.rollout.bucket_bytes), expected
         )
-        seconds = time.perf_counter() - started
-        metrics = {
-            "sync_seconds": Mean(seconds, 1),
-            "sync_bytes": Mean(float(report.bytes), 0),
-            "sync_parameters": Mean(float(report.parameters), 0),
-        }
+        self.generation.weights_step = call.step + 1
+        metrics = sync_metrics(time.perf_counter() - started, report.bytes, report.parameters)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
+
+    def connect(self, bridge: WeightBridge) -> None:
+        """Where weights go, when generation has a pool of its own."""
+        self.bridge = bridge
+
+    def send_weights(self, batch: Batch, call: Call) -> OpResult:
+        """The same move to another pool, whose ranks receive and verify meanwhile."""
+        assert self.bridge is not None, "the session connects both ends before the first sync"
+        dtype = getattr(torch, self.config.rollout.dtype)
+        announcement = Announcement(version=self.engine.version, checksums=self.engine.checksums(dtype))
+        self.bridge.send(announcement, self.engine.full_weights(dtype, self.config.rollout.bucket_bytes))
+        return OpResult(columns=NOTHING)
 
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""
-        if self.rollout is not None:
-            self.rollout.close()
-
-
-def response_columns(responses: list[Response], version: int) -> dict[str, Column]:
-    """The columns that generation writes, text aside."""
-    ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
-    return {
-        "response_ids": ids,
-        "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
-        "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
-        "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
-        "policy_version": Column(np.full(len(responses), version, dtype=np.int32)),
-    }
-
-
-def _seed(*parts: int | str) -> int:
-    """A 63-bit seed that is the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+        if self.generation is not None:
+            self.generation.close()

@@ -2,6 +2,7 @@
 
 Ray calls, one at a time, in the controller's order
   open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)
+  connect              one end of the way that weights take between two pools
   host_role            build a role worker here: an engine, a rule, a data source
   call                 Call -> pull rows -> worker.op(batch, call, **settings) -> store -> Reply
   run_host_op          the same for a pure function
@@ -74,6 +75,17 @@ class WorkerProcess:
         worker = getattr(importlib.import_module(module), name)
         where = WorkerContext(role=role, rank=self.rank, world=self.world, device=self.device, **context)
         self._roles[role] = worker(context=where, **settings)
+
+    def connect(self, role: str, address: str, port: int, rank: int | None, size: int, timeout_s: float) -> None:
+        """Give `role` its end of a weight bridge (see workers/weight_bridge.py)."""
+        import torch
+
+        from workers.weight_bridge import BroadcastBridge
+
+        bridge = BroadcastBridge(
+            address=address, port=port, rank=rank, size=size, device=torch.device(self.device), timeout_s=timeout_s
+        )
+        self._roles[role].connect(bridge)
 
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
@@ -158,6 +170,7 @@ def _reply(result: OpResult, call: Call, started: float, pulled: float) -> Reply
         groups=result.groups,
         metrics=result.metrics,
         state=result.state,
+        interrupted=result.interrupted,
     )
 
 

@@ -1,0 +1,123 @@
+"""Generation for an actor: in its own process beside the trainer, or in a pool of its own with its own weights."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import ActorConfig
+from rlhf_dist.metrics import Mean
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.wire import Call, OpResult, WorkerContext
+from workers.engines.build import new_generation_engine
+from workers.engines.generation import Response, StaleWeights
+from workers.weight_bridge import WeightBridge
+
+NOTHING = Batch({}, 0)
+
+
+class RolloutWorker:
+    """One rank that generates. Implements the generating half of `rlhf_dist.roles.Actor`."""
+
+    def __init__(self, context: WorkerContext, config: ActorConfig, max_staleness: int | None = 0) -> None:
+        """max_staleness: updates the weights may be behind the step they generate for, more is an error; None for
+        weights that never change."""
+        from transformers import AutoTokenizer
+
+        self.context, self.config, self.max_staleness = context, config, max_staleness
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.engine = new_generation_engine(config.model.path, config.rollout, context)
+        self.weights_step = 0
+        """Steps whose updates the weights held contain."""
+        self.bridge: WeightBridge | None = None
+
+    def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
+        """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
+        staleness = 0 if self.max_staleness is None else call.step - self.weights_step
+        if staleness > (self.max_staleness or 0):
+            raise StaleWeights(
+                f"weights may be {self.max_staleness} updates behind (placement.max_staleness), they are {staleness}; "
+                "the controller must sync first"
+            )
+        rollout = self.config.rollout
+        sampling = Sampling(
+            n=n,
+            greedy=greedy,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=rollout.max_response_tokens,
+        )
+        prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
+        seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
+        responses = self.engine.generate(prompts, sampling, seeds)
+        parent = np.repeat(np.arange(batch.num_rows), n)
+        columns = response_columns(responses, self.engine.weights_version)
+        columns["response"] = Column.strings(
+            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
+        )
+        lengths = columns["response_ids"].lengths
+        tokens = batch["prompt_ids"].lengths[parent] + lengths
+        rows = float(len(responses))
+        return OpResult(
+            columns=Batch(columns, len(responses)),
+            parent=parent,
+            tokens=tokens,
+            metrics={
+                "response_tokens": Mean(float(lengths.sum()), rows),
+                "finished": Mean(float(columns["finished"].values.sum()), rows),
+                "empty_responses": Mean(float((lengths == 0).sum()), 0),
+                "rows": Mean(rows, 0),
+                "sequence_tokens": Mean(float(tokens.sum()), 0),
+                "staleness": Mean(staleness * rows, rows),
+            },
+        )
+
+    def connect(self, bridge: WeightBridge) -> None:
+        """Where weights come from."""
+        self.bridge = bridge
+
+    def receive_weights(self, batch: Batch, call: Call) -> OpResult:
+        """Take the weights that the actor's ranks send, verified: version, count, per-parameter checksums."""
+        assert self.bridge is not None, "the session connects both ends before the first sync"
+        started = time.perf_counter()
+        announcement, buckets = self.bridge.receive()
+        report = self.engine.receive_weights(announcement.version, buckets, announcement.checksums)
+        self.weights_step = call.step + 1
+        metrics = sync_metrics(time.perf_counter() - started, report.bytes, report.parameters)
+        return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
+
+    def close(self) -> None:
+        """Free what the generation engine holds outside the process."""
+        self.engine.close()
+
+
+def sync_metrics(seconds: float, nbytes: int, parameters: int) -> dict[str, Mean]:
+    """What a weight sync reports; one rank of the receiving end does."""
+    return {
+        "sync_seconds": Mean(seconds, 1),
+        "sync_bytes": Mean(float(nbytes), 0),
+        "sync_parameters": Mean(float(parameters), 0),
+    }
+
+
+def response_columns(responses: Sequence[Response], version: int) -> dict[str, Column]:
+    """The columns that generation writes, text aside."""
+    ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
+    return {
+        "response_ids": ids,
+        "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
+        "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
+        "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
+        "policy_version": Column(np.full(len(responses), version, dtype=np.int32)),
+    }
+
+
+def _seed(*parts: int | str) -> int:
+    """A 63-bit seed that is the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
