@@ -84,18 +84,21 @@ class Cluster:
     ) -> None:
         self.close()
 
-    def add_pool(self, name: str, pool: PoolConfig, size: int) -> Pool:
-        """Reserve `size` slots, start their processes and join them into one process group.
+    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+        """Reserve the slots, start their processes and join them into one process group.
 
         With `pool.nodes`, ranks are in node order and every node has as many. Raises ClusterError when the slots
         are not free within `ready_timeout_s`.
         """
         gpus = self._gpus_per_slot(pool)
         bundle: dict[str, float] = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
-        nodes = pool.nodes or size
-        bundles = [{what: amount * size // nodes for what, amount in bundle.items()}] * nodes
-        group = self._reserve(name, bundles, "STRICT_SPREAD" if pool.nodes else "PACK")
-        processes = self._start(name, size, group, gpus, per_bundle=size // nodes)
+        if pool.nodes:
+            whole = {what: amount * pool.slots for what, amount in bundle.items()}
+            group = self._reserve(name, [whole] * pool.nodes, "STRICT_SPREAD")
+            processes = self._start(name, pool.slots * pool.nodes, group, gpus, per_bundle=pool.slots)
+        else:
+            group = self._reserve(name, [bundle] * pool.slots)
+            processes = self._start(name, pool.slots, group, gpus)
         waiting = self.config.ready_timeout_s
         whereabouts = self._get(name, [process.pid.remote() for process in processes], waiting)
         node_ids = tuple(node for _, node in whereabouts)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from controller.batch_ref import BatchRef, RowTable, merge_stored
+from controller.batch_ref import BatchRef, FetchPlan, merge_stored
 from controller.cluster import Pool
 from controller.executor import Finished
 from controller.outputs import JoinError, NodeOutput, Outputs, join
@@ -149,10 +149,11 @@ class RayRunner:
                 return [self._finish(pending) for pending in complete]
             self._check_deadlines()
             waiting = {ref: (p, rank) for p in self._pending for rank, ref in p.refs.items() if rank not in p.replies}
-            for ref in self._replies.ready(list(waiting), 1.0):
-                # A rank that failed must not be waited for behind ranks that wait for it.
+            ready = self._replies.ready(list(waiting), 1.0)
+            # A rank that failed must not be waited for behind ranks that wait for it.
+            for ref, reply in zip(ready, self._replies.get(ready, 60.0), strict=True):
                 pending, rank = waiting[ref]
-                pending.replies[rank] = self._get(pending, rank)
+                pending.replies[rank] = _checked(reply, pending, rank)
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
@@ -175,20 +176,20 @@ class RayRunner:
         node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
         groups = self._groups_of(node)
         ops = ("send_weights", "receive_weights") if len(groups) > 1 else (node.op,)
-        kwargs = self._kwargs(node)
+        kwargs, plan = self._kwargs(node), None if batch is None else FetchPlan(batch)
         for group, op in zip(groups, ops, strict=True):
             shards, mini_batch = cut(node, group, batch, seed=self.seed, step=step)
             pending.shards = shards if group is groups[0] else pending.shards
             for process, part in zip(group.pool.processes, part_of_ranks(node, group), strict=True):
-                call = build_call(node, step, self.seed, batch, shards.parts[part], mini_batch, kwargs)
+                call = build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs)
                 pending.refs[len(pending.refs)] = process.call.remote(group.role, op, call)
 
     def _call_host_op(self, pending: _Pending) -> None:
         node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
         assert batch is not None, f"{node.name} has no input"
-        pending.shards = cut_for_host(node, self.host.size, batch)
+        pending.shards, plan = cut_for_host(node, self.host.size, batch), FetchPlan(batch)
         for part, rows in enumerate(pending.shards.parts):
-            call = build_call(node, step, self.seed, batch, rows, None, self._kwargs(node))
+            call = build_call(node, step, self.seed, plan, rows, None, self._kwargs(node))
             process = self._host_process(self.host)
             pending.refs[part] = (
                 process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
@@ -201,10 +202,11 @@ class RayRunner:
         node = pending.node
         (group,) = self._groups_of(node)
         batch, parts = _read(node, pending.before), part_of_ranks(node, group)
+        plan = None if batch is None else FetchPlan(batch)
         for rank, process in enumerate(group.pool.processes):
             if pending.replies[rank].interrupted:
                 rows = pending.shards.parts[parts[rank]]
-                call = build_call(node, pending.step, self.seed, batch, rows, None, self._kwargs(node))
+                call = build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
                 pending.refs[rank] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False
@@ -225,8 +227,8 @@ class RayRunner:
             count = np.arange(reply.num_rows)
             columns = {**moved.columns, **merge_stored([reply.stored], count, [reply.num_rows])}
             wanted = {name: columns[at.column] for name, at in node.inputs[0].columns.items()}
-            rows = BatchRef(RowTable(moved.rows.group, moved.rows.tokens), wanted)
-            call = build_call(node, pending.step, self.seed, rows, count, None, self._kwargs(node))
+            plan = FetchPlan(BatchRef(moved.rows, wanted))
+            call = build_call(node, pending.step, self.seed, plan, count, None, self._kwargs(node))
             pending.refs[answer] = self._host_process(group.pool).call.remote(group.role, node.op, call)
             pending.started_s = pending.started_s or time.perf_counter()
 
@@ -241,20 +243,6 @@ class RayRunner:
             for key, value in node.kwargs.items()
         }
         return numbers | given
-
-    def _get(self, pending: _Pending, rank: int) -> Reply:
-        where = (
-            f"{pending.node.name} (step {pending.step}"
-            + (f", {pending.node.line}" if pending.node.line else "")
-            + f") failed on rank {rank}"
-        )
-        try:
-            return self._replies.get(pending.refs[rank], 60.0)
-        except ray.exceptions.RayTaskError as failed:
-            cause = failed.cause
-            raise NodeError(f"{where}: {type(cause).__name__}: {cause}") from failed
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost:
-            raise WorkerLost(f"{where}: its process died or stopped answering ({type(lost).__name__})") from lost
 
     def _check_deadlines(self) -> None:
         now = time.perf_counter()
@@ -312,6 +300,17 @@ class RayRunner:
         except JoinError as error:
             raise NodeError(f"{node.line}: {error}") from error
         return NodeOutput(batch=batch, metrics={}, seconds=0.0, nbytes=0)
+
+
+def _checked(reply: Reply | Exception, pending: _Pending, rank: int) -> Reply:
+    """The reply; raises NodeError or WorkerLost, naming the node, for what is none."""
+    if isinstance(reply, Reply):
+        return reply
+    node = pending.node
+    where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
+    if isinstance(reply, ray.exceptions.RayTaskError):
+        raise NodeError(f"{where}: {type(reply.cause).__name__}: {reply.cause}") from reply
+    raise WorkerLost(f"{where}: its process died or stopped answering ({type(reply).__name__})") from reply
 
 
 def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:

@@ -20,8 +20,8 @@ class Replies(Protocol):
         """Those of `refs` that can be fetched, after waiting for at least one; none when the time is over."""
         ...
 
-    def get(self, ref: Any, timeout_s: float) -> Reply:
-        """The reply; raises what the call raised."""
+    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Reply | Exception]:
+        """The replies, or what their calls raised."""
         ...
 
 
@@ -38,7 +38,9 @@ class RayReplies:
             return first + others
         return list(first)
 
-    def get(self, ref: Any, timeout_s: float) -> Reply:
+    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Reply | Exception]:
         """See Replies."""
-        reply: Reply = ray.get(ref, timeout=timeout_s)
-        return reply
+        try:
+            return list(ray.get(list(refs), timeout=timeout_s))
+        except ray.exceptions.RayError as error:
+            return [error] if len(refs) == 1 else [self.get([ref], timeout_s)[0] for ref in refs]

@@ -25,7 +25,7 @@ from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardC
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, rollout_of
+from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
 from rlhf_dist.roles import OpSpec, State
 
 HELDOUT = "heldout"
@@ -93,8 +93,8 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     placed = pools_of_roles(launch)
     pools = {HOST_POOL: cluster.add_host_pool()}
     pools |= {
-        name: cluster.add_pool(name, pool, pool_size(run.placement, name))
-        for name, pool in run.placement.pools.items()
+        name: cluster.add_pool(name, resolved(run.placement, name))
+        for name in run.placement.pools
         if name in placed.values()
     }
     groups: dict[str, WorkerGroup] = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from controller.batch_ref import BatchRef, RowTable, StoredColumn, fetch_plan, merge_stored
+from controller.batch_ref import BatchRef, FetchPlan, RowTable, StoredColumn, merge_stored
 from controller.cluster import Pool
 from controller.outputs import NodeOutput
 from rlhf_dist.batch import IntArray
@@ -67,10 +67,12 @@ def cut(node: Node, group: WorkerGroup, batch: BatchRef | None, *, seed: int, st
     if "mini_batches" in node.kwargs:
         mini_batch = mini_batch_of_row(rows.group, int(node.kwargs["mini_batches"]), (seed, step))
         pieces: list[list[IntArray]] = [[] for _ in range(count)]
+        home = batch.home(count)
         for k in range(int(node.kwargs["mini_batches"])):
             inside = np.flatnonzero(mini_batch == k)
             groups = None if keep_groups is None else keep_groups[inside]
-            for part, chosen in enumerate(balance(rows.tokens[inside], count, groups=groups)):
+            near = None if home is None else home[inside]
+            for part, chosen in enumerate(balance(rows.tokens[inside], count, groups=groups, home=near)):
                 pieces[part].append(inside[chosen])
         parts = tuple(np.concatenate(piece) for piece in pieces)
     else:
@@ -95,7 +97,7 @@ def cut_for_host(node: Node, processes: int, batch: BatchRef) -> Shards:
 
 
 def build_call(
-    node: Node, step: int, seed: int, batch: BatchRef | None, rows: IntArray, mini_batch: IntArray | None, kwargs: Any
+    node: Node, step: int, seed: int, plan: FetchPlan | None, rows: IntArray, mini_batch: IntArray | None, kwargs: Any
 ) -> Call:
     """The instruction for one rank that gets `rows`."""
     return Call(
@@ -104,7 +106,7 @@ def build_call(
         line=node.line,
         seed=seed,
         num_rows=len(rows),
-        fetches=tuple(fetch_plan(batch, rows)) if batch else (),
+        fetches=plan.fetches(rows) if plan else (),
         row_index=rows,
         mini_batch=None if mini_batch is None else mini_batch[rows],
         out=node.out,

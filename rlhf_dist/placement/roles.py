@@ -12,9 +12,10 @@ placement file serves every recipe.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from rlhf_dist.config import PlacementConfig, RewardConfig
+from rlhf_dist.config import PlacementConfig, PoolConfig, RewardConfig
 from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel
 from rlhf_dist.typed import ConfigError, unknown
 
@@ -84,6 +85,12 @@ def pool_size(placement: PlacementConfig, name: str) -> int:
     if size < 1:
         raise ConfigError(f"{key} = {pool.share:g} of placement.slots = {placement.slots} is less than one slot")
     return size
+
+
+def resolved(placement: PlacementConfig, name: str) -> PoolConfig:
+    """Pool `name` with its slots as a number, where they are a share."""
+    pool = placement.pools[name]
+    return replace(pool, slots=pool_size(placement, name), share=0.0) if pool.share else pool
 
 
 def check_staleness(placement: PlacementConfig, placed: Mapping[str, str], generating: Collection[str]) -> None:
