@@ -178,7 +178,9 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
 
         return interface.rule_worker, {"function": load_function(config.function, launch.recipe.file)}
     if isinstance(config, ActorConfig):
-        return interface.worker, {"config": config, "trains": trains, "generates_here": not rollout_apart}
+        on_policy = launch.run.placement.max_staleness == 0
+        where = {"generates_here": not rollout_apart, "on_policy": on_policy}
+        return interface.worker, {"config": config, "trains": trains, **where}
     if isinstance(config, ReferenceConfig):
         actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
         temperature = actors[0].rollout.temperature if actors and launch.dataflow.generating else 1.0

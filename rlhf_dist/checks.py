@@ -82,6 +82,7 @@ def _check_numbers(launch: Launch) -> None:
             for name in ("tensor_parallel", "max_prompt_tokens", "max_response_tokens", "bucket_bytes"):
                 at_least[f"{role}.rollout.{name}"] = (getattr(rollout, name), 1)
             at_least[f"{role}.rollout.top_k"] = (rollout.top_k, 0)
+            at_least[f"{role}.rollout.ratio_tolerance"] = (rollout.ratio_tolerance, 0)
             above_zero[f"{role}.rollout.temperature"] = rollout.temperature
             above_zero[f"{role}.rollout.top_p"] = rollout.top_p
             if rollout.top_p > 1:

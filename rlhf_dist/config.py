@@ -86,6 +86,9 @@ class RolloutConfig:
     """KV cache per rank, bytes (CPU); on CUDA 0 lets vLLM take `gpu_memory_share`."""
     gpu_memory_share: float = 0.5
     """Share of the GPU's memory for vLLM when kv_cache_bytes is 0."""
+    ratio_tolerance: float = 0.0
+    """Largest mean |pi_train / pi_rollout - 1| over a step's tokens where both hold the same weights; more is an
+    error. 0: 0.01 in float32, 0.5 in bfloat16."""
     bucket_bytes: int = 64 << 20
     """Most bytes of full parameters gathered at one time in a weight sync."""
 

@@ -39,8 +39,8 @@ class Mesh:
     def coordinate(self, rank: int) -> dict[str, int]:
         """Rank -> its index on every axis."""
         at: dict[str, int] = {}
-        for axis, length in reversed(self.axes.items()):
-            rank, at[axis] = divmod(rank, length)
+        for axis in reversed(list(self.axes)):
+            rank, at[axis] = divmod(rank, self.axes[axis])
         return at
 
 

@@ -34,6 +34,8 @@ class OpSpec:
     name: str
     reads: Columns
     writes: Columns = ()
+    optional: tuple[str, ...] = ()
+    """Columns it reads where the batch has them."""
     rows: RowEffect = "keep"
     weights_read: str | None = None
     weights_written: str | None = None
@@ -54,6 +56,7 @@ def op(
     *,
     reads: Columns,
     writes: Columns = (),
+    optional: tuple[str, ...] = (),
     rows: RowEffect = "keep",
     weights_read: str | None = None,
     weights_written: str | None = None,
@@ -68,6 +71,7 @@ def op(
             name=function.__name__,
             reads=reads,
             writes=writes,
+            optional=optional,
             rows=rows,
             weights_read=weights_read,
             weights_written=weights_written,
@@ -113,9 +117,10 @@ class Actor(Role, Protocol):
         """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along."""
         ...
 
-    @op(reads=SEQUENCE, writes=("old_log_probs", "entropy"), weights_read="train")
+    @op(reads=SEQUENCE, writes=("old_log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")
     def compute_log_prob(self, batch: Batch) -> Batch:
-        """Log-probs of the responses under the policy as it is before this step's update."""
+        """Log-probs of the responses under the policy as it is before this step's update. Reports how far they are
+        from those of sampling, where the batch has them."""
         ...
 
     @op(reads=_loss_columns, weights_read="train", weights_written="train")
