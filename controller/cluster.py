@@ -25,6 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.placement.roles import HOST_POOL
 
+SIGNALS = "signals"
+"""Concurrency group of calls that must not wait for the call under way."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 
 
@@ -167,7 +169,9 @@ class Cluster:
         import importlib
 
         module, name = PROCESS_PATH
-        remote = ray.remote(getattr(importlib.import_module(module), name))
+        # One thread for calls, one for the signal that interrupts a call.
+        threads: Any = {"concurrency_groups": {SIGNALS: 1}}
+        remote = ray.remote(**threads)(getattr(importlib.import_module(module), name))
         logs = self.log_folder
         return [
             remote.options(

@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from controller.batch_ref import BatchRef, FetchPlan, merge_stored
-from controller.cluster import Pool
+from controller.cluster import SIGNALS, Pool
 from controller.executor import Finished
 from controller.outputs import JoinError, NodeOutput, Outputs, join
 from controller.replies import RayReplies, Replies
@@ -135,7 +135,7 @@ class RayRunner:
         pending.interrupted = True
         (group,) = self._groups_of(node)
         for process in group.pool.processes:
-            process.interrupt.remote(group.role)
+            process.interrupt.options(concurrency_group=SIGNALS).remote(group.role)
 
     def wait(self) -> list[Finished]:
         """Block until a node is finished; raises NodeError or WorkerLost."""

@@ -117,6 +117,7 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
             settings = {
                 "config": launch.roles[role],
                 "max_staleness": run.placement.max_staleness if trained else None,
+                "interrupts": run.placement.interrupt,
             }
         groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool.size, rollout_of(role) in placed))
         starting.append((name, _host_role(launch, groups[name], path, settings)))

@@ -6,6 +6,7 @@ Ray calls, one at a time, in the controller's order
   host_role            build a role worker here: an engine, a rule, a data source
   call                 Call -> pull rows -> worker.op(batch, call, **settings) -> store -> Reply
   run_host_op          the same for a pure function
+  interrupt            the one call that runs beside another: generation stops early, and is called again
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ class WorkerProcess:
         returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
         result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
         return _reply(result, call, started, pulled)
+
+    def interrupt(self, role: str) -> None:
+        """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
+        self._roles[role].interrupt()
 
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:
         """Run a pure function of a batch."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ActorConfig
@@ -20,12 +23,25 @@ from workers.weight_bridge import WeightBridge
 NOTHING = Batch({}, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """Generation that was interrupted."""
+
+    responses: list[Response]
+    versions: NDArray[np.int32]
+    """[B] of the weights that drew the first token."""
+    staleness: NDArray[np.int64]
+    """[B] updates they were behind."""
+
+
 class RolloutWorker:
     """One rank that generates. Implements the generating half of `rlhf_dist.roles.Actor`."""
 
-    def __init__(self, context: WorkerContext, config: ActorConfig, max_staleness: int | None = 0) -> None:
+    def __init__(
+        self, context: WorkerContext, config: ActorConfig, max_staleness: int | None = 0, interrupts: bool = False
+    ) -> None:
         """max_staleness: updates the weights may be behind the step they generate for, more is an error; None for
-        weights that never change."""
+        weights that never change. interrupts: `interrupt` may be called while it generates."""
         from transformers import AutoTokenizer
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
@@ -34,9 +50,16 @@ class RolloutWorker:
         self.weights_step = 0
         """Steps whose updates the weights held contain."""
         self.bridge: WeightBridge | None = None
+        self._interrupts, self._stop = interrupts, Event()
+        self._begun: dict[tuple[str, int], _Begun] = {}
+
+    def interrupt(self) -> None:
+        """Stop generating after the token at hand, if something is generated; called from another thread."""
+        self._stop.set()
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
+        self._stop.clear()
         staleness = 0 if self.max_staleness is None else call.step - self.weights_step
         if staleness > (self.max_staleness or 0):
             raise StaleWeights(
@@ -54,9 +77,24 @@ class RolloutWorker:
         )
         prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
         seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
-        responses = self.engine.generate(prompts, sampling, seeds)
+        begun = self._begun.pop((call.node, call.step), None)
+        versions = np.full(len(seeds), self.engine.weights_version, dtype=np.int32)
+        behind = np.full(len(seeds), staleness)
+        if begun is not None:  # a response belongs to the policy that drew its first token
+            old = np.array([len(response.token_ids) > 0 for response in begun.responses], dtype=bool)
+            versions, behind = np.where(old, begun.versions, versions), np.where(old, begun.staleness, behind)
+        responses = self.engine.generate(
+            prompts,
+            sampling,
+            seeds,
+            begun=None if begun is None else begun.responses,
+            stop=self._stop.is_set if self._interrupts else None,
+        )
+        if any(response.interrupted for response in responses):
+            self._begun[call.node, call.step] = _Begun(responses, versions, behind)
+            return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
-        columns = response_columns(responses, self.engine.weights_version)
+        columns = response_columns(responses, versions)
         columns["response"] = Column.strings(
             self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
         )
@@ -73,7 +111,8 @@ class RolloutWorker:
                 "empty_responses": Mean(float((lengths == 0).sum()), 0),
                 "rows": Mean(rows, 0),
                 "sequence_tokens": Mean(float(tokens.sum()), 0),
-                "staleness": Mean(staleness * rows, rows),
+                "staleness": Mean(float(behind.sum()), rows),
+                **({"continued": Mean(float((versions != self.engine.weights_version).sum()), 0)} if begun else {}),
             },
         )
 
@@ -105,15 +144,15 @@ def sync_metrics(seconds: float, nbytes: int, parameters: int) -> dict[str, Mean
     }
 
 
-def response_columns(responses: Sequence[Response], version: int) -> dict[str, Column]:
-    """The columns that generation writes, text aside."""
+def response_columns(responses: Sequence[Response], versions: NDArray[np.int32]) -> dict[str, Column]:
+    """The columns that generation writes, text aside; versions: [B]."""
     ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
     return {
         "response_ids": ids,
         "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
         "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
         "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
-        "policy_version": Column(np.full(len(responses), version, dtype=np.int32)),
+        "policy_version": Column(versions.astype(np.int32)),
     }
 
 

@@ -1,0 +1,32 @@
+"""What the object store holds and what it had to spill to disk, over all nodes of the cluster."""
+
+from __future__ import annotations
+
+import time
+
+EVERY_S = 5.0
+"""Asking every node takes some 20 ms, so not every step is asked about."""
+
+
+class ObjectStore:
+    """Reads the store's counters now and then. Spilling is slow: a run that spills wants a larger store."""
+
+    def __init__(self, every_s: float = EVERY_S) -> None:
+        self._every_s, self._asked_s = every_s, float("-inf")
+        self._spilled_before: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """`store/used_bytes` and `store/spilled_bytes` (since the first call), or nothing if just asked."""
+        if time.monotonic() - self._asked_s < self._every_s:
+            return {}
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        stats = get_memory_info_reply(get_state_from_address()).store_stats
+        self._asked_s = time.monotonic()
+        spilled = float(stats.spilled_bytes_total)
+        if self._spilled_before is None:
+            self._spilled_before = spilled
+        return {
+            "store/used_bytes": float(stats.object_store_bytes_used),
+            "store/spilled_bytes": spilled - self._spilled_before,
+        }
