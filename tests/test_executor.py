@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controller.critical_path import critical_path, lower_bound_s, seconds_on_path
 from controller.executor import Finished, StepReport, run_steps
 from controller.simulation import Clock, Span, simulate
 from recipes.dpo import dpo
 from recipes.ppo import PPO, ppo
 from recipes.remax import remax
 from recipes.safe_rlhf import safe_rlhf
-from rlhf_dist.dataflow.graph import Dataflow
+from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.trace import trace
 
 COLOCATED = dict.fromkeys(("actor", "critic", "reference"), "main")
@@ -134,6 +136,120 @@ def test_every_schedule_ends_keeps_every_edge_and_never_shares_a_pool(data: st.D
             before, after = when[edge.source, step], when[edge.target, step + edge.distance]
             assert before.end_s <= after.start_s, edge
     _assert_pools_are_not_shared(spans)
+
+
+ROLLOUT_APART: dict[str, str | tuple[str, ...]] = {
+    **APART,
+    "actor.generate_sequences": "g",
+    "actor.generate_sequences#2": "g",
+    "actor.reshard": ("a", "g"),
+}
+
+
+def test_generation_runs_ahead_by_as_many_updates_as_it_may_be_stale() -> None:
+    seconds = {"actor.generate_sequences": 4.0, "actor.update_actor": 4.0}
+    synchronous = schedule(trace(ppo), ROLLOUT_APART, 6, seconds)
+    ahead = schedule(replace(trace(ppo), staleness=1), ROLLOUT_APART, 6, seconds)
+    assert at(synchronous, "actor.generate_sequences", 1).start_s >= at(synchronous, "actor.reshard", 0).end_s
+    assert at(ahead, "actor.generate_sequences", 1).start_s < at(ahead, "actor.update_actor", 0).end_s
+    assert at(ahead, "actor.generate_sequences", 2).start_s >= at(ahead, "actor.reshard", 0).end_s
+    assert max(span.end_s for span in ahead) < 0.75 * max(span.end_s for span in synchronous)
+
+
+def test_an_interrupted_generation_gives_way_to_the_sync_and_loses_no_time() -> None:
+    seconds = {"actor.generate_sequences": 10.0, "actor.update_actor": 1.0}
+    dataflow = replace(trace(ppo), staleness=1)
+    waiting = schedule(dataflow, ROLLOUT_APART, 3, seconds)
+    giving_way = schedule(dataflow, ROLLOUT_APART, 3, seconds, interrupt=True)
+    assert at(waiting, "actor.reshard", 0).start_s >= at(waiting, "actor.generate_sequences", 1).end_s
+    parts = [span for span in giving_way if (span.node, span.step) == ("actor.generate_sequences", 1)]
+    assert len(parts) == 2 and parts[0].end_s == at(giving_way, "actor.reshard", 0).start_s
+    assert sum(part.seconds for part in parts) == pytest.approx(10.0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_staleness_is_never_exceeded_and_work_is_conserved(data: st.DataObject) -> None:
+    """Whatever the durations, the bound, the first step, barriers and interruptions."""
+    staleness, interrupt = data.draw(st.integers(0, 3)), data.draw(st.booleans())
+    dataflow = replace(trace(data.draw(st.sampled_from([ppo, remax]))), staleness=staleness)
+    drawn = {(node.name, step): data.draw(st.floats(0.01, 9.0)) for node in dataflow for step in range(10)}
+    start, steps, every = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    spans = simulate(
+        dataflow,
+        pool_of=ROLLOUT_APART,
+        seconds=lambda node, step: drawn[node.name, step],
+        start=start,
+        steps=steps,
+        interrupt=interrupt,
+        barrier=lambda step: (step + 1) % every == 0,
+    )
+    _assert_pools_are_not_shared(spans)
+    synced = {span.step: span.end_s for span in spans if span.node == "actor.reshard"}
+    for span in (span for span in spans if span.node.startswith("actor.generate_sequences")):
+        # Counting goes on from the weights a resumed run starts with: those of `start` updates.
+        updates = start + sum(1 for end in synced.values() if end <= span.start_s)
+        assert span.step - updates <= staleness, (span, updates)
+        if span.step > start and span.step % every == 0:
+            assert updates == span.step, "nothing runs ahead over a barrier"
+    worked: dict[tuple[str, int, str | None], float] = {}
+    for span in spans:
+        worked[span.node, span.step, span.pool] = worked.get((span.node, span.step, span.pool), 0.0) + span.seconds
+    assert {(node, step) for node, step, _ in worked} == {
+        (node.name, step) for node in dataflow for step in range(start, start + steps)
+    }
+    for (node, step, _), seconds in worked.items():
+        assert seconds == pytest.approx(drawn[node, step]), "each node takes its time, once"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_schedule_beats_the_lower_bound_and_colocated_ones_reach_it(data: st.DataObject) -> None:
+    dataflow = replace(trace(ppo), staleness=data.draw(st.integers(0, 2)))
+    seconds = {node.name: data.draw(st.floats(0.01, 9.0)) for node in dataflow}
+    steps = data.draw(st.integers(1, 5))
+    pools = data.draw(st.sampled_from([ROLLOUT_APART, APART, SPLIT]))
+    spans = schedule(dataflow, pools, steps, seconds)
+    clock = Clock(pools, lambda node, step: seconds[node.name])
+    bound = lower_bound_s(dataflow, pools_of=clock.pools_of, seconds=lambda n, _: seconds[n.name], steps=steps)
+    assert max(span.end_s for span in spans) >= bound - 1e-6
+    together = dict.fromkeys((node.role for node in dataflow), "main")
+    everything = Clock(together, lambda node, step: seconds[node.name])
+    one_by_one = schedule(dataflow, together, steps, seconds)
+    bound = lower_bound_s(dataflow, pools_of=everything.pools_of, seconds=lambda n, _: seconds[n.name], steps=steps)
+    assert max(span.end_s for span in one_by_one) == pytest.approx(bound)
+
+
+def test_the_critical_path_names_what_the_end_waited_for() -> None:
+    pools_of = Clock(APART, lambda node, step: 1.0).pools_of
+    reports: list[StepReport] = []
+    schedule(trace(ppo), APART, 2, {"critic.update_critic": 20.0}, on_step=reports.append)
+    links = critical_path(trace(ppo), [one for report in reports for one in report.nodes], pools_of)
+    names = [(link.node, link.step) for link in links]
+    assert names[-1] == ("critic.update_critic", 1) and ("critic.update_critic", 0) in names
+    assert seconds_on_path(links)["critic.update_critic"] == 40.0
+    assert sum(link.seconds + link.waited_s for link in links) == max(r.ended_s for r in reports)
+
+
+def test_a_streamed_node_starts_with_its_source_and_is_launched_once() -> None:
+    class Streaming(Clock):
+        launched: list[tuple[str, int]]
+
+        def streams(self, source: Node, target: Node) -> bool:
+            return (source.name, target.name) == ("actor.generate_sequences", "reward.compute_reward")
+
+        def launch(self, node: Node, step: int) -> None:
+            self.launched.append((node.name, step))
+            super().launch(node, step)
+
+    clock = Streaming(APART, lambda node, step: 5.0 if node.name == "reward.compute_reward" else 1.0)
+    clock.launched = []
+    run_steps(trace(ppo), clock, start=0, stop=3, on_step=lambda report: None)
+    started = {(one.node, one.step): one.started_s for one in clock.history}
+    for step in range(3):
+        assert started["reward.compute_reward", step] == started["actor.generate_sequences", step]
+        assert started["gae", step] >= started["reward.compute_reward", step] + 5.0
+    assert len(clock.launched) == len(set(clock.launched))
 
 
 def _assert_pools_are_not_shared(spans: list[Span]) -> None:
