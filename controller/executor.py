@@ -221,7 +221,7 @@ class _Schedule:
                     self._start(node, step, pools)
                     progressed = True
                     break
-                self._ask_for(pools, claimed)
+                self._ask_for(pools, claimed, entry)
                 claimed.update(pools)
 
     def _start(self, node: Node, step: int, pools: tuple[str, ...]) -> None:
@@ -232,11 +232,13 @@ class _Schedule:
             self.launched.add((node.name, step))
             self._count_down([(target, step) for source, target in self.streamed if source == node.name])
 
-    def _ask_for(self, pools: tuple[str, ...], claimed: set[str]) -> None:
-        """Tell the runner that a node waits for one running node only: it may be one that can be interrupted."""
+    def _ask_for(self, pools: tuple[str, ...], claimed: set[str], entry: tuple[int, int, str]) -> None:
+        """Tell the runner of a node that waits for a younger one only: that one may be one to interrupt."""
         holders = {self.busy[pool] for pool in pools if pool in self.busy}
-        if len(holders) == 1 and all(pool in self.busy for pool in pools if pool in claimed):
-            name, step = holders.pop()
+        if len(holders) != 1 or any(pool not in self.busy for pool in pools if pool in claimed):
+            return
+        name, step = holders.pop()
+        if entry < (step, self.position[name], name):
             self.runner.interrupt(self.nodes[name], step)
 
     def _take(self, finished: Finished) -> None:

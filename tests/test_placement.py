@@ -56,7 +56,7 @@ def test_presets_place_as_they_say(model: Path) -> None:
     split = placed("ppo", model, "placement=split", *scored)
     assert split == {"actor": "policy", "reference": "policy", "critic": "values", "reward": "values"}
     alone = placed("safe_rlhf", model, "placement=standalone", *scored)
-    assert alone["cost_critic"] == "critic" and alone["actor.rollout"] == "rollout" and alone["cost"] == "host"
+    assert alone["cost_critic"] == "critic" and alone["actor.rollout"] == "rollout" and alone["reward"] == "reward"
 
 
 def test_a_roles_own_name_comes_before_its_kind_and_that_before_the_default(model: Path) -> None:
