@@ -4,8 +4,10 @@
 
 step_s             PPO on real Ray worker groups whose work is sleep: wall seconds per step
 critical_path_s    the least that any schedule of the same work needs (controller/critical_path.py)
-data_plane         2,048 rows through values, reference, reward and update on 8 CPU workers: ours by reference;
-                   collect_padded and collect_ragged collect each result at the driver, concatenate, split, send
+data_plane         2,048 rows through values, reference, reward and update on 8 CPU workers: ours by reference; the
+                   others collect each result at the driver, concatenate, split and send, as torch tensors:
+                   collect_padded [B, T], collect_ragged one tensor a row, collect_flat one tensor a column (all
+                   rows one after the other with their lengths: the most that this way can be tuned)
 simulated_1024_overhead_s    the controller's time for a PPO step of 8,192 rows over 1,024 simulated ranks
 """
 
@@ -23,7 +25,7 @@ import ray
 import torch
 
 from benchmarks.executor_roles import ChainProcess
-from controller.cluster import Cluster, Pool
+from controller.cluster import Cluster, Pool, worker_actor
 from controller.critical_path import lower_bound_s
 from controller.executor import StepReport, run_steps
 from controller.ray_runner import RayRunner
@@ -145,9 +147,11 @@ def chain(rollouts: Rollouts, critic: Critic, reference: Reference, reward: Toke
 def measure_data_plane() -> dict[str, dict[str, float]]:
     """Way -> CPU seconds of the controller, bytes through it, and wall seconds, medians of a step."""
     with Cluster(RayConfig(object_store_bytes=2 << 30), slots=WORKERS, host_processes=1):
-        remote = ray.remote(ChainProcess)
-        processes = [remote.options(num_cpus=1).remote("cpu", rank, WORKERS, None) for rank in range(WORKERS)]
-        pool = Pool("cpu", tuple(processes))
+        remote = worker_actor(ChainProcess)
+        one = remote.options(num_cpus=1)
+        processes = [one.remote("cpu", rank, WORKERS, None) for rank in range(WORKERS)]
+        ray.get(processes[0].meet.remote(dict(enumerate(processes))), timeout=60)
+        pool = Pool("cpu", tuple(processes), leads=(tuple(range(WORKERS)),))
         settings = {"rows": ROWS, "prompt_tokens": PROMPT_TOKENS, "lengths": response_lengths()}
         roles = ("rollouts", "critic", "reference", "reward", "actor")
         for role in roles:
@@ -164,7 +168,8 @@ def measure_data_plane() -> dict[str, dict[str, float]]:
         ways: dict[str, Callable[[], None]] = {
             "ours": ours,
             "collect_padded": lambda: _collect(processes, padded=True),
-            "collect_ragged": lambda: _collect(processes, padded=False),
+            "collect_ragged": lambda: _collect_rows(processes),
+            "collect_flat": lambda: _collect(processes, padded=False),
         }
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for repeat in range(REPEATS + 1):
@@ -202,6 +207,17 @@ def _collect(processes: list[Any], *, padded: bool) -> None:
         shards = _split({column: batch[column] for column in reads}, padded)
         written = ray.get([p.run_tensors.remote(name, s) for p, s in zip(processes, shards, strict=True)], timeout=300)
         batch |= _concatenated(written)
+
+
+def _collect_rows(processes: list[Any]) -> None:
+    """The same with a tensor for each row: nothing is padded, concatenating and splitting is joining and slicing."""
+    parts = ray.get([process.run_rows.remote("next_batch", None) for process in processes], timeout=300)
+    batch = {name: [row for part in parts for row in part[name]] for name in parts[0]}
+    each = ROWS // WORKERS
+    for name in CHAIN:
+        shards = [{c: batch[c][k * each : (k + 1) * each] for c in READS[name]} for k in range(WORKERS)]
+        written = ray.get([p.run_rows.remote(name, s) for p, s in zip(processes, shards, strict=True)], timeout=300)
+        batch |= {name: [row for part in written for row in part[name]] for name in written[0]}
 
 
 def _concatenated(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -124,7 +124,7 @@ class ChainProcess(WorkerProcess):
     """The same process, which also takes and returns whole tensors: what the plain ways need."""
 
     def run_tensors(self, op: str, tensors: dict[str, Any] | None) -> dict[str, Any]:
-        """One op on padded [B, T] or ragged (flat values) torch tensors; returns what it writes, alike."""
+        """One op on padded [B, T] or flat (all rows one after the other) torch tensors; returns what it writes."""
         import torch
 
         if op == "next_batch":
@@ -146,6 +146,27 @@ class ChainProcess(WorkerProcess):
             return {"rewards": torch.zeros(len(tensors["lengths"])).index_add(0, rows, responses.float())}
         name = {"compute_values": "values", "compute_ref_log_prob": "ref_log_probs"}[op]
         return {name: tensors["response_ids"].float()}
+
+    def run_rows(self, op: str, rows: dict[str, list[Any]] | None) -> dict[str, list[Any]]:
+        """The same on ragged columns as torch has them: one tensor per row."""
+        import torch
+
+        if op == "next_batch":
+            rollouts: Batch = self._roles["rollouts"].rollouts
+            return {
+                name: [torch.from_numpy(np.array(row, ndmin=1)) for row in column.rows()]
+                for name, column in rollouts.items()
+            }
+        assert rows is not None, f"{op} needs rows"
+        if op == "update_actor":
+            for column in rows.values():
+                for row in column:
+                    row.sum()
+            return {}
+        if op == "compute_reward":
+            return {"rewards": [row.sum(dtype=torch.int64).float() for row in rows["response_ids"]]}
+        name = {"compute_values": "values", "compute_ref_log_prob": "ref_log_probs"}[op]
+        return {name: [row.float() for row in rows["response_ids"]]}
 
     def run_padded_source(self, prompt_tokens: int, response_tokens: int) -> dict[str, Any]:
         """The rollouts as padded tensors, [B, prompt_tokens] and [B, response_tokens]."""

@@ -27,6 +27,8 @@ from rlhf_dist.placement.roles import HOST_POOL
 
 SIGNALS = "signals"
 """Concurrency group of calls that must not wait for the call under way."""
+RELAYS = "relays"
+"""Concurrency group of calls for other processes."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 
 
@@ -43,11 +45,18 @@ class Pool:
     devices: tuple[str, ...] = ()
     node_ids: tuple[str, ...] = ()
     pids: tuple[int, ...] = ()
+    leads: tuple[tuple[int, ...], ...] = ()
+    """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.processes)
+
+    @property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that are called together, through the first of them."""
+        return self.leads or tuple((rank,) for rank in range(self.size))
 
 
 @dataclass
@@ -113,7 +122,8 @@ class Cluster:
             ],
             waiting + 60,
         )
-        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts))
+        leads = self._introduce(name, processes, node_ids)
+        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts), leads)
         self.pools[name] = made
         return made
 
@@ -169,9 +179,7 @@ class Cluster:
         import importlib
 
         module, name = PROCESS_PATH
-        # One thread for calls, one for the signal that interrupts a call.
-        threads: Any = {"concurrency_groups": {SIGNALS: 1}}
-        remote = ray.remote(**threads)(getattr(importlib.import_module(module), name))
+        remote = worker_actor(getattr(importlib.import_module(module), name))
         logs = self.log_folder
         return [
             remote.options(
@@ -186,6 +194,16 @@ class Cluster:
             for rank in range(count)
         ]
 
+    def _introduce(self, name: str, processes: list[Any], node_ids: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Tell the first rank on each machine of the others there."""
+        together: dict[str, list[int]] = {}
+        for rank, node in enumerate(node_ids):
+            together.setdefault(node, []).append(rank)
+        leads = tuple(tuple(ranks) for ranks in together.values())
+        meeting = [processes[ranks[0]].meet.remote({rank: processes[rank] for rank in ranks}) for ranks in leads]
+        self._get(name, meeting, self.config.ready_timeout_s)
+        return leads
+
     def _get(self, pool: str, refs: list[Any], timeout_s: float) -> list[Any]:
         try:
             return list(ray.get(refs, timeout=timeout_s))
@@ -193,6 +211,12 @@ class Cluster:
             raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s") from None
         except ray.exceptions.RayActorError as died:
             raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
+
+
+def worker_actor(kind: type) -> Any:
+    """A worker process class as Ray actor: one thread that works, one for signals, one that relays."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1}}
+    return ray.remote(**threads)(kind)
 
 
 def _environment(gpus: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from controller.batch_ref import BatchRef, FetchPlan, merge_stored
-from controller.cluster import SIGNALS, Pool
+from controller.cluster import RELAYS, SIGNALS, Pool
 from controller.executor import Finished
 from controller.outputs import JoinError, NodeOutput, Outputs, join
 from controller.replies import RayReplies, Replies
@@ -27,7 +27,7 @@ from controller.worker_group import Shards, WorkerGroup, build_call, collect, cu
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State, StateValue
-from rlhf_dist.wire import Reply
+from rlhf_dist.wire import Failure, Reply
 
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 
@@ -47,8 +47,8 @@ class _Pending:
     shards: Shards
     before: BatchRef | None
     started_s: float
-    refs: dict[int, Any] = field(default_factory=dict)
-    """Rank (of the receiving group after the sending one) -> reference to its reply."""
+    refs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    """Ranks (of the receiving group after the sending one) -> reference to their replies."""
     replies: dict[int, Reply] = field(default_factory=dict)
     """Rank -> its reply, once fetched."""
     source: _Pending | None = None
@@ -58,7 +58,11 @@ class _Pending:
 
     @property
     def complete(self) -> bool:
-        return self.source is None and len(self.replies) == len(self.refs)
+        return self.source is None and len(self.replies) == self.ranks
+
+    @property
+    def ranks(self) -> int:
+        return sum(map(len, self.refs))
 
 
 class RayRunner:
@@ -148,12 +152,16 @@ class RayRunner:
                 self._pending = [pending for pending in self._pending if pending not in complete]
                 return [self._finish(pending) for pending in complete]
             self._check_deadlines()
-            waiting = {ref: (p, rank) for p in self._pending for rank, ref in p.refs.items() if rank not in p.replies}
+            waiting = {
+                ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
+            }
             ready = self._replies.ready(list(waiting), 1.0)
             # A rank that failed must not be waited for behind ranks that wait for it.
-            for ref, reply in zip(ready, self._replies.get(ready, 60.0), strict=True):
-                pending, rank = waiting[ref]
-                pending.replies[rank] = _checked(reply, pending, rank)
+            for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
+                pending, ranks = waiting[ref]
+                replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
+                for rank, reply in replies.items():
+                    pending.replies[rank] = _checked(reply, pending, rank)
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
@@ -180,9 +188,19 @@ class RayRunner:
         for group, op in zip(groups, ops, strict=True):
             shards, mini_batch = cut(node, group, batch, seed=self.seed, step=step)
             pending.shards = shards if group is groups[0] else pending.shards
-            for process, part in zip(group.pool.processes, part_of_ranks(node, group), strict=True):
-                call = build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs)
-                pending.refs[len(pending.refs)] = process.call.remote(group.role, op, call)
+            first, parts = pending.ranks, part_of_ranks(node, group)
+            calls = [build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs) for part in parts]
+            # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
+            alone = node.rows == "expand" or len(groups) > 1
+            for ranks in [(rank,) for rank in range(len(calls))] if alone else group.pool.teams:
+                process = group.pool.processes[ranks[0]]
+                if len(ranks) == 1:
+                    ref = process.call.remote(group.role, op, calls[ranks[0]])
+                else:
+                    relayed = {rank: calls[rank] for rank in ranks}
+                    relay = process.relay.options(concurrency_group=RELAYS)
+                    ref = relay.remote(group.role, op, relayed, self.call_timeout_s)
+                pending.refs[tuple(first + rank for rank in ranks)] = ref
 
     def _call_host_op(self, pending: _Pending) -> None:
         node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
@@ -191,7 +209,7 @@ class RayRunner:
         for part, rows in enumerate(pending.shards.parts):
             call = build_call(node, step, self.seed, plan, rows, None, self._kwargs(node))
             process = self._host_process(self.host)
-            pending.refs[part] = (
+            pending.refs[part,] = (
                 process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
                 if node.kind == "state"
                 else process.run_host_op.remote(node.spec, call)
@@ -207,7 +225,7 @@ class RayRunner:
             if pending.replies[rank].interrupted:
                 rows = pending.shards.parts[parts[rank]]
                 call = build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
-                pending.refs[rank] = process.call.remote(group.role, node.op, call)
+                pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False
         self._pending.insert(0, pending)
@@ -220,7 +238,7 @@ class RayRunner:
         node, group = pending.node, self.groups[pending.node.role]
         for answer, rank in enumerate(source.shards.answering):
             reply = source.replies.get(rank)
-            if answer in pending.refs or reply is None or reply.interrupted:
+            if (answer,) in pending.refs or reply is None or reply.interrupted:
                 continue
             assert source.before is not None and reply.parent is not None, f"{source.node.name} made no rows"
             moved = source.before.take(source.shards.parts[source.shards.part_of_answer[answer]][reply.parent])
@@ -229,7 +247,7 @@ class RayRunner:
             wanted = {name: columns[at.column] for name, at in node.inputs[0].columns.items()}
             plan = FetchPlan(BatchRef(moved.rows, wanted))
             call = build_call(node, pending.step, self.seed, plan, count, None, self._kwargs(node))
-            pending.refs[answer] = self._host_process(group.pool).call.remote(group.role, node.op, call)
+            pending.refs[answer,] = self._host_process(group.pool).call.remote(group.role, node.op, call)
             pending.started_s = pending.started_s or time.perf_counter()
 
     def _host_process(self, pool: Pool) -> Any:
@@ -290,7 +308,7 @@ class RayRunner:
         )
 
     def _collect(self, pending: _Pending) -> NodeOutput:
-        replies = [pending.replies[rank] for rank in range(len(pending.refs))]
+        replies = [pending.replies[rank] for rank in range(pending.ranks)]
         return collect(pending.node, pending.shards, replies, pending.before)
 
     def _join(self, pending: _Pending) -> NodeOutput:
@@ -302,12 +320,14 @@ class RayRunner:
         return NodeOutput(batch=batch, metrics={}, seconds=0.0, nbytes=0)
 
 
-def _checked(reply: Reply | Exception, pending: _Pending, rank: int) -> Reply:
+def _checked(reply: Reply | Failure | Exception, pending: _Pending, rank: int) -> Reply:
     """The reply; raises NodeError or WorkerLost, naming the node, for what is none."""
     if isinstance(reply, Reply):
         return reply
     node = pending.node
     where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
+    if isinstance(reply, Failure):
+        raise (WorkerLost if reply.lost else NodeError)(f"{where}: {reply.text}")
     if isinstance(reply, ray.exceptions.RayTaskError):
         raise NodeError(f"{where}: {type(reply.cause).__name__}: {reply.cause}") from reply
     raise WorkerLost(f"{where}: its process died or stopped answering ({type(reply).__name__})") from reply

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import ray
 
-from rlhf_dist.wire import Reply
+from rlhf_dist.wire import Failure, Reply
+
+Answer = Reply | dict[int, Reply | Failure] | Exception
 
 PEERS_S = 0.02
 """Ranks of one node finish almost together: the wait for the others once one is there, instead of spinning."""
@@ -20,8 +22,8 @@ class Replies(Protocol):
         """Those of `refs` that can be fetched, after waiting for at least one; none when the time is over."""
         ...
 
-    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Reply | Exception]:
-        """The replies, or what their calls raised."""
+    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Answer]:
+        """The replies (of several ranks, where one relayed), or what their calls raised."""
         ...
 
 
@@ -38,7 +40,7 @@ class RayReplies:
             return first + others
         return list(first)
 
-    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Reply | Exception]:
+    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Answer]:
         """See Replies."""
         try:
             return list(ray.get(list(refs), timeout=timeout_s))

@@ -17,6 +17,7 @@ import numpy as np
 
 from controller.cluster import Pool
 from controller.ray_runner import RayRunner
+from controller.replies import Answer
 from controller.worker_group import WorkerGroup
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Dataflow
@@ -110,5 +111,5 @@ class _AtOnce:
     def ready(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
         return list(refs)
 
-    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Reply | Exception]:
+    def get(self, refs: Sequence[Any], timeout_s: float) -> list[Answer]:
         return [ref.reply for ref in refs]
