@@ -1,6 +1,6 @@
 """The executor against its bounds, the data plane against collecting at the driver, the controller at 1,024 ranks.
 
-    make bench-executor          prints one JSON line last; about three minutes on 2 cores
+    make bench-executor          prints one JSON line last; about four minutes on 2 cores
 
 step_s             PPO on real Ray worker groups whose work is sleep: wall seconds per step
 critical_path_s    the least that any schedule of the same work needs (controller/critical_path.py)
@@ -44,14 +44,14 @@ from rlhf_dist.schema import SEQUENCE, TRAINABLE
 
 # --- placements --------------------------------------------------------------------------------------------
 SECONDS = {
-    "generate_sequences": 0.8,
-    "compute_log_prob": 0.2,
-    "compute_values": 0.2,
-    "compute_ref_log_prob": 0.2,
-    "compute_reward": 0.2,
-    "update_critic": 0.5,
-    "update_actor": 0.5,
-    "reshard": 0.1,
+    "generate_sequences": 2.4,
+    "compute_log_prob": 0.6,
+    "compute_values": 0.6,
+    "compute_ref_log_prob": 0.6,
+    "compute_reward": 0.6,
+    "update_critic": 1.5,
+    "update_actor": 1.5,
+    "reshard": 0.3,
 }
 """Op -> seconds. Host ops (gae, whiten) and the source really run; the bound counts them as nothing."""
 ROLES = ("actor", "critic", "reference", "reward")
@@ -61,7 +61,7 @@ PLACEMENTS: dict[str, dict[str, str]] = {
     "standalone": {**dict(zip(ROLES, "abcd", strict=True)), rollout_of("actor"): "e"},
     "standalone_stale1": {**dict(zip(ROLES, "abcd", strict=True)), rollout_of("actor"): "e"},
 }
-STEPS = 8
+STEPS = 6
 RANKS = 2
 """Ranks of a pool."""
 

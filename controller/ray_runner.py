@@ -27,7 +27,7 @@ from controller.worker_group import Shards, WorkerGroup, build_call, collect, cu
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State, StateValue
-from rlhf_dist.wire import Failure, Reply
+from rlhf_dist.wire import Call, Failure, Reply
 
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 
@@ -53,6 +53,8 @@ class _Pending:
     """Rank -> its reply, once fetched."""
     source: _Pending | None = None
     """What it streams from, until that is finished."""
+    bundles: list[tuple[int, ...]] = field(default_factory=list)
+    """Parts of the source's rows that each call of a streamed node has."""
     interrupted: bool = False
     """Its ranks were asked to stop early."""
 
@@ -234,21 +236,37 @@ class RayRunner:
         return pending.step == step and pending.node.name == node.inputs[0].rows and self.streams(pending.node, node)
 
     def _stream(self, pending: _Pending, source: _Pending) -> None:
-        """Send on the rows of those ranks of `source` that have replied."""
-        node, group = pending.node, self.groups[pending.node.role]
-        for answer, rank in enumerate(source.shards.answering):
-            reply = source.replies.get(rank)
-            if (answer,) in pending.refs or reply is None or reply.interrupted:
-                continue
-            assert source.before is not None and reply.parent is not None, f"{source.node.name} made no rows"
-            moved = source.before.take(source.shards.parts[source.shards.part_of_answer[answer]][reply.parent])
-            count = np.arange(reply.num_rows)
-            columns = {**moved.columns, **merge_stored([reply.stored], count, [reply.num_rows])}
-            wanted = {name: columns[at.column] for name, at in node.inputs[0].columns.items()}
-            plan = FetchPlan(BatchRef(moved.rows, wanted))
-            call = build_call(node, pending.step, self.seed, plan, count, None, self._kwargs(node))
-            pending.refs[answer,] = self._host_process(group.pool).call.remote(group.role, node.op, call)
+        """Send on the rows of those ranks of `source` that have replied since, spread over the CPU processes."""
+        sent = {answer for bundle in pending.bundles for answer in bundle}
+        new = [
+            answer
+            for answer, rank in enumerate(source.shards.answering)
+            if answer not in sent and rank in source.replies and not source.replies[rank].interrupted
+        ]
+        group = self.groups[pending.node.role]
+        for at in range(min(len(new), group.pool.size)):
+            bundle = new[at :: group.pool.size]
+            call = self._streamed_call(pending, source, bundle)
+            pending.refs[len(pending.bundles),] = self._host_process(group.pool).call.remote(
+                group.role, pending.node.op, call
+            )
+            pending.bundles.append(tuple(bundle))
             pending.started_s = pending.started_s or time.perf_counter()
+
+    def _streamed_call(self, pending: _Pending, source: _Pending, bundle: list[int]) -> Call:
+        shards, node = source.shards, pending.node
+        replies = [source.replies[shards.answering[answer]] for answer in bundle]
+        made = [
+            shards.parts[shards.part_of_answer[answer]][reply.parent]
+            for answer, reply in zip(bundle, replies, strict=True)
+        ]
+        assert source.before is not None, f"{source.node.name} has no input"
+        moved = source.before.take(np.concatenate(made))
+        rows = np.arange(len(moved.rows))
+        stored = merge_stored([reply.stored for reply in replies], rows, [reply.num_rows for reply in replies])
+        columns = {**moved.columns, **stored}
+        plan = FetchPlan(BatchRef(moved.rows, {c: columns[at.column] for c, at in node.inputs[0].columns.items()}))
+        return build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
 
     def _host_process(self, pool: Pool) -> Any:
         self._next_host += 1
@@ -286,10 +304,11 @@ class RayRunner:
         if output.batch is not None:
             self.outputs.put(node.name, step, output.batch)
         for streamed in [p for p in self._pending if p.source is pending]:
-            parts = tuple(range(len(output.places)))
-            streamed.shards = Shards(parts=output.places, answering=parts, part_of_answer=parts)
             streamed.before = self.outputs.input(streamed.node.inputs[0], step)
             self._stream(streamed, pending)
+            places = tuple(np.concatenate([output.places[answer] for answer in b]) for b in streamed.bundles)
+            bundles = tuple(range(len(places)))
+            streamed.shards = Shards(parts=places, answering=bundles, part_of_answer=bundles)
             streamed.source = None
         if output.state is not None:
             self.numbers[node.role] = dict(output.state)
