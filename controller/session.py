@@ -82,8 +82,13 @@ class Session:
     @property
     def model_roles(self) -> list[str]:
         """Roles with weights of their own that learn: what is checkpointed and exported."""
-        written = {state.split(".")[0] for node in self.launch.dataflow for state in node.weights_written}
-        return [role for role in self.launch.used_roles if role in written]
+        return learning_roles(self.launch)
+
+
+def learning_roles(launch: Launch) -> list[str]:
+    """Roles whose weights some node of the graph writes."""
+    written = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
+    return [role for role in launch.used_roles if role in written]
 
 
 def start_session(launch: Launch, cluster: Cluster) -> Session:
@@ -108,18 +113,14 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
-    for name, at in placed.items():
-        role, pool = name.split(".")[0], pools[at]
-        path, settings = _worker_of(launch, role, rollout_of(role) in placed)
-        if name == rollout_of(role):
-            path = ROLLOUT_WORKER
-            trained = _is_trained(launch, role)
-            settings = {
-                "config": launch.roles[role],
-                "max_staleness": run.placement.max_staleness if trained else None,
-                "interrupts": run.placement.interrupt,
-            }
-        groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool.size, rollout_of(role) in placed))
+    # Actors first: a reference may share the base of one.
+    for name in sorted(placed, key=lambda name: not isinstance(launch.roles[name.split(".")[0]], ActorConfig)):
+        role, pool = name.split(".")[0], pools[placed[name]]
+        apart = rollout_of(role) in placed
+        generates = name == rollout_of(role) or not apart
+        meshes = _meshes(launch.roles[role], pool.size, trains=name == role, generates=generates)
+        groups[name] = WorkerGroup(name, pool, meshes)
+        path, settings = _worker_of(launch, role, apart) if name == role else _rollout_worker_of(launch, role)
         starting.append((name, _host_role(launch, groups[name], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
     for role in launch.dataflow.generating:
@@ -132,6 +133,16 @@ def pools_of_roles(launch: Launch) -> dict[str, str]:
     """Role -> pool, for the roles the graph uses; `ROLE.rollout` too where generation has a pool of its own."""
     placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
     return {name: pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles}
+
+
+def role_with_base(launch: Launch, reference: str) -> str | None:
+    """The role whose frozen base model is what `reference` needs, in the same pool: an actor with adapters."""
+    placed, config = pools_of_roles(launch), launch.roles[reference]
+    for role, other in launch.used_roles.items():
+        if isinstance(other, ActorConfig) and other.engine.lora is not None and placed[role] == placed[reference]:
+            if other.model == config.model and other.engine.dtype == config.engine.dtype:
+                return role
+    return None
 
 
 def slots_needed(launch: Launch) -> int:
@@ -164,10 +175,16 @@ def _tokenizer_of(launch: Launch) -> str:
     raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
-def _meshes(config: Any, size: int, rollout_apart: bool) -> dict[str, Mesh]:
-    tp = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
-    tp = 1 if size % tp and rollout_apart else tp  # The training pool's size need not fit what it does not do.
-    return {"train": Mesh({"dp": size}), "rollout": Mesh({"dp": size // tp, "tp": tp})}
+def _meshes(config: Any, size: int, *, trains: bool, generates: bool) -> dict[str, Mesh]:
+    """The meshes of what a group of `size` ranks does; its size need not fit what it does not do."""
+    meshes = {}
+    if trains:
+        sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
+        meshes["train"] = Mesh({"dp": size // (sp * tp), "sp": sp, "tp": tp})
+    if generates:
+        tp = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
+        meshes["rollout"] = Mesh({"dp": size // tp, "tp": tp})
+    return meshes
 
 
 def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dict[str, Any]]:
@@ -185,12 +202,22 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
     if isinstance(config, ReferenceConfig):
         actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
         temperature = actors[0].rollout.temperature if actors and launch.dataflow.generating else 1.0
-        return interface.worker, {"config": config, "temperature": temperature}
+        base_of = role_with_base(launch, role)
+        return interface.worker, {"config": config, "temperature": temperature, "base_of": base_of}
     assert isinstance(config, CriticConfig | RewardConfig), f"role {role} has settings of an unknown kind"
     return interface.worker, {
         "model": config.model,
         "engine": config.engine,
         "optimizer": config.optimizer if trains else None,
+    }
+
+
+def _rollout_worker_of(launch: Launch, role: str) -> tuple[str, dict[str, Any]]:
+    placement = launch.run.placement
+    return ROLLOUT_WORKER, {
+        "config": launch.roles[role],
+        "max_staleness": placement.max_staleness if _is_trained(launch, role) else None,
+        "interrupts": placement.interrupt,
     }
 
 
@@ -202,8 +229,13 @@ def _host_source(
 
 
 def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
-    generates = group.role.split(".")[0] in launch.dataflow.generating
-    context = {"seed": launch.run.seed, "generates": generates, "total_steps": launch.run.steps}
+    folder = Path(launch.run.output.root) / launch.run.name
+    context = {
+        "seed": launch.run.seed,
+        "generates": group.role.split(".")[0] in launch.dataflow.generating,
+        "total_steps": launch.run.steps,
+        "folder": str(folder.resolve()),
+    }
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]
 
 

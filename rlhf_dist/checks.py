@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.model_folder import ModelShape, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.typed import ConfigError
@@ -43,6 +44,7 @@ def check_launch(launch: Launch) -> list[str]:
         if any(at == name and role.split(".")[0] in launch.used_roles for role, at in pools.items())
     }
     _check_slots(launch, sizes)
+    check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)

@@ -42,7 +42,8 @@ class ActorWorker(TrainedRole):
         trained, which is checked. The generation engine comes up after the training engine: it reuses the process
         group that is there by then."""
         optimizer = config.optimizer if trains else None
-        super().__init__(context, new_training_engine(config.model, config.engine, optimizer, "policy", context))
+        engine = new_training_engine(config.model, config.engine, optimizer, "policy", context)
+        super().__init__(context, engine, optimizer)
         self.config, self.on_policy = config, on_policy
         self.temperature = config.rollout.temperature
         here = context.generates and generates_here
