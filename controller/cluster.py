@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +57,17 @@ class Pool:
     def teams(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that are called together, through the first of them."""
         return self.leads or tuple((rank,) for rank in range(self.size))
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """[size] machine of each rank, numbered in order of appearance; one for all where they are not known."""
+        return machines(self.node_ids) or (0,) * self.size
+
+
+def machines(node_ids: Sequence[str]) -> tuple[int, ...]:
+    """Node ids as numbers, in order of appearance."""
+    seen = list(dict.fromkeys(node_ids))
+    return tuple(seen.index(node) for node in node_ids)
 
 
 @dataclass

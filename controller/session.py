@@ -1,7 +1,7 @@
 """A session: the pools and worker groups of one launch, up and ready.
 
     Launch -- placement --> pools --> processes --> role workers --> WorkerGroup per role
-                                                        actor ---- bridge ---> actor.rollout, in another pool
+                                                        actor --- weights ---> actor.rollout, in another pool
 
 Rule rewards and sources live on the host pool's CPU processes; everything with a model lives on a slot.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from controller.cluster import Cluster, ClusterError, Pool
+from controller.cluster import Cluster, ClusterError, Pool, machines
 from controller.executor import Finished
 from controller.ray_runner import RayRunner
 from controller.user_files import send_user_files_by_value
@@ -26,7 +26,9 @@ from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
+from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
 from rlhf_dist.roles import OpSpec, State
+from rlhf_dist.wire import Meeting
 
 HELDOUT = "heldout"
 SOURCE_WORKER = "workers.source:SourceWorker"
@@ -117,9 +119,7 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     for name in sorted(placed, key=lambda name: not isinstance(launch.roles[name.split(".")[0]], ActorConfig)):
         role, pool = name.split(".")[0], pools[placed[name]]
         apart = rollout_of(role) in placed
-        generates = name == rollout_of(role) or not apart
-        meshes = _meshes(launch.roles[role], pool.size, trains=name == role, generates=generates)
-        groups[name] = WorkerGroup(name, pool, meshes)
+        groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool, name, apart))
         path, settings = _worker_of(launch, role, apart) if name == role else _rollout_worker_of(launch, role)
         starting.append((name, _host_role(launch, groups[name], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
@@ -155,14 +155,16 @@ def _is_trained(launch: Launch, role: str) -> bool:
 
 
 def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> None:
-    """Join rank 0 of one pool and all ranks of the other into the group that weights are sent over."""
+    """Have all ranks of both pools agree on how weights go from one to the other."""
     address, port = ray.get(sending.pool.processes[0].open_port.remote(), timeout=timeout_s)
-    size = 1 + receiving.pool.size
-    ranks = [*((sending, rank, 0 if rank == 0 else None) for rank in range(sending.pool.size))]
-    ranks += [(receiving, rank, 1 + rank) for rank in range(receiving.pool.size)]
+    ranks = [(group, process) for group in (sending, receiving) for process in group.pool.processes]
+    nodes = machines((*sending.pool.node_ids, *receiving.pool.node_ids)) or (0,) * len(ranks)
+    meetings = [
+        Meeting(address=address, port=port, rank=rank, senders=sending.pool.size, nodes=nodes)
+        for rank in range(len(ranks))
+    ]
     joining = [
-        group.pool.processes[rank].connect.remote(group.role, address, port, in_bridge, size, timeout_s)
-        for group, rank, in_bridge in ranks
+        process.connect.remote(group.role, meeting) for (group, process), meeting in zip(ranks, meetings, strict=True)
     ]
     _await_roles([(f"{sending.role} and {receiving.role}", joining)], timeout_s)
 
@@ -175,16 +177,15 @@ def _tokenizer_of(launch: Launch) -> str:
     raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
-def _meshes(config: Any, size: int, *, trains: bool, generates: bool) -> dict[str, Mesh]:
-    """The meshes of what a group of `size` ranks does; its size need not fit what it does not do."""
-    meshes = {}
-    if trains:
-        sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
-        meshes["train"] = Mesh({"dp": size // (sp * tp), "sp": sp, "tp": tp})
-    if generates:
-        tp = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
-        meshes["rollout"] = Mesh({"dp": size // tp, "tp": tp})
-    return meshes
+def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:
+    """The meshes of what a group does: a pool that only trains need not have the size of one that generates."""
+    if name.endswith(".rollout"):
+        return {"rollout": Mesh(consecutive_axes(config, pool.size))}
+    sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
+    train = Mesh({"dp": pool.size // (sp * tp), "sp": sp, "tp": tp})
+    if not isinstance(config, ActorConfig) or apart:
+        return {"train": train}
+    return {"train": train, "rollout": Mesh(colocated_axes(config, pool.nodes))}
 
 
 def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dict[str, Any]]:
@@ -234,6 +235,9 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
         "seed": launch.run.seed,
         "generates": group.role.split(".")[0] in launch.dataflow.generating,
         "total_steps": launch.run.steps,
+        "nodes": group.pool.nodes,
+        # Shorter than what the controller waits for, so that the ranks say themselves who is missing.
+        "sync_timeout_s": 0.8 * launch.run.ray.call_timeout_s,
         "folder": str(folder.resolve()),
     }
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]

@@ -124,3 +124,25 @@ class WorkerContext:
     """The run's folder, which all workers share; for what must be looked at after a failure."""
     peers: Mapping[str, Any] = field(default_factory=dict)
     """Role -> worker of this process, those that were started before."""
+    nodes: tuple[int, ...] = ()
+    """[world] which machine each rank of the pool is on; empty for one machine."""
+    sync_timeout_s: float = 300.0
+    """Longest a weight sync may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where the ranks of a pool that trains and of one that generates meet for weight syncs."""
+
+    address: str
+    port: int
+    rank: int
+    """Counted over both pools, those that send first; rank 0 hosts the store."""
+    senders: int
+    nodes: tuple[int, ...]
+    """[ranks of both pools] which machine each is on."""
+
+    @property
+    def world(self) -> int:
+        """Ranks of both pools."""
+        return len(self.nodes)

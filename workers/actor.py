@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
-import torch
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
@@ -13,11 +10,13 @@ from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean, Metrics
-from rlhf_dist.wire import Call, OpResult, WorkerContext
+from rlhf_dist.reshard.groups import colocated_axes
+from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
+from workers.reshard.apart import Sender
+from workers.reshard.colocated import ColocatedSync
 from workers.rollout import RolloutWorker, sync_metrics
 from workers.trained_role import NOTHING, TrainedRole
-from workers.weight_bridge import Announcement, WeightBridge
 
 RATIO_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 """Rollout dtype -> largest mean |ratio - 1|. Measured: 5e-7 in float32, 0.06 to 0.1 (with outliers) in bfloat16."""
@@ -46,9 +45,11 @@ class ActorWorker(TrainedRole):
         super().__init__(context, engine, optimizer)
         self.config, self.on_policy = config, on_policy
         self.temperature = config.rollout.temperature
-        here = context.generates and generates_here
-        self.generation = RolloutWorker(context, config, 0 if trains else None) if here else None
-        self.bridge: WeightBridge | None = None
+        self.generation: RolloutWorker | None = None
+        if context.generates and generates_here:
+            axes = colocated_axes(config, context.nodes or (0,) * context.world)
+            self.generation = RolloutWorker(context, config, 0 if trains else None, axes=axes)
+            self.sync = ColocatedSync(self.engine, self.generation.engine, config.rollout, context)
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt."""
@@ -88,26 +89,20 @@ class ActorWorker(TrainedRole):
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
         assert self.generation is not None, "the recipe was planned without generation in this pool"
-        started = time.perf_counter()
-        dtype = getattr(torch, self.config.rollout.dtype)
-        expected = self.engine.checksums(dtype)
-        report = self.generation.engine.receive_weights(
-            self.engine.version, self.engine.full_weights(dtype, self.config.rollout.bucket_bytes), expected
-        )
+        report = self.sync.run(must_change=self.moved)
+        self.moved = False
         self.generation.weights_step = call.step + 1
-        metrics = sync_metrics(time.perf_counter() - started, report.bytes, report.parameters)
+        metrics = sync_metrics(report)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
-    def connect(self, bridge: WeightBridge) -> None:
-        """Where weights go, when generation has a pool of its own."""
-        self.bridge = bridge
+    def connect(self, meeting: Meeting) -> None:
+        """Meet the ranks that generate, in a pool of their own; all of both pools do."""
+        self.sender = Sender(self.engine, self.config.rollout, self.context, meeting)
 
     def send_weights(self, batch: Batch, call: Call) -> OpResult:
         """The same move to another pool, whose ranks receive and verify meanwhile."""
-        assert self.bridge is not None, "the session connects both ends before the first sync"
-        dtype = getattr(torch, self.config.rollout.dtype)
-        announcement = Announcement(version=self.engine.version, checksums=self.engine.checksums(dtype))
-        self.bridge.send(announcement, self.engine.full_weights(dtype, self.config.rollout.bucket_bytes))
+        self.sender.run(must_change=self.moved)
+        self.moved = False
         return OpResult(columns=NOTHING)
 
     def close(self) -> None:

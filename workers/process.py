@@ -27,7 +27,7 @@ import ray
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.wire import Call, Failure, Fetch, OpResult, Reply, WorkerContext
+from rlhf_dist.wire import Call, Failure, Fetch, Meeting, OpResult, Reply, WorkerContext
 
 PULL_TIMEOUT_S = 300.0
 """Longest wait for rows that another process wrote; they are there already unless that process died."""
@@ -81,16 +81,9 @@ class WorkerProcess:
         )
         self._roles[role] = worker(context=where, **settings)
 
-    def connect(self, role: str, address: str, port: int, rank: int | None, size: int, timeout_s: float) -> None:
-        """Give `role` its end of a weight bridge (see workers/weight_bridge.py)."""
-        import torch
-
-        from workers.weight_bridge import BroadcastBridge
-
-        bridge = BroadcastBridge(
-            address=address, port=port, rank=rank, size=size, device=torch.device(self.device), timeout_s=timeout_s
-        )
-        self._roles[role].connect(bridge)
+    def connect(self, role: str, meeting: Meeting) -> None:
+        """Let `role` meet the ranks of another pool, that weights go to or come from; all of both pools do."""
+        self._roles[role].connect(meeting)
 
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""

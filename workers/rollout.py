@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 
@@ -14,11 +13,13 @@ from numpy.typing import NDArray
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean
+from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling
-from rlhf_dist.wire import Call, OpResult, WorkerContext
+from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine
 from workers.engines.generation import Response, StaleWeights
-from workers.weight_bridge import WeightBridge
+from workers.reshard.apart import Receiver
+from workers.reshard.sync import SyncReport
 
 NOTHING = Batch({}, 0)
 
@@ -38,18 +39,24 @@ class RolloutWorker:
     """One rank that generates. Implements the generating half of `rlhf_dist.roles.Actor`."""
 
     def __init__(
-        self, context: WorkerContext, config: ActorConfig, max_staleness: int | None = 0, interrupts: bool = False
+        self,
+        context: WorkerContext,
+        config: ActorConfig,
+        max_staleness: int | None = 0,
+        interrupts: bool = False,
+        axes: Mapping[str, int] | None = None,
     ) -> None:
         """max_staleness: updates the weights may be behind the step they generate for, more is an error; None for
-        weights that never change. interrupts: `interrupt` may be called while it generates."""
+        weights that never change. interrupts: `interrupt` may be called while it generates. axes: of the mesh
+        whose ranks share copies of the model; None: consecutive ranks do."""
         from transformers import AutoTokenizer
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self.engine = new_generation_engine(config.model.path, config.rollout, context)
+        copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
+        self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
         self.weights_step = 0
         """Steps whose updates the weights held contain."""
-        self.bridge: WeightBridge | None = None
         self._interrupts, self._stop = interrupts, Event()
         self._begun: dict[tuple[str, int], _Begun] = {}
 
@@ -116,31 +123,27 @@ class RolloutWorker:
             },
         )
 
-    def connect(self, bridge: WeightBridge) -> None:
-        """Where weights come from."""
-        self.bridge = bridge
+    def connect(self, meeting: Meeting) -> None:
+        """Meet the ranks that train, in a pool of their own; all of both pools do."""
+        self.receiver = Receiver(self.engine, self.config.rollout, self.context, meeting)
 
     def receive_weights(self, batch: Batch, call: Call) -> OpResult:
         """Take the weights that the actor's ranks send, verified: version, count, per-parameter checksums."""
-        assert self.bridge is not None, "the session connects both ends before the first sync"
-        started = time.perf_counter()
-        announcement, buckets = self.bridge.receive()
-        report = self.engine.receive_weights(announcement.version, buckets, announcement.checksums)
+        report = self.receiver.run()
         self.weights_step = call.step + 1
-        metrics = sync_metrics(time.perf_counter() - started, report.bytes, report.parameters)
-        return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
+        return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})
 
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""
         self.engine.close()
 
 
-def sync_metrics(seconds: float, nbytes: int, parameters: int) -> dict[str, Mean]:
+def sync_metrics(report: SyncReport) -> dict[str, Mean]:
     """What a weight sync reports; one rank of the receiving end does."""
     return {
-        "sync_seconds": Mean(seconds, 1),
-        "sync_bytes": Mean(float(nbytes), 0),
-        "sync_parameters": Mean(float(parameters), 0),
+        "sync_seconds": Mean(report.seconds, 1),
+        "sync_bytes": Mean(float(report.bytes_received), 0),
+        "sync_parameters": Mean(float(report.parameters), 0),
     }
 
 

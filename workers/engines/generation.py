@@ -1,5 +1,7 @@
 """The generation contract: what every generation engine does, and how it comes by its weights.
 
+    shards of other ranks ──> WeightSync ──> boxes of the model (receive_shards), where a trace knows them; else
+
     buckets of (name, tensor) ──> Arrivals: known? once? dtype? checksum? ──> _install ──> _finish_install
                                                   │ anything wrong                              │ read back
                                                   v                                             v
@@ -26,10 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.reshard.layout import Box
+from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 
 Bucket: TypeAlias = list[tuple[str, Tensor]]
 """Some full parameters under their Hugging Face names, in the rollout dtype."""
+ShardSync: TypeAlias = Callable[[Shards, Callable[[], None], Callable[[], None]], object]
+"""(target shards, prepare, finish): calls `prepare`, fills the shards, calls `finish`, and verifies on all ranks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,10 @@ class WeightSyncError(RuntimeError):
         )
 
 
+class Untraceable(RuntimeError):
+    """The engine's loader does something to a parameter that boxes do not express: it takes whole tensors only."""
+
+
 class StaleWeights(RuntimeError):
     """Generation was asked of an engine that does not hold a verified version of the weights."""
 
@@ -108,6 +118,20 @@ class GenerationEngine(Protocol):
         """Take the parameters of `version`; expected: name -> `full_checksum` of every parameter to come.
 
         Raises WeightSyncError; the engine then refuses to generate until a later call succeeds.
+        """
+        ...
+
+    def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
+        """Which boxes of the checkpoint's parameters this rank wants; shapes: whole shape by name.
+
+        Raises Untraceable for a model that only `receive_weights` can load.
+        """
+        ...
+
+    def receive_shards(self, version: int, sync: ShardSync) -> None:
+        """Let `sync` write `version` into the boxes that the last `trace` named, and verify it.
+
+        Raises what `sync` raises; the engine then refuses to generate until a later call succeeds.
         """
         ...
 
@@ -202,6 +226,14 @@ class SyncedEngine(ABC):
         self._version = version
         return SyncReport(arrivals.count, arrivals.bytes, perf_counter() - started)
 
+    def receive_shards(self, version: int, sync: ShardSync) -> None:
+        """See GenerationEngine."""
+        if version < 0:
+            raise ValueError(f"version must be >= 0, got {version}")
+        self._version, self._refusal = -1, f"the sync of version {version} did not complete"
+        sync(self._target_shards(), self._begin_shards, lambda: self._finish_shards(version))
+        self._version = version
+
     def _attempt(self, arrivals: Arrivals, bucket: Bucket) -> Exception | None:
         try:
             arrivals.check(bucket)
@@ -225,6 +257,18 @@ class SyncedEngine(ABC):
     @abstractmethod
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
         """Make the model ready to run; raise WeightSyncError unless what runs is what arrived."""
+
+    @abstractmethod
+    def _target_shards(self) -> Shards:
+        """The tensors to write, as the last trace named them."""
+
+    @abstractmethod
+    def _begin_shards(self) -> None:
+        """Called before the first element is written."""
+
+    @abstractmethod
+    def _finish_shards(self, version: int) -> None:
+        """Make the model ready to run on what was written; raise WeightSyncError where it is not."""
 
     def _failures_of_peers(self, failure: str | None) -> list[str]:
         """Tell the ranks sharing this copy of the model of this rank's failure; returns theirs."""

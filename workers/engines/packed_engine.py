@@ -176,7 +176,8 @@ class PackedEngine(ABC):
             counted = set(parameter.distinct[0].tolist())
             for box, shard in zip(np.flatnonzero(parameter.rank == rank), shards[name], strict=True):
                 if int(box) in counted:  # of copies, the first
-                    sums[k] += box_checksum(shard.to(dtype), parameter.box(int(box)), parameter.shape).to(self._device)
+                    place = parameter.box(int(box))
+                    sums[k] += box_checksum(shard, place, parameter.shape, dtype.itemsize, dtype).to(self._device)
         dist.all_reduce(sums, group=self._mesh.world)
         return {name: unsigned(value) for name, value in zip(layout, sums.tolist(), strict=True)}
 

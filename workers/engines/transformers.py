@@ -17,11 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.reshard.layout import Box
+from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation import (
     Bucket,
     Response,
     SyncedEngine,
+    Untraceable,
     WeightSyncError,
     check_request,
     continued,
@@ -139,6 +142,25 @@ class TransformersEngine(SyncedEngine):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if names := [name for name, checksum in expected.items() if full_checksum(parameters[name]) != checksum]:
             raise WeightSyncError(version, "parameters must read back as they arrived", names)
+
+    def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
+        """See GenerationEngine: one copy of everything."""
+        parameters = dict(self._running("trace").named_parameters())
+        has = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        if has != {name: tuple(shape) for name, shape in shapes.items()}:
+            raise Untraceable(f"the rollout model's parameters are others: {sorted(has.keys() ^ shapes.keys())[:5]}")
+        self._names = list(shapes)
+        return {name: [tuple((0, size) for size in shape)] for name, shape in shapes.items()}
+
+    def _target_shards(self) -> Shards:
+        parameters = dict(self._running("receive_shards").named_parameters())
+        return {name: [parameters[name].detach()] for name in self._names}
+
+    def _begin_shards(self) -> None:
+        pass
+
+    def _finish_shards(self, version: int) -> None:
+        pass
 
     def _generate_rows(
         self,
