@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from controller.cluster import Cluster, Pool
 from controller.metrics import read_metrics
 from controller.timeline import draw
 from rlhf_dist.batch import Batch
+from rlhf_dist.config import PoolConfig, RayConfig
+from rlhf_dist.placement.roles import HOST_POOL
 from tests.tiny import save_classifier
 
 Launch = Callable[..., dict[str, Any]]
@@ -26,6 +30,46 @@ TINY = (
     "output.save_model=false",
 )
 APART = ("placement=standalone", "reward.function=" + REWARD, *TINY)
+
+
+class WarmCluster(Cluster):
+    """Keeps its processes between runs: pools of the next run that have their size get them, with new role workers."""
+
+    def __init__(self) -> None:
+        super().__init__(RayConfig(), slots=12, host_processes=1)
+        self.idle: list[Pool] = []
+
+    def __exit__(self, *error: object) -> None:
+        self.idle += self.pools.values()
+        self.pools.clear()
+
+    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+        return self._again(name, pool.slots, False) or super().add_pool(name, pool)
+
+    def add_host_pool(self) -> Pool:
+        return self._again(HOST_POOL, self.host_processes, True) or super().add_host_pool()
+
+    def _again(self, name: str, size: int, host: bool) -> Pool | None:
+        found = next((one for one in self.idle if one.size == size and (one.name == HOST_POOL) == host), None)
+        if found is not None:
+            self.idle.remove(found)
+            self.pools[name] = replace(found, name=name)
+        return self.pools.get(name)
+
+
+@pytest.fixture(scope="module")
+def warm(cluster: None) -> Iterator[WarmCluster]:
+    made = WarmCluster()
+    yield made
+    made.pools = {str(k): pool for k, pool in enumerate(made.idle)}
+    made.close()
+
+
+@pytest.fixture
+def launch_warm(launch: Launch, warm: WarmCluster, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """`launch`, in processes that are there already."""
+    monkeypatch.setattr("controller.run.Cluster", lambda *settings: warm)
+    return launch
 
 
 def partitions(items: tuple[str, ...]) -> Iterator[list[list[str]]]:
@@ -53,13 +97,13 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith(timed) and "padding" not in k} for row in rows]
 
 
-def test_all_15_partitions_of_ppos_roles_give_the_same_numbers(launch: Launch, tmp_path: Path) -> None:
+def test_all_15_partitions_of_ppos_roles_give_the_same_numbers(launch_warm: Launch, tmp_path: Path) -> None:
     scorer = save_classifier(tmp_path / "scorer")
     found = {}
     for partition in partitions(ROLES):
         name = "+".join("_".join(part) for part in partition)
         scored = ("reward.function=null", f"reward.model.path={scorer}")
-        launch("ppo", f"name={name}", *TINY, *scored, *placement(partition))
+        launch_warm("ppo", f"name={name}", *TINY, *scored, *placement(partition))
         found[name] = numbers(tmp_path / name)
     assert len(found) == 15
     first = next(iter(found.values()))
@@ -69,24 +113,24 @@ def test_all_15_partitions_of_ppos_roles_give_the_same_numbers(launch: Launch, t
 
 
 def test_generation_in_its_own_pool_and_over_groups_of_other_sizes_gives_the_same_numbers(
-    launch: Launch, tmp_path: Path
+    launch_warm: Launch, tmp_path: Path
 ) -> None:
     """Weights cross worlds, rows cross from 2 generating ranks to 1 and 3 training ones."""
-    launch("ppo", "name=together", *TINY, f"reward.function={REWARD}", "placement.pools.main.slots=1")
-    launch("ppo", "name=apart", *APART, "placement.pools.rollout.slots=2", "placement.pools.critic.slots=3")
+    launch_warm("ppo", "name=together", *TINY, f"reward.function={REWARD}", "placement.pools.main.slots=1")
+    launch_warm("ppo", "name=apart", *APART, "placement.pools.rollout.slots=2", "placement.pools.critic.slots=3")
     for together, apart in zip(numbers(tmp_path / "together"), numbers(tmp_path / "apart"), strict=True):
         assert together.keys() == apart.keys()
         for name, value in together.items():
             assert apart[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
 
 
-def test_staleness_is_bounded_reported_and_counts_on_after_a_resume(launch: Launch, tmp_path: Path) -> None:
+def test_staleness_is_bounded_reported_and_counts_on_after_a_resume(launch_warm: Launch, tmp_path: Path) -> None:
     settings = (
         *APART, "placement.max_staleness=1", "algorithm.correction=token", "output.rollouts_every=1",
         "output.checkpoint_every=3", "name=stale",
     )  # fmt: skip
-    launch("ppo", *settings, "steps=3")
-    launch("ppo", *settings, "steps=6", "resume=auto")
+    launch_warm("ppo", *settings, "steps=3")
+    launch_warm("ppo", *settings, "steps=6", "resume=auto")
     rows = read_metrics(tmp_path / "stale")
     # A checkpoint waits for all that is under way, so that the run goes on from it as if it had never stopped.
     assert [row["actor/staleness"] for row in rows] == [0, 1, 1, 0, 1, 1]
@@ -100,7 +144,11 @@ def test_staleness_is_bounded_reported_and_counts_on_after_a_resume(launch: Laun
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_interrupted_responses_go_on_with_the_new_weights(launch: Launch, tmp_path: Path, engine: str) -> None:
+def test_interrupted_responses_go_on_with_the_new_weights(
+    launch: Launch, tmp_path: Path, engine: str, request: pytest.FixtureRequest
+) -> None:
+    if engine != "vllm":  # which wants a process to itself
+        request.getfixturevalue("launch_warm")
     summary = launch(
         "grpo", "placement=standalone", "placement.max_staleness=1", "placement.interrupt=true", "steps=5",
         f"reward.function={REWARD}", f"actor.rollout.engine={engine}", "actor.rollout.max_response_tokens=250",
@@ -122,15 +170,15 @@ def test_interrupted_responses_go_on_with_the_new_weights(launch: Launch, tmp_pa
     assert summary["steps"] == 5
 
 
-def test_an_on_policy_run_whose_ratio_is_not_one_is_an_error(launch: Launch) -> None:
+def test_an_on_policy_run_whose_ratio_is_not_one_is_an_error(launch_warm: Launch) -> None:
     from controller.ray_runner import NodeError
 
     with pytest.raises(NodeError, match=r"actor.compute_log_prob .*must be 1 on-policy, its mean error is"):
-        launch("ppo", *TINY, f"reward.function={REWARD}", "actor.rollout.ratio_tolerance=1e-12")
+        launch_warm("ppo", *TINY, f"reward.function={REWARD}", "actor.rollout.ratio_tolerance=1e-12")
 
 
-def test_a_run_leaves_a_trace_a_drawing_idle_shares_and_a_critical_path(launch: Launch, tmp_path: Path) -> None:
-    summary = launch("ppo", *APART, "name=seen", "steps=3")
+def test_a_run_leaves_a_trace_a_drawing_idle_shares_and_a_critical_path(launch_warm: Launch, tmp_path: Path) -> None:
+    summary = launch_warm("ppo", *APART, "name=seen", "steps=3")
     assert set(summary["idle_share"]) == {"actor", "rollout", "critic", "reference"}
     assert all(0 <= share < 1 for share in summary["idle_share"].values())
     assert "actor.update_actor" in summary["critical_path_s"]
