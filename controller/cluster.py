@@ -99,7 +99,20 @@ class Cluster:
                 **options,
             )
         self._started = True
+        if self.config.address:
+            self._check_size()
         return self
+
+    def _check_size(self) -> None:
+        """Raise ClusterError where the whole cluster is too small, before anything starts on it."""
+        needed, there = self.slots + self.host_processes, ray.cluster_resources().get("CPU", 0)
+        if there < needed:
+            ray.shutdown()
+            raise ClusterError(
+                f"the placement needs {self.slots} slots and {self.host_processes} host processes, a CPU each, and the "
+                f"cluster at {self.config.address} has {there:g} CPU in all; use fewer slots (placement.pools.*.slots, "
+                f"placement.host_processes), or add nodes first"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
