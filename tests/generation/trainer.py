@@ -44,6 +44,12 @@ def _context(device: str) -> WorkerContext:
     return WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device=device, seed=0)
 
 
+def close_trainer() -> None:
+    """From now on these ranks only generate."""
+    global _trainer
+    _trainer = None
+
+
 def step() -> None:
     """One optimizer step; every rank gives the same rows, which is a batch of them twice where rows are split."""
     _trainer.step(make_batch(), TokenLoss())
