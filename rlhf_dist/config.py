@@ -78,6 +78,8 @@ class EngineConfig:
     """Tokens whose logits exist at one time."""
     packing: bool = True
     """Rows lie one after the other without padding. False pads every row to the longest, to compare."""
+    share_prompts: bool = True
+    """Rows of one forward pass that have the same prompt compute it once (not with `sequence_parallel`)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
     compile: bool = False
@@ -85,7 +87,9 @@ class EngineConfig:
     offload: str = "none"
     """What stays in host memory between uses, on a GPU: `none`, `optimizer` (deepspeed) or `all`."""
     zero_stage: int = 3
-    """DeepSpeed: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    """What is sharded: 1 optimizer states (deepspeed), 2 also gradients, 3 also parameters.
+
+    With fsdp, 2 keeps parameters gathered from the forward to the backward pass; between steps they are sharded."""
     sequence_parallel: int = 1
     """Ranks that share the tokens of one pack (Ulysses; fsdp). Must divide attention and key-value heads."""
     tensor_parallel: int = 1
@@ -124,7 +128,12 @@ class RolloutConfig:
     """Largest mean |pi_train / pi_rollout - 1| over a step's tokens where both hold the same weights; more is an
     error. 0: 0.01 in float32, 0.5 in bfloat16."""
     bucket_bytes: int = 64 << 20
-    """Most bytes of full parameters gathered at one time in a weight sync."""
+    """Most bytes of weights on their way at one time in a weight sync, per rank."""
+    sleeps: bool = True
+    """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
+    canary_tolerance: float = 0.0
+    """After each weight sync compare the log-probs of a few tokens with the trainer's, and fail above this; measured:
+    5e-7 in float32, outliers of 0.5 in bfloat16. 0: no canary."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
@@ -11,10 +12,10 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
-from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
+from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
-from workers.reshard.apart import Sender
 from workers.reshard.colocated import ColocatedSync
+from workers.reshard.separate import TrainingEnd
 from workers.rollout import RolloutWorker, sync_metrics
 from workers.trained_role import NOTHING, TrainedRole
 
@@ -54,6 +55,7 @@ class ActorWorker(TrainedRole):
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt."""
         assert self.generation is not None, "the recipe was planned without generation in this pool"
+        self.sync.turn("generate")
         return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
@@ -93,15 +95,20 @@ class ActorWorker(TrainedRole):
         self.moved = False
         self.generation.weights_step = call.step + 1
         metrics = sync_metrics(report)
+        if self.sync.turns is not None:
+            for phase, peak in self.sync.turns.peak_bytes.items():
+                metrics[f"peak_bytes_{phase}"] = Mean(float(peak), 1)
+                metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
-    def connect(self, meeting: Meeting) -> None:
+    def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that generate, in a pool of their own; all of both pools do."""
-        self.sender = Sender(self.engine, self.config.rollout, self.context, meeting)
+        device = torch.device(self.context.device)
+        self.end = TrainingEnd(self.engine, self.config.rollout, bridge, self.context.rank, device)
 
     def send_weights(self, batch: Batch, call: Call) -> OpResult:
         """The same move to another pool, whose ranks receive and verify meanwhile."""
-        self.sender.run(must_change=self.moved)
+        self.end.run(must_change=self.moved)
         self.moved = False
         return OpResult(columns=NOTHING)
 

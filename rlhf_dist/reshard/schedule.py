@@ -193,9 +193,3 @@ def _streams_per_rank(plan: Plan) -> Ints:
             count[sender] += 1
             count[list(plan.groups[group])] += 1
     return count
-
-
-def predicted_peak_bytes(plan: Plan, bucket_bytes: int) -> Ints:
-    """[world] most memory a sync takes beside the source shards: chunk buffers and the target shard."""
-    size = chunk_bytes(plan, bucket_bytes)
-    return np.minimum(_streams_per_rank(plan) * IN_FLIGHT * size, bucket_bytes) + plan.target.bytes_per_rank()

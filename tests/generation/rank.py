@@ -25,7 +25,7 @@ _engine: Any = None
 _folder: Path
 
 
-def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
+def open_engine(kind: str, folder: Path, device: str = "cpu", **rollout: Any) -> None:
     global _engine, _folder
     close_engine()
     if kind == "vllm":
@@ -39,7 +39,7 @@ def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
         rollout=RolloutConfig(**limits),
         rank=dist.get_rank(),
         world=dist.get_world_size(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 
@@ -164,14 +164,16 @@ class HeldWeights:
         self.version = version
         self._full = {name: tensor.detach() for name, tensor in _model(seed).named_parameters()}
 
-    def layout(self) -> Layout:
+    adapters: dict[str, Any] = {}
+
+    def layout(self, part: str = "merged") -> Layout:
         ranks = np.arange(dist.get_world_size())
         return Layout(
             len(ranks),
             {n: ParameterLayout.from_mesh(tuple(t.shape), "float32", ranks, [0]) for n, t in self._full.items()},
         )
 
-    def local_shards(self) -> dict[str, list[Tensor]]:
+    def local_shards(self, part: str = "merged") -> dict[str, list[Tensor]]:
         boxes = {name: p.boxes_of(dist.get_rank()) for name, p in self.layout().parameters.items()}
         return {n: [t[tuple(slice(*edge) for edge in box)] for box in boxes[n]] for n, t in self._full.items()}
 
@@ -200,7 +202,7 @@ def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
 
             _engine.trace = refuse
         context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
-        config = RolloutConfig(bucket_bytes=1 << 20)
+        config = RolloutConfig(bucket_bytes=1 << 20, sleeps=False)
         _colocated = ColocatedSync(HeldWeights(seed, version), _engine, config, context)
     _colocated._engine = HeldWeights(seed, version)
     report = _colocated.run(must_change=version > 1)
@@ -209,6 +211,6 @@ def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
         "fallback": _colocated.fallback,
         "version": _engine.weights_version,
         "received": report.bytes_received,
-        "planned": int(_colocated._sync.plan.moved[dist.get_rank()]) if _colocated._sync else None,
+        "planned": _colocated.pieces.planned_bytes if _colocated.pieces else None,
         "world": world,
     }

@@ -25,11 +25,24 @@ _syncs: dict[str, WeightSync] = {}
 
 
 def link(name: str, timeout_s: float = 20.0) -> Link:
-    """The link of that name over this world's store, opened on first use."""
+    """The link of that name over this world's store, opened on first use.
+
+    `shared...`: buffers that all ranks see; `cuda...`: all ranks on one GPU.
+    """
     if name not in _links:
         store = dist.distributed_c10d._get_default_store()
-        _links[name] = Link(store, name, dist.get_rank(), dist.get_world_size(), torch.device("cpu"), timeout_s)
+        rank, world, shares = dist.get_rank(), dist.get_world_size(), name.startswith("shared")
+        _links[name] = Link(store, name, rank, world, device_of(name), timeout_s, shares=shares)
     return _links[name]
+
+
+def device_of(name: str) -> torch.device:
+    return torch.device("cuda:0" if name.startswith("cuda") else "cpu")
+
+
+def moved(shards: dict[str, list[Tensor]], name: str) -> dict[str, list[Tensor]]:
+    """The shards on the device of that link."""
+    return {parameter: [shard.to(device_of(name)) for shard in held] for parameter, held in shards.items()}
 
 
 def whole(layout: Layout, version: int) -> dict[str, Tensor]:
@@ -61,23 +74,24 @@ def blank(layout: Layout, rank: int) -> dict[str, list[Tensor]]:
     return made
 
 
-def round_trips(first: int, count: int) -> list[str]:
+def round_trips(first: int, count: int, name: str = "trips") -> list[str]:
     """Train layout -> generation layout -> back, compared element for element; returns what went wrong."""
     wrong, rank = [], dist.get_rank()
     for seed in range(first, first + count):
         source, target = random_pair(random.Random(seed))
         full = whole(target, seed % 7)
         wanted = {n: t.to(getattr(torch, target.parameters[n].dtype)) for n, t in full.items()}
-        there = make_plan(source, target)
-        middle = blank(target, rank)
-        WeightSync(there, rank, BUCKET, link("trips")).run(seed, shards_of(full, source, rank), middle)
+        there, met = make_plan(source, target), link(name)
+        met.meet()
+        middle = moved(blank(target, rank), name)
+        WeightSync(there, rank, BUCKET, met).run(seed, moved(shards_of(full, source, rank), name), middle)
         back = make_plan(target, source)
-        end = blank(source, rank)
-        report = WeightSync(back, rank, BUCKET, link("trips")).run(seed, middle, end)
+        end = moved(blank(source, rank), name)
+        report = WeightSync(back, rank, BUCKET, met).run(seed, middle, end)
         for held, layout in ((middle, target), (end, source)):
-            for name, pieces in shards_of(wanted, layout, rank).items():
-                if not all(torch.equal(a, b) for a, b in zip(pieces, held[name], strict=True)):
-                    wrong.append(f"seed {seed} {name}")
+            for parameter, pieces in shards_of(wanted, layout, rank).items():
+                if not all(torch.equal(a, b.cpu()) for a, b in zip(pieces, held[parameter], strict=True)):
+                    wrong.append(f"seed {seed} {parameter}")
         if report.bytes_received != back.moved[rank]:
             wrong.append(f"seed {seed}: received {report.bytes_received}, planned {back.moved[rank]}")
     return wrong
@@ -114,7 +128,7 @@ def one_sync(name: str, version: int, *, fault: str = "", at: int = -1, timeout_
         if faulty and fault == "die inside":
             os._exit(9)
 
-    def finish() -> None:
+    def finish(agreed: int) -> None:
         if faulty and fault == "corrupt":
             theirs["layers.0.q_proj"][0][3, 4] += 1
         if faulty and fault == "swap":
@@ -123,6 +137,7 @@ def one_sync(name: str, version: int, *, fault: str = "", at: int = -1, timeout_
 
     started = time.perf_counter()
     try:
+        link(name).meet()
         report = sync.run(version, mine, theirs, prepare=prepare, finish=finish, must_change=fault == "trained nothing")
     except (SyncFailed, SyncStopped) as error:
         return {"error": type(error).__name__, "says": str(error), "seconds": time.perf_counter() - started}

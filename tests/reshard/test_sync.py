@@ -10,6 +10,8 @@ import pytest
 from tests.engines.world import World
 from tests.reshard import rank
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world4() -> Iterator[World]:
@@ -18,9 +20,9 @@ def world4() -> Iterator[World]:
     world.close()
 
 
-@pytest.mark.parametrize("first", range(0, 240, 60))
-def test_round_trips_give_every_element_back(world4: World, first: int) -> None:
-    assert world4.run(rank.round_trips, first, 60) == [[], [], [], []]
+@pytest.mark.parametrize(("first", "link"), [(0, "sockets"), (60, "sockets"), (120, "sockets"), (180, "shared")])
+def test_round_trips_give_every_element_back(world4: World, first: int, link: str) -> None:
+    assert world4.run(rank.round_trips, first, 60, link) == [[], [], [], []]
 
 
 def sync(world: World, name: str, version: int, fault: str = "", at: int = -1, timeout_s: float = 20.0) -> list[Any]:
@@ -36,9 +38,10 @@ def assert_works(world: World, name: str, version: int, timeout_s: float = 20.0)
         assert answer["equal"] and answer["received"] == answer["planned"]
 
 
-def test_a_sync_again_and_again(world4: World) -> None:
+@pytest.mark.parametrize("link", ["sockets again", "shared again"])
+def test_a_sync_again_and_again(world4: World, link: str) -> None:
     for version in range(3):
-        assert_works(world4, "again", version)
+        assert_works(world4, link, version)
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "swap"])
@@ -71,20 +74,25 @@ def test_an_error_inside_ends_the_sync_on_all_ranks_at_once(world4: World) -> No
     assert_works(world4, "error", 1)
 
 
-@pytest.mark.parametrize("fault", ["stall before", "stall inside"])
-def test_a_rank_that_stalls_is_named_within_the_time_out_and_a_retry_succeeds(world4: World, fault: str) -> None:
-    answers = sync(world4, fault, 1, fault, at=1, timeout_s=3.0)
+@pytest.mark.parametrize(
+    ("fault", "name"), [("stall before", "before"), ("stall inside", "inside"), ("stall inside", "shared inside")]
+)
+def test_a_rank_that_stalls_is_named_within_the_time_out_and_a_retry_succeeds(
+    world4: World, fault: str, name: str
+) -> None:
+    answers = sync(world4, name, 1, fault, at=1, timeout_s=3.0)
     for k in (0, 2, 3):
         assert answers[k]["error"] == "SyncStopped" and answers[k]["seconds"] < 4.5
     assert "error" in answers[1]  # it comes back to find the others gone
     if fault == "stall inside":
         says = answers[0]["says"]
-        assert "phase 'exchange'" in says and "rank 0 waiting for rank 1" in says and "parameters layers.0" in says
+        what = "handles of shared buffers" if name == "shared inside" else "parameters layers.0"
+        assert "phase 'exchange'" in says and "rank 0 waiting for rank 1" in says and what in says
     else:
         assert (
             "phase 'meet'" in answers[0]["says"] and "waiting for rank 1: not there within 3.0 s" in answers[0]["says"]
         )
-    retried = sync(world4, fault, 1, timeout_s=3.0)
+    retried = sync(world4, name, 1, timeout_s=3.0)
     assert all(answer.get("equal") for answer in retried), retried
 
 

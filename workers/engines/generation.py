@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -34,8 +34,12 @@ from rlhf_dist.sampling import Sampling
 
 Bucket: TypeAlias = list[tuple[str, Tensor]]
 """Some full parameters under their Hugging Face names, in the rollout dtype."""
-ShardSync: TypeAlias = Callable[[Shards, Callable[[], None], Callable[[], None]], object]
-"""(target shards, prepare, finish): calls `prepare`, fills the shards, calls `finish`, and verifies on all ranks."""
+SleepPart = Literal["weights", "cache"]
+"""What a generation engine holds on its device."""
+BOTH: tuple[SleepPart, ...] = ("weights", "cache")
+ShardSync: TypeAlias = Callable[[Shards, Callable[[], None], Callable[[int], None]], int]
+"""(target shards, prepare, finish) -> version: calls `prepare`, fills the shards, calls `finish(version)`, and
+verifies on all ranks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +132,23 @@ class GenerationEngine(Protocol):
         """
         ...
 
-    def receive_shards(self, version: int, sync: ShardSync) -> None:
-        """Let `sync` write `version` into the boxes that the last `trace` named, and verify it.
+    def receive_shards(self, sync: ShardSync) -> None:
+        """Let `sync` write a version into the boxes that the last `trace` named, and verify it.
 
         Raises what `sync` raises; the engine then refuses to generate until a later call succeeds.
         """
         ...
 
-    def sleep(self) -> None:
-        """Give the device memory back for training (nothing to do on a CPU)."""
+    def refuse(self, reason: str) -> None:
+        """Generate nothing until a sync completes: the weights held are stale, or not what was trained."""
         ...
 
-    def wake(self) -> None:
-        """Take it again; the weights held before sleep() are held after wake()."""
+    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
+        """Give the device memory back for training (nothing to do on a CPU); the cache never stays without weights."""
+        ...
+
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
+        """Take it again; the weights held before sleep() are held after wake(). A sync needs the weights only."""
         ...
 
     def close(self) -> None:
@@ -200,7 +208,7 @@ class SyncedEngine(ABC):
         if version < 0:
             raise ValueError(f"version must be >= 0, got {version}")
         started = perf_counter()
-        self._version, self._refusal = -1, f"the sync of version {version} did not complete"
+        self.refuse(f"the sync of version {version} did not complete")
         arrivals = Arrivals(version, expected, self._dtype)
         failure: Exception | None = None
         try:
@@ -226,13 +234,14 @@ class SyncedEngine(ABC):
         self._version = version
         return SyncReport(arrivals.count, arrivals.bytes, perf_counter() - started)
 
-    def receive_shards(self, version: int, sync: ShardSync) -> None:
+    def receive_shards(self, sync: ShardSync) -> None:
         """See GenerationEngine."""
-        if version < 0:
-            raise ValueError(f"version must be >= 0, got {version}")
-        self._version, self._refusal = -1, f"the sync of version {version} did not complete"
-        sync(self._target_shards(), self._begin_shards, lambda: self._finish_shards(version))
-        self._version = version
+        self.refuse("the last weight sync did not complete")
+        self._version = sync(self._target_shards(), self._begin_shards, self._finish_shards)
+
+    def refuse(self, reason: str) -> None:
+        """See GenerationEngine."""
+        self._version, self._refusal = -1, reason
 
     def _attempt(self, arrivals: Arrivals, bucket: Bucket) -> Exception | None:
         try:

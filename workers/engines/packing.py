@@ -4,6 +4,7 @@ rows       prompt p p p | response r r        prompt p | response r r r
 input_ids  p p p r r p r r r                  one row of N tokens, no padding
 before     . . ^ ^ . ^ ^ ^ .                  token j of a response is predicted from the position before it
 padded     p p p r r p r r r .                every row as long as the longest: what packing saves, kept to compare
+shared     p p p r r r r r                    rows of one prompt: the prompt once, each response sees it and itself
 
 With sequence parallelism a rank has a piece of the N tokens, and the outputs at its own positions.
 """
@@ -53,54 +54,106 @@ class Packed:
     """Tokens of the pack that are no row's."""
 
 
-def pack(batch: Batch, device: torch.device, *, pad_to: int = 0, split: TokenSplit = WHOLE) -> Packed:
+def pack(
+    batch: Batch, device: torch.device, *, pad_to: int = 0, share_prompts: bool = False, split: TokenSplit = WHOLE
+) -> Packed:
     """All rows of `batch` as one pass; rows should come in order of length (`micro_batches` sees to it).
 
-    `pad_to`: length that every row is padded to; 0 for no padding. Raises ValueError for a row without a
-    prompt: its first token would have nothing to be predicted from.
+    `pad_to`: length that every row is padded to; 0 for no padding. `share_prompts`: equal prompts go through the
+    model once. Raises ValueError for a row without a prompt: its first token would have nothing to be predicted from.
     """
     prompts, responses = batch["prompt_ids"], batch["response_ids"]
-    prompt_lengths, response_lengths = prompts.lengths, responses.lengths
-    if np.any(prompt_lengths < 1):
-        raise ValueError(f"every prompt must have at least one token, row {int(np.argmin(prompt_lengths))} has none")
-    tokens = prompt_lengths + response_lengths
-    lengths = np.maximum(tokens, pad_to)
-    if int(lengths.sum()) % split.sequence:
-        # Equal pieces: a sequence that nobody reads fills the last one.
-        lengths = np.append(lengths, split.sequence - int(lengths.sum()) % split.sequence)
-    starts = np.cumsum(lengths) - lengths
-    of_rows = starts[: batch.num_rows]
-    ids = np.zeros(int(lengths.sum()), dtype=np.int64)
-    ids[_within(of_rows, prompt_lengths)] = prompts.values
-    response_at = _within(of_rows + prompt_lengths, response_lengths)
-    ids[response_at] = responses.values
-    piece = len(ids) // split.sequence
+    if np.any(prompts.lengths < 1):
+        raise ValueError(f"every prompt must have at least one token, row {int(np.argmin(prompts.lengths))} has none")
+    places = _shared_places(batch) if share_prompts else _places(batch, pad_to, split.sequence)
+    total = sum(length for length, _ in places.sequences)
+    ids, positions = np.zeros((2, total), dtype=np.int64)
+    prompt_at = _within(places.prompts, prompts.lengths)
+    response_at = _within(places.responses, responses.lengths)
+    ids[prompt_at], ids[response_at] = prompts.values, responses.values
+    positions[prompt_at] = _within(np.zeros_like(prompts.lengths), prompts.lengths)
+    positions[response_at] = _within(prompts.lengths, responses.lengths)
+    last_of_prompt = places.prompts + prompts.lengths - 1
+    before = response_at - 1
+    firsts = (np.cumsum(responses.lengths) - responses.lengths)[responses.lengths > 0]
+    before[firsts] = last_of_prompt[responses.lengths > 0]
+    last = np.where(responses.lengths > 0, places.responses + responses.lengths - 1, last_of_prompt)
+    piece = total // split.sequence
     first = split.rank // split.tensor * piece
-    before, token_counts = _share(response_at - 1, piece, split)
-    last, row_counts = _share(of_rows + tokens - 1, piece, split)
+    tokens, token_counts = _share(before, piece, split)
+    rows, row_counts = _share(last, piece, split)
 
     def move(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     return Packed(
         input_ids=move(ids[first : first + piece]).unsqueeze(0),
-        position_ids=move(_within(np.zeros_like(lengths), lengths)[first : first + piece]).unsqueeze(0),
-        packing=Packing.of(lengths.tolist(), device, split.sequence_group),
-        before_token=move(before - first),
-        targets=move(ids[before + 1]),
-        last_token=move(last - first),
+        position_ids=move(positions[first : first + piece]).unsqueeze(0),
+        packing=Packing.of(places.sequences, device, split.sequence_group),
+        before_token=move(before[tokens] - first),
+        targets=move(responses.values[tokens].astype(np.int64)),
+        last_token=move(last[rows] - first),
         split=split,
         token_counts=token_counts,
         row_counts=row_counts,
-        padding=len(ids) - int(tokens.sum()),
+        padding=places.padding,
     )
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where each row's prompt and response start, the sequences of the pack, and its tokens that are no row's."""
+
+    prompts: IntArray
+    responses: IntArray
+    sequences: list[tuple[int, tuple[int, int]]]
+    padding: int = 0
+
+
+def _places(batch: Batch, pad_to: int, pieces: int) -> _Places:
+    """Each row by itself, padded to `pad_to`; a number of tokens that `pieces` divides."""
+    prompt_lengths = batch["prompt_ids"].lengths
+    tokens = prompt_lengths + batch["response_ids"].lengths
+    lengths = np.maximum(tokens, pad_to)
+    starts = np.cumsum(lengths) - lengths
+    sequences = [(int(length), (0, 0)) for length in lengths]
+    left = -int(lengths.sum()) % pieces
+    if left:  # equal pieces: a sequence that nobody reads fills the last one
+        sequences.append((left, (0, 0)))
+    return _Places(starts, starts + prompt_lengths, sequences, int((lengths - tokens).sum()) + left)
+
+
+def _shared_places(batch: Batch) -> _Places:
+    """Rows with a prompt of their own first; then each other prompt with its responses behind it."""
+    rows_with: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(batch["prompt_ids"].rows()):
+        rows_with.setdefault(prompt.tobytes(), []).append(row)
+    prompts, responses = np.zeros((2, batch.num_rows), dtype=np.int64)
+    prompt_lengths, response_lengths = batch["prompt_ids"].lengths.tolist(), batch["response_ids"].lengths.tolist()
+    sequences: list[tuple[int, tuple[int, int]]] = []
+    at = 0
+    for rows in sorted(rows_with.values(), key=lambda rows: len(rows) > 1):
+        end = at + prompt_lengths[rows[0]]
+        prefix = (at, end) if len(rows) > 1 else (0, 0)
+        prompts[rows] = at
+        if len(rows) > 1:
+            sequences.append((end - at, (0, 0)))
+        for row in rows:
+            responses[row] = end
+            begin, end = end, end + response_lengths[row]
+            if len(rows) == 1:
+                sequences.append((end - at, (0, 0)))
+            elif end > begin:
+                sequences.append((end - begin, prefix))
+        at = end
+    return _Places(prompts, responses, sequences)
+
+
 def _share(positions: IntArray, piece: int, split: TokenSplit) -> tuple[IntArray, tuple[int, ...]]:
-    """This rank's part of ascending positions, and every rank's count: by piece of the tokens, then in even parts."""
+    """Which of the positions are this rank's, and every rank's count: by piece of the tokens, then in even parts."""
     parts: list[IntArray] = []
     for rank in range(split.sequence):
-        inside = positions[(positions >= rank * piece) & (positions < (rank + 1) * piece)]
+        inside = np.flatnonzero((positions >= rank * piece) & (positions < (rank + 1) * piece))
         parts += np.array_split(inside, split.tensor)
     return parts[split.rank], tuple(len(part) for part in parts)
 

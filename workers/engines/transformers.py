@@ -21,8 +21,10 @@ from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation import (
+    BOTH,
     Bucket,
     Response,
+    SleepPart,
     SyncedEngine,
     Untraceable,
     WeightSyncError,
@@ -93,24 +95,26 @@ class TransformersEngine(SyncedEngine):
                 responses[row] = continued(one, rest)
         return responses
 
-    def sleep(self) -> None:
-        """See GenerationEngine. On CUDA the weights move to host memory."""
-        model = self._running("sleep")
-        if self._device.type == "cuda":
-            model.to("cpu")
-            torch.cuda.empty_cache()
-        self._asleep = True
+    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
+        """See GenerationEngine. On CUDA the weights move to host memory; the cache lives inside `generate` only."""
+        assert self._model is not None, "sleep() after close()"
+        if "weights" in parts:
+            if self._device.type == "cuda":
+                self._model.to("cpu")
+                torch.cuda.empty_cache()
+            self._asleep = True
 
-    def wake(self) -> None:
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine."""
         assert self._model is not None, "wake() after close()"
-        self._model.to(self._device)
-        self._asleep = False
+        if "weights" in parts:
+            self._model.to(self._device)
+            self._asleep = False
 
     def close(self) -> None:
         """See GenerationEngine."""
         self._model = None
-        self._version, self._refusal = -1, "the engine is closed"
+        self.refuse("the engine is closed")
         gc.collect()
 
     def _running(self, call: str) -> PreTrainedModel:

@@ -32,8 +32,10 @@ from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation import (
+    BOTH,
     Bucket,
     Response,
+    SleepPart,
     SyncedEngine,
     WeightSyncError,
     check_request,
@@ -65,6 +67,8 @@ _MAX_REQUESTS = 1024
 _MAX_BATCHED_TOKENS = 8192
 """Prompt tokens in one scheduler step."""
 _NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
+_TAGS: dict[SleepPart, str] = {"weights": "weights", "cache": "kv_cache"}
+"""What vLLM calls the parts that sleep."""
 _CPU_BLOCK_TOKENS = 32
 """KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
 
@@ -94,7 +98,7 @@ class VllmEngine(SyncedEngine):
         self._rollout = rollout
         self._end_tokens = end_token_ids(model_path)
         self._request_ids = count()
-        self._asleep = False
+        self._asleep: set[SleepPart] = set()
         self._sleeps = device.type == "cuda"
         self._tracing: vllm_trace.Tracing | None = None
         name = _shared_name()
@@ -170,19 +174,26 @@ class VllmEngine(SyncedEngine):
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel_state.get_tp_group().cpu_group)
         return bool(flag)
 
-    def sleep(self) -> None:
+    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine. On CUDA weights move to host memory and the KV cache is dropped."""
-        engine = self._running("sleep")
+        assert self._engine is not None, "sleep() after close()"
+        awake = set(BOTH) - self._asleep
+        if not awake & set(parts):
+            return
         if self._sleeps:
-            engine.sleep(level=1)
-        self._asleep = True
+            # vLLM puts everything to sleep at once, and wakes it part by part.
+            if self._asleep:
+                self._engine.wake_up([_TAGS[part] for part in self._asleep])
+            self._engine.sleep(level=1)
+        self._asleep = set(BOTH)
+        self.wake([part for part in BOTH if part in awake - set(parts)])
 
-    def wake(self) -> None:
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine."""
         assert self._engine is not None, "wake() after close()"
-        if self._sleeps and self._asleep:
-            self._engine.wake_up()
-        self._asleep = False
+        if self._sleeps and (asleep := [_TAGS[part] for part in parts if part in self._asleep]):
+            self._engine.wake_up(asleep)
+        self._asleep -= set(parts)
 
     def close(self) -> None:
         """See GenerationEngine."""
@@ -193,7 +204,7 @@ class VllmEngine(SyncedEngine):
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         gc.unfreeze()
-        self._version, self._refusal = -1, "the engine is closed"
+        self.refuse("the engine is closed")
         del core, self._model
         self._engine = None
         parallel_state.destroy_model_parallel()
@@ -205,7 +216,7 @@ class VllmEngine(SyncedEngine):
     def _running(self, call: str) -> LLMEngine:
         if self._engine is None:
             raise RuntimeError(f"{call}() needs an open engine, this one is closed; construct another")
-        if self._asleep:
+        if self._asleep & (set(BOTH) if call == "generate" else {"weights"}):
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._engine
 

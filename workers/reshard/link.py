@@ -12,16 +12,20 @@ often each of them has tried.
 
 from __future__ import annotations
 
-import socket
+import os
+import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+
+from workers.reshard.shared import device_identity
 
 T = TypeVar("T")
 
@@ -54,18 +58,20 @@ class Link:
         world: int,
         device: torch.device,
         timeout_s: float,
-        *,
-        reaches: str | None = None,
+        host: str | None = None,
+        shares: bool = False,
     ) -> None:
         """Opens nothing yet: the first `meet` does. `timeout_s` bounds a whole sync. All ranks give the same
-        name, which no link over this store has had before. reaches: the address of one of the ranks, where
-        they are on several machines and the default process group may be bound to the loopback of one."""
+        name, which no link over this store has had before. host: this machine's address, as the other ranks reach
+        it; None: what GLOO_SOCKET_IFNAME or the host name say. shares: ranks on one
+        machine see each other's buffers (CPU); those on one GPU always do."""
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}; it is what one sync may take")
         self.rank, self.world, self.device = rank, world, device
         self._store = dist.PrefixStore(f"reshard/{name}", store)
-        self._timeout_s = timeout_s
-        self._reaches = reaches
+        self._timeout_s, self._host = timeout_s, host
+        self._identity = device_identity(device) if shares or device.type == "cuda" else ""
+        self._identities: list[str] = []
         self._deadline = 0.0
         self._epoch = -1
         self._group: dist.ProcessGroup | None = None
@@ -91,12 +97,32 @@ class Link:
                 self._group = self._open(dist.PrefixStore(f"{self._epoch}/group", self._store))
             except RuntimeError as error:
                 raise SyncStopped("connect", self.rank, self._others(), "", _first_line(error)) from error
+            self._identities = self.all_gather_object(self._identity)
+
+    def shares_with(self, peer: int) -> bool:
+        """Whether a peer sees this rank's buffers."""
+        return bool(self._identity) and self._identities[peer] == self._identity
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank still has its connections; a failure drops them until the next `meet`."""
+        return self._group is not None
 
     def shut(self) -> None:
         """Drop the connections; peers waiting for this rank learn of it at once."""
         group, self._group = self._group, None
         if group is not None:
             group.abort()
+
+    @contextmanager
+    def kept_while(self, phase: str) -> Iterator[None]:
+        """Name what happens inside; an exception in it drops the connections, so that peers learn of it at once."""
+        self.phase = phase
+        try:
+            yield
+        except Exception:
+            self.shut()
+            raise
 
     def send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:
         """Start sending; the tensor must stay as it is until `wait`."""
@@ -121,6 +147,25 @@ class Link:
         out = [torch.empty_like(mine) for _ in range(self.world)]
         self._collect(lambda group, options: group.allgather([out], [mine], options), AllgatherOptions())
         return [tensor.tolist() for tensor in out]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, by rank; for what is small."""
+        data = pickle.dumps(value)
+        sizes = [size for [size] in self.all_gather([len(data)])]
+        mine = torch.frombuffer(bytearray(data.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+        out = [torch.empty_like(mine) for _ in range(self.world)]
+        self._collect(lambda group, options: group.allgather([out], [mine], options), AllgatherOptions())
+        return [pickle.loads(tensor.numpy().tobytes()[:size]) for tensor, size in zip(out, sizes, strict=True)]
+
+    def broadcast_object(self, value: Any, sender: int) -> Any:
+        """One rank's picklable value on every rank; what the others give is not looked at."""
+        data = pickle.dumps(value) if self.rank == sender else b""
+        size = self.all_gather([len(data)])[sender][0]
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(size, dtype=torch.uint8)
+        options = BroadcastOptions()
+        options.rootRank = sender
+        self._collect(lambda group, options: group.broadcast([flat], options), options)
+        return pickle.loads(flat.numpy().tobytes())
 
     def _collect(self, start: Callable[[dist.ProcessGroup, object], dist.Work], options: object) -> None:
         def run(group: dist.ProcessGroup) -> None:
@@ -160,14 +205,8 @@ class Link:
         """A group that no other code knows: gloo for host memory, and NCCL beside it for a CUDA device."""
         timeout = timedelta(seconds=self._left())
         group = dist.ProcessGroup(store, self.rank, self.world)
-        gloo_options = dist.ProcessGroupGloo._Options()
-        gloo_options._timeout = timeout
-        gloo_options._devices = [
-            dist.ProcessGroupGloo.create_device(hostname=own_address(self._reaches))
-            if self._reaches
-            else dist.ProcessGroupGloo.create_default_device()
-        ]
-        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.world, gloo_options)
+        tcp = self._gloo_options(timeout)
+        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.world, tcp)
         kind = dist.ProcessGroup.BackendType
         group._register_backend(torch.device("cpu"), kind.GLOO, gloo)
         group._set_default_backend(kind.GLOO)
@@ -178,12 +217,17 @@ class Link:
             group._register_backend(torch.device("cuda"), kind.NCCL, nccl)
         return group
 
-
-def own_address(other: str) -> str:
-    """The address of this machine's interface that reaches `other`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))  # a datagram socket sends nothing here, it only chooses the interface
-        return str(probe.getsockname()[0])
+    def _gloo_options(self, timeout: timedelta) -> Any:
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timeout
+        create, interface = dist.ProcessGroupGloo.create_device, os.environ.get("GLOO_SOCKET_IFNAME")
+        if self._host:
+            options._devices = [create(hostname=self._host)]
+        elif interface:
+            options._devices = [create(interface=interface)]
+        else:
+            options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        return options
 
 
 def _first_line(error: Exception) -> str:

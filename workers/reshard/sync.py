@@ -1,8 +1,9 @@
 """One verified weight sync, as every rank that sends or receives goes through it.
 
-    meet      all ranks there, connections open                                  (link.py)
-    agree     one version, one plan, nobody failed so far, and versions moved on
+    meet      all ranks there, connections open                                  (link.py, by the caller)
+    agree     one version, one plan
     expect    each source rank adds up the checksum of what it holds of every target box; one all-reduce
+              (the same sums as last time on every rank, where that may be: nothing to move)
     exchange  chunks                                                             (exchange.py)
     verify    each target rank checksums what it now holds, against what is expected
     commit    all ranks succeeded, or all raise
@@ -46,6 +47,15 @@ class SyncReport:
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+def check_changed(version: int, last: object, now: object) -> None:
+    """Raise SyncFailed if a trained version has the checksums of the last sync (None: there was none)."""
+    if last == now:
+        raise SyncFailed(
+            f"version {version} was trained since the last sync and must differ from it in some weight, got the same "
+            "bits in all; does the trainer hand out stale shards, or is the learning rate too small for rollout.dtype?"
+        )
+
+
 @dataclass
 class WeightSync:
     """The part of one rank in all syncs of one plan. Every rank calls `run` alike; see the module's picture."""
@@ -57,36 +67,39 @@ class WeightSync:
     """None: one rank alone."""
 
     def __post_init__(self) -> None:
+        digests = int(self.plan.source.digest[:15], 16) ^ int(self.plan.target.digest[:15], 16)
+        self._digest = digests ^ self.bucket_bytes
         self._schedule: RankSchedule = schedule(self.plan, self.rank, self.bucket_bytes)
         self._boxes = _TargetBoxes(self.plan, self.rank)
         self._last: tuple[int, torch.Tensor] | None = None
 
     def run(
         self,
-        version: int,
+        version: int | None,
         source: Shards,
         target: Shards,
         *,
         prepare: Callable[[], None] | None = None,
-        finish: Callable[[], None] | None = None,
+        finish: Callable[[int], None] | None = None,
         must_change: bool = False,
+        skip_unchanged: bool = False,
     ) -> SyncReport:
-        """Move `version` of the source into the target, verified.
+        """Move `version` of the source into the target, verified; the link has met. version None: what the others say.
 
         source, target: this rank's shards ({} on a rank without). prepare: called before the first element is
-        written. finish: called after the last, before the checksums are taken: makes the target ready to run.
-        must_change: some weight was trained since the last sync, so equal bits are an error.
-        Raises SyncFailed or SyncStopped, whatever failed and wherever.
+        written. finish(version): called after the last, before the checksums are taken: makes the target ready to
+        run. must_change: some weight was trained since the last sync, so equal bits are an error. skip_unchanged: equal
+        bits need not move again. Raises SyncFailed or SyncStopped, whatever failed and wherever.
         """
         clock = _Clock()
         try:
-            if self.link:
-                self.link.meet()
-                clock.lap("meet")
-                self._agree(version)
-                clock.lap("agree")
+            version, comparable = self._agree(version)
+            clock.lap("agree")
             expected = self._expect(source)
             clock.lap("expect")
+            if skip_unchanged and comparable and self._last and torch.equal(self._last[1], expected):
+                self._last = (version, expected)
+                return SyncReport(version, 0, 0, clock.total, clock.laps)
             if prepare:
                 prepare()
             received = exchange(self._schedule, source, target, self.link)
@@ -101,11 +114,11 @@ class WeightSync:
         failure: Exception | None = None
         try:
             if finish:
-                finish()
+                finish(version)
                 clock.lap("finish")
             self._verify(version, expected, target)
-            if must_change:
-                self._check_changed(version, expected)
+            if must_change and self._last:
+                check_changed(version, self._last[1].tolist(), expected.tolist())
             clock.lap("verify")
         except Exception as error:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
             failure = error
@@ -114,16 +127,20 @@ class WeightSync:
         self._last = (version, expected)
         return SyncReport(version, len(self.plan.transfers), received, clock.total, clock.laps)
 
-    def _agree(self, version: int) -> None:
+    def _agree(self, version: int | None) -> tuple[int, bool]:
+        """The version of all ranks, and whether all of them remember the same last sync."""
         if not self.link:
-            return
+            assert version is not None, "a rank alone knows what it syncs"
+            return version, True
         self.link.phase = "agree"
-        digest = int(self.plan.source.digest[:15], 16) ^ int(self.plan.target.digest[:15], 16)
-        told = self.link.all_gather([version, digest, self.bucket_bytes])
-        for k, what in enumerate(("version", "plan", "bucket size")):
-            if len({values[k] for values in told}) > 1:
-                each = ", ".join(f"rank {rank}: {values[k]}" for rank, values in enumerate(told))
-                raise SyncFailed(f"all ranks must sync one {what}, got {each}")
+        last = -1 if self._last is None else hash(tuple(self._last[1].tolist())) & (1 << 62) - 1
+        told = self.link.all_gather([-1 if version is None else version, self._digest, last])
+        versions = {rank: values[0] for rank, values in enumerate(told) if values[0] >= 0}
+        for what, given in (("version", versions), ("plan", {rank: values[1] for rank, values in enumerate(told)})):
+            if len(set(given.values())) != 1:
+                each = ", ".join(f"rank {rank}: {value}" for rank, value in given.items())
+                raise SyncFailed(f"all ranks must sync one {what}, got {each or 'none'}")
+        return versions[min(versions)], last >= 0 and len({values[2] for values in told}) == 1
 
     def _expect(self, source: Shards) -> torch.Tensor:
         """[parameter boxes] int64 checksums of every distinct target box, from the ranks that hold its parts."""
@@ -142,14 +159,6 @@ class WeightSync:
             raise SyncFailed(
                 f"version {version}: checksums of what arrived must equal the sender's, on rank {self.rank} "
                 f"{len(wrong)} parameters differ: {few}"
-            )
-
-    def _check_changed(self, version: int, expected: torch.Tensor) -> None:
-        if self._last and torch.equal(self._last[1], expected):
-            raise SyncFailed(
-                f"version {version} was trained since version {self._last[0]} and must differ from it in some weight, "
-                "got the same bits in all; does the trainer hand out stale shards, or is the learning rate too small "
-                "for rollout.dtype?"
             )
 
     def _commit(self, version: int, failure: Exception | None) -> None:
