@@ -47,9 +47,15 @@ class Session:
     states: dict[str, State]
 
     def runner(
-        self, dataflow: Dataflow | None, numbers: Mapping[str, Mapping[str, float]], **sources: str
+        self,
+        dataflow: Dataflow | None,
+        numbers: Mapping[str, Mapping[str, float]],
+        *,
+        beside: bool = False,
+        **sources: str,
     ) -> RayRunner:
-        """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ."""
+        """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
+        beside: see RayRunner."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -64,10 +70,11 @@ class Session:
             numbers=numbers,
             source_kwargs={**default, **rows},
             interrupts=run.placement.interrupt,
+            beside=beside,
         )
 
-    def call_role(self, role: str, op: str, step: int, **kwargs: Any) -> dict[str, float]:
-        """Run `op` on every rank of a role, without rows; returns its metrics."""
+    def call_role(self, role: str, op: str, step: int, *, beside: bool = False, **kwargs: Any) -> dict[str, float]:
+        """Run `op` on every rank of a role, without rows; returns its metrics. beside: see RayRunner."""
         node = Node(
             name=f"{role}.{op}",
             role=role,
@@ -76,7 +83,7 @@ class Session:
             kwargs=kwargs,
             spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
         )
-        return self.runner(None, {}).run_node(node, step).metrics
+        return self.runner(None, {}, beside=beside).run_node(node, step).metrics
 
     def sync(self, steps_done: int) -> list[Finished]:
         """Give every role that generates the weights it has trained in `steps_done` steps."""
