@@ -1,0 +1,60 @@
+"""Seconds of moving the actor's weights from its training layout to its generation layout.
+
+In the same pool a GPU lacks what its training shard does not hold of its generation shard. With ranks paired as in
+HybridFlow (section 5, equation for HybridFlow: the training shard lies inside the generation shard) that is
+M/(t_g p_g) - M/(t p x sharding): nothing is moved twice. Between pools every replica of the target is fed once over
+the network, and copies inside a node travel over its links.
+"""
+
+from __future__ import annotations
+
+from rlhf_dist.planner.latency import Machine, NodeCost
+from rlhf_dist.planner.memory import WEIGHT_BYTES
+from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.planner.strategy import Generation, Strategy
+
+BUCKET_BYTES = float(1 << 30)
+"""Full parameters in flight at one time."""
+
+
+def received_bytes(model: ModelSpec, source: Strategy, target: Generation, *, same_pool: bool = True) -> float:
+    """Bytes one GPU of the target must receive: its shard, less what it holds already."""
+    size = WEIGHT_BYTES * model.parameters
+    shard = size / (target.tp * target.pp)
+    if not same_pool:
+        return shard
+    held = size / (source.tp * source.pp) / (source.dp * source.sp if source.zero == 3 else 1)
+    return max(0.0, shard - held)
+
+
+def reshard_cost(
+    model: ModelSpec, source: Strategy, target: Generation, machine: Machine, *, same_pool: bool = True
+) -> NodeCost:
+    """Seconds of a weight sync, in the same pool or between two."""
+    fabric, node = machine.fabric, machine.cluster.gpus_per_node
+    size = WEIGHT_BYTES * model.parameters
+    missing = received_bytes(model, source, target, same_pool=same_pool)
+    inside = missing / fabric.link
+    between = 0.0
+    if not same_pool:
+        # A node takes in the model once (or the part its GPUs need), whichever side has fewer cards sets the pace.
+        nodes = min(max(1, source.gpus // node), max(1, target.gpus // node))
+        wanted = size * min(1.0, node / (target.tp * target.pp))
+        senders = min(source.gpus, node) / node * max(1, source.gpus // node)
+        total = wanted * max(1, target.gpus // node)
+        between = max(wanted / (fabric.network * min(1.0, target.gpus / node)), size / (fabric.network * senders))
+        del nodes, total
+    elif source.gpus > node:
+        # What one node holds of the training shards: all of it unless they are spread over nodes.
+        spread = source.tp * source.pp * (source.dp * source.sp if source.zero == 3 else 1)
+        there = min(1.0, node / spread)
+        wanted = min(1.0, node / (target.tp * target.pp))
+        between = size * max(0.0, wanted - there) / fabric.network
+    install = 2.0 * size / (target.tp * target.pp) / machine.cluster.gpu.hbm_bytes_per_s
+    parts = {
+        "transfer": max(inside, between),
+        "install": install,
+        "call": machine.efficiency.call_s,
+    }
+    memory = {"weights": size / (target.tp * target.pp), "bucket": min(BUCKET_BYTES, size)}
+    return NodeCost(sum(parts.values()), parts, memory, f"{missing / 1e9:.2f} GB to each GPU")

@@ -1,0 +1,151 @@
+"""What every node of a traced graph computes: which model, on how many rows, in how many updates.
+
+Any recipe works: nothing here knows PPO. A node that makes several rows of each and reads `ROLE.rollout`
+generates; one that writes weights trains; one of a role with a model that does neither is inference; the
+rest runs on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rlhf_dist.dataflow.graph import Dataflow, Edge, Node
+from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.planner.workload import Workload
+from rlhf_dist.typed import ConfigError, unknown
+
+Phase = Literal["train", "infer", "generate", "reshard", "host"]
+VALUE_ROLES = ("Critic", "Reward", "RewardModel")
+"""Interfaces with one output instead of a vocabulary."""
+RULES = ("rule", "none", "function")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeWork:
+    """One node of a step."""
+
+    name: str
+    phase: Phase
+    role: str
+    """Role whose model it runs; empty for host work."""
+    rows: int
+    prompts: int
+    """Prompts behind the rows: a prompt is prefilled once for all its samples."""
+    mini_batches: int = 1
+    epochs: int = 1
+    every: int = 1
+    """It runs once in so many steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A question to the planner, less the cluster: what is to be done and in which order."""
+
+    dataflow: Dataflow
+    models: Mapping[str, ModelSpec]
+    """Role -> shape, for roles that run a model, in the recipe's order."""
+    workload: Workload
+    nodes: tuple[NodeWork, ...]
+    """In the graph's order."""
+    staleness: int = 0
+    """Updates that the weights which generate may be behind."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles to be placed."""
+        return tuple(self.models)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Roles that learn."""
+        return frozenset(work.role for work in self.nodes if work.phase == "train")
+
+    @property
+    def generating(self) -> frozenset[str]:
+        """Roles that generate."""
+        return frozenset(work.role for work in self.nodes if work.phase == "generate")
+
+    def edges(self) -> tuple[tuple[str, str, int], ...]:
+        """(source, target, distance) of everything a node waits for."""
+        found = {(edge.source, edge.target, edge.distance + self._behind(edge)) for edge in self.dataflow.edges}
+        found |= {(batch.rows, node.name, 0) for node in self.dataflow for batch in node.inputs}
+        return tuple(sorted(found))
+
+    def _behind(self, edge: Edge) -> int:
+        if getattr(self.dataflow, "staleness", 0):
+            return 0  # The graph has it already.
+        fresh = edge.reason == "write-then-read" and str(edge.weights).endswith(".rollout")
+        return self.staleness if fresh else 0
+
+
+def make_problem(
+    dataflow: Dataflow, models: Mapping[str, ModelSpec | None], workload: Workload, staleness: int = 0
+) -> Problem:
+    """The work of every node. `models`: role -> shape, None for a role that is a rule on the host.
+
+    Raises ConfigError for a role without an entry, or one that generates or learns without a model.
+    """
+    used = [role for role in dataflow.roles if role in dataflow.used_roles]
+    sources = {node.role for node in dataflow if node.kind == "source"}
+    states = {node.role for node in dataflow if node.kind == "state"}
+    placed = [role for role in used if role not in sources | states]
+    for role in models:
+        if role not in dataflow.roles:
+            raise ConfigError(f"models: {unknown(role, placed, 'role')}")
+    for role in placed:
+        if role not in models:
+            raise ConfigError(f"models.{role} has no value and needs one; set it to a model, or to `rule` for a reward")
+    shapes: dict[str, ModelSpec] = {}
+    for role in placed:
+        shape = models[role]
+        if shape is not None:
+            shapes[role] = replace(shape, scalar_head=dataflow.roles[role] in VALUE_ROLES)
+    nodes = _nodes(dataflow, shapes, workload)
+    for work in nodes:
+        if work.phase == "host":
+            node = dataflow[work.name]
+            if node.role in placed and (node.weights_read or node.weights_written):
+                raise ConfigError(f"models.{node.role}: {work.name} runs a model, so it cannot be a rule; give one")
+    return Problem(dataflow=dataflow, models=shapes, workload=workload, nodes=nodes, staleness=staleness)
+
+
+def _nodes(dataflow: Dataflow, models: Mapping[str, ModelSpec], workload: Workload) -> tuple[NodeWork, ...]:
+    rows: dict[str, int] = {}
+    prompts: dict[str, int] = {}
+    found: list[NodeWork] = []
+    for node in dataflow:
+        before = rows.get(node.inputs[0].rows, 0) if node.inputs else 0
+        if node.kind == "source":
+            rows[node.name] = workload.prompts * (2 if "label" in node.writes else 1)
+            prompts[node.name] = rows[node.name]
+        else:
+            times = int(node.kwargs.get("n", 1)) if node.rows == "expand" else 1
+            rows[node.name] = before * times
+            prompts[node.name] = before if node.rows == "expand" else prompts.get(node.inputs[0].rows, 0) if node.inputs else 0
+        found.append(
+            NodeWork(
+                name=node.name,
+                phase=_phase(node, models),
+                role=node.role if node.role in models else "",
+                rows=rows[node.name],
+                prompts=prompts[node.name],
+                mini_batches=workload.mini_batches if "mini_batches" in node.kwargs else 1,
+                epochs=workload.epochs if "epochs" in node.kwargs else 1,
+                every=node.every,
+            )
+        )
+    return tuple(found)
+
+
+def _phase(node: Node, models: Mapping[str, ModelSpec]) -> Phase:
+    if node.role not in models:
+        return "host"
+    if node.kind == "reshard":
+        return "reshard"
+    if any(state.endswith(".train") for state in node.weights_written):
+        return "train"
+    if any(state.endswith(".rollout") for state in node.weights_read):
+        return "generate"
+    return "infer" if node.kind == "op" else "host"
