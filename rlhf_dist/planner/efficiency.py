@@ -47,3 +47,11 @@ class Efficiency:
     """CUDA context, NCCL buffers, and workspaces of kernels."""
     graphs_bytes: float = 1.0 * (1 << 30)
     """CUDA graphs of the generation engine (vLLM reports 0.5-2 GiB for a full set of batch sizes)."""
+    train_scale: float = 1.0
+    """Seconds of training nodes over what the model says; a run measures it. 1: as modelled."""
+    infer_scale: float = 1.0
+    """The same of inference nodes."""
+    generate_scale: float = 1.0
+    """The same of generation."""
+    reshard_scale: float = 1.0
+    """The same of weight syncs."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from rlhf_dist.planner.latency import Machine, NodeCost
+from rlhf_dist.planner.latency import Machine, NodeCost, scaled
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, kv_bytes_per_token
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.strategy import Generation
@@ -40,10 +40,16 @@ def generation_cost(
     decode = _decode(model, load, generation, machine, float(rows), running)
     prefill = _prefill_s(model, work, load, generation, machine, rows)
     parts = {"prefill": prefill, **decode, "call": machine.efficiency.call_s}
+    parts = scaled(parts, machine.efficiency.generate_scale)
     peak = min(cache, token_bytes * running * (load.prompt.mean + response.longest))
     memory = {"weights": weights, "graphs": machine.efficiency.graphs_bytes, "kv_cache": peak}
     note = f"{running:.0f} of {rows} rows at a time" if running < rows else f"{rows} rows at a time"
     return NodeCost(sum(parts.values()), parts, memory, note)
+
+
+def least_cache_bytes(model: ModelSpec, load: Workload, generation: Generation) -> float:
+    """Keys and values of the longest row, bytes per GPU: less is no use."""
+    return kv_bytes_per_token(model, generation) * (load.prompt.longest + load.response.longest)
 
 
 def _decode(

@@ -48,6 +48,13 @@ class NodeCost:
     """Tensor class -> bytes per GPU needed while it runs, beside what roles hold at rest."""
     note: str = ""
     """How it runs: micro-batches, recomputation."""
+    layout: Strategy | None = None
+    """The layout it runs under, where that is not the one its role is held in."""
+
+
+def scaled(parts: dict[str, float], scale: float) -> dict[str, float]:
+    """Seconds as measured runs say they are (`Efficiency.*_scale`)."""
+    return parts if scale == 1.0 else {name: seconds * scale for name, seconds in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,7 @@ def _training(
         "optimizer": updates * _optimizer_s(model, strategy, machine),
         "call": machine.efficiency.call_s,
     }
+    parts = scaled(parts, machine.efficiency.train_scale)
     kept, at_work = activation_bytes_per_token(model, strategy, recompute=recompute)
     # Rows are balanced by tokens, but the longest one must fit by itself.
     most = max(tokens, load.prompt.longest + load.response.longest)
@@ -228,6 +236,7 @@ def _inference(
         "offload": onload,
         "call": machine.efficiency.call_s,
     }
+    parts = scaled(parts, machine.efficiency.infer_scale)
     return NodeCost(sum(parts.values()), parts, memory, f"{micros} pass{'es' if micros > 1 else ''}")
 
 

@@ -126,6 +126,11 @@ class Catalogue:
             )
         return self._generated[key]
 
+    def least_layouts(self, unit: str, gpus: int) -> tuple[Layout, ...]:
+        """All layouts of a unit, those included that rest in more memory than there is: to say what is missing."""
+        role, _, half = unit.partition(".")
+        return () if half else tuple(self._layouts(role, gpus, self.nodes_of(unit), (), any_size=True))
+
     # --- one unit ----------------------------------------------------------------------------------------
     def _make(self, unit: str, gpus: int) -> Candidates:
         role, _, half = unit.partition(".")
@@ -162,7 +167,12 @@ class Catalogue:
         return best
 
     def _layouts(
-        self, role: str, gpus: int, nodes: tuple[NodeWork, ...], generations: tuple[Generation, ...]
+        self,
+        role: str,
+        gpus: int,
+        nodes: tuple[NodeWork, ...],
+        generations: tuple[Generation, ...],
+        any_size: bool = False,
     ) -> Iterator[Layout]:
         model, trained = self.problem.models[role], role in self.problem.trained
         node_gpus = self.machine.cluster.gpus_per_node
@@ -173,7 +183,7 @@ class Catalogue:
             if not all(self._allowed(work, strategy) for work in (training or nodes) if work.phase != "generate"):
                 continue
             rest = sum(resting_bytes(model, strategy, trained=trained).values())
-            if rest > self.usable:
+            if rest > self.usable and not any_size:
                 continue
             variants = {work.name: self._variants(work, strategy, trained) for work in nodes if _computes(work)}
             syncs = any(work.phase == "reshard" for work in nodes)
@@ -209,7 +219,7 @@ class Catalogue:
                 parts = {**cost.parts, "reallocate": copy.seconds}
                 memory = {**cost.memory, "weights": weights}
                 note = f"{cost.note}, as {other.text}"
-                yield need + weights, NodeCost(cost.seconds + copy.seconds, parts, memory, note)
+                yield need + weights, NodeCost(cost.seconds + copy.seconds, parts, memory, note, other)
 
     def _generations(self, model: ModelSpec, gpus: int, nodes: list[NodeWork]) -> Iterator[Generation]:
         for one in generation_strategies(model, gpus, self.machine.cluster.gpus_per_node):

@@ -101,6 +101,9 @@ class Search:
     overlap: bool = True
     """Whether a step may start before the one before has ended, as far as the graph allows."""
 
+    idle: bool = False
+    """Whether GPUs may be left over."""
+
     def __post_init__(self) -> None:
         self.space = PoolSpace(self.catalogue)
         self.graph = Graph.of(self.catalogue.problem, overlap=self.overlap)
@@ -161,6 +164,31 @@ class Search:
         # The heap is empty: no part of the space has a bound below the best.
         certificate = Certificate(gap=0.0, explored=explored, partitions=len(every), simulated=simulated)
         return SearchResult(tuple(plans), certificate, time.perf_counter() - started)
+
+    def feasible(self) -> bool:
+        """Whether anything fits: a plan with a finite bound once everything is decided."""
+        every = list(self.allowed if self.allowed is not None else self._partitions())
+        for partition in sorted(every, key=len):
+            box = self._tightened(partition, self._full_box(partition))
+            if box is not None and self._box_bound(partition, box) < INFINITE and self._some(partition, box):
+                return True
+        return False
+
+    def _some(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> bool:
+        """Depth first for anything that fits in a box."""
+        if not all(low == high for low, high in box):
+            halves = (half for half in self._halves(partition, box) if self._box_bound(partition, half) < INFINITE)
+            return any(self._some(partition, half) for half in halves)
+        stack = [tuple((self.sizes[low], ()) for low, _ in box)]
+        while stack:
+            state: State = stack.pop()
+            if self._bound(partition, state) == INFINITE:
+                continue
+            more = self._next(partition, state)
+            if more is None:
+                return True
+            stack.extend(more[::-1])
+        return False
 
     def priced(self, partition: Partition, state: State) -> FoundPlan:
         """A plan with everything decided, simulated."""
@@ -231,7 +259,7 @@ class Search:
         while changed:
             changed = False
             least, most = sum(sizes[low] for low, _ in ranges), sum(sizes[high] for _, high in ranges)
-            if least > self.gpus or most < self.gpus:
+            if least > self.gpus or (most < self.gpus and not self.idle):
                 return None
             for one in ranges:
                 while sizes[one[1]] > self.gpus - (least - sizes[one[0]]):
@@ -239,7 +267,7 @@ class Search:
                     changed = True
                     if one[1] < one[0]:
                         return None
-                while sizes[one[0]] < self.gpus - (most - sizes[one[1]]):
+                while not self.idle and sizes[one[0]] < self.gpus - (most - sizes[one[1]]):
                     one[0] += 1
                     changed = True
                     if one[1] < one[0]:

@@ -8,7 +8,7 @@ the network, and copies inside a node travel over its links.
 
 from __future__ import annotations
 
-from rlhf_dist.planner.latency import Machine, NodeCost
+from rlhf_dist.planner.latency import Machine, NodeCost, scaled
 from rlhf_dist.planner.memory import WEIGHT_BYTES
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.strategy import Generation, Strategy
@@ -37,13 +37,10 @@ def reshard_cost(
     inside = missing / fabric.link
     between = 0.0
     if not same_pool:
-        # A node takes in the model once (or the part its GPUs need), whichever side has fewer cards sets the pace.
-        nodes = min(max(1, source.gpus // node), max(1, target.gpus // node))
+        # Every node of the target takes in what its GPUs need once; the source sends the model once, in a tree.
         wanted = size * min(1.0, node / (target.tp * target.pp))
         senders = min(source.gpus, node) / node * max(1, source.gpus // node)
-        total = wanted * max(1, target.gpus // node)
         between = max(wanted / (fabric.network * min(1.0, target.gpus / node)), size / (fabric.network * senders))
-        del nodes, total
     elif source.gpus > node:
         # What one node holds of the training shards: all of it unless they are spread over nodes.
         spread = source.tp * source.pp * (source.dp * source.sp if source.zero == 3 else 1)
@@ -56,5 +53,6 @@ def reshard_cost(
         "install": install,
         "call": machine.efficiency.call_s,
     }
+    parts = scaled(parts, machine.efficiency.reshard_scale)
     memory = {"weights": size / (target.tp * target.pp), "bucket": min(BUCKET_BYTES, size)}
     return NodeCost(sum(parts.values()), parts, memory, f"{missing / 1e9:.2f} GB to each GPU")

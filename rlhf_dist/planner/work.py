@@ -81,9 +81,16 @@ class Problem:
 
 
 def make_problem(
-    dataflow: Dataflow, models: Mapping[str, ModelSpec | None], workload: Workload, staleness: int = 0
+    dataflow: Dataflow,
+    models: Mapping[str, ModelSpec | None],
+    workload: Workload,
+    *,
+    staleness: int = 0,
+    cuts_of_graph: bool = False,
 ) -> Problem:
     """The work of every node. `models`: role -> shape, None for a role that is a rule on the host.
+
+    cuts_of_graph: mini-batches and epochs are those of each node's call, not those of the workload.
 
     Raises ConfigError for a role without an entry, or one that generates or learns without a model.
     """
@@ -102,7 +109,7 @@ def make_problem(
         shape = models[role]
         if shape is not None:
             shapes[role] = replace(shape, scalar_head=dataflow.roles[role] in VALUE_ROLES)
-    nodes = _nodes(dataflow, shapes, workload)
+    nodes = _nodes(dataflow, shapes, workload, cuts_of_graph)
     for work in nodes:
         if work.phase == "host":
             node = dataflow[work.name]
@@ -111,7 +118,9 @@ def make_problem(
     return Problem(dataflow=dataflow, models=shapes, workload=workload, nodes=nodes, staleness=staleness)
 
 
-def _nodes(dataflow: Dataflow, models: Mapping[str, ModelSpec], workload: Workload) -> tuple[NodeWork, ...]:
+def _nodes(
+    dataflow: Dataflow, models: Mapping[str, ModelSpec], workload: Workload, cuts_of_graph: bool
+) -> tuple[NodeWork, ...]:
     rows: dict[str, int] = {}
     prompts: dict[str, int] = {}
     found: list[NodeWork] = []
@@ -123,7 +132,8 @@ def _nodes(dataflow: Dataflow, models: Mapping[str, ModelSpec], workload: Worklo
         else:
             times = int(node.kwargs.get("n", 1)) if node.rows == "expand" else 1
             rows[node.name] = before * times
-            prompts[node.name] = before if node.rows == "expand" else prompts.get(node.inputs[0].rows, 0) if node.inputs else 0
+            origin = node.inputs[0].rows if node.inputs else ""
+            prompts[node.name] = before if node.rows == "expand" else prompts.get(origin, 0)
         found.append(
             NodeWork(
                 name=node.name,
@@ -131,12 +141,18 @@ def _nodes(dataflow: Dataflow, models: Mapping[str, ModelSpec], workload: Worklo
                 role=node.role if node.role in models else "",
                 rows=rows[node.name],
                 prompts=prompts[node.name],
-                mini_batches=workload.mini_batches if "mini_batches" in node.kwargs else 1,
-                epochs=workload.epochs if "epochs" in node.kwargs else 1,
+                mini_batches=_cut(node, "mini_batches", workload.mini_batches, cuts_of_graph),
+                epochs=_cut(node, "epochs", workload.epochs, cuts_of_graph),
                 every=node.every,
             )
         )
     return tuple(found)
+
+
+def _cut(node: Node, name: str, asked: int, of_graph: bool) -> int:
+    if name not in node.kwargs:
+        return 1
+    return int(node.kwargs[name]) if of_graph else asked
 
 
 def _phase(node: Node, models: Mapping[str, ModelSpec]) -> Phase:

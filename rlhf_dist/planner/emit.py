@@ -1,0 +1,104 @@
+"""A plan as a file that `rlhf-dist run RECIPE placement=FILE` takes as it is.
+
+Pools and roles become the `placement` section; strategies that the settings know become values of their role's
+section, the others comments: the file says all of the plan and sets what can be set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from rlhf_dist.config import EngineConfig, PlacementConfig, RolloutConfig
+from rlhf_dist.planner.plan import Plan
+from rlhf_dist.planner.strategy import Generation, Strategy
+
+
+def as_yaml(plan: Plan) -> str:
+    """The plan as a placement file."""
+    question, best = plan.question, plan.best
+    sections, comments = settings_of(plan)
+    head = [
+        f"# {question.name} on {question.cluster.text}: {best.step_s:.4g} s a step predicted, "
+        f"{plan.tokens_per_s:,.0f} tokens/s",
+        f"# gap {plan.certificate.gap:g}, {plan.certificate.explored} parts of the space looked at; made by rlhf-dist plan",
+    ]
+    body = yaml.safe_dump(sections, sort_keys=False).rstrip()
+    tail = ["# Also part of the plan, and not a setting (yet):", *(f"#   {line}" for line in comments)]
+    return "\n".join([*head, body, *(tail if comments else [])]) + "\n"
+
+
+def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """(settings by section, what no setting says)."""
+    problem = plan.question.problem
+    pools: dict[str, dict[str, int]] = {}
+    roles: dict[str, str] = {}
+    comments: list[str] = []
+    placement: dict[str, Any] = {"pools": pools, "roles": roles}
+    sections: dict[str, Any] = {"placement": placement}
+    for name, pool in zip(plan.names, plan.best.pools, strict=True):
+        pools[name] = {"slots": pool.gpus}
+        for unit in pool.units:
+            role, _, half = unit.partition(".")
+            if not half:
+                roles[role] = name
+                _engine(sections, comments, role, pool.layouts[role], role in problem.trained)
+            elif "rollout" in PlacementConfig.__dataclass_fields__:
+                placement["rollout"] = name
+            else:
+                comments.append(f"{role} generates in pool {name}")
+            if role in pool.generations:
+                _rollout(sections, comments, role, pool.generations[role])
+        for work in problem.nodes:
+            cost = pool.costs.get(work.name)
+            if cost is None:
+                continue
+            if cost.layout is not None:
+                comments.append(f"{work.name}: {cost.layout.text}, weights copied from the training layout")
+            elif work.phase == "train":
+                recompute = "recompute" in cost.note
+                _set(sections, comments, work.role, "activation_checkpointing", recompute, what=f"{work.name}: {cost.note}")
+    if problem.staleness:
+        if "max_staleness" in PlacementConfig.__dataclass_fields__:
+            placement["max_staleness"] = problem.staleness
+        else:
+            comments.append(f"max_staleness: {problem.staleness}")
+    return sections, list(dict.fromkeys(comments))
+
+
+def _engine(
+    sections: dict[str, Any], comments: list[str], role: str, strategy: Strategy, trained: bool
+) -> None:
+    values: Mapping[str, Any] = {"tensor_parallel": strategy.tp, "sequence_parallel": strategy.sp}
+    for field, size in values.items():
+        if size > 1:
+            _set(sections, comments, role, field, size)
+    if strategy.pp > 1:
+        comments.append(f"{role}: pipeline of {strategy.pp} stages")
+    if trained:
+        if strategy.zero < 3:
+            comments.append(f"{role}.engine.name: deepspeed, {role}.engine.zero_stage: {strategy.zero}")
+        if strategy.offload:
+            _set(sections, comments, role, "offload", True)
+    elif strategy.offload or not strategy.zero:
+        comments.append(f"{role}: {strategy.text}")
+
+
+def _rollout(sections: dict[str, Any], comments: list[str], role: str, generation: Generation) -> None:
+    assert "tensor_parallel" in RolloutConfig.__dataclass_fields__, "the setting that generation is planned for"
+    sections.setdefault(role, {}).setdefault("rollout", {})["tensor_parallel"] = generation.tp
+    if generation.pp > 1:
+        comments.append(f"{role} generates with a pipeline of {generation.pp} stages")
+
+
+def _set(
+    sections: dict[str, Any], comments: list[str], role: str, field: str, value: Any, *, what: str = ""
+) -> None:
+    """Set `ROLE.engine.FIELD` if there is such a setting, else say it."""
+    kind = EngineConfig.__dataclass_fields__.get(field)
+    if kind is not None and kind.type in (type(value).__name__, type(value)):
+        sections.setdefault(role, {}).setdefault("engine", {})[field] = value
+    else:
+        comments.append(what or f"{role}.engine.{field}: {str(value).lower() if isinstance(value, bool) else value}")
