@@ -1,6 +1,6 @@
-"""The command `rlhf-dist`: run, submit, check, graph, config, recipes.
+"""The command `rlhf-dist`: run, submit, check, graph, config, recipes, plan, profile.
 
-Nothing heavy is imported before it is needed: `graph`, `check`, `config` and `recipes` load none of
+Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where it was found.
 
@@ -24,6 +24,7 @@ EPILOG = """examples:
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
   rlhf-dist graph ppo --format mermaid
+  rlhf-dist plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512
 """
 
 
@@ -157,7 +158,31 @@ def _submit(arguments: argparse.Namespace) -> int:
     return submit(launch, arguments.recipe, arguments.overrides, arguments.address)
 
 
-COMMANDS = {"run": _run, "submit": _submit, "check": _check, "graph": _graph, "config": _config, "recipes": _recipes}
+def _plan(arguments: argparse.Namespace) -> int:
+    from controller.plan_command import plan_command
+
+    try:
+        return plan_command(arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from controller.plan_command import profile_command
+
+    return profile_command(arguments)
+
+
+COMMANDS = {
+    "run": _run,
+    "submit": _submit,
+    "check": _check,
+    "graph": _graph,
+    "config": _config,
+    "recipes": _recipes,
+    "plan": _plan,
+    "profile": _profile,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
     commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
+    from controller.plan_command import add_plan_parsers
+
+    add_plan_parsers(commands, common)
     return parser
 
 

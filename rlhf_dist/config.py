@@ -202,6 +202,10 @@ class PlacementConfig:
     """Pool name -> its slots."""
     roles: dict[str, str] = field(default_factory=dict)
     """Role -> pool. `default` stands for every role not named."""
+    cluster: str | None = None
+    """Cluster that placement=auto plans for, e.g. 2x8xH100; None: this machine."""
+    calibration: str | None = None
+    """File of `rlhf-dist profile` that placement=auto plans with; None: typical efficiencies."""
     host_processes: int = 1
     """CPU processes for sources, rule rewards and host ops."""
 

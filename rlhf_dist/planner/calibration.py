@@ -27,13 +27,16 @@ SCALES = {"train": "train_scale", "infer": "infer_scale", "generate": "generate_
 """Phase of a node -> the field of `Efficiency` that its measured seconds refine."""
 
 
-def load_calibration(path: str | Path | None) -> tuple[Efficiency, dict[str, float]]:
-    """Efficiencies, and measured fields of the GPU. None: the typical ones.
+def load_calibration(
+    path: str | Path | None, usual: Efficiency | None = None
+) -> tuple[Efficiency, dict[str, float]]:
+    """Efficiencies, and measured fields of the GPU; what the file does not say is as in `usual` (None: typical).
 
     Raises ConfigError for a file that cannot be read, an unknown field, and a number that cannot be.
     """
+    usual = usual or Efficiency()
     if path is None:
-        return Efficiency(), {}
+        return usual, {}
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"calibration: no file {str(path)!r} (looked for {file.resolve()}); rlhf-dist profile makes one")
@@ -47,7 +50,8 @@ def load_calibration(path: str | Path | None) -> tuple[Efficiency, dict[str, flo
         if key not in ("efficiency", "gpu", "source"):
             raise ConfigError(f"calibration: {file}: {unknown(str(key), ('efficiency', 'gpu', 'source'), 'key')}")
     given = _numbers(content.get("efficiency") or {}, f"{file}: efficiency")
-    efficiency: Efficiency = build(Efficiency, given, f"{file}: efficiency")
+    everything = {item.name: getattr(usual, item.name) for item in fields(Efficiency)}
+    efficiency: Efficiency = build(Efficiency, {**everything, **given}, f"{file}: efficiency")
     for item in fields(Efficiency):
         value = getattr(efficiency, item.name)
         least_ok = value >= 0 if item.name in ("matmul", "fragmentation", "overlap") else value > 0
@@ -91,9 +95,11 @@ def refined(
     return replace(efficiency, **changes)
 
 
-def calibration_text(efficiency: Efficiency, source: str, gpu: Mapping[str, float] | None = None) -> str:
-    """A calibration file: what differs from the typical efficiencies."""
-    usual = Efficiency()
+def calibration_text(
+    efficiency: Efficiency, source: str, gpu: Mapping[str, float] | None = None, usual: Efficiency | None = None
+) -> str:
+    """A calibration file: what differs from the usual efficiencies."""
+    usual = usual or Efficiency()
     changed = {
         item.name: float(f"{getattr(efficiency, item.name):.6g}")
         for item in fields(Efficiency)

@@ -36,6 +36,8 @@ from rlhf_dist.planner.strategy import (
 from rlhf_dist.planner.transfer import reshard_cost
 from rlhf_dist.planner.work import NodeWork, Problem
 
+FULL_COPIES = Space(offload=False, frozen_zero=(0,))
+"""Layouts that inference of a trained role may copy its weights to."""
 Wanted = Mapping[str, Mapping[str, Any]]
 """Node name -> fields of its strategy that are given: tp, pp, sp, dp, zero, offload, recompute."""
 
@@ -203,15 +205,15 @@ class Catalogue:
         ways = list[tuple[float, NodeCost]]()
         if not trained or self._allowed(work, strategy):
             ways += inference_variants(model, work, load, strategy, self.machine, trained=trained)
-        if trained:
+        if trained and self.space.reallocate:
             ways += self._elsewhere(work, strategy)
         return staircase(ways)
 
     def _elsewhere(self, work: NodeWork, strategy: Strategy) -> Iterator[tuple[float, NodeCost]]:
         """Inference of a trained role under a layout of its own: its weights are copied over first (ReaL's view)."""
         model, load = self.problem.models[work.role], self.problem.workload
-        for other in frozen_strategies(model, strategy.gpus, self.machine.cluster.gpus_per_node, Space(offload=False)):
-            if other.zero or not self._allowed(work, other):
+        for other in frozen_strategies(model, strategy.gpus, self.machine.cluster.gpus_per_node, FULL_COPIES):
+            if not self._allowed(work, other):
                 continue
             copy = reshard_cost(model, strategy, Generation(gpus=other.gpus, tp=other.tp), self.machine)
             weights = WEIGHT_BYTES * model.parameters / other.tp
@@ -222,7 +224,7 @@ class Catalogue:
                 yield need + weights, NodeCost(cost.seconds + copy.seconds, parts, memory, note, other)
 
     def _generations(self, model: ModelSpec, gpus: int, nodes: list[NodeWork]) -> Iterator[Generation]:
-        for one in generation_strategies(model, gpus, self.machine.cluster.gpus_per_node):
+        for one in generation_strategies(model, gpus, self.machine.cluster.gpus_per_node, self.space):
             if all(_fits(self.wanted.get(work.name, {}), tp=one.tp, pp=one.pp, dp=one.replicas) for work in nodes):
                 yield one
 

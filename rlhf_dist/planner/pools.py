@@ -45,7 +45,8 @@ class PoolSpace:
         """What the next decision may be; None if everything is decided."""
         if len(decided) < len(units):
             one = self.catalogue.candidates(units[len(decided)], gpus)
-            return one.layouts or one.generations
+            # Of equals the one that rests in most memory first: it moves least.
+            return one.layouts[::-1] or one.generations
         roles = self.generating(units)
         at = len(decided) - len(units)
         return self.catalogue.candidates(roles[at], gpus).generations if at < len(roles) else None

@@ -69,16 +69,30 @@ class Space:
     """pp sizes. The training engines of this system (FSDP2, DeepSpeed ZeRO) have no pipeline, so the default is 1."""
     offload: bool = True
     """Whether state may be moved to the host."""
+    tensor: bool = True
+    """Whether training and inference may share matrices (tp)."""
+    sequence: bool = True
+    """Whether training may share sequences (sp)."""
+    zero: tuple[int, ...] = (1, 2, 3)
+    """ZeRO stages of trained roles."""
+    frozen_zero: tuple[int, ...] = (0, 3)
+    """Full copies, or parameters sharded, of roles that do not learn."""
+    reallocate: bool = True
+    """Whether inference of a trained role may copy its weights to a layout of its own."""
+    generation_pipeline: bool = True
+    """Whether generation may share layers where a node cannot hold the model."""
 
 
 def training_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Strategy]:
     """All layouts of a trained role on `gpus` GPUs."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
+        if (tp > 1 and not space.tensor) or (sp > 1 and not space.sequence):
+            continue
         for pp in space.pipeline:
             if gpus % (tp * sp * pp) or pp > model.layers:
                 continue
-            ranks = gpus // (tp * pp)
-            for zero in (1, 2, 3) if ranks > 1 else (1,):
+            # On a single rank all stages are the same.
+            for zero in space.zero if gpus > tp * pp else space.zero[-1:]:
                 for offload in (False, True) if space.offload else (False,):
                     yield Strategy(gpus=gpus, tp=tp, sp=sp, pp=pp, zero=zero, offload=offload)
 
@@ -86,19 +100,22 @@ def training_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: 
 def frozen_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Strategy]:
     """All layouts of a role that does not learn."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
-        if sp > 1:
+        if sp > 1 or (tp > 1 and not space.tensor):
             continue
-        for zero in (0, 3) if gpus > tp else (0,):
-            for offload in (False, True) if space.offload else (False,):
-                yield Strategy(gpus=gpus, tp=tp, zero=zero, offload=offload)
+        for pp in space.pipeline:
+            if gpus % (tp * pp) or pp > model.layers:
+                continue
+            for zero in space.frozen_zero if gpus > tp * pp else space.frozen_zero[:1]:
+                for offload in (False, True) if space.offload else (False,):
+                    yield Strategy(gpus=gpus, tp=tp, pp=pp, zero=zero, offload=offload)
 
 
-def generation_strategies(model: ModelSpec, gpus: int, gpus_per_node: int) -> Iterator[Generation]:
-    """All ways of generating on `gpus` GPUs; pp only where one node cannot hold the model."""
+def generation_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Generation]:
+    """All ways of generating on `gpus` GPUs; pp only with tp over a whole node, for models that need more."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
         if sp == 1:
-            for pp in (1, 2, 4, 8):
-                if gpus % (tp * pp) == 0 and (pp == 1 or tp == gpus_per_node):
+            for pp in (1, 2, 4, 8) if space.generation_pipeline and tp == gpus_per_node else (1,):
+                if gpus % (tp * pp) == 0 and pp <= model.layers:
                     yield Generation(gpus=gpus, tp=tp, pp=pp)
 
 
