@@ -58,7 +58,7 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if cost.layout is not None:
                 comments.append(f"{work.name}: {cost.layout.text}, weights copied from the training layout")
             elif work.phase == "train":
-                recompute = "recompute" in cost.note
+                recompute = cost.recompute
                 _set(sections, comments, work.role, "activation_checkpointing", recompute, what=f"{work.name}: {cost.note}")
     if problem.staleness:
         if "max_staleness" in PlacementConfig.__dataclass_fields__:

@@ -173,7 +173,7 @@ def strategy_of(found: FoundPlan, work: NodeWork) -> dict[str, Any] | None:
         fields: dict[str, Any] = {"tp": held.tp, "sp": held.sp, "pp": held.pp, "dp": held.dp, "zero": held.zero}
         fields["offload"] = held.offload
         if work.phase == "train":
-            fields["recompute"] = "recompute" in cost.note
+            fields["recompute"] = cost.recompute
         return fields
     return None
 

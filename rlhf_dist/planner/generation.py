@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from rlhf_dist.planner.latency import Machine, NodeCost, scaled
+from rlhf_dist.planner.latency import Machine, NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, kv_bytes_per_token
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.strategy import Generation
@@ -26,10 +26,9 @@ def generation_cost(
     """A node that generates, given `budget` bytes per GPU beside what is at rest; None if no row fits."""
     weights = generation_weights(model, generation)
     cache = budget - weights - machine.efficiency.graphs_bytes
-    longest = load.prompt.longest + load.response.longest
     token_bytes = kv_bytes_per_token(model, generation)
     room = cache / token_bytes  # tokens
-    if room < longest:
+    if room < load.longest:
         return None
     rows = ceil(work.rows / generation.replicas)
     response = load.response
@@ -40,16 +39,24 @@ def generation_cost(
     decode = _decode(model, load, generation, machine, float(rows), running)
     prefill = _prefill_s(model, work, load, generation, machine, rows)
     parts = {"prefill": prefill, **decode, "call": machine.efficiency.call_s}
-    parts = scaled(parts, machine.efficiency.generate_scale)
     peak = min(cache, token_bytes * running * (load.prompt.mean + response.longest))
     memory = {"weights": weights, "graphs": machine.efficiency.graphs_bytes, "kv_cache": peak}
     note = f"{running:.0f} of {rows} rows at a time" if running < rows else f"{rows} rows at a time"
-    return NodeCost(sum(parts.values()), parts, memory, note)
+    return cost_of(parts, memory, machine.efficiency.generate_scale, text=note)
+
+
+def generation_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: int, machine: Machine) -> float:
+    """Seconds that generation takes on `gpus` GPUs at least: reading keys and values, one step after another."""
+    response = load.response
+    contexts = response.mean * load.prompt.mean + response.mean_square / 2.0
+    speed = machine.cluster.gpu.hbm_bytes_per_s * machine.efficiency.hbm_kv * gpus
+    kv = work.rows * contexts * model.kv_bytes_per_token() / speed
+    return machine.efficiency.generate_scale * (kv + response.longest * machine.efficiency.decode_step_s)
 
 
 def least_cache_bytes(model: ModelSpec, load: Workload, generation: Generation) -> float:
     """Keys and values of the longest row, bytes per GPU: less is no use."""
-    return kv_bytes_per_token(model, generation) * (load.prompt.longest + load.response.longest)
+    return kv_bytes_per_token(model, generation) * load.longest
 
 
 def _decode(

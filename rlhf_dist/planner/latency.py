@@ -12,8 +12,10 @@ p stages adds p - 1 slots to m (1F1B, Narayanan et al. 2021), and its slowest st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 from rlhf_dist.planner.collectives import Fabric
 from rlhf_dist.planner.efficiency import Efficiency
@@ -33,28 +35,68 @@ from rlhf_dist.planner.strategy import Strategy
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.planner.workload import Workload
 
+TRAINING_PARTS = ("compute", "tp/sp", "pipeline", "zero", "optimizer", "call")
+TRAINING_MEMORY = ("gradients", "activations", "logits", "gathered")
+INFERENCE_PARTS = ("compute", "tp/sp", "pipeline", "zero", "offload", "call")
+INFERENCE_MEMORY = ("activations", "logits", "gathered", "weights")
 INFERENCE_MICRO_TOKENS = 32768.0
 """Most tokens of a forward pass without backward: more gives the matrix units nothing."""
 
 
-@dataclass(frozen=True)
-class NodeCost:
-    """What a node costs under a strategy."""
+class NodeCost(NamedTuple):
+    """What a node costs under a strategy. A search makes tens of thousands, so names and texts are put in later."""
 
     seconds: float
-    parts: dict[str, float] = field(default_factory=dict)
-    """Where the seconds go: compute, communication, offload, ..."""
-    memory: dict[str, float] = field(default_factory=dict)
-    """Tensor class -> bytes per GPU needed while it runs, beside what roles hold at rest."""
-    note: str = ""
-    """How it runs: micro-batches, recomputation."""
+    part_names: tuple[str, ...] = ()
+    part_seconds: tuple[float, ...] = ()
+    memory_names: tuple[str, ...] = ()
+    memory_bytes: tuple[float, ...] = ()
+    passes: int = 0
+    """Micro-batches of a training or inference node."""
+    rows: float = 0.0
+    """Rows of one of them; for generation those of a replica."""
+    recompute: bool = False
+    """Whether activations are computed again in the backward pass."""
+    text: str = ""
+    """How it runs, where passes do not say it."""
     layout: Strategy | None = None
     """The layout it runs under, where that is not the one its role is held in."""
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """Where the seconds go: compute, communication, offload, ..."""
+        return dict(zip(self.part_names, self.part_seconds, strict=True))
 
-def scaled(parts: dict[str, float], scale: float) -> dict[str, float]:
-    """Seconds as measured runs say they are (`Efficiency.*_scale`)."""
-    return parts if scale == 1.0 else {name: seconds * scale for name, seconds in parts.items()}
+    @property
+    def memory(self) -> dict[str, float]:
+        """Tensor class -> bytes per GPU needed while it runs, beside what roles hold at rest."""
+        return dict(zip(self.memory_names, self.memory_bytes, strict=True))
+
+    @property
+    def needed(self) -> float:
+        """Bytes per GPU needed while it runs, beside what roles hold at rest."""
+        return sum(self.memory_bytes)
+
+    @property
+    def note(self) -> str:
+        """How it runs, for people."""
+        if not self.passes:
+            return self.text
+        what = f"{self.passes} pass{'es' if self.passes > 1 else ''} of {self.rows:.3g} rows"
+        what += ", recompute" if self.recompute else ""
+        return f"{what}, as {self.layout.text}" if self.layout is not None else what
+
+
+def cost_of(
+    parts: Mapping[str, float],
+    memory: Mapping[str, float],
+    scale: float,
+    *,
+    text: str = "",
+) -> NodeCost:
+    """A cost from named parts; `scale`: how much longer it takes by measured runs (`Efficiency.*_scale`)."""
+    seconds = tuple(value * scale for value in parts.values())
+    return NodeCost(sum(seconds), tuple(parts), seconds, tuple(memory), tuple(memory.values()), text=text)
 
 
 @dataclass(frozen=True)
@@ -101,6 +143,14 @@ def staircase(ways: list[tuple[float, NodeCost]]) -> Variants:
     return tuple(kept)
 
 
+def compute_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: int, machine: Machine) -> float:
+    """Seconds that training or inference takes on `gpus` GPUs at least: its FLOPs, spread evenly, nothing else."""
+    flops = model.forward_flops(work.rows * load.row_tokens, work.rows * load.row_squares) / gpus / machine.flops
+    if work.phase == "train":
+        return machine.efficiency.train_scale * 3.0 * work.epochs * flops
+    return machine.efficiency.infer_scale * flops
+
+
 def training_variants(
     model: ModelSpec,
     work: NodeWork,
@@ -112,11 +162,14 @@ def training_variants(
 ) -> Variants:
     """Ways to run a node that trains: activations kept or recomputed (None: either), in more or fewer micro-batches."""
     rows = ceil(work.rows / work.mini_batches / strategy.dp)
+    own, ranks = model.parameters / (strategy.tp * strategy.pp), strategy.dp * strategy.sp
+    gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp)
+    both = gather, gather * REDUCED_BYTES[strategy.zero] / WEIGHT_BYTES
     ways = []
     for again in (False, True) if recompute is None else (recompute,):
         for micros in _cuts(rows) if strategy.pp == 1 else (rows,):
-            cost = _training(model, work, load, strategy, machine, rows / micros, micros, again)
-            ways.append((sum(cost.memory.values()), cost))
+            cost = _training(model, work, load, strategy, machine, rows / micros, micros, again, both)
+            ways.append((cost.needed, cost))
     return staircase(ways)
 
 
@@ -137,7 +190,9 @@ def _training(
     micro_rows: float,
     micros: int,
     recompute: bool,
+    collectives: tuple[float, float],
 ) -> NodeCost:
+    """One way: `collectives` are the seconds of gathering all parameters and of scattering all gradients."""
     tp, sp, pp, fabric = strategy.tp, strategy.sp, strategy.pp, machine.fabric
     tokens, squares = micro_rows * load.row_tokens, micro_rows * load.row_squares
     forward = machine.compute_s(model.forward_flops(tokens, squares) / (tp * sp * pp), tokens / sp)
@@ -147,10 +202,7 @@ def _training(
     hops = 2.0 * _stage_transfer_s(model, tokens, strategy, machine)
     front, back = forward + block, (passes - 1.0) * (forward + block)
 
-    own = model.parameters / (tp * pp)
-    ranks = strategy.dp * sp
-    gather = fabric.gather_s(WEIGHT_BYTES * own, ranks, tp)
-    scatter = fabric.gather_s(REDUCED_BYTES[strategy.zero] * own, ranks, tp)
+    gather, scatter = collectives
     hide = machine.efficiency.overlap
     if strategy.zero == 3:
         exposed = micros * (max(0.0, gather - hide * front) + max(0.0, gather + scatter - hide * back))
@@ -161,26 +213,25 @@ def _training(
 
     updates = work.mini_batches * work.epochs
     slots = micros + pp - 1
-    parts = {
-        "compute": updates * micros * passes * forward,
-        "tp/sp": updates * micros * passes * block,
-        "pipeline": updates * ((slots - micros) * passes * (forward + block) + slots * hops),
-        "zero": updates * exposed,
-        "optimizer": updates * _optimizer_s(model, strategy, machine),
-        "call": machine.efficiency.call_s,
-    }
-    parts = scaled(parts, machine.efficiency.train_scale)
+    scale = machine.efficiency.train_scale
+    seconds = (
+        scale * updates * micros * passes * forward,
+        scale * updates * micros * passes * block,
+        scale * updates * ((slots - micros) * passes * (forward + block) + slots * hops),
+        scale * updates * exposed,
+        scale * updates * _optimizer_s(model, strategy, machine),
+        scale * machine.efficiency.call_s,
+    )
     kept, at_work = activation_bytes_per_token(model, strategy, recompute=recompute)
     # Rows are balanced by tokens, but the longest one must fit by itself.
-    most = max(tokens, load.prompt.longest + load.response.longest)
-    memory = {
-        "gradients": gradient_bytes(model, strategy),
-        "activations": (kept + at_work) * most,
-        "logits": logit_bytes(model, strategy),
-        "gathered": gathered_bytes(model, strategy),
-    }
-    note = f"{micros} micro-batch{'es' if micros > 1 else ''} of {micro_rows:.3g} rows"
-    return NodeCost(sum(parts.values()), parts, memory, note + (", recompute" if recompute else ""))
+    most = max(tokens, load.longest)
+    memory = (
+        gradient_bytes(model, strategy),
+        (kept + at_work) * most,
+        logit_bytes(model, strategy),
+        gathered_bytes(model, strategy),
+    )
+    return NodeCost(sum(seconds), TRAINING_PARTS, seconds, TRAINING_MEMORY, memory, micros, micro_rows, recompute)
 
 
 def inference_variants(
@@ -191,10 +242,12 @@ def inference_variants(
     least = min(rows, max(1, ceil(rows * load.row_tokens / INFERENCE_MICRO_TOKENS)))
     if strategy.pp > 1:
         least = min(rows, max(least, 4 * strategy.pp))
+    own, ranks = model.parameters / (strategy.tp * strategy.pp), strategy.dp * strategy.sp
+    gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp) if strategy.zero == 3 else 0.0
     ways = []
     for micros in (cut for cut in sorted({least, *_cuts(rows)}) if cut >= least):
-        cost = _inference(model, load, strategy, machine, rows / micros, micros, trained)
-        ways.append((sum(cost.memory.values()), cost))
+        cost = _inference(model, load, strategy, machine, rows / micros, micros, trained, gather)
+        ways.append((cost.needed, cost))
     return staircase(ways)
 
 
@@ -206,6 +259,7 @@ def _inference(
     micro_rows: float,
     micros: int,
     trained: bool,
+    gather: float,
 ) -> NodeCost:
     tp, sp, pp, fabric = strategy.tp, strategy.sp, strategy.pp, machine.fabric
     tokens, squares = micro_rows * load.row_tokens, micro_rows * load.row_squares
@@ -215,29 +269,28 @@ def _inference(
     hops = _stage_transfer_s(model, tokens, strategy, machine)
     exposed = 0.0
     if strategy.zero == 3:
-        gather = fabric.gather_s(WEIGHT_BYTES * model.parameters / (tp * pp), strategy.dp * sp, tp)
         exposed = micros * max(0.0, gather - machine.efficiency.overlap * (forward + block))
     _, at_work = activation_bytes_per_token(model, strategy, recompute=True)
-    most = max(tokens, load.prompt.longest + load.response.longest)
-    memory = {
-        "activations": at_work * most,
-        "logits": logit_bytes(model, strategy),
-        "gathered": gathered_bytes(model, strategy),
-    }
-    onload = 0.0
+    weights = onload = 0.0
     if strategy.offload and not trained:
-        memory["weights"] = WEIGHT_BYTES * model.parameters / (tp * pp) / (strategy.dp if strategy.zero == 3 else 1)
-        onload = memory["weights"] / fabric.host
-    parts = {
-        "compute": micros * forward,
-        "tp/sp": micros * block,
-        "pipeline": (pp - 1) * (forward + block) + (micros + pp - 1) * hops,
-        "zero": exposed,
-        "offload": onload,
-        "call": machine.efficiency.call_s,
-    }
-    parts = scaled(parts, machine.efficiency.infer_scale)
-    return NodeCost(sum(parts.values()), parts, memory, f"{micros} pass{'es' if micros > 1 else ''}")
+        weights = WEIGHT_BYTES * model.parameters / (tp * pp) / (strategy.dp if strategy.zero == 3 else 1)
+        onload = weights / fabric.host
+    memory = (
+        at_work * max(tokens, load.longest),
+        logit_bytes(model, strategy),
+        gathered_bytes(model, strategy),
+        weights,
+    )
+    scale = machine.efficiency.infer_scale
+    seconds = (
+        scale * micros * forward,
+        scale * micros * block,
+        scale * ((pp - 1) * (forward + block) + (micros + pp - 1) * hops),
+        scale * exposed,
+        scale * onload,
+        scale * machine.efficiency.call_s,
+    )
+    return NodeCost(sum(seconds), INFERENCE_PARTS, seconds, INFERENCE_MEMORY, memory, micros, micro_rows)
 
 
 def _slowest_stage(model: ModelSpec, pp: int) -> float:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from rlhf_dist.planner.generation import generation_cost
+from rlhf_dist.planner.generation import generation_cost, generation_floor_s
 from rlhf_dist.planner.latency import (
     Machine,
     NodeCost,
     Variants,
     cheapest,
+    compute_floor_s,
     inference_variants,
     staircase,
     training_variants,
@@ -89,6 +90,8 @@ class Catalogue:
     """Roles that generate in a pool of their own (`ROLE.rollout`)."""
     wanted: Wanted = field(default_factory=dict)
     _made: dict[tuple[str, int], Candidates] = field(default_factory=dict)
+    _least_rests: dict[tuple[str, int], float] = field(default_factory=dict)
+    _copies: dict[tuple[str, int], list[tuple[Strategy, float, Variants]]] = field(default_factory=dict)
     _generated: dict[tuple[str, Generation, float], NodeCost | None] = field(default_factory=dict)
 
     @cached_property
@@ -117,6 +120,41 @@ class Catalogue:
         if key not in self._made:
             self._made[key] = self._make(unit, gpus)
         return self._made[key]
+
+    def least_rest(self, unit: str, gpus: int) -> float:
+        """Bytes per GPU that a unit holds at rest at least, whatever else it needs."""
+        key = (unit, gpus)
+        if key not in self._least_rests:
+            role, _, half = unit.partition(".")
+            model, node_gpus = self.problem.models[role], self.machine.cluster.gpus_per_node
+            if half:
+                ways = [
+                    generation_weights(model, one) + self.machine.efficiency.graphs_bytes
+                    for one in generation_strategies(model, gpus, node_gpus, self.space)
+                ]
+            else:
+                trained = role in self.problem.trained
+                make = training_strategies if trained else frozen_strategies
+                space = self._space(self.nodes_of(unit))
+                ways = [
+                    sum(resting_bytes(model, one, trained=trained).values())
+                    for one in make(model, gpus, node_gpus, space)
+                ]
+            self._least_rests[key] = min(ways, default=self.usable + 1)
+        return self._least_rests[key]
+
+    def floor(self, unit: str, gpus: int) -> dict[str, float]:
+        """Node -> seconds it takes at least on so many GPUs or fewer, without looking at any strategy."""
+        load, found = self.problem.workload, dict[str, float]()
+        for work in self.nodes_of(unit):
+            model = self.problem.models[work.role]
+            if work.phase == "generate":
+                found[work.name] = generation_floor_s(model, work, load, gpus, self.machine)
+            elif work.phase in ("train", "infer"):
+                found[work.name] = compute_floor_s(model, work, load, gpus, self.machine)
+            else:
+                found[work.name] = 0.0
+        return found
 
     def generation(self, work: NodeWork, generation: Generation, budget: float) -> NodeCost | None:
         """Cost of a node that generates, given bytes per GPU."""
@@ -202,26 +240,47 @@ class Catalogue:
             if recompute is None:
                 return found
             return training_variants(model, work, load, strategy, self.machine, recompute=bool(recompute))
-        ways = list[tuple[float, NodeCost]]()
+        own: Variants = ()
         if not trained or self._allowed(work, strategy):
-            ways += inference_variants(model, work, load, strategy, self.machine, trained=trained)
-        if trained and self.space.reallocate:
-            ways += self._elsewhere(work, strategy)
-        return staircase(ways)
+            own = inference_variants(model, work, load, strategy, self.machine, trained=trained)
+        return staircase([*own, *self._elsewhere(work, strategy, own)]) if trained and self.space.reallocate else own
 
-    def _elsewhere(self, work: NodeWork, strategy: Strategy) -> Iterator[tuple[float, NodeCost]]:
+    def _elsewhere(self, work: NodeWork, strategy: Strategy, own: Variants) -> Iterator[tuple[float, NodeCost]]:
         """Inference of a trained role under a layout of its own: its weights are copied over first (ReaL's view)."""
-        model, load = self.problem.models[work.role], self.problem.workload
-        for other in frozen_strategies(model, strategy.gpus, self.machine.cluster.gpus_per_node, FULL_COPIES):
-            if not self._allowed(work, other):
-                continue
-            copy = reshard_cost(model, strategy, Generation(gpus=other.gpus, tp=other.tp), self.machine)
-            weights = WEIGHT_BYTES * model.parameters / other.tp
-            for need, cost in inference_variants(model, work, load, other, self.machine, trained=False):
-                parts = {**cost.parts, "reallocate": copy.seconds}
-                memory = {**cost.memory, "weights": weights}
-                note = f"{cost.note}, as {other.text}"
-                yield need + weights, NodeCost(cost.seconds + copy.seconds, parts, memory, note, other)
+        model = self.problem.models[work.role]
+        for other, weights, variants in self._full_copies(work, strategy.gpus):
+            target = Generation(gpus=other.gpus, tp=other.tp)
+            copy_s = reshard_cost(model, strategy, target, self.machine).seconds
+            for need, cost in variants:
+                mine = cheapest(own, need + weights)
+                if mine is not None and mine.seconds <= cost.seconds + copy_s:
+                    continue
+                yield (
+                    need + weights,
+                    cost._replace(
+                        seconds=cost.seconds + copy_s,
+                        part_names=(*cost.part_names, "reallocate"),
+                        part_seconds=(*cost.part_seconds, copy_s),
+                        memory_bytes=(*cost.memory_bytes[:-1], weights),
+                        layout=other,
+                    ),
+                )
+
+    def _full_copies(self, work: NodeWork, gpus: int) -> list[tuple[Strategy, float, Variants]]:
+        """Layouts with a full copy on every rank, the copy's bytes per GPU, and ways to run a node under them."""
+        key = (work.name, gpus)
+        if key not in self._copies:
+            model, load = self.problem.models[work.role], self.problem.workload
+            self._copies[key] = [
+                (
+                    other,
+                    WEIGHT_BYTES * model.parameters / other.tp,
+                    inference_variants(model, work, load, other, self.machine, trained=False),
+                )
+                for other in frozen_strategies(model, gpus, self.machine.cluster.gpus_per_node, FULL_COPIES)
+                if self._allowed(work, other)
+            ]
+        return self._copies[key]
 
     def _generations(self, model: ModelSpec, gpus: int, nodes: list[NodeWork]) -> Iterator[Generation]:
         for one in generation_strategies(model, gpus, self.machine.cluster.gpus_per_node, self.space):

@@ -30,6 +30,8 @@ Partition = tuple[tuple[str, ...], ...]
 State = tuple[tuple[int, Ways], ...]
 """For each pool its GPUs and what is decided."""
 INFINITE = float("inf")
+WIDE = 2
+"""Sizes in a range, less one, from which its bound looks at FLOPs and bytes only: strategies cost time to try."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Search:
         self.gpus = self.catalogue.machine.cluster.gpus
         self.index = {name: position for position, name in enumerate(self.graph.names)}
         self.host_s = self._host_seconds()
-        self._least: dict[str, dict[str, list[list[float]]]] = {}
+        self._floors: dict[tuple[str, int], dict[str, float]] = {}
         self._smallest: dict[tuple[str, ...], int] = {}
 
     def run(self) -> SearchResult:
@@ -240,8 +242,7 @@ class Search:
         """Index of the least size at which a pool's roles can rest together."""
         if block not in self._smallest:
             for at, size in enumerate(self.sizes):
-                found = [self.catalogue.candidates(unit, size) for unit in block]
-                if sum(one.least_rest for one in found) <= self.catalogue.usable:
+                if sum(self.catalogue.least_rest(unit, size) for unit in block) <= self.catalogue.usable:
                     break
             else:
                 at = len(self.sizes)
@@ -295,12 +296,22 @@ class Search:
         seconds: dict[str, float] = {}
         for block, (low, high) in zip(partition, box, strict=True):
             for unit in block:
-                for name, table in self._least_seconds(unit).items():
-                    value = table[low][high - low]
-                    if value == INFINITE:
+                if high - low >= WIDE:  # More GPUs are never slower by FLOPs and bytes alone.
+                    seconds |= self._floor(unit, high)
+                    continue
+                found = [self.catalogue.candidates(unit, self.sizes[at]).best for at in range(low, high + 1)]
+                for work in self.catalogue.nodes_of(unit):
+                    least = min(best.get(work.name, INFINITE) for best in found)
+                    if least == INFINITE:
                         return INFINITE
-                    seconds[name] = value
+                    seconds[work.name] = least
         return self._lowered(partition, seconds)
+
+    def _floor(self, unit: str, at: int) -> dict[str, float]:
+        key = (unit, at)
+        if key not in self._floors:
+            self._floors[key] = self.catalogue.floor(unit, self.sizes[at])
+        return self._floors[key]
 
     def _bound(self, partition: Partition, state: State) -> float:
         """Of everything that can still be decided."""
@@ -323,25 +334,6 @@ class Search:
 
     def _lowered(self, partition: Partition, seconds: Mapping[str, float]) -> float:
         return bound(self.graph, self.pools_of(partition), self.node_seconds(seconds))
-
-    def _least_seconds(self, unit: str) -> dict[str, list[list[float]]]:
-        """Node -> [low][high - low] -> least seconds at any size of that range."""
-        if unit not in self._least:
-            nodes = [work.name for work in self.catalogue.nodes_of(unit)]
-            best = [self.catalogue.candidates(unit, size).best for size in self.sizes]
-            tables: dict[str, list[list[float]]] = {}
-            for name in nodes:
-                at = [one.get(name, INFINITE) for one in best]
-                table = []
-                for low in range(len(at)):
-                    row, least = [], INFINITE
-                    for value in at[low:]:
-                        least = min(least, value)
-                        row.append(least)
-                    table.append(row)
-                tables[name] = table
-            self._least[unit] = tables
-        return self._least[unit]
 
     # --- costs -------------------------------------------------------------------------------------------
     def _syncs_between(self, partition: Partition, state: State) -> dict[str, NodeCost]:

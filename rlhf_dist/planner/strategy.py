@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from rlhf_dist.planner.models import ModelSpec
 
@@ -27,7 +27,7 @@ class Strategy:
     offload: bool = False
     """Optimizer state of a trained role, weights of a frozen one, in the host's memory while not used."""
 
-    @property
+    @cached_property
     def dp(self) -> int:
         """Data-parallel ranks."""
         return self.gpus // (self.tp * self.sp * self.pp)

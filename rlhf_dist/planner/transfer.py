@@ -8,7 +8,7 @@ the network, and copies inside a node travel over its links.
 
 from __future__ import annotations
 
-from rlhf_dist.planner.latency import Machine, NodeCost, scaled
+from rlhf_dist.planner.latency import Machine, NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.strategy import Generation, Strategy
@@ -53,6 +53,6 @@ def reshard_cost(
         "install": install,
         "call": machine.efficiency.call_s,
     }
-    parts = scaled(parts, machine.efficiency.reshard_scale)
     memory = {"weights": size / (target.tp * target.pp), "bucket": min(BUCKET_BYTES, size)}
-    return NodeCost(sum(parts.values()), parts, memory, f"{missing / 1e9:.2f} GB to each GPU")
+    text = f"{missing / 1e9:.2f} GB to each GPU"
+    return cost_of(parts, memory, machine.efficiency.reshard_scale, text=text)

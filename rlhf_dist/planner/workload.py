@@ -81,7 +81,12 @@ class Workload:
         """Responses of a step."""
         return self.prompts * self.samples_per_prompt
 
-    @property
+    @cached_property
+    def longest(self) -> float:
+        """Longest row, tokens."""
+        return self.prompt.longest + self.response.longest
+
+    @cached_property
     def row_tokens(self) -> float:
         """Mean length of a row, prompt and response, tokens."""
         return self.prompt.mean + self.response.mean
