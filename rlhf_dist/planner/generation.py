@@ -46,12 +46,23 @@ def generation_cost(
 
 
 def generation_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: int, machine: Machine) -> float:
-    """Seconds that generation takes on `gpus` GPUs at least: reading keys and values, one step after another."""
-    response = load.response
+    """Seconds that generation takes at least on `gpus` GPUs or fewer.
+
+    Keys and values are read over all of them, prompts computed over all of them; a decode step reads a share of
+    the weights, the smaller the more GPUs share a replica, and costs host time for every row, the less the fewer.
+    """
+    response, use, gpu = load.response, machine.efficiency, machine.cluster.gpu
     contexts = response.mean * load.prompt.mean + response.mean_square / 2.0
-    speed = machine.cluster.gpu.hbm_bytes_per_s * machine.efficiency.hbm_kv * gpus
-    kv = work.rows * contexts * model.kv_bytes_per_token() / speed
-    return machine.efficiency.generate_scale * (kv + response.longest * machine.efficiency.decode_step_s)
+    kv = work.rows * contexts * model.kv_bytes_per_token() / (gpu.hbm_bytes_per_s * use.hbm_kv * gpus)
+    tokens = work.prompts * load.prompt.mean
+    prefill = model.forward_flops(tokens, work.prompts * load.prompt.mean_square) / gpus / machine.flops
+    read = WEIGHT_BYTES * model.decode_weights(1.0) / (gpu.hbm_bytes_per_s * use.hbm_weights)
+    steps = []
+    for ranks in (1, 2, 4, 8, 16, 32, 64, 128):
+        rows = work.rows * ranks / gpus
+        host = response.longest * use.decode_step_s + rows * response.mean * use.decode_sequence_s
+        steps.append(response.longest * read / ranks + host)
+    return use.generate_scale * (kv + prefill + min(steps))
 
 
 def least_cache_bytes(model: ModelSpec, load: Workload, generation: Generation) -> float:

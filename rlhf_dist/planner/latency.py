@@ -143,12 +143,23 @@ def staircase(ways: list[tuple[float, NodeCost]]) -> Variants:
     return tuple(kept)
 
 
-def compute_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: int, machine: Machine) -> float:
-    """Seconds that training or inference takes on `gpus` GPUs at least: its FLOPs, spread evenly, nothing else."""
-    flops = model.forward_flops(work.rows * load.row_tokens, work.rows * load.row_squares) / gpus / machine.flops
-    if work.phase == "train":
-        return machine.efficiency.train_scale * 3.0 * work.epochs * flops
-    return machine.efficiency.infer_scale * flops
+def floor_s(
+    model: ModelSpec, work: NodeWork, load: Workload, sizes: tuple[int, int], machine: Machine, *, pipeline: bool
+) -> float:
+    """Seconds that training or inference takes at least on any number of GPUs between the two `sizes`.
+
+    Its FLOPs, spread evenly over the most GPUs; or what an update must move between the fewest nodes: every node
+    takes in what it lacks of the parameters, and of the gradients in bf16. A pipeline would move less.
+    """
+    fewest, most = sizes
+    flops = model.forward_flops(work.rows * load.row_tokens, work.rows * load.row_squares) / most / machine.flops
+    if work.phase != "train":
+        return machine.efficiency.infer_scale * flops
+    nodes, moved = fewest // machine.cluster.gpus_per_node, 0.0
+    if nodes > 1 and not pipeline:
+        volume = (WEIGHT_BYTES + min(REDUCED_BYTES.values())) * model.parameters * (nodes - 1) / nodes
+        moved = work.mini_batches * work.epochs * volume / machine.fabric.network
+    return machine.efficiency.train_scale * max(3.0 * work.epochs * flops, moved)
 
 
 def training_variants(

@@ -19,7 +19,7 @@ from rlhf_dist.planner.latency import (
     NodeCost,
     Variants,
     cheapest,
-    compute_floor_s,
+    floor_s,
     inference_variants,
     staircase,
     training_variants,
@@ -34,7 +34,7 @@ from rlhf_dist.planner.strategy import (
     generation_strategies,
     training_strategies,
 )
-from rlhf_dist.planner.transfer import reshard_cost
+from rlhf_dist.planner.transfer import total_reshard_s
 from rlhf_dist.planner.work import NodeWork, Problem
 
 FULL_COPIES = Space(offload=False, frozen_zero=(0,))
@@ -60,7 +60,8 @@ class Layout:
         if self.rest > other.rest or any(a > b for a, b in zip(self.reshard, other.reshard, strict=True)):
             return False
         for node, theirs in other.variants.items():
-            for need, cost in theirs:
+            # The fastest way first: most layouts that dominate nothing are found out there.
+            for need, cost in theirs[::-1]:
                 mine = cheapest(self.variants[node], need + other.rest - self.rest)
                 if mine is None or mine.seconds > cost.seconds:
                     return False
@@ -143,15 +144,16 @@ class Catalogue:
             self._least_rests[key] = min(ways, default=self.usable + 1)
         return self._least_rests[key]
 
-    def floor(self, unit: str, gpus: int) -> dict[str, float]:
-        """Node -> seconds it takes at least on so many GPUs or fewer, without looking at any strategy."""
+    def floor(self, unit: str, fewest: int, most: int) -> dict[str, float]:
+        """Node -> seconds it takes at least on any number of GPUs in a range, without looking at any strategy."""
         load, found = self.problem.workload, dict[str, float]()
+        pipeline = max(self._space(self.nodes_of(unit)).pipeline) > 1
         for work in self.nodes_of(unit):
             model = self.problem.models[work.role]
             if work.phase == "generate":
-                found[work.name] = generation_floor_s(model, work, load, gpus, self.machine)
+                found[work.name] = generation_floor_s(model, work, load, most, self.machine)
             elif work.phase in ("train", "infer"):
-                found[work.name] = compute_floor_s(model, work, load, gpus, self.machine)
+                found[work.name] = floor_s(model, work, load, (fewest, most), self.machine, pipeline=pipeline)
             else:
                 found[work.name] = 0.0
         return found
@@ -227,9 +229,7 @@ class Catalogue:
                 continue
             variants = {work.name: self._variants(work, strategy, trained) for work in nodes if _computes(work)}
             syncs = any(work.phase == "reshard" for work in nodes)
-            reshard = tuple(
-                reshard_cost(model, strategy, one, self.machine).seconds for one in generations if syncs
-            )
+            reshard = tuple(total_reshard_s(model, strategy, one, self.machine) for one in generations if syncs)
             yield Layout(strategy, rest, variants, reshard)
 
     def _variants(self, work: NodeWork, strategy: Strategy, trained: bool) -> Variants:
@@ -250,7 +250,7 @@ class Catalogue:
         model = self.problem.models[work.role]
         for other, weights, variants in self._full_copies(work, strategy.gpus):
             target = Generation(gpus=other.gpus, tp=other.tp)
-            copy_s = reshard_cost(model, strategy, target, self.machine).seconds
+            copy_s = total_reshard_s(model, strategy, target, self.machine)
             for need, cost in variants:
                 mine = cheapest(own, need + weights)
                 if mine is not None and mine.seconds <= cost.seconds + copy_s:

@@ -30,7 +30,7 @@ Partition = tuple[tuple[str, ...], ...]
 State = tuple[tuple[int, Ways], ...]
 """For each pool its GPUs and what is decided."""
 INFINITE = float("inf")
-WIDE = 2
+WIDE = 1
 """Sizes in a range, less one, from which its bound looks at FLOPs and bytes only: strategies cost time to try."""
 
 
@@ -112,7 +112,7 @@ class Search:
         self.gpus = self.catalogue.machine.cluster.gpus
         self.index = {name: position for position, name in enumerate(self.graph.names)}
         self.host_s = self._host_seconds()
-        self._floors: dict[tuple[str, int], dict[str, float]] = {}
+        self._floors: dict[tuple[str, int, int], dict[str, float]] = {}
         self._smallest: dict[tuple[str, ...], int] = {}
 
     def run(self) -> SearchResult:
@@ -296,8 +296,8 @@ class Search:
         seconds: dict[str, float] = {}
         for block, (low, high) in zip(partition, box, strict=True):
             for unit in block:
-                if high - low >= WIDE:  # More GPUs are never slower by FLOPs and bytes alone.
-                    seconds |= self._floor(unit, high)
+                if high - low >= WIDE:
+                    seconds |= self._floor(unit, low, high)
                     continue
                 found = [self.catalogue.candidates(unit, self.sizes[at]).best for at in range(low, high + 1)]
                 for work in self.catalogue.nodes_of(unit):
@@ -307,10 +307,10 @@ class Search:
                     seconds[work.name] = least
         return self._lowered(partition, seconds)
 
-    def _floor(self, unit: str, at: int) -> dict[str, float]:
-        key = (unit, at)
+    def _floor(self, unit: str, low: int, high: int) -> dict[str, float]:
+        key = (unit, low, high)
         if key not in self._floors:
-            self._floors[key] = self.catalogue.floor(unit, self.sizes[at])
+            self._floors[key] = self.catalogue.floor(unit, self.sizes[low], self.sizes[high])
         return self._floors[key]
 
     def _bound(self, partition: Partition, state: State) -> float:
