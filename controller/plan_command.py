@@ -33,7 +33,9 @@ def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     plan.add_argument("--png", metavar="FILE", help="draw the simulated timeline")
     profile = commands.add_parser("profile", parents=[common], help="measure this machine for the planner, about 20 s")
     profile.add_argument("--out", default="calibration.yaml", metavar="FILE", help="where to write (calibration.yaml)")
-    profile.add_argument("--address", metavar="ADDRESS", help="measure every node of this Ray cluster; the slowest counts")
+    profile.add_argument(
+        "--address", metavar="ADDRESS", help="measure every node of this Ray cluster; the slowest counts"
+    )
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
@@ -90,7 +92,9 @@ def _question(arguments: argparse.Namespace) -> Any:
         }
         for what, value in beside.items():
             if value:
-                raise ConfigError(f"--case holds the whole question; leave {what} out, or change it in {arguments.case}")
+                raise ConfigError(
+                    f"--case holds the whole question; leave {what} out, or change it in {arguments.case}"
+                )
         from rlhf_dist.planner.case import read_case
 
         question = read_case(arguments.case)

@@ -26,6 +26,7 @@ from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
+from controller.plan_feedback import write_feedback
 from controller.session import Session, generates, slots_needed, start_session
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
@@ -53,6 +54,7 @@ class _Progress:
     last: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     spans: list[dict[str, Any]] = field(default_factory=list)
+    node_seconds: dict[str, list[float]] = field(default_factory=dict)
     steps: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
@@ -87,6 +89,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
         "last": progress.last,
         "evaluations": progress.evaluations,
     }
+    if progress.steps:
+        write_feedback(launch, folder, progress.node_seconds, progress.seconds / progress.steps, progress.last)
     _write_json(folder / "summary.json", summary)
     _write_json(folder / "trace.json", {"traceEvents": progress.spans})
     return summary
@@ -175,6 +179,8 @@ class _Run:
         self.progress.steps += 1
         self.progress.tokens += tokens
         self.progress.seconds += seconds
+        for name, node_s in report.seconds.items():
+            self.progress.node_seconds.setdefault(name, []).append(node_s)
         for node in report.nodes:
             pool = self.runner.pool_of(self.dataflow[node.node]) if not self.eager else None
             self.progress.spans.append(

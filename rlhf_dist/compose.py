@@ -228,9 +228,7 @@ def _check_rows(recipe: Recipe, settings: Any) -> None:
 
 
 # --- Hydra -----------------------------------------------------------------------------------------------
-def _compose(
-    spec: str, recipe: Recipe, root: type, overrides: Sequence[str], planned: Mapping[str, Any]
-) -> DictConfig:
+def _compose(spec: str, recipe: Recipe, root: type, overrides: Sequence[str], planned: Mapping[str, Any]) -> DictConfig:
     """Files, groups, a plan and overrides put together, in this order; interpolations not yet resolved."""
     file = parse_spec(spec)
     groups, values = _parse(overrides, typed.keys(root), [_conf(), *([file.path.parent] if file else [])])

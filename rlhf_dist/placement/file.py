@@ -1,8 +1,8 @@
 """Placements that are planned, or kept in a file of their own.
 
-    placement=auto           planned at launch
-    placement=plan.yaml      what `rlhf-dist plan --format yaml` wrote: a `placement` section and role sections,
-                             or pools and roles alone
+placement=auto           planned at launch
+placement=plan.yaml      what `rlhf-dist plan --format yaml` wrote: a `placement` section and role sections,
+                         or pools and roles alone
 """
 
 from __future__ import annotations

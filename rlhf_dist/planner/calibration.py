@@ -27,9 +27,7 @@ SCALES = {"train": "train_scale", "infer": "infer_scale", "generate": "generate_
 """Phase of a node -> the field of `Efficiency` that its measured seconds refine."""
 
 
-def load_calibration(
-    path: str | Path | None, usual: Efficiency | None = None
-) -> tuple[Efficiency, dict[str, float]]:
+def load_calibration(path: str | Path | None, usual: Efficiency | None = None) -> tuple[Efficiency, dict[str, float]]:
     """Efficiencies, and measured fields of the GPU; what the file does not say is as in `usual` (None: typical).
 
     Raises ConfigError for a file that cannot be read, an unknown field, and a number that cannot be.
@@ -39,7 +37,9 @@ def load_calibration(
         return usual, {}
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"calibration: no file {str(path)!r} (looked for {file.resolve()}); rlhf-dist profile makes one")
+        raise ConfigError(
+            f"calibration: no file {str(path)!r} (looked for {file.resolve()}); rlhf-dist profile makes one"
+        )
     try:
         content = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -73,7 +73,8 @@ def apply_gpu(cluster: Cluster, measured: Mapping[str, float]) -> Cluster:
     if not measured:
         return cluster
     network = measured.get("network_bytes_per_s")
-    gpu = replace(cluster.gpu, **dict(measured))
+    values: dict[str, Any] = dict(measured)
+    gpu = replace(cluster.gpu, **values)
     if network is None:
         return replace(cluster, gpu=gpu)
     return replace(cluster, gpu=gpu, network_bytes_per_s=network * cluster.gpus_per_node / 8)

@@ -3,7 +3,8 @@
     recipe: ppo
     cluster: 16x8xA100-80G
     models: {actor: llama2-13b, critic: llama2-13b, reference: llama2-13b, reward: llama2-13b}
-    workload: {prompts: 1024, samples_per_prompt: 1, prompt_tokens: 1024, response_tokens: 1024, mini_batches: 8, epochs: 1}
+    workload: {prompts: 1024, samples_per_prompt: 1, prompt_tokens: 1024, response_tokens: 1024,
+               mini_batches: 8, epochs: 1}
     placement: auto
 
 `placement` is `auto`, a preset (colocate, split, standalone, async), or pools, which are then priced:
@@ -119,9 +120,7 @@ def _traced(recipe: Recipe, workload: Workload) -> tuple[Dataflow, Workload]:
     if recipe.config is not None and is_dataclass(recipe.config):
         known = {item.name for item in fields(recipe.config)}
         wanted = {
-            name: getattr(workload, name)
-            for name in ("samples_per_prompt", "mini_batches", "epochs")
-            if name in known
+            name: getattr(workload, name) for name in ("samples_per_prompt", "mini_batches", "epochs") if name in known
         }
         try:
             config = recipe.config(**wanted)
@@ -219,7 +218,9 @@ def _pools(
     for role, name in {**(value.get("roles") or {}), **_rollout(value, problem)}.items():
         if name not in of_pool:
             raise ConfigError(f"placement.roles.{role}: {unknown(str(name), of_pool, 'pool')}")
-        targets = [unit for unit in problem.roles if unit not in sum(of_pool.values(), [])] if role == "default" else [role]
+        targets = (
+            [unit for unit in problem.roles if unit not in sum(of_pool.values(), [])] if role == "default" else [role]
+        )
         of_pool[name] += targets
     placed = sum(of_pool.values(), [])
     for role in placed:
@@ -241,9 +242,7 @@ def _pools(
         each = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(f"placement.pools need {sum(sizes.values())} GPUs ({each}), but the cluster has {gpus}")
     order = [*units]
-    return {
-        name: (tuple(sorted(roles, key=order.index)), sizes[name]) for name, roles in of_pool.items() if roles
-    }
+    return {name: (tuple(sorted(roles, key=order.index)), sizes[name]) for name, roles in of_pool.items() if roles}
 
 
 def _rollout(value: Mapping[str, Any], problem: Problem) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Seconds of collectives. A group's ranks are spread evenly; groups on a node share its network cards.
 
-    time = max(inside a node: V (g-1)/g / link,  between nodes: V (nodes-1)/nodes / (network x group's share)) + start-up
+    time = max(V (g-1)/g / link  inside a node,  V (nodes-1)/nodes / (network x group's share)  between nodes) + start
 
 V is the full (gathered) buffer of one group. All-gather and reduce-scatter move V once, all-reduce twice (ring
 algorithm, Patarasuk and Yuan 2009: bandwidth-optimal, and what NCCL does for large buffers).

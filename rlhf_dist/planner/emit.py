@@ -6,7 +6,6 @@ section, the others comments: the file says all of the plan and sets what can be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -14,6 +13,7 @@ import yaml
 from rlhf_dist.config import EngineConfig, PlacementConfig, RolloutConfig
 from rlhf_dist.planner.plan import Plan
 from rlhf_dist.planner.strategy import Generation, Strategy
+from rlhf_dist.typed import ALLOWED
 
 
 def as_yaml(plan: Plan) -> str:
@@ -23,7 +23,7 @@ def as_yaml(plan: Plan) -> str:
     head = [
         f"# {question.name} on {question.cluster.text}: {best.step_s:.4g} s a step predicted, "
         f"{plan.tokens_per_s:,.0f} tokens/s",
-        f"# gap {plan.certificate.gap:g}, {plan.certificate.explored} parts of the space looked at; made by rlhf-dist plan",
+        f"# gap {plan.certificate.gap:g}, {plan.certificate.explored} parts of the space looked at (rlhf-dist plan)",
     ]
     body = yaml.safe_dump(sections, sort_keys=False).rstrip()
     tail = ["# Also part of the plan, and not a setting (yet):", *(f"#   {line}" for line in comments)]
@@ -58,8 +58,7 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if cost.layout is not None:
                 comments.append(f"{work.name}: {cost.layout.text}, weights copied from the training layout")
             elif work.phase == "train":
-                recompute = cost.recompute
-                _set(sections, comments, work.role, "activation_checkpointing", recompute, what=f"{work.name}: {cost.note}")
+                _set(sections, comments, work.role, "activation_checkpointing", cost.recompute)
     if problem.staleness:
         if "max_staleness" in PlacementConfig.__dataclass_fields__:
             placement["max_staleness"] = problem.staleness
@@ -68,22 +67,23 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     return sections, list(dict.fromkeys(comments))
 
 
-def _engine(
-    sections: dict[str, Any], comments: list[str], role: str, strategy: Strategy, trained: bool
-) -> None:
-    values: Mapping[str, Any] = {"tensor_parallel": strategy.tp, "sequence_parallel": strategy.sp}
-    for field, size in values.items():
-        if size > 1:
-            _set(sections, comments, role, field, size)
+def _engine(sections: dict[str, Any], comments: list[str], role: str, strategy: Strategy, trained: bool) -> None:
+    """Settings of a role's training engine, as its strategy asks for."""
+    asked: dict[str, Any] = {}
+    if trained and (strategy.zero < 3 or strategy.offload):
+        asked |= {"name": "deepspeed", "zero_stage": strategy.zero}
+    if strategy.tp > 1:
+        asked["tensor_parallel"] = strategy.tp
+    if strategy.sp > 1:
+        asked["sequence_parallel"] = strategy.sp
+    if not trained and not strategy.zero and strategy.dp > 1:
+        asked["replicas"] = strategy.dp
+    if strategy.offload:
+        asked["offload"] = "optimizer" if trained else "all"
+    for field, value in asked.items():
+        _set(sections, comments, role, field, value)
     if strategy.pp > 1:
         comments.append(f"{role}: pipeline of {strategy.pp} stages")
-    if trained:
-        if strategy.zero < 3:
-            comments.append(f"{role}.engine.name: deepspeed, {role}.engine.zero_stage: {strategy.zero}")
-        if strategy.offload:
-            _set(sections, comments, role, "offload", True)
-    elif strategy.offload or not strategy.zero:
-        comments.append(f"{role}: {strategy.text}")
 
 
 def _rollout(sections: dict[str, Any], comments: list[str], role: str, generation: Generation) -> None:
@@ -93,12 +93,10 @@ def _rollout(sections: dict[str, Any], comments: list[str], role: str, generatio
         comments.append(f"{role} generates with a pipeline of {generation.pp} stages")
 
 
-def _set(
-    sections: dict[str, Any], comments: list[str], role: str, field: str, value: Any, *, what: str = ""
-) -> None:
-    """Set `ROLE.engine.FIELD` if there is such a setting, else say it."""
-    kind = EngineConfig.__dataclass_fields__.get(field)
-    if kind is not None and kind.type in (type(value).__name__, type(value)):
+def _set(sections: dict[str, Any], comments: list[str], role: str, field: str, value: Any) -> None:
+    """Set `ROLE.engine.FIELD` if there is such a setting and it takes the value, else say it."""
+    allowed = ALLOWED.get((EngineConfig, field))
+    if field in EngineConfig.__dataclass_fields__ and (allowed is None or value in allowed):
         sections.setdefault(role, {}).setdefault("engine", {})[field] = value
     else:
-        comments.append(what or f"{role}.engine.{field}: {str(value).lower() if isinstance(value, bool) else value}")
+        comments.append(f"{role}.engine.{field}: {str(value).lower() if isinstance(value, bool) else value}")

@@ -193,7 +193,7 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
         f"limit     {bottleneck(plan)}",
         "",
     ]
-    rows = [("pool", "GPUs", "role", "held as", "generates as")]
+    rows: list[tuple[str, ...]] = [("pool", "GPUs", "role", "held as", "generates as")]
     for name, pool in zip(plan.names, best.pools, strict=True):
         for unit in pool.units:
             role = unit.partition(".")[0]
@@ -216,7 +216,7 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
         rows = [("other placements", "step", "slower")]
         for one in plan.runners_up:
             what = " | ".join(f"{'+'.join(pool.units)}: {pool.gpus}" for pool in one.pools)
-            rows.append((what, _s(one.step_s), f"{one.step_s / best.step_s - 1:+.1%}"))
+            rows.append((what, _s(one.step_s), _slower(one.step_s / best.step_s - 1)))
         lines += [*_table(rows), ""]
     if others:
         rows = [("other hardware", "step", "faster")]
@@ -232,6 +232,10 @@ def _in_order(plan: Plan) -> Iterable[tuple[str, Any]]:
     return ((w.name, plan.best.costs[w.name]) for w in plan.question.problem.nodes if w.name in plan.best.costs)
 
 
+def _slower(share: float) -> str:
+    return "the same" if abs(share) <= TIE else f"{share:+.1%}"
+
+
 def _s(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3g} s"
 
@@ -243,7 +247,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 def summary_of(predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[str]:
     """Predicted against measured seconds by node, as lines."""
-    rows = [("node", "predicted", "measured", "measured / predicted")]
+    rows: list[tuple[str, ...]] = [("node", "predicted", "measured", "measured / predicted")]
     for name in predicted:
         if name in measured:
             ratio = measured[name] / predicted[name] if predicted[name] else float("nan")

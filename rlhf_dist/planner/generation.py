@@ -90,9 +90,7 @@ def _decode(
     return total
 
 
-def _step(
-    model: ModelSpec, generation: Generation, machine: Machine, batch: float, context: float
-) -> dict[str, float]:
+def _step(model: ModelSpec, generation: Generation, machine: Machine, batch: float, context: float) -> dict[str, float]:
     """Seconds by cause of one token for each of `batch` rows with `context` tokens behind them."""
     gpu, use = machine.cluster.gpu, machine.efficiency
     # Stages of a pipeline take turns on a batch cut into pp parts: each reads its weights once for each part.

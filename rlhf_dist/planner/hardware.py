@@ -66,7 +66,8 @@ KINDS: dict[str, Gpu] = {
             network_bytes_per_s=25e9,
             matmul_efficiency=0.60,
         ),
-        # NVIDIA H100 SXM datasheet: 989 TFLOP/s bf16 dense, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100: 8 x 400 Gbit/s.
+        # NVIDIA H100 SXM datasheet: 989 TFLOP/s bf16 dense, 3.35 TB/s, NVLink 900 GB/s both ways; the DGX H100 has
+        # 8 x 400 Gbit/s.
         Gpu(
             name="H100",
             memory_bytes=80 * GIB,
@@ -84,7 +85,8 @@ KINDS: dict[str, Gpu] = {
             link_bytes_per_s=450e9,
             host_bytes_per_s=50e9,
         ),
-        # NVIDIA DGX B200 datasheet: 72 PFLOP/s fp8 sparse / 8 GPUs = 2.25 PFLOP/s bf16 dense, 180 GB at 8 TB/s, NVLink 1.8 TB/s.
+        # NVIDIA DGX B200 datasheet: 36 PFLOP/s bf16 sparse over 8 GPUs = 2.25 PFLOP/s dense, 180 GB at 8 TB/s, NVLink
+        # 1.8 TB/s both ways.
         Gpu(
             name="B200",
             memory_bytes=180e9,
@@ -104,7 +106,8 @@ KINDS: dict[str, Gpu] = {
             link_latency_s=20e-6,
             network_bytes_per_s=50e9,
         ),
-        # AMD MI300X datasheet: 1,307 TFLOP/s bf16 dense, 192 GB at 5.3 TB/s, Infinity Fabric 896 GB/s both ways over 7 links.
+        # AMD MI300X datasheet: 1,307 TFLOP/s bf16 dense, 192 GB at 5.3 TB/s, Infinity Fabric 896 GB/s both ways over 7
+        # links.
         Gpu(
             name="MI300X",
             memory_bytes=192e9,
@@ -116,7 +119,13 @@ KINDS: dict[str, Gpu] = {
         ),
     )
 }
-ALIASES = {"A100": "A100-80G", "A100-80GB": "A100-80G", "A100-40GB": "A100-40G", "H100-80G": "H100", "H100-80GB": "H100"}
+ALIASES = {
+    "A100": "A100-80G",
+    "A100-80GB": "A100-80G",
+    "A100-40GB": "A100-40G",
+    "H100-80G": "H100",
+    "H100-80GB": "H100",
+}
 NETWORK_LATENCY_S = 20e-6
 """Start of one collective step between nodes (InfiniBand or RoCE with GPUDirect, nccl-tests)."""
 
@@ -149,7 +158,9 @@ class Cluster:
         return replace(self, nodes=nodes)
 
 
-NOTATION = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<gpus>\d+)x(?P<kind>[A-Za-z][\w-]*?)(?:@(?P<network>\d+(?:\.\d+)?)Gbps)?")
+NOTATION = re.compile(
+    r"(?:(?P<nodes>\d+)x)?(?P<gpus>\d+)x(?P<kind>[A-Za-z][\w-]*?)(?:@(?P<network>\d+(?:\.\d+)?)Gbps)?"
+)
 
 
 def parse_cluster(value: Any, kinds: Mapping[str, Any] | None = None, key: str = "cluster") -> Cluster:

@@ -316,7 +316,7 @@ def _slowest_stage(model: ModelSpec, pp: int) -> float:
 
 
 def _block_s(model: ModelSpec, tokens: float, strategy: Strategy, fabric: Fabric) -> float:
-    """Collectives inside the layers of one forward pass of a micro-batch of `tokens` tokens (of the whole tp/sp group)."""
+    """Collectives inside the layers of one forward pass; `tokens` are those of the whole tp or sp group."""
     layers = model.layers / strategy.pp
     if strategy.tp > 1:  # Two all-reduces of the hidden state per layer (Shoeybi et al. 2019).
         return layers * 2.0 * fabric.all_reduce_s(2.0 * tokens * model.hidden, strategy.tp)

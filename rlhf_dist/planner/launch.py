@@ -1,7 +1,7 @@
 """Planning a launch: the question in its settings, and the answer as settings.
 
-    rlhf-dist plan ppo --cluster 16x8xH100 model.path=llama3-8b      settings -> question -> plan
-    rlhf-dist run ppo placement=auto                                 ... -> settings of the run
+rlhf-dist plan ppo --cluster 16x8xH100 model.path=llama3-8b      settings -> question -> plan
+rlhf-dist run ppo placement=auto                                 ... -> settings of the run
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def runnable_space() -> Space:
         tensor="tensor_parallel" in known,
         sequence="sequence_parallel" in known,
         zero=stages,
-        frozen_zero=(3,),
+        frozen_zero=(0, 3) if "replicas" in known else (3,),
+        plain_zero=True,
         reallocate=False,
         generation_pipeline=False,
     )

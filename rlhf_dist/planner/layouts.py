@@ -163,9 +163,7 @@ class Catalogue:
         key = (work.name, generation, budget)
         if key not in self._generated:
             model = self.problem.models[work.role]
-            self._generated[key] = generation_cost(
-                model, work, self.problem.workload, generation, self.machine, budget
-            )
+            self._generated[key] = generation_cost(model, work, self.problem.workload, generation, self.machine, budget)
         return self._generated[key]
 
     def least_layouts(self, unit: str, gpus: int) -> tuple[Layout, ...]:
@@ -299,8 +297,10 @@ class Catalogue:
         )
 
     def _space(self, nodes: tuple[NodeWork, ...]) -> Space:
-        asked = {self.wanted.get(work.name, {}).get("pp") for work in nodes if _computes(work)} - {None}
-        return replace(self.space, pipeline=tuple(sorted({int(pp) for pp in asked}))) if asked else self.space
+        asked = {
+            int(given["pp"]) for work in nodes if _computes(work) and "pp" in (given := self.wanted.get(work.name, {}))
+        }
+        return replace(self.space, pipeline=tuple(sorted(asked))) if asked else self.space
 
 
 def undominated(layouts: Iterator[Layout]) -> tuple[Layout, ...]:

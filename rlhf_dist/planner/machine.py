@@ -43,7 +43,7 @@ def cpu_node() -> Cluster:
         host_bytes_per_s=5e9,
         network_bytes_per_s=1.25e9,
     )
-    return Cluster(nodes=1, gpus_per_node=slots, gpu=cpu, network_bytes_per_s=cpu.network_bytes_per_s)
+    return Cluster(nodes=1, gpus_per_node=slots, gpu=cpu, network_bytes_per_s=cpu.network_bytes_per_s * slots / 8)
 
 
 def usual_efficiency(cluster: Cluster) -> Efficiency:

@@ -1,6 +1,6 @@
 """Model shapes: parameters, FLOPs and bytes of a decoder, from the numbers of its Hugging Face config.json.
 
-    embedding [V, h] -> L x (attention: q, k, v, o; mlp: gate, up, down, or E experts of which k run) -> head [h, V]
+embedding [V, h] -> L x (attention: q, k, v, o; mlp: gate, up, down, or E experts of which k run) -> head [h, V]
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class ModelSpec:
         dense = self.layers * (self.attention + self.dense_mlp) + self.vocabulary * self.hidden
         if not self.experts:
             return float(dense)
-        used = self.experts * (1.0 - (1.0 - self.experts_per_token / self.experts) ** max(batch, 1.0))
+        unused: float = (1.0 - self.experts_per_token / self.experts) ** max(batch, 1.0)
+        used = self.experts * (1.0 - unused)
         return dense + self.layers * used * self.expert
 
 
@@ -140,8 +141,8 @@ def _dense(
 BUILT_IN: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        # Touvron et al. 2023 (Llama 2), Roziere et al. 2023 (Code Llama), Dubey et al. 2024 (Llama 3), Qwen3 report 2025;
-        # the numbers are those of the published config.json files.
+        # Touvron et al. 2023 (Llama 2), Roziere et al. 2023 (Code Llama), Dubey et al. 2024 (Llama 3), Qwen3
+        # report 2025; the numbers are those of the published config.json files.
         _dense("llama2-7b", 32, 4096, 11008, 32, 32, 32000),
         _dense("llama2-13b", 40, 5120, 13824, 40, 40, 32000),
         _dense("llama2-70b", 80, 8192, 28672, 64, 8, 32000),

@@ -110,12 +110,11 @@ class PoolSpace:
         if budget < 0:
             return None
         seconds: dict[str, float] = {}
-        for at, (unit, one) in enumerate(zip(units, found, strict=True)):
+        for at, one in enumerate(found):
+            layouts, slack = one.layouts, one.least_rest
             if at < len(decided):
                 way = decided[at]
                 layouts, slack = ((way,), 0.0) if isinstance(way, Layout) else ((), rests[at])
-            else:
-                layouts, slack = one.layouts, one.least_rest
             for name in layouts[0].variants if layouts else ():
                 fastest = None
                 for layout in layouts:

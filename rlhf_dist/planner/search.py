@@ -136,6 +136,7 @@ class Search:
             return min(own, costs[self.keep - 1] if len(costs) >= self.keep else INFINITE)
 
         for which, partition in enumerate(every):
+            explored += 1
             box = self._tightened(partition, self._full_box(partition))
             if box is not None:
                 push(self._box_bound(partition, box), 0, which, box)
@@ -181,9 +182,9 @@ class Search:
         if not all(low == high for low, high in box):
             halves = (half for half in self._halves(partition, box) if self._box_bound(partition, half) < INFINITE)
             return any(self._some(partition, half) for half in halves)
-        stack = [tuple((self.sizes[low], ()) for low, _ in box)]
+        stack: list[State] = [tuple((self.sizes[low], ()) for low, _ in box)]
         while stack:
-            state: State = stack.pop()
+            state = stack.pop()
             if self._bound(partition, state) == INFINITE:
                 continue
             more = self._next(partition, state)
@@ -210,7 +211,7 @@ class Search:
         """Node -> the pools it occupies, by their place in the partition."""
         pool = {unit: index for index, block in enumerate(partition) for unit in block}
         separate = self.catalogue.separate
-        found = []
+        found: list[tuple[int, ...]] = []
         for work in self.catalogue.problem.nodes:
             if not work.role:
                 found.append(())
@@ -241,17 +242,12 @@ class Search:
     def _smallest_size(self, block: tuple[str, ...]) -> int:
         """Index of the least size at which a pool's roles can rest together."""
         if block not in self._smallest:
-            for at, size in enumerate(self.sizes):
-                if sum(self.catalogue.least_rest(unit, size) for unit in block) <= self.catalogue.usable:
-                    break
-            else:
-                at = len(self.sizes)
-            self._smallest[block] = at
+            usable, rest = self.catalogue.usable, self.catalogue.least_rest
+            fits = (at for at, size in enumerate(self.sizes) if sum(rest(unit, size) for unit in block) <= usable)
+            self._smallest[block] = next(fits, len(self.sizes))
         return self._smallest[block]
 
-    def _tightened(
-        self, partition: Partition, box: tuple[tuple[int, int], ...]
-    ) -> tuple[tuple[int, int], ...] | None:
+    def _tightened(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...] | None:
         """The box without sizes that cannot add up to all GPUs; None if nothing is left."""
         sizes, ranges = self.sizes, [list(one) for one in box]
         if any(low >= len(sizes) or low > high for low, high in ranges):
@@ -277,9 +273,7 @@ class Search:
                     break
         return tuple((low, high) for low, high in ranges)
 
-    def _halves(
-        self, partition: Partition, box: tuple[tuple[int, int], ...]
-    ) -> Iterator[tuple[tuple[int, int], ...]]:
+    def _halves(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[int, int], ...]]:
         widest = max(range(len(box)), key=lambda at: box[at][1] - box[at][0])
         low, high = box[widest]
         if low == high:

@@ -115,7 +115,9 @@ def parse_workload(value: Any, key: str = "workload") -> Workload:
     for name in ("prompts", "prompt_tokens", "response_tokens"):
         if value.get(name) is None:
             raise ConfigError(f"{key}.{name} has no value and needs one; set {key}.{name}")
-    counts = {name: _count(value.get(name, 1), f"{key}.{name}") for name in ("prompts", "samples_per_prompt", *KEYS[4:])}
+    counts = {
+        name: _count(value.get(name, 1), f"{key}.{name}") for name in ("prompts", "samples_per_prompt", *KEYS[4:])
+    }
     return Workload(
         prompt=parse_lengths(value["prompt_tokens"], f"{key}.prompt_tokens"),
         response=parse_lengths(value["response_tokens"], f"{key}.response_tokens"),
