@@ -27,11 +27,14 @@ class Blame:
     """Bytes per GPU at least, with what rests of the roles beside it."""
 
 
-def blame(search: Search) -> Blame:
+def blame(search: Search, *, offload: bool = True) -> Blame:
     """What needs most memory when all roles share all GPUs, each held in the least memory it can be."""
     catalogue = search.catalogue
     gpus = max(search.fixed.values(), default=search.gpus)
-    found = {unit: catalogue.least_layouts(unit, gpus) for unit in catalogue.units}
+    found = {
+        unit: [one for one in catalogue.least_layouts(unit, gpus) if offload or not one.strategy.offload]
+        for unit in catalogue.units
+    }
     resting = {unit: min((one.rest for one in ways), default=0.0) for unit, ways in found.items()}
     together = sum(resting.values())
     worst: Blame | None = None
@@ -71,11 +74,14 @@ def cannot_fit(search: Search, cluster: Cluster, fits: Callable[[Cluster], bool]
     """The message for models that fit nowhere on `cluster`."""
     from rlhf_dist.planner.explain import gib
 
-    worst = blame(search)
+    worst, unless = blame(search), ""
     usable = search.catalogue.usable
+    if worst.needed <= usable:  # With everything offloaded it would fit: then the host is too small for that.
+        worst = blame(search, offload=False)
+        unless = f", unless more is offloaded than a host with {gib(search.catalogue.usable_host)} for each GPU takes"
     how = (
-        f"{worst.node} ({worst.phase}) needs at least {gib(worst.needed)} per GPU, most of it {worst.tensors} "
-        f"({gib(worst.tensor_bytes)}), and a {cluster.gpu.name} has {gib(usable)} for tensors"
+        f"{worst.node} ({worst.phase}) needs at least {gib(worst.needed)} per GPU{unless}, most of it {worst.tensors} "
+        f"({gib(worst.tensor_bytes)}), and each {cluster.gpu.name} has {gib(usable)} for tensors"
     )
     smallest = smallest_cluster(cluster, fits)
     advice = (

@@ -39,6 +39,8 @@ class Gpu:
     """To the host's memory over PCIe: 80 % of a Gen4 x16 link (31.5 GB/s); Gen5 has twice as much."""
     network_bytes_per_s: float = 400e9
     """All network cards of a node of 8 such GPUs together."""
+    host_memory_bytes: float = 128 * GIB
+    """Of the host, for each GPU: DGX A100 and p4de have 1 TB and more for eight."""
     matmul_efficiency: float = 0.50
     """Share of `flops` that the matrix multiplications of a transformer layer reach (see docs/planner.md)."""
 

@@ -24,7 +24,7 @@ from rlhf_dist.planner.latency import (
     staircase,
     training_variants,
 )
-from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, resting_bytes, usable_bytes
+from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, host_bytes, resting_bytes, usable_bytes
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.strategy import (
     Generation,
@@ -52,12 +52,16 @@ class Layout:
     """Bytes per GPU at all times."""
     variants: Mapping[str, Variants]
     """Training and inference node -> ways to run it."""
+    host: float = 0.0
+    """Bytes in the host's memory for each GPU."""
     reshard: tuple[float, ...] = ()
     """Seconds of the weight sync to each generation strategy of the role, where it generates in this pool."""
 
     def dominates(self, other: Layout) -> bool:
         """Whether this one is at least as good in every respect."""
-        if self.rest > other.rest or any(a > b for a, b in zip(self.reshard, other.reshard, strict=True)):
+        if self.rest > other.rest or self.host > other.host:
+            return False
+        if any(a > b for a, b in zip(self.reshard, other.reshard, strict=True)):
             return False
         for node, theirs in other.variants.items():
             # The fastest way first: most layouts that dominate nothing are found out there.
@@ -99,6 +103,11 @@ class Catalogue:
     def usable(self) -> float:
         """Bytes of a GPU for tensors."""
         return usable_bytes(self.machine.cluster, self.machine.efficiency)
+
+    @cached_property
+    def usable_host(self) -> float:
+        """Bytes of host memory for each GPU: the system and the object store keep a fifth."""
+        return 0.8 * self.machine.cluster.gpu.host_memory_bytes
 
     @cached_property
     def units(self) -> tuple[str, ...]:
@@ -223,12 +232,13 @@ class Catalogue:
             if not all(self._allowed(work, strategy) for work in (training or nodes) if work.phase != "generate"):
                 continue
             rest = sum(resting_bytes(model, strategy, trained=trained).values())
-            if rest > self.usable and not any_size:
+            host = host_bytes(model, strategy, trained=trained)
+            if (rest > self.usable or host > self.usable_host) and not any_size:
                 continue
             variants = {work.name: self._variants(work, strategy, trained) for work in nodes if _computes(work)}
             syncs = any(work.phase == "reshard" for work in nodes)
             reshard = tuple(total_reshard_s(model, strategy, one, self.machine) for one in generations if syncs)
-            yield Layout(strategy, rest, variants, reshard)
+            yield Layout(strategy, rest, variants, host, reshard)
 
     def _variants(self, work: NodeWork, strategy: Strategy, trained: bool) -> Variants:
         model, load = self.problem.models[work.role], self.problem.workload
@@ -286,8 +296,13 @@ class Catalogue:
                 yield one
 
     def _allowed(self, work: NodeWork, strategy: Strategy) -> bool:
+        wanted = dict(self.wanted.get(work.name, {}))
+        if strategy.dp * strategy.sp == 1:  # Nothing to shard over: all stages are the same.
+            wanted.pop("zero", None)
+        elif work.role not in self.problem.trained and wanted.get("zero") in (1, 2):
+            wanted["zero"] = 0  # Stages 1 and 2 shard what a frozen role does not have.
         return _fits(
-            self.wanted.get(work.name, {}),
+            wanted,
             tp=strategy.tp,
             sp=strategy.sp,
             pp=strategy.pp,
@@ -300,7 +315,9 @@ class Catalogue:
         asked = {
             int(given["pp"]) for work in nodes if _computes(work) and "pp" in (given := self.wanted.get(work.name, {}))
         }
-        return replace(self.space, pipeline=tuple(sorted(asked))) if asked else self.space
+        space = replace(self.space, pipeline=tuple(sorted(asked))) if asked else self.space
+        shared = any(self.wanted.get(work.name, {}).get("sp", 1) > 1 for work in nodes)
+        return replace(space, frozen_sequence=True) if shared else space
 
 
 def undominated(layouts: Iterator[Layout]) -> tuple[Layout, ...]:

@@ -36,6 +36,7 @@ def cpu_node() -> Cluster:
     cpu = Gpu(
         name="CPU",
         memory_bytes=memory / slots,
+        host_memory_bytes=memory / slots,
         flops=100e9,
         hbm_bytes_per_s=10e9,
         link_bytes_per_s=2e9,

@@ -44,6 +44,16 @@ def resting_bytes(model: ModelSpec, strategy: Strategy, *, trained: bool) -> dic
     return {"weights": weights, "optimizer": 0.0 if strategy.offload else optimizer}
 
 
+def host_bytes(model: ModelSpec, strategy: Strategy, *, trained: bool) -> float:
+    """What an offloaded role keeps in the host's memory, bytes for each GPU of its node."""
+    if not strategy.offload:
+        return 0.0
+    own = model.parameters / (strategy.tp * strategy.pp)
+    if trained:
+        return OPTIMIZER_BYTES * own / (strategy.dp * strategy.sp)
+    return WEIGHT_BYTES * own / (strategy.dp if strategy.zero == 3 else 1)
+
+
 def gradient_bytes(model: ModelSpec, strategy: Strategy) -> float:
     """Gradients that are accumulated while a role trains, bytes per GPU."""
     own = model.parameters / (strategy.tp * strategy.pp)

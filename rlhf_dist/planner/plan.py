@@ -118,6 +118,7 @@ def make_plan(question: Question, runners_up: int = 3) -> Plan:
     search = searcher(question, keep=1 + runners_up)
     result = search.run()
     if not result.plans:
+        _check_wanted(search, question)
         raise ConfigError(cannot_fit(search, question.cluster, lambda cluster: _fits(question, cluster)))
     best = _preferred(question.problem, result)
     others = tuple(plan for plan in result.plans if plan is not best)
@@ -150,6 +151,32 @@ def what_if(question: Question, cluster: Cluster) -> float | None:
 def headroom_bytes(question: Question) -> float:
     """Bytes of a GPU for tensors."""
     return usable_bytes(question.cluster, question.efficiency)
+
+
+def _check_wanted(search: Search, question: Question) -> None:
+    """Raise ConfigError for a strategy that was asked for and that no layout of its role has, however large."""
+    catalogue, wanted = search.catalogue, question.request.wanted
+    for unit in catalogue.units:
+        named = [work.name for work in catalogue.nodes_of(unit) if wanted.get(work.name)]
+        sizes = [size for units, size in question.request.pools.values() if unit in units] or list(search.sizes)
+        for name in named:
+            alone = replace(catalogue, wanted={name: wanted[name]}, _made={}, _copies={})
+            generates = name in {work.name for work in catalogue.nodes_of(unit) if work.phase == "generate"}
+            found = [
+                alone.candidates(unit, size).generations if generates else alone.least_layouts(unit, size)
+                for size in sizes
+            ]
+            variants = [one for ways in found for one in ways]
+            if not variants:
+                model = catalogue.problem.models[unit.partition(".")[0]]
+                asked = ", ".join(f"{field}: {value}" for field, value in wanted[name].items())
+                where = f"{sizes[0]} GPUs" if len(sizes) == 1 else f"up to {sizes[-1]} GPUs"
+                raise ConfigError(
+                    f"placement.strategies: {name} cannot run as {{{asked}}} on {where}: tp and sp must divide the "
+                    f"{model.heads} attention heads and the GPUs of a node ({question.cluster.gpus_per_node}), "
+                    f"tp x sp x pp x dp must be the pool's GPUs, and zero is 1 to 3 for a role that learns, 0 or 3 for "
+                    f"one that does not"
+                )
 
 
 def _separate(question: Question) -> frozenset[str]:

@@ -107,7 +107,8 @@ class PoolSpace:
             for at, unit in enumerate(units)
         ]
         budget = catalogue.usable - sum(rests)
-        if budget < 0:
+        hosted = sum(way.host for way in decided if isinstance(way, Layout))
+        if budget < 0 or hosted > catalogue.usable_host:
             return None
         seconds: dict[str, float] = {}
         for at, one in enumerate(found):

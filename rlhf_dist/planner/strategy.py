@@ -73,6 +73,8 @@ class Space:
     """Whether training and inference may share matrices (tp)."""
     sequence: bool = True
     """Whether training may share sequences (sp)."""
+    frozen_sequence: bool = False
+    """Whether roles that do not learn may share sequences: with rows in plenty it only adds collectives."""
     zero: tuple[int, ...] = (1, 2, 3)
     """ZeRO stages of trained roles."""
     frozen_zero: tuple[int, ...] = (0, 3)
@@ -104,14 +106,14 @@ def training_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: 
 def frozen_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Strategy]:
     """All layouts of a role that does not learn."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
-        if sp > 1 or (tp > 1 and not space.tensor):
+        if (sp > 1 and not space.frozen_sequence) or (tp > 1 and not space.tensor):
             continue
         for pp in space.pipeline:
-            if gpus % (tp * pp) or pp > model.layers:
+            if gpus % (tp * sp * pp) or pp > model.layers:
                 continue
             for zero in space.frozen_zero if gpus > tp * pp else space.frozen_zero[:1]:
                 for offload in (False, True) if space.offload else (False,):
-                    yield Strategy(gpus=gpus, tp=tp, pp=pp, zero=zero, offload=offload)
+                    yield Strategy(gpus=gpus, tp=tp, sp=sp, pp=pp, zero=zero, offload=offload)
 
 
 def generation_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Generation]:

@@ -29,7 +29,9 @@ LOAD = Workload(prompts=4, prompt=Lengths.fixed(8), response=Lengths.fixed(8))
 
 def graph_of(name: str, overlap: bool) -> Graph:
     flow = FLOWS[name]
-    models = {role: BUILT_IN["llama2-7b"] for role, kind in flow.roles.items() if kind not in ("Prompts", "Preferences")}
+    models = {
+        role: BUILT_IN["llama2-7b"] for role, kind in flow.roles.items() if kind not in ("Prompts", "Preferences")
+    }
     models = {role: model for role, model in models.items() if role in flow.used_roles and role != "lagrange"}
     return Graph.of(make_problem(flow, models, LOAD), overlap=overlap)
 

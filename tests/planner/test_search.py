@@ -40,7 +40,9 @@ def test_partitions_are_as_many_as_bell_numbers_and_all_different(roles: int, co
 def every_layout(catalogue: Catalogue, unit: str, gpus: int) -> Candidates:
     """Candidates of a unit with the dominated layouts left in."""
     found = catalogue.candidates(unit, gpus)
-    role = unit.partition(".")[0]
+    role, _, half = unit.partition(".")
+    if half:
+        return found
     layouts = list(catalogue._layouts(role, gpus, catalogue.nodes_of(unit), found.generations))
     return replace(found, layouts=tuple(layouts))
 
