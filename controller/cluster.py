@@ -144,6 +144,11 @@ class Cluster:
             raise ClusterError("placement asks for device=cuda, but the cluster has no GPU; use device=auto or cpu")
         return int(gpus > 0)
 
+    @property
+    def _threads(self) -> int:
+        """Threads of a rank: the cores of this machine divided among all slots, or 1 on a cluster we did not start."""
+        return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self.config.address is None else 1
+
     def _reserve(self, name: str, bundles: list[dict[str, float]]) -> Any:
         group = placement_group(bundles, strategy="PACK", name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
         self._groups.append(group)
@@ -167,7 +172,7 @@ class Cluster:
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(gpus)},
+                runtime_env={"env_vars": _environment(gpus, self._threads)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
             for rank in range(count)
@@ -182,13 +187,13 @@ class Cluster:
             raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
 
 
-def _environment(gpus: int) -> dict[str, str]:
-    """Environment of worker processes. One thread per rank: ranks share the machine's cores."""
+def _environment(gpus: int, threads: int) -> dict[str, str]:
+    """Environment of worker processes, each of which computes with `threads` threads."""
     defaults = {
         # A CPU rank frees and takes hundreds of megabytes every step; keeping them saves the page faults that
         # were a third of a 135M model's training step.
         **({} if gpus else {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -20,14 +20,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from controller.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from controller.checkpoint import (
+    PendingCheckpoint,
+    begin_checkpoint,
+    check_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
 from controller.cluster import Cluster
 from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
 from controller.plan_feedback import write_feedback
-from controller.session import Session, generates, slots_needed, start_session
+from controller.session import Session, generates, learning_roles, slots_needed, start_session
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.passes import insert_rollout_dump
@@ -120,6 +126,7 @@ class _Run:
         self.runner = session.runner(self.dataflow, numbers)
         self.evaluation = Evaluation(session)
         self.closed_s = time.perf_counter()
+        self.pending: PendingCheckpoint | None = None
 
     def execute(self, first_step: int) -> None:
         run = self.launch.run
@@ -149,6 +156,7 @@ class _Run:
                 on_step=self._on_step,
                 barrier=self._is_barrier,
             )
+        self._finish_checkpoint(wait=True)
         self._export()
 
     def _on_step(self, report: StepReport) -> None:
@@ -161,6 +169,7 @@ class _Run:
         self.writer.write(report.step, metrics, report.seconds)
         self.display.step(report.step, metrics, report.seconds)
         done = report.step + 1
+        self._finish_checkpoint(wait=False)
         if self._evaluates_after(report.step):
             self._evaluate(done)
         if self._checkpoints_after(report.step):
@@ -215,7 +224,8 @@ class _Run:
             self.display.note(f"held-out reward after {done} steps: {metrics.get('heldout/reward', float('nan')):.4f}")
 
     def _checkpoint(self, done: int) -> None:
-        save_checkpoint(
+        self._finish_checkpoint(wait=True)
+        self.pending = begin_checkpoint(
             self.folder / "checkpoints",
             step=done,
             recipe=self.launch.recipe.name,
@@ -225,11 +235,20 @@ class _Run:
             keep=self.launch.run.output.keep_checkpoints,
         )
 
+    def _finish_checkpoint(self, *, wait: bool) -> None:
+        """Make the checkpoint that is being written visible if it is complete; with `wait`, once it is."""
+        if self.pending is None:
+            return
+        step, roles = self.pending.step, self.pending.roles
+        left = [self.session.call_role(role, "saved", step, wait=wait)[f"{role}/pending"] for role in roles]
+        if not any(left):
+            self.pending.finish()
+            self.pending = None
+
     def _resume(self, step: int) -> None:
         checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
         load_checkpoint(
             checkpoint,
-            recipe=self.launch.recipe.name,
             roles=self.session.model_roles,
             load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
         )
@@ -263,7 +282,11 @@ def _prepare_folder(launch: Launch, folder: Path) -> int:
             shutil.rmtree(folder)
         else:
             complete = list_checkpoints(folder / "checkpoints")
-            first = complete[-1].step if complete else 0
+            if complete:
+                roles = {role: launch.used_roles[role].model for role in learning_roles(launch)}
+                models = {role: model for role, model in roles.items() if model is not None}
+                check_checkpoint(complete[-1], recipe=launch.recipe.name, roles=list(models), models=models)
+                first = complete[-1].step
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(launch.yaml)
     return first

@@ -72,8 +72,13 @@ class Session:
     @property
     def model_roles(self) -> list[str]:
         """Roles with weights of their own that learn: what is checkpointed and exported."""
-        written = {state.split(".")[0] for node in self.launch.dataflow for state in node.weights_written}
-        return [role for role in self.launch.used_roles if role in written]
+        return learning_roles(self.launch)
+
+
+def learning_roles(launch: Launch) -> list[str]:
+    """Roles whose weights some node of the graph writes."""
+    written = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
+    return [role for role in launch.used_roles if role in written]
 
 
 def start_session(launch: Launch, cluster: Cluster) -> Session:
@@ -96,7 +101,8 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
-    for role in launch.used_roles:
+    # Actors first: a reference may share the base of one.
+    for role in sorted(launch.used_roles, key=lambda role: not isinstance(launch.roles[role], ActorConfig)):
         pool = pools[placed[role]]
         path, settings = _worker_of(launch, role, launch.recipe.roles[role])
         groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool.size))
@@ -109,6 +115,16 @@ def pools_of_roles(launch: Launch) -> dict[str, str]:
     """Role -> pool, for the roles the graph uses."""
     placed = pool_of_roles(launch.run.placement, launch.roles)
     return {role: placed[role] for role in launch.used_roles}
+
+
+def role_with_base(launch: Launch, reference: str) -> str | None:
+    """The role whose frozen base model is what `reference` needs, in the same pool: an actor with adapters."""
+    placed, config = pools_of_roles(launch), launch.roles[reference]
+    for role, other in launch.used_roles.items():
+        if isinstance(other, ActorConfig) and other.engine.lora is not None and placed[role] == placed[reference]:
+            if other.model == config.model and other.engine.dtype == config.engine.dtype:
+                return role
+    return None
 
 
 def slots_needed(launch: Launch) -> int:
@@ -130,8 +146,10 @@ def _tokenizer_of(launch: Launch) -> str:
 
 
 def _meshes(config: Any, size: int) -> dict[str, Mesh]:
-    tp = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
-    return {"train": Mesh({"dp": size}), "rollout": Mesh({"dp": size // tp, "tp": tp})}
+    sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
+    train = Mesh({"dp": size // (sp * tp), "sp": sp, "tp": tp})
+    together = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
+    return {"train": train, "rollout": Mesh({"dp": size // together, "tp": together})}
 
 
 def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str, Any]]:
@@ -146,7 +164,8 @@ def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str
     if isinstance(config, ReferenceConfig):
         actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
         temperature = actors[0].rollout.temperature if actors and _any_generates(launch) else 1.0
-        return interface.worker, {"config": config, "temperature": temperature}
+        base_of = role_with_base(launch, role)
+        return interface.worker, {"config": config, "temperature": temperature, "base_of": base_of}
     assert isinstance(config, CriticConfig | RewardConfig), f"role {role} has settings of an unknown kind"
     return interface.worker, {
         "model": config.model,
@@ -167,7 +186,13 @@ def _host_source(
 
 
 def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
-    context = {"seed": launch.run.seed, "generates": generates(launch, group.role), "total_steps": launch.run.steps}
+    folder = Path(launch.run.output.root) / launch.run.name
+    context = {
+        "seed": launch.run.seed,
+        "generates": generates(launch, group.role),
+        "total_steps": launch.run.steps,
+        "folder": str(folder.resolve()),
+    }
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.model_folder import ModelShape, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
 from rlhf_dist.typed import ConfigError
@@ -36,6 +37,8 @@ def check_launch(launch: Launch) -> list[str]:
     }
     pools = pool_of_roles(launch.run.placement, launch.roles)
     _check_slots(launch)
+    slots = {role: launch.run.placement.pools[pool].slots for role, pool in pools.items() if pool != HOST_POOL}
+    check_engines(launch, shapes, slots)
     _check_rollout(launch, shapes, pools)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)

@@ -303,6 +303,10 @@ def _parse(
         if override.is_sweep_override():
             raise ConfigError(f"{text!r} is a sweep; a run has one value for each key (quote a value with commas)")
         key = override.key_or_group
+        if f"{key}.name" in keys and not override.is_delete() and isinstance(override.value(), str):
+            # `actor.engine=deepspeed` names the engine and leaves its other settings as they are.
+            override = OverridesParser.create().parse_override(text.replace(key, f"{key}.name", 1))
+            key = override.key_or_group
         if key in GROUPS and not override.is_delete() and isinstance(override.value(), str):
             options = _options(key, folders) + ([AUTO] if key == "placement" else [])
             if override.value() not in options:

@@ -44,6 +44,24 @@ class OptimizerConfig:
     """Decoupled weight decay; norms and biases are left out."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 for no clipping."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Regular expression -> factor on the learning rate of parameters whose name it finds, e.g. {score: 10}; the
+    first that finds one counts; 0 holds them still."""
+    nonfinite: str = "stop"
+    """A loss or gradient that is NaN or infinite: `stop` ends the run, `skip` makes no step and counts it. The weights
+    are unchanged, and the rows go to the run's folder, either way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: only they are trained."""
+
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    targets: str = "all-linear"
+    """`all-linear`, or a regular expression that names modules, e.g. `.*(q|v)_proj`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +69,33 @@ class EngineConfig:
     """How a role's model is held and trained."""
 
     name: str = "fsdp"
-    """Training engine: `fsdp`."""
+    """Training engine: `fsdp` or `deepspeed`; `actor.engine=deepspeed` is short for `actor.engine.name=deepspeed`."""
     dtype: str = "float32"
     """Compute and gather dtype: `float32` or `bfloat16`. Master weights and gradients reduce in float32."""
     micro_batch_tokens: int = 4096
     """Most tokens (prompt + response) in one forward pass of one rank; a longer row gets a pass of its own."""
     logit_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
+    packing: bool = True
+    """Rows lie one after the other without padding. False pads every row to the longest, to compare."""
+    share_prompts: bool = True
+    """Rows of one forward pass that have the same prompt compute it once (not with `sequence_parallel`)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
+    compile: bool = False
+    """torch.compile each layer (fsdp)."""
+    offload: str = "none"
+    """What stays in host memory between uses, on a GPU: `none`, `optimizer` (deepspeed) or `all`."""
+    zero_stage: int = 3
+    """DeepSpeed: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    sequence_parallel: int = 1
+    """Ranks that share the tokens of one pack (Ulysses; fsdp). Must divide attention and key-value heads."""
+    tensor_parallel: int = 1
+    """Ranks that share every linear layer (DTensor; fsdp). Must divide attention and key-value heads."""
+    replicas: int = 1
+    """Copies of the sharded parameters (hybrid sharding; fsdp): shards within, sums of gradients between them."""
+    lora: LoraConfig | None = None
+    """Train adapters and leave the model as it is (fsdp); None trains the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

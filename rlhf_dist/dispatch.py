@@ -97,8 +97,9 @@ def balance(
     that already holds a row's data, -1 for none; rows stay home as long as no part then carries more
     than (1 + slack) of the mean (or one unit, when a unit is larger than that).
 
-    Largest unit first to the least loaded part: at most 4/3 of the best possible maximum (Graham 1969).
-    O(B log B + B log parts). Deterministic.
+    Largest unit first to the least loaded part: at most 4/3 of the best possible maximum (Graham 1969), in
+    O(B log B + B log parts). Few large units may leave a part far above the mean; then `karmarkar_karp` is asked
+    too, and the better of both taken. Deterministic.
     """
     weight = np.asarray(tokens, dtype=np.int64)
     unit_of_row = np.arange(len(weight))
@@ -118,15 +119,76 @@ def balance(
             if at >= 0 and filled[at] + load[unit] <= limit:
                 part_of_unit[unit] = at
                 filled[at] += load[unit]
-    heap = [(int(filled[part]), part) for part in range(parts)]
-    heapq.heapify(heap)
-    for unit in order:
-        if part_of_unit[unit] < 0:
-            smallest, part = heapq.heappop(heap)
-            part_of_unit[unit] = part
-            heapq.heappush(heap, (smallest + int(load[unit]), part))
+    left = order[part_of_unit[order] < 0]
+    part_of_unit[left] = _largest_first(load[left], filled)
+    if home is None and count and (worst := _largest_part(load, part_of_unit, parts)) > _EVEN * load.sum() / parts:
+        differenced = karmarkar_karp(load, parts)
+        if _largest_part(load, differenced, parts) < worst:
+            part_of_unit = differenced
     part_of_row = part_of_unit[unit_of_row] if len(weight) else np.empty(0, dtype=np.int64)
     return [np.flatnonzero(part_of_row == part).astype(np.int64) for part in range(parts)]
+
+
+_EVEN = 1.01
+"""A largest part below this share of the mean is even enough not to look for a better cut."""
+
+
+def karmarkar_karp(load: npt.ArrayLike, parts: int) -> IntArray:
+    """[units] part of each unit by the largest differencing method (Karmarkar and Karp 1982), for `parts` parts.
+
+    Every unit starts as a partition of its own: itself and parts - 1 empty sets. The two partitions with the
+    largest spread (largest less smallest set) are merged, the largest set of one with the smallest of the other,
+    until one is left. O(units * parts * log parts); better than largest-first where parts hold few units each.
+    """
+    weight = np.asarray(load, dtype=np.int64)
+    sets: list[tuple[int, int] | int] = list(range(len(weight)))  # a unit, or two sets joined
+    heap: list[tuple[int, int, IntArray, IntArray]] = []
+    for unit, size in enumerate(weight.tolist()):
+        sums = np.zeros(parts, np.int64)
+        sums[-1] = size
+        members = np.full(parts, -1, np.int64)
+        members[-1] = unit
+        heap.append((-size if parts > 1 else 0, unit, sums, members))
+    heapq.heapify(heap)
+    order = len(weight)
+    while len(heap) > 1:
+        _, _, sums, members = heapq.heappop(heap)
+        _, _, other_sums, other_members = heapq.heappop(heap)
+        joined = sums + other_sums[::-1]
+        both = np.where(members < 0, other_members[::-1], members)
+        for at in np.flatnonzero((members >= 0) & (other_members[::-1] >= 0)):
+            sets.append((int(members[at]), int(other_members[::-1][at])))
+            both[at] = len(sets) - 1
+        ascending = np.argsort(joined, kind="stable")
+        joined, both = joined[ascending], both[ascending]
+        heapq.heappush(heap, (int(joined[0] - joined[-1]), order, joined, both))
+        order += 1
+    part_of_unit = np.zeros(len(weight), np.int64)
+    for part, root in enumerate(heap[0][3].tolist() if heap else []):
+        pending = [root] if root >= 0 else []
+        while pending:
+            entry = sets[pending.pop()]
+            if isinstance(entry, tuple):
+                pending += entry
+            else:
+                part_of_unit[entry] = part
+    return part_of_unit
+
+
+def _largest_first(load: IntArray, filled: IntArray) -> IntArray:
+    """[units] part of each unit, units in descending order of load, each to the part with the least so far."""
+    heap = [(int(tokens), part) for part, tokens in enumerate(filled)]
+    heapq.heapify(heap)
+    chosen = np.empty(len(load), np.int64)
+    for unit, size in enumerate(load.tolist()):
+        smallest, part = heapq.heappop(heap)
+        chosen[unit] = part
+        heapq.heappush(heap, (smallest + size, part))
+    return chosen
+
+
+def _largest_part(load: IntArray, part_of_unit: IntArray, parts: int) -> int:
+    return int(np.bincount(part_of_unit, weights=load, minlength=parts).max())
 
 
 def mini_batch_of_row(groups: IntArray, mini_batches: int, seed: Sequence[int]) -> IntArray:

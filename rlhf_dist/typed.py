@@ -23,7 +23,9 @@ from rlhf_dist import config
 ALLOWED: dict[tuple[type, str], tuple[str, ...]] = {
     (config.ModelConfig, "init"): ("pretrained", "random"),
     (config.OptimizerConfig, "schedule"): ("constant", "linear", "cosine"),
-    (config.EngineConfig, "name"): ("fsdp",),
+    (config.OptimizerConfig, "nonfinite"): ("stop", "skip"),
+    (config.EngineConfig, "name"): ("fsdp", "deepspeed"),
+    (config.EngineConfig, "offload"): ("none", "optimizer", "all"),
     (config.EngineConfig, "dtype"): ("float32", "bfloat16"),
     (config.RolloutConfig, "engine"): ("vllm", "transformers"),
     (config.RolloutConfig, "dtype"): ("float32", "bfloat16"),

@@ -108,3 +108,7 @@ class WorkerContext:
     """Whether the recipe generates with this role."""
     total_steps: int = 0
     """Steps of the run, for schedules."""
+    folder: str = ""
+    """The run's folder, which all workers share; for what must be looked at after a failure."""
+    peers: Mapping[str, Any] = field(default_factory=dict)
+    """Role -> worker of this process, those that were started before."""

@@ -34,7 +34,9 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def llama_config(*, tied: bool = False, hidden: int = 32, layers: int = 2, heads: int = 4) -> LlamaConfig:
+def llama_config(
+    *, tied: bool = False, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2
+) -> LlamaConfig:
     """Grouped-query attention (two key heads), head size hidden / heads."""
     return LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -42,7 +44,7 @@ def llama_config(*, tied: bool = False, hidden: int = 32, layers: int = 2, heads
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         pad_token_id=0,
@@ -53,9 +55,11 @@ def llama_config(*, tied: bool = False, hidden: int = 32, layers: int = 2, heads
     )
 
 
-def save_llama(folder: Path, *, tied: bool = False, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
+def save_llama(
+    folder: Path, *, tied: bool = False, seed: int = 0, hidden: int = 32, layers: int = 2, kv_heads: int = 2
+) -> Path:
     """A random Llama with its tokenizer; returns the folder."""
-    return _save(folder, llama_config(tied=tied, hidden=hidden, layers=layers), seed)
+    return _save(folder, llama_config(tied=tied, hidden=hidden, layers=layers, kv_heads=kv_heads), seed)
 
 
 def save_qwen3(folder: Path, *, seed: int = 0) -> Path:

@@ -26,7 +26,8 @@ class ActorWorker(TrainedRole):
         """`trains` False: no optimizer (evaluation only). The generation engine comes up after the training
         engine: it reuses the process group that is there by then."""
         optimizer = config.optimizer if trains else None
-        super().__init__(context, new_training_engine(config.model, config.engine, optimizer, "policy", context))
+        engine = new_training_engine(config.model, config.engine, optimizer, "policy", context)
+        super().__init__(context, engine, optimizer)
         self.config = config
         self.temperature = config.rollout.temperature
         self.rollout: GenerationEngine | None = None

@@ -72,7 +72,9 @@ class WorkerProcess:
         """Build the worker of `role`: `worker_path` is `package.module:Class`."""
         module, name = worker_path.split(":")
         worker = getattr(importlib.import_module(module), name)
-        where = WorkerContext(role=role, rank=self.rank, world=self.world, device=self.device, **context)
+        where = WorkerContext(
+            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, **context
+        )
         self._roles[role] = worker(context=where, **settings)
 
     def call(self, role: str, op: str, call: Call) -> Reply:

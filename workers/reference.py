@@ -6,17 +6,25 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import ReferenceConfig
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
+from workers.engines.training import TrainingEngine
 
 
 class ReferenceWorker:
     """One rank of the reference. Implements `rlhf_dist.roles.Reference`."""
 
-    def __init__(self, context: WorkerContext, config: ReferenceConfig, temperature: float = 1.0) -> None:
-        """`temperature`: the actor's, so that both log-probs are of the same kind."""
-        self.temperature = temperature
-        self.engine = new_training_engine(config.model, config.engine, None, "policy", context)
+    def __init__(
+        self, context: WorkerContext, config: ReferenceConfig, temperature: float = 1.0, base_of: str | None = None
+    ) -> None:
+        """`temperature`: the actor's, so that both log-probs are of the same kind. `base_of`: a role of this process
+        whose model, without its adapters, is the reference: it is held once."""
+        self.temperature, self.base = temperature, base_of is not None
+        self.engine: TrainingEngine = (
+            context.peers[base_of].engine
+            if base_of
+            else new_training_engine(config.model, config.engine, None, "policy", context)
+        )
 
     def compute_ref_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs of the responses under the frozen policy."""
-        found = self.engine.forward(batch, ("log_probs",), self.temperature)
+        found = self.engine.forward(batch, ("log_probs",), self.temperature, base=self.base)
         return OpResult(columns=Batch({"ref_log_probs": found["log_probs"]}, batch.num_rows))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch
-from rlhf_dist.metrics import Mean, combine
+from rlhf_dist.config import OptimizerConfig
+from rlhf_dist.metrics import Mean, Metrics, combine
 from rlhf_dist.wire import Call, OpResult, WorkerContext
-from workers.engines.training import TrainingEngine
+from workers.engines.checkpoint import SAVE_TIMEOUT_S
+from workers.engines.training import NonFiniteLoss, TrainingEngine
 
 NOTHING = Batch({}, 0)
 
@@ -18,8 +21,10 @@ NOTHING = Batch({}, 0)
 class TrainedRole:
     """One rank of a role with a training engine."""
 
-    def __init__(self, context: WorkerContext, engine: TrainingEngine) -> None:
+    def __init__(self, context: WorkerContext, engine: TrainingEngine, optimizer: OptimizerConfig | None) -> None:
         self.context, self.engine = context, engine
+        self.nonfinite = optimizer.nonfinite if optimizer else "stop"
+        self._saving: Future[None] | None = None
 
     def update(
         self, batch: Batch, call: Call, loss: Loss, mini_batches: int, epochs: int, temperature: float = 1.0
@@ -32,16 +37,49 @@ class TrainedRole:
         assert call.mini_batch is not None, "the controller cuts updates into mini-batches"
         parts = [batch.take(np.flatnonzero(call.mini_batch == k)) for k in range(mini_batches)]
         before = self.engine.version
-        metrics = combine(self.engine.step(part, loss, temperature) for _ in range(epochs) for part in parts)
+        skipped: list[str] = []
+        metrics = combine(self._step(part, loss, temperature, call, skipped) for _ in range(epochs) for part in parts)
+        if skipped:
+            metrics["skipped_steps"] = Mean(float(len(skipped)), 0)
         metrics["optimizer_steps"] = Mean(float(self.engine.version - before), 0)
         metrics["version"] = Mean(float(self.engine.version), 0)
         # Every rank knows the same numbers: one of them reports.
         return OpResult(columns=Batch({}, batch.num_rows), metrics=metrics if self.context.rank == 0 else {})
 
+    def _step(self, part: Batch, loss: Loss, temperature: float, call: Call, skipped: list[str]) -> Metrics:
+        try:
+            return self.engine.step(part, loss, temperature)
+        except NonFiniteLoss as error:
+            rows = part.take(np.flatnonzero(np.isin(part["group_id"].values, error.groups))) if error.groups else part
+            error.rows_file = self._dump(rows, call)
+            if self.nonfinite == "stop":
+                raise
+            skipped.append(str(error))
+            print(f"step {call.step}: skipped an optimizer step: {error}", flush=True)
+            return {}
+
+    def _dump(self, rows: Batch, call: Call) -> str:
+        """Rows that a step failed on, as Parquet in the run's folder, a file a rank; returns the files' pattern."""
+        import pyarrow.parquet as pq
+
+        folder = Path(self.context.folder) / "nonfinite"
+        name = f"step_{call.step}_{call.node}"
+        if rows.num_rows:
+            folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(rows.to_arrow(), folder / f"{name}_rank_{self.context.rank}.parquet")
+        return str(folder / f"{name}_rank_*.parquet")
+
     def save(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
-        """Write this role's checkpoint, each rank its shards."""
-        self.engine.save(Path(folder))
+        """Copy this role's state, each rank its shards; they are written while the run goes on."""
+        self._saving = self.engine.save(Path(folder))
         return OpResult(columns=NOTHING)
+
+    def saved(self, batch: Batch, call: Call, *, wait: bool) -> OpResult:
+        """Whether the last `save` is written on all ranks (`pending` 0); raises what ended it."""
+        assert self._saving is not None, "save comes first"
+        if wait or self._saving.done():
+            self._saving.result(SAVE_TIMEOUT_S)
+        return OpResult(columns=NOTHING, metrics={"pending": Mean(0.0 if self._saving.done() else 1.0, 0)})
 
     def load(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
         """Restore this role's checkpoint; a generation engine gets it at the next reshard."""

@@ -20,7 +20,7 @@ class ValueModelWorker(TrainedRole):
         self, context: WorkerContext, model: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig | None
     ) -> None:
         """`optimizer` None: the model is frozen."""
-        super().__init__(context, new_training_engine(model, engine, optimizer, "value", context))
+        super().__init__(context, new_training_engine(model, engine, optimizer, "value", context), optimizer)
 
 
 class CriticWorker(ValueModelWorker):

@@ -18,7 +18,7 @@ from rlhf_dist.algorithms import bradley_terry, dpo, nll, policy_gradient, ppo_c
 from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows
 from rlhf_dist.batch import Batch, Column
 from tests.engines.losses import make_batch
-from tests.engines.test_fsdp_exact import (
+from tests.engines.test_exact import (
     OPTIMIZER,
     TEMPERATURE,
     before_tokens,

@@ -88,9 +88,10 @@ def test_a_temperature_of_zero_is_refused() -> None:
 def test_packed_attention_keeps_sequences_apart(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = [2, 4, 4, 7]
+    packing = Packing.of([(length, (0, 0)) for length in lengths], CPU)
     query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
     attended, _ = packed_attention(
-        nn.Identity(), query, key, value, None, packing=Packing.of(lengths, CPU), scaling=0.3, sliding_window=window
+        nn.Identity(), query, key, value, None, packing=packing, scaling=0.3, sliding_window=window
     )
     start = 0
     for length in lengths:
@@ -103,10 +104,43 @@ def test_packed_attention_keeps_sequences_apart(window: int | None) -> None:
         start += length
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_sequences_behind_a_shared_prefix_see_it_as_their_own(window: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # A prompt of 5 tokens with responses of 2, 2 and 4, behind a sequence by itself.
+    packing = Packing.of([(3, (0, 0)), (5, (0, 0)), (2, (3, 8)), (2, (3, 8)), (4, (3, 8))], CPU)
+    assert [span.count for span in packing.spans] == [1, 1, 2, 1]
+    inputs = [torch.randn(1, heads, 16, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    attended, _ = packed_attention(nn.Identity(), *inputs, None, packing=packing, scaling=0.3, sliding_window=window)
+    rows = [list(range(3)), *([*range(3, 8), *own] for own in (range(8, 10), range(10, 12), range(12, 16)))]
+    alone, mix = torch.zeros_like(attended), torch.randn_like(attended)
+    for row in rows:
+        part = [tensor[:, :, row] for tensor in inputs]
+        own, _ = packed_attention(
+            nn.Identity(), *part, None, packing=Packing.of([(len(row), (0, 0))], CPU), scaling=0.3,
+            sliding_window=window,
+        )  # fmt: skip
+        new = [k for k, position in enumerate(row) if position >= 8 or row is rows[0] or row is rows[1]]
+        alone = alone.index_copy(1, torch.tensor([row[k] for k in new]), own[:, new])
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(attended, alone, **close)
+    torch.testing.assert_close(
+        torch.autograd.grad((attended * mix).sum(), inputs), torch.autograd.grad((alone * mix).sum(), inputs), **close
+    )
+    assert (
+        packing.keys is not None
+        and packing.keys.tolist() == sum([rows[0], list(range(3, 8)), *rows[1:]], [])
+        and packing.key_ends.tolist() == [0, 3, 8, 15, 22, 31]
+    )
+
+
 def test_packed_attention_refuses_variants_it_does_not_compute() -> None:
     tensor = torch.ones(1, 1, 2, 4)
     with pytest.raises(ValueError, match="soft caps or sinks"):
-        packed_attention(nn.Identity(), tensor, tensor, tensor, None, packing=Packing.of([2], CPU), softcap=30.0)
+        packed_attention(
+            nn.Identity(), tensor, tensor, tensor, None, packing=Packing.of([(2, (0, 0))], CPU), softcap=30.0
+        )
 
 
 # --- packing ---------------------------------------------------------------------------------------
@@ -134,6 +168,17 @@ def test_packing_puts_each_token_after_the_position_it_is_predicted_from() -> No
     assert packed.before_token.tolist() == [0, 1, 5]
     assert packed.targets.tolist() == [9, 10, 11]
     assert packed.last_token.tolist() == [2, 6]
+
+
+def test_rows_of_one_prompt_share_it() -> None:
+    batch = Batch.of(prompt_ids=[[6, 7], [5], [6, 7], [6, 7]], response_ids=[[], [9, 10], [11], [12, 13]])
+    packed = pack(batch, CPU, share_prompts=True)
+    assert packed.input_ids.tolist() == [[5, 9, 10, 6, 7, 11, 12, 13]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 2, 3]]
+    assert packed.targets.tolist() == [9, 10, 11, 12, 13]
+    assert packed.before_token.tolist() == [0, 1, 4, 4, 6]
+    assert packed.last_token.tolist() == [4, 2, 5, 7]
+    assert packed.padding == 0 and packed.packing.ends.tolist() == [0, 3, 5, 6, 8]
 
 
 def test_a_row_without_a_prompt_is_refused() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +20,7 @@ from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows
 from rlhf_dist.batch import Batch, IntArray
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.schema import TRAINABLE
-from workers.engines.packing import micro_batches, rows_of
+from workers.engines.packing import longest_row, micro_batches, rows_of
 from workers.engines.training import NonFiniteLoss, Term
 
 _NAMED_GROUPS = 16
@@ -31,22 +32,35 @@ def loss_name(loss: Loss) -> str:
     return type(loss).__name__
 
 
-def equal_passes(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """The largest count of all ranks: how many passes every rank makes."""
-    most = torch.tensor(count, dtype=torch.int64, device=device)
+def even_passes(
+    batch: Batch, budget_tokens: int, whole_groups: bool, pad_to: int, group: dist.ProcessGroup, device: torch.device
+) -> list[IntArray]:
+    """`micro_batches` of this rank's rows, as many on every rank (empty ones where nothing is left). Collective."""
+    cut = micro_batches(batch, budget_tokens, whole_groups=whole_groups, pad_to=pad_to) if batch.num_rows else []
+    most = torch.tensor(len(cut), dtype=torch.int64, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    return int(most)
+    passes = int(most)
+    if cut and passes > len(cut):
+        cut = micro_batches(batch, budget_tokens, whole_groups=whole_groups, pad_to=pad_to, passes=passes)
+    return cut + [np.empty(0, np.int64)] * (passes - len(cut))
 
 
 class Accumulation:
     """The passes of one step on this rank, and what has been summed over them so far."""
 
     def __init__(
-        self, terms: Sequence[Term], *, budget_tokens: int, group: dist.ProcessGroup, device: torch.device
+        self,
+        terms: Sequence[Term],
+        *,
+        budget_tokens: int,
+        padded: bool,
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
-        """Counts over all ranks and cuts this rank's rows. Collective."""
+        """Counts over all ranks and cuts this rank's rows. `group`: ranks with different rows. Collective."""
         self.terms = terms
         self._group, self._device = group, device
+        self.pad_to = max((longest_row(batch) for _, _, batch in terms), default=0) if padded else 0
         local = [_count(loss, batch) for _, loss, batch in terms] + [_tokens(batch) for _, _, batch in terms]
         local += [sum(batch.num_rows for _, _, batch in terms)]
         counts = torch.tensor(local, dtype=torch.int64, device=device)
@@ -55,12 +69,15 @@ class Accumulation:
         self.counts, self.tokens = totals[: len(terms)], sum(totals[len(terms) :])
         self._passes: list[tuple[int, IntArray] | None] = []
         for k, (_, loss, batch) in enumerate(terms):
-            if batch.num_rows:
-                cut = micro_batches(batch, budget_tokens, whole_groups=loss.average == "groups")
-                self._passes += [(k, rows) for rows in cut]
-        self._passes += [None] * (equal_passes(len(self._passes), group, device) - len(self._passes))
+            whole_groups = loss.average == "groups"
+            cut = even_passes(batch, budget_tokens, whole_groups, self.pad_to, group, device)
+            self._passes += [(k, rows) if len(rows) else None for rows in cut]
+        self._padding = np.zeros(2)
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._bad: list[tuple[int, Tensor, IntArray]] = []
+
+    def __len__(self) -> int:
+        return len(self._passes)
 
     def __iter__(self) -> Iterator[tuple[int, Batch] | None]:
         """(term, rows) of each pass, or None where the rank has to pass a filler through the model."""
@@ -71,6 +88,10 @@ class Accumulation:
             k, rows = one
             _, loss, batch = self.terms[k]
             yield k, batch.select(*dict.fromkeys((*TRAINABLE, *loss.reads))).take(rows)
+
+    def count_padding(self, padding: int, tokens: int) -> None:
+        """Tokens of a pass that are no row's, and all its tokens."""
+        self._padding += (padding, tokens)
 
     def add(self, term: int, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
         """What one pass adds to the step's loss (a scalar to call backward on); keeps its metrics.
@@ -94,15 +115,17 @@ class Accumulation:
         With several terms a loss's metrics are called `LossName/metric`, and `loss` is the weighted sum.
         """
         bad = [(k, int(g)) for k, mask, groups in self._bad for g in np.unique(groups[mask.cpu().numpy()])]
-        mine = ({key: float(value) for key, value in self._sums.items()}, bad[:_NAMED_GROUPS])
-        gathered: list[tuple[dict[tuple[int, str], float], list[tuple[int, int]]] | None]
+        values = {key: float(value) for key, value in self._sums.items()}
+        mine = (values, bad[:_NAMED_GROUPS], self._padding)
+        gathered: list[tuple[dict[tuple[int, str], float], list[tuple[int, int]], npt.NDArray[np.float64]] | None]
         gathered = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, mine, group=self._group)
         sums: Metrics = {}
         single = len(self.terms) == 1
-        bad = []
+        bad, padding = [], np.zeros(2)
         for part in gathered:
             assert part is not None, "all_gather_object fills every rank's place"
+            padding += part[2]
             for (k, name), total in part[0].items():
                 prefix = "" if single else f"{loss_name(self.terms[k][1])}/"
                 old = sums.get(prefix + name, Mean(0.0, self.counts[k]))
@@ -114,7 +137,7 @@ class Accumulation:
         if not single:
             parts = [(weight, sums.get(f"{loss_name(loss)}/loss")) for weight, loss, _ in self.terms]
             sums["loss"] = Mean(sum(weight * part.value for weight, part in parts if part), 1.0)
-        return sums
+        return sums | {"padding_share": Mean(float(padding[0]), float(padding[1]))}
 
     def _keep(self, term: int, name: str, total: Tensor) -> None:
         total = total.detach().double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
@@ -10,23 +12,24 @@ from workers.engines.generation import GenerationEngine
 from workers.engines.models import Head
 from workers.engines.training import TrainingEngine
 
+if TYPE_CHECKING:
+    from workers.engines.deepspeed import DeepSpeedEngine
+    from workers.engines.fsdp import FsdpEngine
+
 
 def new_training_engine(
     model: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig | None, head: Head, context: WorkerContext
 ) -> TrainingEngine:
     """The engine `engine.name` names; `optimizer` None for a frozen model. Raises ValueError for another name."""
+    kind: type[FsdpEngine] | type[DeepSpeedEngine]
     if engine.name == "fsdp":
-        from workers.engines.fsdp import FsdpEngine
-
-        return FsdpEngine(
-            model=model,
-            engine=engine,
-            optimizer=optimizer,
-            head=head,
-            device=torch.device(context.device),
-            seed=context.seed,
-        )
-    raise ValueError(f"engine.name must be fsdp, got {engine.name!r}")
+        from workers.engines.fsdp import FsdpEngine as kind
+    elif engine.name == "deepspeed":
+        from workers.engines.deepspeed import DeepSpeedEngine as kind
+    else:
+        raise ValueError(f"engine.name must be fsdp or deepspeed, got {engine.name!r}")
+    device = torch.device(context.device)
+    return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
 
 
 def new_generation_engine(model_path: str, rollout: RolloutConfig, context: WorkerContext) -> GenerationEngine:

@@ -1,122 +1,195 @@
-"""A training engine on disk: sharded checkpoints to resume from, and Hugging Face folders to use elsewhere.
+"""A training engine on disk, to resume from: safetensors shards that any number of ranks can read.
 
-Both are safetensors files. Sharded ones go through torch.distributed.checkpoint, each rank writing its rows
-with their offsets, so that any number of ranks can read them; nothing is pickled, so nothing in a folder
-somebody else made can run code.
+    actor/  shard-00001-model-....safetensors   what rank 0 holds: weights and Adam's moments, with their offsets
+            shard-00002-...
+            crc-00001.json ...                  checksum of each rank's files, written after them
+            model.json                          whose state this is: names, shapes, version, adapters, source folder
+            hf/                                 config and tokenizer, so that the folder can be exported by itself
+
+torch.distributed.checkpoint writes and reads the shards, of FSDP2's DTensors and of ZeRO's flat ranges alike; nothing
+is pickled, so nothing in a folder somebody else made can run code. A save copies the state and writes it in
+the background, with collectives on a group of its own, while training goes on.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard as FlatShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from transformers import PreTrainedModel
 
-EXPORT_FILE_BYTES = 2 << 30
-"""Most bytes of one exported weight file (a larger tensor gets a file of its own)."""
+SAVE_TIMEOUT_S = 3600.0
+"""Longest a background save may take before its collectives give up."""
 
-_ALONGSIDE = (
+HF_FILES = (
     *("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "generation_config.json"),
 )
+"""What belongs to a model folder besides config and weights."""
+
+State = Mapping[str, Tensor | ShardedTensor]
 
 
-def save(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-    version: int,
-    group: dist.ProcessGroup,
-) -> None:
-    """Write every rank's shards to `folder`, which all ranks share. Collective.
-
-    Raises FileExistsError if it holds a checkpoint already: shards of two would be read as one.
-    """
-    stale = [any(folder.glob("*.safetensors"))]
-    dist.broadcast_object_list(stale, group=group, group_src=0)
-    if stale[0]:
-        raise FileExistsError(f"{folder} holds a checkpoint already; save to a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _state(parameters, optimizer, version)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    state_dict_saver.save(state, storage_writer=writer, process_group=group)
+class BrokenCheckpoint(RuntimeError):
+    """A checkpoint that is not what was written, or of another model."""
 
 
-def load(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-    group: dist.ProcessGroup,
-) -> int:
-    """Restore in place what `save` wrote, on any number of ranks; returns the version. Collective.
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """Whose state a folder holds."""
 
-    Raises FileNotFoundError if there is no checkpoint, and what torch raises if it is of another model.
-    """
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"no checkpoint in {folder}")
-    state = _state(parameters, optimizer, 0)
-    state_dict_loader.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
-    version = int(state["version"])
-    for kept in optimizer.state.values() if optimizer else ():
-        kept["step"].fill_(float(version))
-    return version
+    engine: str
+    model: str
+    """Class of the model."""
+    dtype: str
+    """What an export is written in."""
+    source: str
+    """The model folder training started from; base of adapters."""
+    shapes: Mapping[str, Sequence[int]]
+    """Of every parameter of the model, adapters included, by checkpoint name."""
+    adapters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Weight -> names of A and B, and the scale of their product."""
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the adapters."""
+    version: int = 0
 
 
-def export(
-    folder: Path,
-    model: PreTrainedModel,
-    buckets: Iterable[list[tuple[str, Tensor]]],
-    source: Path,
-    group: dist.ProcessGroup,
-) -> None:
-    """Write `buckets` of full weights, the model's config and the tokenizer found in `source`. Collective.
+class CheckpointWriter:
+    """Background saves of one engine, one at a time."""
 
-    Rank 0 writes; all ranks return when the folder is complete.
-    """
-    writes = dist.get_rank(group) == 0
-    if writes:
+    def __init__(self, world: dist.ProcessGroup) -> None:
+        """Collective: makes the group that saves talk over."""
+        ranks = dist.get_process_group_ranks(world)
+        self._group = dist.new_group(ranks, timeout=timedelta(seconds=SAVE_TIMEOUT_S), backend="gloo")
+        self._rank = dist.get_rank(world)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, folder: Path, state: State, card: ModelCard, config: Any, source: Path) -> Future[None]:
+        """Copy `state`, then write it to `folder`, which all ranks share; the future ends when all have. Collective.
+
+        Raises FileExistsError if it holds a checkpoint already: shards of two would be read as one; and whatever
+        ended an earlier save.
+        """
+        if self._pending is not None:
+            self._pending.result(SAVE_TIMEOUT_S)
+        stale = [any(folder.glob("*.safetensors"))]
+        dist.broadcast_object_list(stale, group=self._group, group_src=0)
+        if stale[0]:
+            raise FileExistsError(f"{folder} holds a checkpoint already; save to a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, str] = {}
-    dtype, total = torch.float32, 0
-    for number, bucket in enumerate(buckets, start=1):
-        name = f"model-{number:05d}.safetensors"
-        if writes:
-            save_file({key: tensor.cpu().contiguous() for key, tensor in bucket}, folder / name, {"format": "pt"})
-        files |= {key: name for key, _ in bucket}
-        dtype, total = bucket[0][1].dtype, total + sum(tensor.nbytes for _, tensor in bucket)
-    if writes:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = dtype
-        model.config.save_pretrained(folder)
-        for pattern in _ALONGSIDE:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
-    dist.barrier(group=group)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        written = state_dict_saver.async_save(dict(state), storage_writer=writer, process_group=self._group)
+        assert isinstance(written, Future), "no stager of its own was asked for"
+        self._pending = self._thread.submit(self._finish, written, folder, card, config, source)
+        return self._pending
+
+    def _finish(self, written: Future[Any], folder: Path, card: ModelCard, config: Any, source: Path) -> None:
+        written.result(SAVE_TIMEOUT_S)
+        mine = sorted(folder.glob(f"shard-{self._rank + 1:05d}-*.safetensors"))
+        sums = {file.name: crc_of(file) for file in mine}
+        (folder / f"crc-{self._rank + 1:05d}.json").write_text(json.dumps(sums))
+        if self._rank == 0:
+            config.save_pretrained(folder / "hf")
+            copy_tokenizer(source, folder / "hf")
+            (folder / "model.json").write_text(json.dumps(asdict(card), indent=1))
+        dist.barrier(group=self._group)
 
 
-def _state(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, version: int
-) -> dict[str, Tensor]:
-    """One flat dict of tensors: weights, Adam's moments, and the version, which every Adam step count equals."""
-    state: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-    if optimizer is not None:
-        for name, parameter in parameters.items():
-            kept = optimizer.state[parameter]
-            if not kept:
-                kept["step"] = torch.tensor(float(version))
-                kept["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                kept["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state[f"exp_avg.{name}"] = kept["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = kept["exp_avg_sq"]
-    state["version"] = torch.tensor([version], dtype=torch.int64)
-    return state
+def load(folder: Path, state: State, card: ModelCard, group: dist.ProcessGroup) -> int:
+    """Restore `state` in place from what a save wrote, on any number of ranks; returns the version. Collective.
+
+    Raises FileNotFoundError if there is no checkpoint, BrokenCheckpoint on every rank if a file is missing, cut
+    or changed, or if it is of another model than `card` describes.
+    """
+    saved = read_card(folder)
+    problem = _difference(saved, card)
+    if problem is None:
+        files = sorted(folder.glob("crc-*.json"))[dist.get_rank(group) :: dist.get_world_size(group)]
+        problem = next((text for file in files if (text := _damage(file))), None)
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    if found := next(filter(None, problems), None):
+        raise BrokenCheckpoint(f"{folder}: {found}")
+    state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    return saved.version
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of a role's checkpoint folder. Raises FileNotFoundError or BrokenCheckpoint."""
+    if not (folder / "model.json").is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder} (no model.json there)")
+    try:
+        return ModelCard(**json.loads((folder / "model.json").read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise BrokenCheckpoint(f"{folder}/model.json cannot be read ({error}); use an older checkpoint") from error
+
+
+def flat_tensor(local: Tensor, ranges: Sequence[tuple[int, int, int]], rank: int) -> ShardedTensor:
+    """A flattened parameter of which rank r holds [begin, end) for each (r, begin, end), as DCP takes it.
+
+    local: this rank's elements, [0] if it has none.
+    """
+    shards = [
+        ShardMetadata(shard_offsets=[begin], shard_sizes=[end - begin], placement=f"rank:{r}/{local.device.type}")
+        for r, begin, end in ranges
+    ]
+    size = torch.Size([max(end for _, _, end in ranges)])
+    whole = ShardedTensorMetadata(
+        shards_metadata=shards, size=size, tensor_properties=TensorProperties(dtype=local.dtype)
+    )
+    mine = [FlatShard(local, shard) for shard, (r, _, _) in zip(shards, ranges, strict=True) if r == rank]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(mine, whole)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model folder besides config and weights."""
+    for pattern in HF_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def crc_of(file: Path) -> int:
+    """CRC-32 of a file, read in pieces of 16 MiB."""
+    total = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(16 << 20):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def _damage(sums: Path) -> str | None:
+    for name, expected in json.loads(sums.read_text()).items():
+        file = sums.with_name(name)
+        if not file.is_file():
+            return f"{name} is missing; copy it again or use an older checkpoint"
+        if crc_of(file) != expected:
+            return f"{name} is not what was written (CRC-32 differs); copy it again or use an older checkpoint"
+    return None
+
+
+def _difference(saved: ModelCard, mine: ModelCard) -> str | None:
+    if saved.engine != mine.engine:
+        return f"engine {saved.engine} wrote it, this is {mine.engine}; set engine={saved.engine}, or export it first"
+    if saved.shapes == mine.shapes:
+        return None
+    names = sorted({*saved.shapes, *mine.shapes}, key=lambda name: (name in saved.shapes and name in mine.shapes, name))
+    name = next(name for name in names if saved.shapes.get(name) != mine.shapes.get(name))
+    return (
+        f"it is of another model: {name} is {saved.shapes.get(name, 'not there')} in it and "
+        f"{mine.shapes.get(name, 'not there')} here ({saved.model}, now {mine.model}); resume with the same model.path"
+    )

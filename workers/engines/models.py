@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
-from rlhf_dist.config import ModelConfig
+from rlhf_dist.config import EngineConfig, ModelConfig
 from workers.engines.attention import Packing
 from workers.engines.log_probs import log_probs_and_entropy
+from workers.engines.lora import add_adapters, weight_name
 from workers.engines.packing import Packed
+from workers.engines.token_split import gather_tokens, summed_gradient
 
 Head = Literal["policy", "value"]
 
@@ -38,18 +40,23 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.logit_chunk_tokens = logit_chunk_tokens
 
-    def forward(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
-        """`outputs` of log_probs [T] and entropy [T]: float32, nats, at `temperature`."""
-        hidden = _trunk(self.hf, packed)[packed.before_token]
-        log_probs, entropy = log_probs_and_entropy(
-            hidden,
-            _weight(self.hf.get_output_embeddings()),  # type: ignore[no-untyped-call]
-            packed.targets,
-            temperature=temperature,
-            chunk_tokens=self.logit_chunk_tokens,
-            with_entropy="entropy" in outputs,
-        )
-        return {name: value for name, value in (("log_probs", log_probs), ("entropy", entropy)) if name in outputs}
+    def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """`outputs` of log_probs [T], entropy [T] (float32, nats, at `temperature`) and hidden [T, H] (float32)."""
+        split = packed.split
+        hidden = summed_gradient(_trunk(self.hf, packed), split)[packed.before_token]
+        found: dict[str, Tensor] = {}
+        if "hidden" in outputs:
+            found["hidden"] = hidden.float()
+        if {"log_probs", "entropy"} & set(outputs):
+            found["log_probs"], found["entropy"] = log_probs_and_entropy(
+                hidden,
+                summed_gradient(_weight(self.hf.get_output_embeddings()), split),  # type: ignore[no-untyped-call]
+                packed.targets,
+                temperature=temperature,
+                chunk_tokens=self.logit_chunk_tokens,
+                with_entropy="entropy" in outputs,
+            )
+        return {name: gather_tokens(found[name], packed.token_counts, split) for name in outputs}
 
 
 class ValueModel(nn.Module):
@@ -61,21 +68,32 @@ class ValueModel(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
-        """`outputs` of values [T] and scores [B]: float32. The temperature is a policy's matter and not used."""
-        hidden = _trunk(self.hf, packed)
-        head = _weight(self.hf.score)[0].float()
+    def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """`outputs` of values [T], scores [B] and hidden [T, H], float32; the temperature is not used."""
+        hidden = summed_gradient(_trunk(self.hf, packed), packed.split)
         # The head in float32: bfloat16 has three digits, too few for returns to be fitted.
-        position = {"values": packed.before_token, "scores": packed.last_token}
-        return {name: hidden[position[name]].float() @ head for name in outputs}
+        head = summed_gradient(_weight(self.hf.score), packed.split)[0].float()
+        places = {
+            "values": (packed.before_token, packed.token_counts),
+            "scores": (packed.last_token, packed.row_counts),
+            "hidden": (packed.before_token, packed.token_counts),
+        }
+        found: dict[str, Tensor] = {}
+        for name in outputs:
+            at, counts = places[name]
+            picked = hidden[at].float()
+            found[name] = gather_tokens(picked if name == "hidden" else picked @ head, counts, packed.split)
+        return found
 
 
-def build_model(
-    config: ModelConfig, *, head: Head, seed: int, logit_chunk_tokens: int, activation_checkpointing: bool
-) -> PolicyModel | ValueModel:
+RoleModel = PolicyModel | ValueModel
+
+
+def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: int, trained: bool) -> RoleModel:
     """The model of a folder on the CPU in float32, dropout off; the same on every rank.
 
-    A value model from a language model's folder gets a zero head: it says 0 until it is trained.
+    A value model from a language model's folder gets a zero head: it says 0 until it is trained. A model that is
+    not `trained` needs no gradient; of one with adapters only they (and a value head) do.
     Raises FileNotFoundError without a model there, ValueError for a model whose logits we would get wrong.
     """
     folder = Path(config.path)
@@ -85,11 +103,15 @@ def build_model(
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off;
     # the layers' own flag only switches checkpointing on, and is not passed on to what they contain.
     hf.train(False)
-    if activation_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    hf.requires_grad_(trained)
+    if engine.lora is not None and trained:
+        add_adapters(hf, engine.lora, seed)
+    if engine.activation_checkpointing and trained:
+        # ZeRO-3 frees the weights that the other kind would compare its recomputation with.
+        hf.gradient_checkpointing_enable({"use_reentrant": engine.name == "deepspeed"})
         for layer in layers_of(hf):
             layer.training = True
-    return PolicyModel(hf, logit_chunk_tokens) if head == "policy" else ValueModel(hf)
+    return PolicyModel(hf, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -98,8 +120,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their name in a Hugging Face checkpoint; tied parameters once, as the embedding."""
-    return {name.removeprefix("hf."): parameter for name, parameter in model.named_parameters()}
+    """Parameters by their name in a Hugging Face checkpoint; tied parameters once, as the embedding.
+
+    Adapters come under the names of `lora.py`, beside the weights they change.
+    """
+    return {weight_name(name.removeprefix("hf.")): parameter for name, parameter in model.named_parameters()}
 
 
 def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:

@@ -3,6 +3,10 @@
 rows       prompt p p p | response r r        prompt p | response r r r
 input_ids  p p p r r p r r r                  one row of N tokens, no padding
 before     . . ^ ^ . ^ ^ ^ .                  token j of a response is predicted from the position before it
+padded     p p p r r p r r r .                every row as long as the longest: what packing saves, kept to compare
+shared     p p p r r r r r                    rows of one prompt: the prompt once, each response sees it and itself
+
+With sequence parallelism a rank has a piece of the N tokens, and the outputs at its own positions.
 """
 
 from __future__ import annotations
@@ -17,53 +21,141 @@ from torch import Tensor
 
 from rlhf_dist.algorithms.contract import Rows
 from rlhf_dist.batch import Batch, Column, IntArray
+from rlhf_dist.dispatch import balance
 from workers.engines.attention import Packing
+from workers.engines.token_split import WHOLE, TokenSplit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """The tensors of one forward pass. N: prompt and response tokens, T: response tokens, B: rows."""
+    """The tensors of one forward pass of one rank. n: its prompt and response tokens, t: response tokens, b: rows.
+
+    Without a token split they are those of the whole pack: n = N, t = T, b = B.
+    """
 
     input_ids: Tensor
-    """[1, N] int64."""
+    """[1, n] int64."""
     position_ids: Tensor
-    """[1, N] int64, from 0 in each row."""
+    """[1, n] int64, from 0 in each row."""
     packing: Packing
+    """Of the whole pack, N tokens."""
     before_token: Tensor
-    """[T] int64; the position each response token is predicted from."""
+    """[t] int64; the position in the rank's piece that each response token is predicted from."""
     targets: Tensor
-    """[T] int64; the response tokens."""
+    """[t] int64; the response tokens."""
     last_token: Tensor
-    """[B] int64; the position of each row's last token."""
+    """[b] int64; the position of each row's last token."""
+    split: TokenSplit
+    token_counts: tuple[int, ...]
+    """t of each rank of the split."""
+    row_counts: tuple[int, ...]
+    """b of each rank of the split."""
+    padding: int
+    """Tokens of the pack that are no row's."""
 
 
-def pack(batch: Batch, device: torch.device) -> Packed:
+def pack(
+    batch: Batch, device: torch.device, *, pad_to: int = 0, share_prompts: bool = False, split: TokenSplit = WHOLE
+) -> Packed:
     """All rows of `batch` as one pass; rows should come in order of length (`micro_batches` sees to it).
 
-    Raises ValueError for a row without a prompt: its first token would have nothing to be predicted from.
+    `pad_to`: length that every row is padded to; 0 for no padding. `share_prompts`: equal prompts go through the
+    model once. Raises ValueError for a row without a prompt: its first token would have nothing to be predicted from.
     """
     prompts, responses = batch["prompt_ids"], batch["response_ids"]
-    prompt_lengths, response_lengths = prompts.lengths, responses.lengths
-    if np.any(prompt_lengths < 1):
-        raise ValueError(f"every prompt must have at least one token, row {int(np.argmin(prompt_lengths))} has none")
-    lengths = prompt_lengths + response_lengths
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.empty(ends[-1], dtype=np.int64)
-    ids[_within(ends[:-1], prompt_lengths)] = prompts.values
-    response_at = _within(ends[:-1] + prompt_lengths, response_lengths)
-    ids[response_at] = responses.values
+    if np.any(prompts.lengths < 1):
+        raise ValueError(f"every prompt must have at least one token, row {int(np.argmin(prompts.lengths))} has none")
+    places = _shared_places(batch) if share_prompts else _places(batch, pad_to, split.sequence)
+    total = sum(length for length, _ in places.sequences)
+    ids, positions = np.zeros((2, total), dtype=np.int64)
+    prompt_at = _within(places.prompts, prompts.lengths)
+    response_at = _within(places.responses, responses.lengths)
+    ids[prompt_at], ids[response_at] = prompts.values, responses.values
+    positions[prompt_at] = _within(np.zeros_like(prompts.lengths), prompts.lengths)
+    positions[response_at] = _within(prompts.lengths, responses.lengths)
+    last_of_prompt = places.prompts + prompts.lengths - 1
+    before = response_at - 1
+    firsts = (np.cumsum(responses.lengths) - responses.lengths)[responses.lengths > 0]
+    before[firsts] = last_of_prompt[responses.lengths > 0]
+    last = np.where(responses.lengths > 0, places.responses + responses.lengths - 1, last_of_prompt)
+    piece = total // split.sequence
+    first = split.rank // split.tensor * piece
+    tokens, token_counts = _share(before, piece, split)
+    rows, row_counts = _share(last, piece, split)
 
     def move(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     return Packed(
-        input_ids=move(ids).unsqueeze(0),
-        position_ids=move(_within(np.zeros_like(lengths), lengths)).unsqueeze(0),
-        packing=Packing.of(lengths.tolist(), device),
-        before_token=move(response_at - 1),
-        targets=move(ids[response_at]),
-        last_token=move(ends[1:] - 1),
+        input_ids=move(ids[first : first + piece]).unsqueeze(0),
+        position_ids=move(positions[first : first + piece]).unsqueeze(0),
+        packing=Packing.of(places.sequences, device, split.sequence_group),
+        before_token=move(before[tokens] - first),
+        targets=move(responses.values[tokens].astype(np.int64)),
+        last_token=move(last[rows] - first),
+        split=split,
+        token_counts=token_counts,
+        row_counts=row_counts,
+        padding=places.padding,
     )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each row's prompt and response start, the sequences of the pack, and its tokens that are no row's."""
+
+    prompts: IntArray
+    responses: IntArray
+    sequences: list[tuple[int, tuple[int, int]]]
+    padding: int = 0
+
+
+def _places(batch: Batch, pad_to: int, pieces: int) -> _Places:
+    """Each row by itself, padded to `pad_to`; a number of tokens that `pieces` divides."""
+    prompt_lengths = batch["prompt_ids"].lengths
+    tokens = prompt_lengths + batch["response_ids"].lengths
+    lengths = np.maximum(tokens, pad_to)
+    starts = np.cumsum(lengths) - lengths
+    sequences = [(int(length), (0, 0)) for length in lengths]
+    left = -int(lengths.sum()) % pieces
+    if left:  # equal pieces: a sequence that nobody reads fills the last one
+        sequences.append((left, (0, 0)))
+    return _Places(starts, starts + prompt_lengths, sequences, int((lengths - tokens).sum()) + left)
+
+
+def _shared_places(batch: Batch) -> _Places:
+    """Rows with a prompt of their own first; then each other prompt with its responses behind it."""
+    rows_with: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(batch["prompt_ids"].rows()):
+        rows_with.setdefault(prompt.tobytes(), []).append(row)
+    prompts, responses = np.zeros((2, batch.num_rows), dtype=np.int64)
+    prompt_lengths, response_lengths = batch["prompt_ids"].lengths.tolist(), batch["response_ids"].lengths.tolist()
+    sequences: list[tuple[int, tuple[int, int]]] = []
+    at = 0
+    for rows in sorted(rows_with.values(), key=lambda rows: len(rows) > 1):
+        end = at + prompt_lengths[rows[0]]
+        prefix = (at, end) if len(rows) > 1 else (0, 0)
+        prompts[rows] = at
+        if len(rows) > 1:
+            sequences.append((end - at, (0, 0)))
+        for row in rows:
+            responses[row] = end
+            begin, end = end, end + response_lengths[row]
+            if len(rows) == 1:
+                sequences.append((end - at, (0, 0)))
+            elif end > begin:
+                sequences.append((end - begin, prefix))
+        at = end
+    return _Places(prompts, responses, sequences)
+
+
+def _share(positions: IntArray, piece: int, split: TokenSplit) -> tuple[IntArray, tuple[int, ...]]:
+    """Which of the positions are this rank's, and every rank's count: by piece of the tokens, then in even parts."""
+    parts: list[IntArray] = []
+    for rank in range(split.sequence):
+        inside = np.flatnonzero((positions >= rank * piece) & (positions < (rank + 1) * piece))
+        parts += np.array_split(inside, split.tensor)
+    return parts[split.rank], tuple(len(part) for part in parts)
 
 
 def rows_of(batch: Batch, reads: Iterable[str], device: torch.device) -> Rows:
@@ -84,29 +176,48 @@ def rows_of(batch: Batch, reads: Iterable[str], device: torch.device) -> Rows:
     )
 
 
-def micro_batches(batch: Batch, budget_tokens: int, *, whole_groups: bool) -> list[IntArray]:
+def longest_row(batch: Batch) -> int:
+    """Prompt and response tokens of the longest row; 0 for none."""
+    return int((batch["prompt_ids"].lengths + batch["response_ids"].lengths).max()) if batch.num_rows else 0
+
+
+def micro_batches(
+    batch: Batch, budget_tokens: int, *, whole_groups: bool, pad_to: int = 0, passes: int = 0
+) -> list[IntArray]:
     """Rows cut into passes of at most `budget_tokens` tokens, longest first (first-fit decreasing).
 
     `whole_groups` keeps rows of one `group_id` together. A row (or group) above the budget gets a pass of
-    its own. Within a pass rows are in order of length, which is what packed attention likes.
+    its own. Within a pass rows are in order of length, which is what packed attention likes. `pad_to`: length
+    that each row will be padded to. `passes`: cut into that many even ones instead where the budget allows, so
+    that ranks that wait for each other have about equal work in each.
     """
     if budget_tokens < 1:
         raise ValueError(f"micro_batch_tokens must be >= 1, got {budget_tokens}; it is tokens per forward pass")
-    lengths = batch["prompt_ids"].lengths + batch["response_ids"].lengths
+    lengths = np.maximum(batch["prompt_ids"].lengths + batch["response_ids"].lengths, pad_to)
     units = batch.group() if whole_groups else [np.array([row]) for row in range(batch.num_rows)]
     sizes = [int(lengths[unit].sum()) for unit in units]
-    passes: list[list[IntArray]] = []
+    cut = _first_fit(sizes, budget_tokens)
+    if passes > len(cut):
+        even = [part.tolist() for part in balance(sizes, passes) if len(part)]
+        largest = max(sum(sizes[k] for k in part) for part in even)
+        if largest <= max(budget_tokens, *sizes):
+            cut = sorted(even, key=lambda part: -sum(sizes[k] for k in part))
+    merged = [np.sort(np.concatenate([units[k] for k in part])) for part in cut]
+    return [rows[np.argsort(lengths[rows], kind="stable")] for rows in merged]
+
+
+def _first_fit(sizes: list[int], budget: int) -> list[list[int]]:
+    passes: list[list[int]] = []
     room: list[int] = []
-    for k in sorted(range(len(units)), key=lambda k: -sizes[k]):
+    for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
         fit = next((p for p, free in enumerate(room) if sizes[k] <= free), None)
         if fit is None:
             passes.append([])
-            room.append(budget_tokens)
+            room.append(budget)
             fit = len(passes) - 1
-        passes[fit].append(units[k])
+        passes[fit].append(k)
         room[fit] -= sizes[k]
-    merged = [np.sort(np.concatenate(units)) for units in passes]
-    return [rows[np.argsort(lengths[rows], kind="stable")] for rows in merged]
+    return passes
 
 
 def filler() -> Batch:

@@ -1,4 +1,4 @@
-"""What a training engine is: one small contract in front of FSDP2 and, later, others.
+"""What a training engine is: one small contract in front of FSDP2 and DeepSpeed ZeRO.
 
 Every method is collective over the engine's process group: all ranks call it, each with its own rows, and
 a rank may have none. Several engines may live in one process (actor, critic and reference colocated).
@@ -7,8 +7,9 @@ a rank may have none. Several engines may live in one process (actor, critic and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,14 @@ from torch import Tensor
 from rlhf_dist.algorithms.contract import Loss, Output
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.metrics import Metrics
+from rlhf_dist.reshard.layout import Layout
+from rlhf_dist.reshard.shards import Shards
 
 Term = tuple[float, Loss, Batch]
 """One summand of a step: weight, loss, and the rows of this rank."""
+
+
+OffloadPart = Literal["parameters", "gradients", "optimizer"]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -29,12 +35,15 @@ class NonFiniteLoss(RuntimeError):
     def __init__(self, loss: str, step: int, groups: tuple[int, ...]) -> None:
         super().__init__(loss, step, groups)
         self.loss, self.step, self.groups = loss, step, groups
+        self.rows_file = ""
 
     def __str__(self) -> str:
         where = f"in rows with group_id {list(self.groups)}" if self.groups else "in the gradient only"
+        rows = f"the rows are in {self.rows_file}" if self.rows_file else "these rows"
         return (
             f"{self.loss} is not finite in optimizer step {self.step}, {where}; the weights are unchanged. "
-            "Look at these rows (rewards, advantages, log-probs), or lower the learning rate"
+            f"Look at their rewards, advantages and log-probs ({rows}), lower the learning rate, "
+            "or set optimizer.nonfinite=skip to leave such steps out"
         )
 
 
@@ -44,13 +53,19 @@ class TrainingEngine(Protocol):
     version: int
     """Optimizer steps done."""
 
-    def forward(self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0) -> dict[str, Column]:
+    def forward(
+        self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False
+    ) -> dict[str, Column]:
         """`outputs` without gradient: ragged float32 columns aligned with response_ids (`scores`: dense [B]).
 
         Reads prompt_ids (at least one token a row) and response_ids (may be empty). Entry j is read at the
         position before response token j: log_probs[j] and entropy[j] are those of token j, values[j] is the
-        value of the state before it.
+        value of the state before it. `base`: of the model without its adapters.
         """
+        ...
+
+    def hidden_states(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
+        """[T, hidden] of each row: the last layer's states that its response tokens are predicted from."""
         ...
 
     def scores(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -68,6 +83,20 @@ class TrainingEngine(Protocol):
         """One optimizer step on a weighted sum of losses, each averaged over its own batch."""
         ...
 
+    def layout(self) -> Layout:
+        """What each rank of the group holds of every parameter, by checkpoint name, tied ones once.
+
+        The same on every rank, and the same after every step; ranks are those of the engine's group.
+        """
+        ...
+
+    def local_shards(self) -> Shards:
+        """This rank's boxes of `layout()`, adapters added: views of the master weights where there are none.
+
+        Collective; current until the next step.
+        """
+        ...
+
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """All parameters by checkpoint name, whole, in buckets of at most `bucket_bytes` (or one parameter).
 
@@ -79,22 +108,25 @@ class TrainingEngine(Protocol):
         """`full_checksum` of each parameter as `full_weights(dtype, ...)` gives it, without gathering."""
         ...
 
-    def offload(self) -> None:
-        """Move parameters and optimizer state to the host; nothing on a CPU."""
+    def offload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
+        """Move parts to the host; nothing on a CPU. Gradients exist only inside a step: there are none to move."""
         ...
 
-    def onload(self) -> None:
+    def onload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
         """Move them back."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer and version, each rank its shards, to a new or empty shared folder."""
+    def save(self, folder: Path) -> Future[None]:
+        """Copy model, optimizer and version, and write them in the background to a new or empty shared folder.
+
+        The future ends when all ranks have written; the folder is complete only then.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on any number of ranks."""
+        """Restore what `save` wrote, on any number of ranks. Raises BrokenCheckpoint."""
         ...
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder: weights, config, tokenizer."""
+        """Write a Hugging Face folder: weights (adapters merged), config, tokenizer."""
         ...

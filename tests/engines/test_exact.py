@@ -1,4 +1,4 @@
-"""The engine against plain single-process PyTorch: the same numbers, however the batch is cut."""
+"""Every engine against plain single-process PyTorch: the same numbers, however batch and model are cut."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -17,6 +18,7 @@ from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Metrics
+from rlhf_dist.wire import WorkerContext
 from tests.engines.losses import (
     ENTROPY_BONUS,
     GroupLoss,
@@ -27,7 +29,7 @@ from tests.engines.losses import (
     make_batch,
 )
 from tests.engines.world import World
-from tests.tiny import save_classifier, save_qwen3
+from tests.tiny import save_classifier, save_llama, save_qwen3
 
 STEPS = 3
 TEMPERATURE = 0.7
@@ -117,26 +119,19 @@ def plain_training(
 
 # --- on the ranks ----------------------------------------------------------------------------------
 def new_engine(folder: Path, head: str = "policy", trained: bool = True, **engine: Any) -> Any:
-    from workers.engines.fsdp import FsdpEngine
+    from workers.engines.build import new_training_engine
 
-    return FsdpEngine(
-        model=ModelConfig(path=str(folder)),
-        engine=EngineConfig(**engine),
-        optimizer=OPTIMIZER if trained else None,
-        head=head,  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        seed=0,
-    )
+    context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
+    optimizer = OPTIMIZER if trained else None
+    return new_training_engine(ModelConfig(path=str(folder)), EngineConfig(**engine), optimizer, head, context)  # type: ignore[arg-type]
 
 
-def my_rows(batch: Batch, split: str) -> Batch:
-    """This rank's share: whole groups in turn, or everything on rank 0."""
-    import torch.distributed as dist
-
-    rank, world = dist.get_rank(), dist.get_world_size()
+def my_rows(batch: Batch, split: str, sharing: int = 1) -> Batch:
+    """This rank's share: whole groups in turn, or everything on rank 0. `sharing` neighbours have the same rows."""
+    share, shares = dist.get_rank() // sharing, dist.get_world_size() // sharing
     if split == "all on rank 0":
-        return batch if rank == 0 else batch.slice(0, 0)
-    groups = batch.group()[rank::world]
+        return batch if share == 0 else batch.slice(0, 0)
+    groups = batch.group()[share::shares]
     return batch.take(np.concatenate([*groups, np.empty(0, np.int64)]))
 
 
@@ -144,7 +139,8 @@ def train(
     folder: Path, loss: Loss, head: str, batches: list[Batch], split: str, engine: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], list[Metrics]]:
     trained = new_engine(folder, head, **engine)
-    metrics = [trained.step(my_rows(batch, split), loss, TEMPERATURE) for batch in batches]
+    sharing = engine.get("sequence_parallel", 1) * engine.get("tensor_parallel", 1)
+    metrics = [trained.step(my_rows(batch, split, sharing), loss, TEMPERATURE) for batch in batches]
     assert trained.version == len(batches)
     return {n: t.numpy() for bucket in trained.full_weights(torch.float32, 20_000) for n, t in bucket}, metrics
 
@@ -160,9 +156,29 @@ CUTS = {
 }
 
 
-def check_exact(world: World, folder: Path, loss: Loss, cut: str) -> None:
+ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp": (2, {}),
+    "deepspeed 1": (2, {"name": "deepspeed", "zero_stage": 1}),
+    "deepspeed 2": (2, {"name": "deepspeed", "zero_stage": 2}),
+    "deepspeed 3": (2, {"name": "deepspeed", "zero_stage": 3}),
+    "deepspeed 3 alone": (1, {"name": "deepspeed"}),
+    "deepspeed 1 on four": (4, {"name": "deepspeed", "zero_stage": 1}),
+    "deepspeed 3 on four": (4, {"name": "deepspeed"}),
+    "padded": (2, {"packing": False}),
+    "two sequence pieces": (2, {"sequence_parallel": 2}),
+    "two tensor pieces": (2, {"tensor_parallel": 2}),
+    "two replicas": (2, {"replicas": 2}),
+    "replicas of sequences": (4, {"replicas": 2, "sequence_parallel": 2}),
+    "replicas of tensor pieces": (4, {"replicas": 2, "tensor_parallel": 2}),
+    "shards of tensor pieces": (4, {"tensor_parallel": 2}),
+}
+"""Name -> ranks and settings."""
+
+
+def check_exact(world: World, folder: Path, loss: Loss, cut: str, engine: dict[str, Any] | None = None) -> None:
     head = "value" if isinstance(loss, ValueLoss | ScoreLoss) else "policy"
-    split, engine = CUTS[cut]
+    split, settings = CUTS[cut]
+    engine = settings | (engine or {})
     expected, history = plain_training(folder, loss, BATCHES)
     initial, _ = plain_training(folder, loss, [])
     results = world.run(train, folder, loss, head, BATCHES, split, engine)
@@ -191,6 +207,31 @@ def test_training_on_two_ranks_equals_plain_training(
     world2: World, llama: Path, classifier: Path, loss: Loss, cut: str
 ) -> None:
     check_exact(world2, classifier if isinstance(loss, ValueLoss | ScoreLoss) else llama, loss, cut)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "fsdp"])
+def test_training_on_every_engine_equals_plain_training(
+    request: pytest.FixtureRequest, llama: Path, tied_llama: Path, classifier: Path, engine: str
+) -> None:
+    ranks, settings = ENGINES[engine]
+    world = request.getfixturevalue(f"world{ranks}")
+    check_exact(world, llama, TokenLoss(), "a few rows a pass, recomputed", settings)
+    check_exact(world, tied_llama, GroupLoss(), "a few rows a pass, all on rank 0", settings)
+    check_exact(world, classifier, ValueLoss(), "a row a pass, uneven ranks", settings)
+    check_exact(world, classifier, ScoreLoss(), "one pass, all on rank 0", settings)
+
+
+def test_tokens_cut_over_sequence_and_tensor_ranks_at_once_equal_plain_training(world4: World, tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "four_key_heads", kv_heads=4)
+    both = {"sequence_parallel": 2, "tensor_parallel": 2}
+    check_exact(world4, folder, TokenLoss(), "a row a pass, uneven ranks", both)
+
+
+def test_a_qwen3_cut_over_tensor_ranks_equals_plain_training(world2: World, tmp_path: Path) -> None:
+    """Its norms over a head's size see only the rank's own heads."""
+    folder = save_qwen3(tmp_path / "qwen3")
+    check_exact(world2, folder, TokenLoss(), "a few rows a pass, recomputed", {"tensor_parallel": 2})
+    check_exact(world2, folder, TokenLoss(), "a few rows a pass, recomputed", {"sequence_parallel": 2})
 
 
 @pytest.mark.parametrize("loss", LOSSES[:3], ids=lambda loss: type(loss).__name__)

@@ -1,0 +1,287 @@
+"""The DeepSpeed training engine: ZeRO stages 1, 2 and 3, master weights in float32.
+
+stage 1, 2   parameters whole on every rank in `engine.dtype`; float32 copies, Adam's moments (and gradients, from
+             stage 2) as one flat partition a rank of each parameter group: a parameter's part is a flat range
+stage 3      each parameter flattened, padded and cut into one equal part a rank; gathered layer by layer
+gradients    DeepSpeed averages over ranks, so losses are multiplied by their number first
+frozen       stage 3 keeps the cut parameters; stages 1 and 2 the whole ones, with nothing around them
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.reshard.layout import Layout, ParameterLayout
+from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
+from workers.engines.checkpoint import State, flat_tensor
+from workers.engines.mesh import training_mesh
+from workers.engines.models import Head, build_model, parameters_of
+from workers.engines.optimizer import new_optimizer, set_learning_rate
+from workers.engines.packed_engine import PackedEngine
+from workers.engines.packing import Packed
+from workers.engines.training import OffloadPart
+
+Range = tuple[int, int]
+"""[begin, end) of a flattened parameter."""
+
+
+class DeepSpeedEngine(PackedEngine):
+    """A model under ZeRO; see `TrainingEngine` for what its methods promise."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig | None,
+        head: Head,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        """Build, load and partition over all ranks. Collective; needs the default process group.
+
+        `optimizer` None freezes the model. Raises ValueError for what DeepSpeed is not used for here, and what
+        `build_model` raises.
+        """
+        if engine.sequence_parallel * engine.tensor_parallel * engine.replicas > 1 or engine.lora or engine.compile:
+            raise ValueError(
+                "engine deepspeed has no sequence_parallel, tensor_parallel, replicas, lora or compile; use engine fsdp"
+            )
+        module = build_model(model, engine, head=head, seed=seed, trained=optimizer is not None)
+        super().__init__(module, model, engine, optimizer, training_mesh(engine, device), seed)
+        self._world = dist.get_world_size(self._mesh.world)
+        self._rank = dist.get_rank(self._mesh.world)
+        self._stage = engine.zero_stage
+        self._parameters = parameters_of(module)
+        self._whole = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        self._engine: Any = None
+        if optimizer is not None or self._stage == 3:
+            self._engine = self._initialize(optimizer)
+        else:
+            module.to(device, self._dtype)
+
+    def _initialize(self, optimizer: OptimizerConfig | None) -> Any:
+        _set_launcher_environment(self._rank, self._world, self._device)
+        import deepspeed
+
+        # DeepSpeed's own all-reduce over shared memory is compiled at first use, and leaves 64 MiB a rank in /dev/shm.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("nccl" if self._device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+        engine, *_ = deepspeed.initialize(
+            model=self._module,
+            optimizer=new_optimizer(self._parameters, optimizer) if optimizer else None,
+            config=_settings(self._config, optimizer, self._device),
+            dist_init_required=False,
+        )
+        return engine
+
+    # --- one pass, one step ------------------------------------------------------------------------
+    def _run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        runs = self._engine if self._engine is not None else self._module
+        found: dict[str, Tensor] = runs(packed, outputs, temperature)
+        return found
+
+    def _after_forward(self) -> None:
+        if self._engine is not None:
+            self._engine.empty_partition_cache()
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._world)
+        if not last:
+            self._engine.step()
+
+    def _apply(self, lr: float) -> float:
+        set_learning_rate(self._engine.optimizer, lr)
+        self._engine.step()
+        # It makes no step for a gradient that is not finite, and clears it.
+        return float("nan") if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
+
+    def _discard(self) -> None:
+        optimizer = self._engine.optimizer
+        if optimizer.overflow:
+            return
+        # DeepSpeed drops gradients only with a step, or with one it refuses: have it refuse this one.
+        self._engine.set_gradient_accumulation_boundary(True)
+        for gradients in optimizer.averaged_gradients.values():
+            for gradient in gradients or ():
+                if gradient is not None:
+                    gradient.fill_(float("nan"))
+        self._engine.step()
+        assert optimizer.overflow, "DeepSpeed makes no step with a gradient that is not a number"
+
+    # --- weights ---------------------------------------------------------------------------------
+    def layout(self) -> Layout:
+        """See `TrainingEngine.layout`."""
+        local = self._ranges()
+        every: list[dict[str, Range]] = [{} for _ in range(self._world)]
+        dist.all_gather_object(every, local, group=self._mesh.world)
+        parameters = {}
+        for name, shape in self._whole.items():
+            held = [(rank, *ranges[name]) for rank, ranges in enumerate(every) if name in ranges]
+            parameters[name] = ParameterLayout.from_flat_ranges(shape, dtype_name(self._master(name)), held)
+        return Layout(self._world, parameters)
+
+    def local_shards(self) -> Shards:
+        """See `TrainingEngine.local_shards`."""
+        ranges = self._ranges()
+        return {
+            name: flat_shards(self._master(name), shape, *ranges[name]) if name in ranges else []
+            for name, shape in self._whole.items()
+        }
+
+    def _ranges(self) -> dict[str, Range]:
+        """The flat range of each parameter that this rank holds the master of; a parameter without one is left out."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            size = prod(self._whole[name])
+            if self._stage == 3:
+                part = -(-size // self._world)
+                begin, end = min(self._rank * part, size), min((self._rank + 1) * part, size)
+            elif self._engine is None:
+                begin, end = (0, size) if self._rank == 0 else (0, 0)
+            elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+                begin = mapping.lp_fragment_address.start
+                end = begin + mapping.lp_fragment_address.numel
+            else:
+                continue
+            if end > begin:
+                found[name] = (begin, end)
+        return found
+
+    def _master(self, name: str) -> Tensor:
+        """This rank's flat part of the master weight (padding may follow); empty where it has none."""
+        parameter: Any = self._parameters[name]
+        if self._engine is None:
+            return parameter.detach().reshape(-1)
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            trained = self._optimizer_config is not None
+            part: Tensor = safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor
+            return part.detach().reshape(-1)
+        mapping = parameter._hp_mapping
+        return mapping.hp_fragment.detach() if mapping is not None else parameter.detach().new_empty(0).float()
+
+    # --- memory ----------------------------------------------------------------------------------
+    def offload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
+        """See `TrainingEngine.offload`."""
+        if self._device.type == "cpu" or self._engine is None or self._optimizer_config is None:
+            return
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kind
+
+        kinds = {
+            "parameters": [Kind.lp_params, Kind.hp_params],
+            "gradients": [Kind.lp_grads, Kind.contiguous_grad_buffer],
+            "optimizer": [Kind.optim_states],
+        }
+        self._engine.offload_states(include=[kind for part in parts for kind in kinds[part]])
+
+    def onload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
+        """See `TrainingEngine.onload`; everything comes back."""
+        if self._device.type != "cpu" and self._engine is not None and self._optimizer_config is not None:
+            self._engine.reload_states()
+
+    # --- files -----------------------------------------------------------------------------------
+    def _shapes(self) -> dict[str, Sequence[int]]:
+        return dict(self._whole)
+
+    def _state(self) -> State:
+        layouts: list[dict[str, Range]] = [{} for _ in range(self._world)]
+        dist.all_gather_object(layouts, self._ranges(), group=self._mesh.world)
+        state: dict[str, Any] = {}
+        for name in self._whole:
+            held = [(rank, *ranges[name]) for rank, ranges in enumerate(layouts) if name in ranges]
+            begin, end = layouts[self._rank].get(name, (0, 0))
+            local = {"model": self._master(name)}
+            if self._optimizer_config is not None:
+                local |= {kind: self._moment(name, kind) for kind in ("exp_avg", "exp_avg_sq")}
+            for kind, part in local.items():
+                state[f"{kind}.{name}"] = flat_tensor(part[: end - begin], held, self._rank)
+        return state
+
+    def _moment(self, name: str, kind: str) -> Tensor:
+        """This rank's flat part of one of Adam's moments, zeros before the first step."""
+        optimizer, parameter = self._engine.optimizer, self._parameters[name]
+        for flat in _flat_masters(optimizer, self._stage):
+            kept = optimizer.optimizer.state[flat]
+            if not kept:
+                kept["step"] = torch.tensor(float(self.version))
+                kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_optimizer_state
+
+            part: Tensor = safe_get_local_optimizer_state(parameter, kind)
+            return part.detach().reshape(-1)
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return parameter.detach().new_empty(0).float()
+        group = mapping.param_group_index
+        flat = optimizer.single_partition_of_fp32_groups[group]
+        address = mapping.get_hp_fragment_address()
+        return optimizer.optimizer.state[flat][kind].narrow(0, address.start, address.numel)
+
+    def _loaded(self) -> None:
+        if self._optimizer_config is None:
+            return
+        optimizer = self._engine.optimizer
+        for flat in _flat_masters(optimizer, self._stage):
+            optimizer.optimizer.state[flat]["step"].fill_(float(self.version))
+        # What is computed with follows the masters.
+        if self._stage == 3:
+            for masters, parts in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+                at = 0
+                for parameter in parts:
+                    parameter.ds_tensor.data.copy_(masters.detach()[at : at + parameter.ds_tensor.ds_numel])
+                    at += parameter.ds_tensor.ds_numel
+        else:
+            optimizer.update_lp_params()
+
+
+def _flat_masters(optimizer: Any, stage: int) -> list[Tensor]:
+    """The flat float32 tensors that Adam steps on."""
+    masters = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    return list(masters)
+
+
+def _settings(engine: EngineConfig, optimizer: OptimizerConfig | None, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "overlap_comm": device.type == "cuda",
+    }
+    if engine.offload != "none" and device.type == "cuda":
+        if optimizer is not None:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if engine.offload == "all":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        # Rows and passes are counted by the accumulation, never by DeepSpeed.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 1 << 30,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": optimizer.grad_clip if optimizer else 0.0,
+        "bf16": {"enabled": engine.dtype == "bfloat16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+
+
+def _set_launcher_environment(rank: int, world: int, device: torch.device) -> None:
+    """What DeepSpeed's launcher would have set: it reads these at any time, although the process group is up."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(device.index or 0), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))

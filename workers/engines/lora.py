@@ -1,0 +1,99 @@
+"""Low-rank adapters through peft: W' = W + (alpha / rank) B A, A [rank, in], B [out, rank] (arXiv 2106.09685).
+
+Adapters sit beside the weights they change:
+
+    model.layers.0.self_attn.q_proj.weight            W, frozen
+    model.layers.0.self_attn.q_proj.lora_A.weight     A
+    model.layers.0.self_attn.q_proj.lora_B.weight     B, zero at first: the policy starts as its base
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_dist.config import LoraConfig
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The parameters that change one weight."""
+
+    down: str
+    """Name of A."""
+    up: str
+    """Name of B."""
+    scale: float
+
+
+def add_adapters(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Freeze `hf` and add adapters to the linear layers `config.targets` names, in place; a value head stays trained.
+
+    Raises ValueError if peft is not installed or no layer has such a name.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise ValueError("engine.lora needs peft, which is not installed; run pip install 'rlhf-dist[lora]'") from None
+    hf.requires_grad_(False)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.targets,
+        lora_dropout=0.0,
+        exclude_modules=["score"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, hf, adapter_name=_ADAPTER)
+    # Dropout is off everywhere; peft's new modules start in training mode.
+    hf.train(False)
+    head: Any = getattr(hf, "score", None)
+    if head is not None:
+        head.weight.requires_grad_(True)
+
+
+def weight_name(name: str) -> str:
+    """A parameter's name without peft's wrapping."""
+    return (
+        name.replace(".base_layer.", ".").replace(f".{_ADAPTER}.", ".")
+        if "lora_" in name or "base_layer" in name
+        else name
+    )
+
+
+def adapters_of(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Weight -> its adapter, for the parameters `names` of `model`; empty without adapters."""
+    scales = {
+        weight_name(name.removeprefix("hf.")): float(module.scaling[_ADAPTER])
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    return {
+        f"{module}.weight": Adapter(f"{module}.lora_A.weight", f"{module}.lora_B.weight", scale)
+        for module, scale in scales.items()
+        if f"{module}.lora_A.weight" in names
+    }
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model: adapters are passed by, as the reference that shares the base sees it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

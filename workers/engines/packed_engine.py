@@ -1,0 +1,274 @@
+"""What every training engine does alike: rows to packs, packs to outputs, losses to one exact optimizer step.
+
+    step    count rows, tokens, groups over all ranks
+            for each pass: pack -> model -> loss / global count -> backward        (subclass: _backward)
+            every loss value finite on every rank?  else NonFiniteLoss             (subclass: _discard)
+            clip, learning rate of this version, AdamW                             (subclass: _apply)
+
+A subclass holds the parameters and decides how gradients travel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf_dist.algorithms.contract import Loss, Output
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.metrics import Mean, Metrics
+from rlhf_dist.reshard.checksum import box_checksum, unsigned
+from rlhf_dist.reshard.layout import Layout
+from rlhf_dist.reshard.shards import Shards
+from rlhf_dist.schema import SEQUENCE
+from workers.engines import checkpoint
+from workers.engines.accumulation import Accumulation, even_passes, loss_name
+from workers.engines.checkpoint import CheckpointWriter, ModelCard
+from workers.engines.export import FILE_BYTES, write_model
+from workers.engines.gather import full_tensors
+from workers.engines.lora import Adapter, without_adapters
+from workers.engines.mesh import TrainingMesh
+from workers.engines.models import RoleModel
+from workers.engines.packing import Packed, filler, longest_row, pack
+from workers.engines.schedule import learning_rate
+from workers.engines.training import NonFiniteLoss, Term
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PackedEngine(ABC):
+    """A model and its optimizer over packed rows; see `TrainingEngine` for what the methods promise."""
+
+    def __init__(
+        self,
+        module: RoleModel,
+        model: ModelConfig,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig | None,
+        mesh: TrainingMesh,
+        seed: int,
+    ) -> None:
+        if engine.dtype not in DTYPES:
+            raise ValueError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {engine.dtype!r}")
+        self.version = 0
+        self._module, self._folder, self._config, self._optimizer_config = module, Path(model.path), engine, optimizer
+        self._mesh, self._device, self._seed = mesh, mesh.device, seed
+        self._dtype = DTYPES[engine.dtype]
+        self._writer = CheckpointWriter(mesh.world)
+        self._adapters: Mapping[str, Adapter] = {}
+
+    # --- forward ---------------------------------------------------------------------------------
+    def forward(
+        self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False
+    ) -> dict[str, Column]:
+        """See `TrainingEngine.forward`."""
+        self._check_outputs(outputs)
+        found = self._outputs(batch, outputs, temperature, base)
+        offsets = _offsets(batch)
+        return {name: Column(value, None if name == "scores" else offsets) for name, value in found.items()}
+
+    def scores(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """See `TrainingEngine.scores`."""
+        return self.forward(batch, ["scores"])["scores"].values
+
+    def hidden_states(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
+        """See `TrainingEngine.hidden_states`."""
+        states = self._outputs(batch, ["hidden"], 1.0, base=False)["hidden"]
+        return np.split(states, _offsets(batch)[1:-1]) if batch.num_rows else []
+
+    def _outputs(
+        self, batch: Batch, names: Sequence[str], temperature: float, base: bool
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """The named outputs, rows in the order of `batch`."""
+        pad_to = 0 if self._config.packing else longest_row(batch)
+        cut = even_passes(batch, self._budget, False, pad_to, self._mesh.rows, self._device)
+        parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
+        with torch.no_grad(), without_adapters(self._module) if base else nullcontext():
+            for rows in cut:
+                chosen = batch.select(*SEQUENCE).take(rows) if len(rows) else filler()
+                result = self._run(self._pack(chosen, pad_to), names, temperature)
+                for name in names if len(rows) else ():
+                    parts[name].append(result[name].float().cpu().numpy())
+        self._after_forward()
+        if not batch.num_rows:
+            return {name: np.empty(0, np.float32) for name in names}
+        passed = np.concatenate(cut)
+        lengths = batch["response_ids"].lengths
+        starts = np.cumsum(lengths[passed]) - lengths[passed]
+        back = np.argsort(passed)
+        tokens = np.concatenate([np.arange(starts[k], starts[k] + lengths[passed[k]]) for k in back])
+        return {name: np.concatenate(parts[name])[back if name == "scores" else tokens] for name in names}
+
+    # --- training --------------------------------------------------------------------------------
+    def step(self, batch: Batch, loss: Loss, temperature: float = 1.0) -> Metrics:
+        """See `TrainingEngine.step`."""
+        return self.step_many([(1.0, loss, batch)], temperature)
+
+    def step_many(self, terms: Sequence[Term], temperature: float = 1.0) -> Metrics:
+        """See `TrainingEngine.step_many`."""
+        if self._optimizer_config is None:
+            raise RuntimeError("this model is frozen: it was built without an optimizer and makes no steps")
+        for _, loss, _ in terms:
+            self._check_outputs(loss.outputs)
+        passes = Accumulation(
+            terms,
+            budget_tokens=self._budget,
+            padded=not self._config.packing,
+            group=self._mesh.rows,
+            device=self._device,
+        )
+        if not passes.num_rows:
+            return {"tokens": Mean(0.0, 0.0)}
+        try:
+            with self._random_of_step():
+                for number, one in enumerate(passes, start=1):
+                    self._backward(self._loss(passes, one, temperature), last=number == len(passes))
+            metrics = passes.metrics(self.version)
+            lr = learning_rate(self.version, self._optimizer_config)
+            norm = self._apply(lr)
+            if not np.isfinite(norm):
+                names = " + ".join(loss_name(loss) for _, loss, _ in terms)
+                raise NonFiniteLoss(f"the gradient of {names}", self.version, ())
+            self.version += 1
+        except NonFiniteLoss:
+            self._discard()
+            raise
+        return metrics | {"grad_norm": Mean(norm), "lr": Mean(lr), "tokens": Mean(float(passes.tokens), 0.0)}
+
+    def _loss(self, passes: Accumulation, one: tuple[int, Batch] | None, temperature: float) -> Tensor:
+        term, rows = one if one else (0, filler())
+        packed = self._pack(rows, passes.pad_to)
+        size = packed.packing.tokens
+        passes.count_padding(packed.padding if one else size, size)
+        outputs = self._run(packed, passes.terms[term][1].outputs, temperature)
+        # Gradients are reduced where backward reaches: every output takes part on every rank, with an exact zero.
+        loss = sum((output[:0].sum() for output in outputs.values()), torch.zeros((), device=self._device))
+        return loss + passes.add(term, rows, outputs) if one else loss
+
+    def _pack(self, rows: Batch, pad_to: int) -> Packed:
+        # Pieces of a sequence are gathered in the order of its tokens: there each row keeps its own prompt.
+        shares = self._config.share_prompts and not pad_to and self._mesh.tokens.sequence == 1
+        return pack(rows, self._device, pad_to=pad_to, share_prompts=shares, split=self._mesh.tokens)
+
+    @property
+    def _budget(self) -> int:
+        """Tokens of one pack: each rank of a sequence holds a share of them."""
+        return self._config.micro_batch_tokens * self._mesh.tokens.sequence
+
+    # --- weights and files -------------------------------------------------------------------------
+    def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """See `TrainingEngine.full_weights`."""
+        yield from full_tensors(self.layout(), self.local_shards(), dtype, bucket_bytes, self._mesh.world, self._device)
+
+    def checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        """See `TrainingEngine.checksums`."""
+        layout, shards, rank = self.layout(), self.local_shards(), dist.get_rank(self._mesh.world)
+        sums = torch.zeros(len(layout.parameters), dtype=torch.int64, device=self._device)
+        for k, (name, parameter) in enumerate(layout.parameters.items()):
+            counted = set(parameter.distinct[0].tolist())
+            for box, shard in zip(np.flatnonzero(parameter.rank == rank), shards[name], strict=True):
+                if int(box) in counted:  # of copies, the first
+                    sums[k] += box_checksum(shard.to(dtype), parameter.box(int(box)), parameter.shape).to(self._device)
+        dist.all_reduce(sums, group=self._mesh.world)
+        return {name: unsigned(value) for name, value in zip(layout, sums.tolist(), strict=True)}
+
+    def save(self, folder: Path) -> Future[None]:
+        """See `TrainingEngine.save`."""
+        return self._writer.save(folder, self._state(), self._card(), self._module.hf.config, self._folder)
+
+    def load(self, folder: Path) -> None:
+        """See `TrainingEngine.load`."""
+        self.version = checkpoint.load(folder, self._state(), self._card(), self._mesh.world)
+        self._loaded()
+
+    def export(self, folder: Path) -> None:
+        """See `TrainingEngine.export`; weights are written in `engine.dtype`."""
+        buckets = self.full_weights(self._dtype, FILE_BYTES)
+        hf = self._module.hf
+        writes = dist.get_rank(self._mesh.world) == 0
+        write_model(folder, buckets, hf.config, self._folder, type(hf).__name__, writes=writes)
+        dist.barrier(group=self._mesh.world)
+
+    def _card(self) -> ModelCard:
+        """Whose state a checkpoint of this engine is."""
+        lora = self._config.lora
+        return ModelCard(
+            engine=self._config.name,
+            model=type(self._module.hf).__name__,
+            dtype=self._config.dtype,
+            source=str(self._folder.resolve()),
+            shapes={name: list(shape) for name, shape in self._shapes().items()},
+            adapters={name: [a.down, a.up, a.scale] for name, a in self._adapters.items()},
+            lora=asdict(lora) if lora is not None and self._adapters else {},
+            version=self.version,
+        )
+
+    @contextmanager
+    def _random_of_step(self) -> Iterator[None]:
+        """What a user's loss draws depends on seed, step and rank only: there is no generator state to save."""
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(hash((self._seed, self.version, self._mesh.rows_rank)) & 0xFFFF_FFFF)
+            yield
+
+    def _check_outputs(self, outputs: Sequence[Output]) -> None:
+        wrong = [name for name in outputs if name not in self._module.outputs]
+        if wrong or not outputs:
+            raise ValueError(f"this model gives {' and '.join(self._module.outputs)}, asked for {list(outputs)}")
+
+    # --- what engines differ in --------------------------------------------------------------------
+    @abstractmethod
+    def _run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """The model on one pack."""
+
+    @abstractmethod
+    def _after_forward(self) -> None:
+        """Free what a forward pass without a backward pass leaves gathered."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`, summed over ranks; `last` of the step."""
+
+    @abstractmethod
+    def _apply(self, lr: float) -> float:
+        """Clip and make the optimizer's step, unless the gradient is not finite; returns the gradient's norm."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Drop the gradients of a step that is not made."""
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """See `TrainingEngine.layout`."""
+
+    @abstractmethod
+    def local_shards(self) -> Shards:
+        """See `TrainingEngine.local_shards`."""
+
+    @abstractmethod
+    def _shapes(self) -> Mapping[str, Sequence[int]]:
+        """Whole shape of every parameter, adapters included."""
+
+    @abstractmethod
+    def _state(self) -> checkpoint.State:
+        """What a checkpoint holds: trained parameters and Adam's moments, as views that a load writes to."""
+
+    @abstractmethod
+    def _loaded(self) -> None:
+        """Bring everything else in line with the state and `version` that were loaded."""
+
+
+def _offsets(batch: Batch) -> npt.NDArray[np.int64]:
+    """[B + 1] where each row's response tokens start."""
+    lengths = batch["response_ids"].lengths if batch.num_rows else np.empty(0, np.int64)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
