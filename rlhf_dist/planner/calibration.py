@@ -22,7 +22,7 @@ from rlhf_dist.planner.hardware import Cluster, Gpu
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.typed import ConfigError, build, unknown
 
-SHARES = ("matmul", "hbm_weights", "hbm_kv", "link", "network", "overlap", "host_link", "fragmentation")
+SHARES = ("matmul", "experts", "hbm_weights", "hbm_kv", "link", "network", "overlap", "host_link", "fragmentation")
 SCALES = {"train": "train_scale", "infer": "infer_scale", "generate": "generate_scale", "reshard": "reshard_scale"}
 """Phase of a node -> the field of `Efficiency` that its measured seconds refine."""
 

@@ -17,15 +17,18 @@ class Efficiency:
     """Share of FLOP/s that a layer's matrix multiplications reach; 0: the GPU kind's own (`hardware.py`)."""
     matmul_half_tokens: float = 256.0
     """Tokens in a forward pass at which matmuls reach half of that: small batches leave matrix units idle."""
+    experts: float = 0.50
+    """Rate of the experts' matmuls over that of a dense layer's: tokens are permuted, matrices are small, loads uneven.
+    Megatron-Core's published runs (Mixtral, Qwen3 MoE on H100) reach 40-70 % of a dense model's FLOP/s."""
     hbm_weights: float = 0.80
     """Share of memory bandwidth when decoding reads weights; GEMV kernels and STREAM reach 80-90 %."""
     hbm_kv: float = 0.65
     """Share of memory bandwidth when paged attention reads keys and values (Kwon et al. 2023: gather by block)."""
     link: float = 0.75
     """Share of link bandwidth of large collectives in a node: nccl-tests reach 230 of 300 GB/s on A100."""
-    network: float = 0.80
-    """Share of network bandwidth of collectives between nodes at the sizes of one layer's parameters: nccl-tests reach
-    22-23 of 25 GB/s at gigabytes and about 20 at tens of megabytes."""
+    network: float = 0.90
+    """Share of network bandwidth of collectives between nodes: nccl-tests reach 22-23 of 25 GB/s from hundreds of
+    megabytes on, which is what a layer of a 7B model and larger is."""
     overlap: float = 0.95
     """Share of a pass that its collectives can hide behind: the first and last bucket have nothing to hide behind."""
     host_link: float = 0.80

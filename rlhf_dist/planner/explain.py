@@ -128,7 +128,7 @@ def as_json(plan: Plan, others: list[dict[str, Any]] | None = None) -> dict[str,
             "explored": plan.certificate.explored,
             "partitions": plan.certificate.partitions,
             "simulated": plan.certificate.simulated,
-            "optimum_s": min(one.step_s for one in (best, *plan.runners_up)),
+            "optimum_s": min(one.step_s for one in (best, *plan.ties)),
             "tie": TIE,
         },
         "search_s": plan.search_s,
@@ -136,6 +136,7 @@ def as_json(plan: Plan, others: list[dict[str, Any]] | None = None) -> dict[str,
             {"placement": placement_of(plan, one), "step_s": one.step_s, "slower": one.step_s / best.step_s - 1.0}
             for one in plan.runners_up
         ],
+        "ties": [{"placement": placement_of(plan, one), "step_s": one.step_s} for one in plan.ties],
     }
     if others is not None:
         answer["other_hardware"] = others
@@ -212,9 +213,9 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
         columns = (gib(total), gib(usable - total), most) if used else ("", "", "")
         rows.append((node, _s(cost.seconds), *columns, cause, cost.note))
     lines += [*_table(rows), ""]
-    if plan.runners_up:
+    if plan.runners_up or plan.ties:
         rows = [("other placements", "step", "slower")]
-        for one in plan.runners_up:
+        for one in (*plan.ties, *plan.runners_up):
             what = " | ".join(f"{'+'.join(pool.units)}: {pool.gpus}" for pool in one.pools)
             rows.append((what, _s(one.step_s), _slower(one.step_s / best.step_s - 1)))
         lines += [*_table(rows), ""]

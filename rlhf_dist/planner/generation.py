@@ -119,7 +119,7 @@ def _prefill_s(
     shared = max(1.0, work.rows / max(work.prompts, 1))
     prompts = ceil(rows / shared)
     tokens, squares = prompts * load.prompt.mean, prompts * load.prompt.mean_square
-    compute = machine.compute_s(model.forward_flops(tokens, squares) / (generation.tp * generation.pp), tokens)
+    compute = machine.forward_s(model, tokens, squares, generation.tp * generation.pp, tokens)
     tp = 0.0
     if generation.tp > 1:
         passes = max(1.0, tokens / 8192.0)  # vLLM's chunked prefill (max_num_batched_tokens)

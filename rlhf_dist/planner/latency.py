@@ -23,7 +23,6 @@ from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.memory import (
     GRADIENT_BYTES,
     OPTIMIZER_BYTES,
-    REDUCED_BYTES,
     WEIGHT_BYTES,
     activation_bytes_per_token,
     gathered_bytes,
@@ -115,9 +114,11 @@ class Machine:
         share = efficiency.matmul or cluster.gpu.matmul_efficiency
         return cls(cluster, efficiency, Fabric.of(cluster, efficiency), cluster.gpu.flops * share)
 
-    def compute_s(self, flops: float, pass_tokens: float) -> float:
-        """FLOPs of one GPU in passes of `pass_tokens` tokens."""
-        return flops / self.flops * (1.0 + self.efficiency.matmul_half_tokens / max(pass_tokens, 1.0))
+    def forward_s(self, model: ModelSpec, tokens: float, squares: float, ranks: int, pass_tokens: float) -> float:
+        """A forward pass shared by `ranks` GPUs, of which each sees `pass_tokens` tokens at a time."""
+        flops = model.forward_flops(tokens, squares)
+        flops += model.expert_flops(tokens) * (1.0 / self.efficiency.experts - 1.0)
+        return flops / ranks / self.flops * (1.0 + self.efficiency.matmul_half_tokens / max(pass_tokens, 1.0))
 
 
 Variants = tuple[tuple[float, NodeCost], ...]
@@ -149,7 +150,7 @@ def floor_s(
     """Seconds that training or inference takes at least on any number of GPUs between the two `sizes`.
 
     Its FLOPs, spread evenly over the most GPUs; or what an update must move between the fewest nodes: every node
-    takes in what it lacks of the parameters, and of the gradients in bf16. A pipeline would move less.
+    takes in what it lacks of the parameters and of the gradients. A pipeline would move less.
     """
     fewest, most = sizes
     flops = model.forward_flops(work.rows * load.row_tokens, work.rows * load.row_squares) / most / machine.flops
@@ -157,7 +158,7 @@ def floor_s(
         return machine.efficiency.infer_scale * flops
     nodes, moved = fewest // machine.cluster.gpus_per_node, 0.0
     if nodes > 1 and not pipeline:
-        volume = (WEIGHT_BYTES + min(REDUCED_BYTES.values())) * model.parameters * (nodes - 1) / nodes
+        volume = (WEIGHT_BYTES + GRADIENT_BYTES) * model.parameters * (nodes - 1) / nodes
         moved = work.mini_batches * work.epochs * volume / machine.fabric.network
     return machine.efficiency.train_scale * max(3.0 * work.epochs * flops, moved)
 
@@ -175,7 +176,7 @@ def training_variants(
     rows = ceil(work.rows / work.mini_batches / strategy.dp)
     own, ranks = model.parameters / (strategy.tp * strategy.pp), strategy.dp * strategy.sp
     gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp)
-    both = gather, gather * REDUCED_BYTES[strategy.zero] / WEIGHT_BYTES
+    both = gather, gather * GRADIENT_BYTES / WEIGHT_BYTES
     ways = []
     for again in (False, True) if recompute is None else (recompute,):
         for micros in _cuts(rows) if strategy.pp == 1 else (rows,):
@@ -206,7 +207,7 @@ def _training(
     """One way: `collectives` are the seconds of gathering all parameters and of scattering all gradients."""
     tp, sp, pp, fabric = strategy.tp, strategy.sp, strategy.pp, machine.fabric
     tokens, squares = micro_rows * load.row_tokens, micro_rows * load.row_squares
-    forward = machine.compute_s(model.forward_flops(tokens, squares) / (tp * sp * pp), tokens / sp)
+    forward = machine.forward_s(model, tokens, squares, tp * sp * pp, tokens / sp)
     forward *= _slowest_stage(model, pp)
     passes = 4.0 if recompute else 3.0
     block = _block_s(model, tokens, strategy, fabric)
@@ -274,7 +275,7 @@ def _inference(
 ) -> NodeCost:
     tp, sp, pp, fabric = strategy.tp, strategy.sp, strategy.pp, machine.fabric
     tokens, squares = micro_rows * load.row_tokens, micro_rows * load.row_squares
-    forward = machine.compute_s(model.forward_flops(tokens, squares) / (tp * sp * pp), tokens / sp)
+    forward = machine.forward_s(model, tokens, squares, tp * sp * pp, tokens / sp)
     forward *= _slowest_stage(model, pp)
     block = _block_s(model, tokens, strategy, fabric)
     hops = _stage_transfer_s(model, tokens, strategy, machine)

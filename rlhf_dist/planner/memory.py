@@ -19,9 +19,6 @@ from rlhf_dist.planner.strategy import Generation, Strategy
 WEIGHT_BYTES = 2.0
 GRADIENT_BYTES = 4.0
 OPTIMIZER_BYTES = 12.0
-REDUCED_BYTES = {1: 2.0, 2: 2.0, 3: 4.0}
-"""Of one gradient on the wire: DeepSpeed's ZeRO-1 and 2 reduce in the training dtype (communication_data_type), FSDP2
-in float32 (MixedPrecisionPolicy.reduce_dtype)."""
 LOGIT_CHUNK_TOKENS = 1024
 """Tokens whose logits exist at one time (EngineConfig.logit_chunk_tokens)."""
 LOGIT_BYTES = 10.0

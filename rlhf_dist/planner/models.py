@@ -96,6 +96,10 @@ class ModelSpec:
         """
         return 2.0 * self.active * tokens + 2.0 * self.layers * self.heads * self.head_dim * squares
 
+    def expert_flops(self, tokens: float) -> float:
+        """Those of a forward pass's FLOPs that are the experts'."""
+        return 2.0 * self.layers * self.experts_per_token * self.expert * tokens
+
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> float:
         """Keys and values of one token in all layers, bytes."""
         return 2.0 * self.layers * self.kv_heads * self.head_dim * dtype_bytes

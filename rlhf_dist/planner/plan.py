@@ -25,6 +25,8 @@ from rlhf_dist.typed import ConfigError
 
 TIE = 0.005
 """Plans this close to the optimum are the same to the model; the planner then prefers the usual one (ADR 041)."""
+KEPT = 3
+"""Partitions whose best plans are found whatever is shown, so that a tie is seen."""
 PRESETS = ("colocate", "split", "standalone", "async")
 
 
@@ -62,7 +64,9 @@ class Plan:
     question: Question
     best: FoundPlan
     runners_up: tuple[FoundPlan, ...]
-    """The best plans of other partitions, best first."""
+    """The best plans of other partitions, best first; none is faster than `best`."""
+    ties: tuple[FoundPlan, ...]
+    """Plans faster than `best` by no more than `TIE`: the model cannot tell them apart."""
     certificate: Certificate
     search_s: float
 
@@ -115,15 +119,21 @@ def searcher(question: Question, keep: int = 1) -> Search:
 
 def make_plan(question: Question, runners_up: int = 3) -> Plan:
     """Search and answer. Raises ConfigError if nothing fits: with what is to blame, and the smallest cluster."""
-    search = searcher(question, keep=1 + runners_up)
+    search = searcher(question, keep=KEPT + runners_up)
     result = search.run()
     if not result.plans:
         _check_wanted(search, question)
         raise ConfigError(cannot_fit(search, question.cluster, lambda cluster: _fits(question, cluster)))
     best = _preferred(question.problem, result)
-    others = tuple(plan for plan in result.plans if plan is not best)
+    ties = tuple(plan for plan in result.plans if plan.step_s < best.step_s)
+    others = tuple(plan for plan in result.plans if plan is not best and plan not in ties)
     return Plan(
-        question=question, best=best, runners_up=others, certificate=result.certificate, search_s=result.search_s
+        question=question,
+        best=best,
+        runners_up=others[:runners_up],
+        ties=ties,
+        certificate=result.certificate,
+        search_s=result.search_s,
     )
 
 

@@ -8,7 +8,7 @@
 Branch and bound rather than dynamic programming: the cost of a plan is that of its schedule, which does not
 decompose over pools, but bounds of it (`schedule.bound`) are cheap and nearly tight. A bound takes for every
 node the least seconds it has anywhere in the range. The heap is worked off until no bound is below the best
-plan found: then that plan is the optimum of the model, gap 0.
+plan found: then that plan is the optimum of the model, gap 0. Runners-up are looked for a while longer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ State = tuple[tuple[int, Ways], ...]
 INFINITE = float("inf")
 WIDE = 1
 """Sizes in a range, less one, from which its bound looks at FLOPs and bytes only: strategies cost time to try."""
+
+NEAR = 0.01
+"""How far a runner-up may be from the best plan of its partition. The optimum is exact."""
+EFFORT = 8_000
+"""Parts of the space that are looked at for runners-up once the optimum is proven."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,12 @@ class Search:
         started = time.perf_counter()
         heap: list[tuple[float, int, int, int, Any]] = []
         every = list(self.allowed if self.allowed is not None else self._partitions())
-        counter = explored = simulated = 0
+        counter = explored = simulated = effort = 0
         best: dict[int, FoundPlan] = {}
 
         def push(value: float, depth: int, which: int, what: Any) -> None:
             nonlocal counter
-            if value < limit(which):
+            if useful(value, which):
                 counter += 1  # Of equal bounds the deepest first: a complete plan prunes the others.
                 heapq.heappush(heap, (value, -depth, counter, which, what))
 
@@ -135,6 +140,13 @@ class Search:
             costs = sorted(plan.step_s for plan in best.values())
             return min(own, costs[self.keep - 1] if len(costs) >= self.keep else INFINITE)
 
+        def least() -> float:
+            return min((plan.step_s for plan in best.values()), default=INFINITE)
+
+        def useful(value: float, which: int) -> bool:
+            """Exact for the optimum; a plan of another partition may be improved upon by less than NEAR."""
+            return value < least() or value * (1.0 + NEAR) < limit(which)
+
         for which, partition in enumerate(every):
             explored += 1
             box = self._tightened(partition, self._full_box(partition))
@@ -143,7 +155,11 @@ class Search:
         while heap:
             value, depth, _, which, what = heapq.heappop(heap)
             explored += 1
-            if value >= limit(which):
+            if value >= least():  # The optimum is proven: no bound is below it. The rest is for the runners-up.
+                effort += 1
+                if effort > EFFORT:
+                    break
+            if not useful(value, which):
                 continue
             partition = every[which]
             if depth == 0:
@@ -164,7 +180,7 @@ class Search:
             if plan.step_s < limit(which):
                 best[which] = plan
         plans = sorted(best.values(), key=lambda plan: plan.step_s)[: self.keep]
-        # The heap is empty: no part of the space has a bound below the best.
+        # No part of the space that is left has a bound below the best.
         certificate = Certificate(gap=0.0, explored=explored, partitions=len(every), simulated=simulated)
         return SearchResult(tuple(plans), certificate, time.perf_counter() - started)
 

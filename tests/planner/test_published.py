@@ -36,9 +36,10 @@ OUTCOMES = [
     (16, MIXED, CRITIC_APART),
 ]
 MISSED = {
-    (16, ("llama2-13b",)): SPLIT,
+    (16, ("llama2-13b",)): CRITIC_APART,
+    (8, ("codellama-34b",)): SPLIT,
     (12, MIXED): COLOCATE,
-    (16, MIXED): COLOCATE,
+    (16, MIXED): [{A, R}, {C, F}],
 }
 """(nodes, models) -> what the model says instead; docs/planner.md says why."""
 

@@ -20,7 +20,7 @@ from rlhf_dist.planner.latency import Machine
 from rlhf_dist.planner.layouts import Candidates, Catalogue, Layout
 from rlhf_dist.planner.models import BUILT_IN, ModelSpec
 from rlhf_dist.planner.plan import make_plan, searcher
-from rlhf_dist.planner.search import INFINITE, Partition, Search, State, partitions, pool_sizes
+from rlhf_dist.planner.search import INFINITE, NEAR, Partition, Search, State, partitions, pool_sizes
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import make_problem
 from rlhf_dist.planner.workload import Lengths, Workload
@@ -121,12 +121,15 @@ def test_separate_generation_is_searched_exactly_too() -> None:
     assert not any({"actor", "actor.rollout"} <= set(block) for block in result.plans[0].partition)
 
 
-def test_runners_up_are_the_best_of_their_partitions() -> None:
+def test_runners_up_are_near_the_best_of_their_partitions_and_never_faster_than_the_best() -> None:
     question = paper(4, "llama2-7b")
-    for found in make_plan(question, runners_up=3).runners_up:
+    plan = make_plan(question, runners_up=3)
+    assert len(plan.runners_up) == 3
+    for found in plan.runners_up:
+        assert found.step_s >= plan.best.step_s
         pools = {str(n): {"gpus": pool.gpus, "roles": list(pool.units)} for n, pool in enumerate(found.pools)}
         alone = make_plan(paper(4, "llama2-7b", placement={"pools": pools}), 0)
-        assert alone.best.step_s == pytest.approx(found.step_s)
+        assert alone.best.step_s <= found.step_s <= alone.best.step_s * (1 + NEAR)
 
 
 def test_a_layout_is_dominated_only_by_one_that_is_better_in_any_memory() -> None:
