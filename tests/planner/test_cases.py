@@ -152,9 +152,11 @@ def test_a_recipe_of_ones_own_is_planned(tmp_path: Path) -> None:
 
 
 def test_staleness_lets_generation_run_beside_training() -> None:
+    given = {role: {"tp": 1, "zero": 3, "offload": False} for role in ROLES}
     half = {"pools": {"train": {"gpus": 8, "roles": list(ROLES)}, "rollout": {"gpus": 8, "roles": ["actor.rollout"]}}}
     fresh, stale = (
-        make_plan(parse_case(case(placement=half, staleness=staleness, overlap=True)), 0).best for staleness in (0, 1)
+        make_plan(parse_case(case(placement={**half, "strategies": given}, staleness=staleness, overlap=True)), 0).best
+        for staleness in (0, 1)
     )
     assert stale.step_s < fresh.step_s
     costs = stale.costs
@@ -185,9 +187,9 @@ def test_a_faster_machine_is_predicted_faster() -> None:
 def test_the_table_says_what_people_ask(tmp_path: Path) -> None:
     plan = make_plan(paper(16, "llama2-13b"))
     table = as_table(plan, what_else(plan))
-    for text in ("57.", "tokens/s", "gap 0: 15 partitions", "critical path", "actor_reference", "one more node", "GiB"):
+    for text in ("tokens/s", "gap 0: 15 partitions", "critical path", "actor_reference", "one more node", "GiB"):
         assert text in table
-    assert "actor.generate_sequences" in bottleneck(plan)
+    assert "on its critical path" in bottleneck(plan) and "gathering parameters and reducing gradients" in bottleneck(plan)
     draw_timeline(plan, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
