@@ -47,6 +47,12 @@ class Pool:
         """Number of ranks."""
         return len(self.processes)
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """[size] machine of each rank, numbered in order of appearance; one for all where they are not known."""
+        seen = list(dict.fromkeys(self.node_ids))
+        return tuple(seen.index(node) for node in self.node_ids) if seen else (0,) * self.size
+
 
 @dataclass
 class Cluster:

@@ -23,6 +23,7 @@ from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardC
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
+from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.roles import OpSpec, State
 
 HELDOUT = "heldout"
@@ -105,7 +106,7 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     for role in sorted(launch.used_roles, key=lambda role: not isinstance(launch.roles[role], ActorConfig)):
         pool = pools[placed[role]]
         path, settings = _worker_of(launch, role, launch.recipe.roles[role])
-        groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool.size))
+        groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool))
         starting.append((role, _host_role(launch, groups[role], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
@@ -145,11 +146,12 @@ def _tokenizer_of(launch: Launch) -> str:
     raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
-def _meshes(config: Any, size: int) -> dict[str, Mesh]:
+def _meshes(config: Any, pool: Pool) -> dict[str, Mesh]:
     sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
-    train = Mesh({"dp": size // (sp * tp), "sp": sp, "tp": tp})
-    together = config.rollout.tensor_parallel if isinstance(config, ActorConfig) else 1
-    return {"train": train, "rollout": Mesh({"dp": size // together, "tp": together})}
+    train = Mesh({"dp": pool.size // (sp * tp), "sp": sp, "tp": tp})
+    if not isinstance(config, ActorConfig):
+        return {"train": train, "rollout": train}
+    return {"train": train, "rollout": Mesh(colocated_axes(config, pool.nodes))}
 
 
 def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str, Any]]:
@@ -191,6 +193,9 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
         "seed": launch.run.seed,
         "generates": generates(launch, group.role),
         "total_steps": launch.run.steps,
+        "nodes": group.pool.nodes,
+        # Shorter than what the controller waits for, so that the ranks say themselves who is missing.
+        "sync_timeout_s": 0.8 * launch.run.ray.call_timeout_s,
         "folder": str(folder.resolve()),
     }
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]

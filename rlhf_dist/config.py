@@ -87,7 +87,9 @@ class EngineConfig:
     offload: str = "none"
     """What stays in host memory between uses, on a GPU: `none`, `optimizer` (deepspeed) or `all`."""
     zero_stage: int = 3
-    """DeepSpeed: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    """What is sharded: 1 optimizer states (deepspeed), 2 also gradients, 3 also parameters.
+
+    With fsdp, 2 keeps parameters gathered from the forward to the backward pass; between steps they are sharded."""
     sequence_parallel: int = 1
     """Ranks that share the tokens of one pack (Ulysses; fsdp). Must divide attention and key-value heads."""
     tensor_parallel: int = 1
@@ -123,7 +125,12 @@ class RolloutConfig:
     gpu_memory_share: float = 0.5
     """Share of the GPU's memory for vLLM when kv_cache_bytes is 0."""
     bucket_bytes: int = 64 << 20
-    """Most bytes of full parameters gathered at one time in a weight sync."""
+    """Most bytes of weights on their way at one time in a weight sync, per rank."""
+    sleeps: bool = True
+    """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
+    canary_tolerance: float = 0.0
+    """After each weight sync compare the log-probs of a few tokens with the trainer's, and fail above this; measured:
+    5e-7 in float32, outliers of 0.5 in bfloat16. 0: no canary."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,8 +57,10 @@ def _check_deepspeed(engine: EngineConfig, key: str) -> None:
 
 
 def _check_fsdp(engine: EngineConfig, key: str) -> None:
-    if engine.zero_stage != 3:
-        raise ConfigError(f"{key}.zero_stage={engine.zero_stage} needs {key}=deepspeed; FSDP2 shards everything")
+    if engine.zero_stage not in (2, 3):
+        raise ConfigError(
+            f"{key}.zero_stage with fsdp must be 2 or 3, got {engine.zero_stage}; 1 needs {key}=deepspeed"
+        )
     if engine.offload == "optimizer":
         raise ConfigError(f"{key}.offload=optimizer needs {key}=deepspeed; with fsdp it is `none` or `all`")
     if engine.lora is not None and engine.tensor_parallel > 1:

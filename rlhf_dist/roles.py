@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch
-from rlhf_dist.dispatch import ROWS, TransferProtocol
+from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -102,6 +102,7 @@ class Actor(Role, Protocol):
         writes=("response_ids", "response_mask", "response", "finished", "rollout_log_probs", "policy_version"),
         rows="expand",
         weights_read="rollout",
+        dispatch=ALL_MICRO_ROWS,
         mesh="rollout",
     )
     def generate_sequences(self, prompts: Batch, *, n: int = 1, greedy: bool = False) -> Batch:

@@ -112,3 +112,7 @@ class WorkerContext:
     """The run's folder, which all workers share; for what must be looked at after a failure."""
     peers: Mapping[str, Any] = field(default_factory=dict)
     """Role -> worker of this process, those that were started before."""
+    nodes: tuple[int, ...] = ()
+    """[world] which machine each rank of the pool is on; empty for one machine."""
+    sync_timeout_s: float = 300.0
+    """Longest a weight sync may take."""

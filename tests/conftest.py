@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW_FOLDERS = {"engines", "generation", "runs"}
+SLOW_FOLDERS = {"engines", "generation", "gpu", "runs"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,7 +33,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["actor.engine.sequence_parallel=2", "actor.engine.tensor_parallel=2"], "must divide the 2 slots"),
         (["critic.engine.replicas=3"], "critic.engine: sequence_parallel * tensor_parallel * replicas = 1 * 1 * 3"),
         (["actor.engine=deepspeed", "actor.engine.zero_stage=4"], "actor.engine.zero_stage must be 1, 2 or 3, got 4"),
-        (["actor.engine.zero_stage=2"], "actor.engine.zero_stage=2 needs actor.engine=deepspeed"),
+        (["actor.engine.zero_stage=1"], "must be 2 or 3, got 1; 1 needs actor.engine=deepspeed"),
         (["actor.engine=deepspeed", "actor.engine.zero_stage=2", "actor.engine.offload=all"], "set zero_stage=3 or"),
         (["actor.engine.offload=optimizer"], "needs actor.engine=deepspeed; with fsdp it is `none` or `all`"),
         (["actor.engine=deepspeed", "actor.engine.sequence_parallel=2"], "sequence_parallel=2 needs actor.engine=fsdp"),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import time
 
 import numpy as np
-import torch
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean
+from rlhf_dist.reshard.groups import colocated_axes, rollout_grid
 from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine, new_training_engine
 from workers.engines.generation import GenerationEngine, Response
+from workers.reshard.colocated import ColocatedSync
 from workers.trained_role import NOTHING, TrainedRole
 
 
@@ -35,7 +35,9 @@ class ActorWorker(TrainedRole):
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-            self.rollout = new_generation_engine(config.model.path, config.rollout, context)
+            copies = rollout_grid(colocated_axes(config, context.nodes or (0,) * context.world)).tolist()
+            self.rollout = new_generation_engine(config.model.path, config.rollout, context, copies)
+            self.sync = ColocatedSync(self.engine, self.rollout, config.rollout, context)
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
@@ -51,6 +53,7 @@ class ActorWorker(TrainedRole):
         )
         prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
         seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
+        self.sync.turn("generate")
         responses = self.rollout.generate(prompts, sampling, seeds)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = response_columns(responses, self.rollout.weights_version)
@@ -90,18 +93,17 @@ class ActorWorker(TrainedRole):
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
         assert self.rollout is not None, "the recipe was planned without generation"
-        started = time.perf_counter()
-        dtype = getattr(torch, self.config.rollout.dtype)
-        expected = self.engine.checksums(dtype)
-        report = self.rollout.receive_weights(
-            self.engine.version, self.engine.full_weights(dtype, self.config.rollout.bucket_bytes), expected
-        )
-        seconds = time.perf_counter() - started
+        report = self.sync.run(must_change=self.moved)
+        self.moved = False
         metrics = {
-            "sync_seconds": Mean(seconds, 1),
-            "sync_bytes": Mean(float(report.bytes), 0),
+            "sync_seconds": Mean(report.seconds, 1),
+            "sync_bytes": Mean(float(report.bytes_received), 0),
             "sync_parameters": Mean(float(report.parameters), 0),
         }
+        if self.sync.turns is not None:
+            for phase, peak in self.sync.turns.peak_bytes.items():
+                metrics[f"peak_bytes_{phase}"] = Mean(float(peak), 1)
+                metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
     def close(self) -> None:

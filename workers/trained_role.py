@@ -23,6 +23,8 @@ class TrainedRole:
 
     def __init__(self, context: WorkerContext, engine: TrainingEngine, optimizer: OptimizerConfig | None) -> None:
         self.context, self.engine = context, engine
+        self.moved = False
+        """A step with a gradient was made since this was last set to False."""
         self.nonfinite = optimizer.nonfinite if optimizer else "stop"
         self._saving: Future[None] | None = None
 
@@ -41,6 +43,8 @@ class TrainedRole:
         metrics = combine(self._step(part, loss, temperature, call, skipped) for _ in range(epochs) for part in parts)
         if skipped:
             metrics["skipped_steps"] = Mean(float(len(skipped)), 0)
+        # A step on a zero gradient, or at rate zero, need not change a bit.
+        self.moved |= self.engine.version > before and metrics["grad_norm"].total > 0 and metrics["lr"].total > 0
         metrics["optimizer_steps"] = Mean(float(self.engine.version - before), 0)
         metrics["version"] = Mean(float(self.engine.version), 0)
         # Every rank knows the same numbers: one of them reports.

@@ -20,7 +20,7 @@ def check_tensor_parallel(config_json: Mapping[str, Any], tp: int, world: int) -
             f"set it to one of {_divisors(world)} or give the pool a multiple of {tp} slots"
         )
     text = config_json.get("text_config", config_json)
-    heads = int(text["num_attention_heads"])
+    heads = int(text.get("num_attention_heads") or text["n_head"])  # GPT-2 calls it n_head
     if heads % tp:
         raise ValueError(
             f"rollout.tensor_parallel must divide the model's {heads} attention heads, got {tp}; "

@@ -164,6 +164,7 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed 3 alone": (1, {"name": "deepspeed"}),
     "deepspeed 1 on four": (4, {"name": "deepspeed", "zero_stage": 1}),
     "deepspeed 3 on four": (4, {"name": "deepspeed"}),
+    "kept gathered": (2, {"zero_stage": 2}),
     "padded": (2, {"packing": False}),
     "two sequence pieces": (2, {"sequence_parallel": 2}),
     "two tensor pieces": (2, {"tensor_parallel": 2}),

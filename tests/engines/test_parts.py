@@ -10,7 +10,8 @@ from torch import nn
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
-from rlhf_dist.reshard.checksum import full_checksum, rows_checksum, unsigned
+from rlhf_dist.reshard.checksum import box_checksum, full_checksum, unsigned
+from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
 from workers.device import backend_for, device_for
 from workers.engines.attention import Packing, packed_attention
@@ -22,20 +23,41 @@ CPU = torch.device("cpu")
 
 
 # --- checksums -------------------------------------------------------------------------------------
+def odd(position: int) -> int:
+    """SplitMix64's finaliser in Python's integers."""
+    mask = 2**64 - 1
+    x = (position + 1) * 0x9E3779B97F4A7C15 & mask
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+    return x ^ (x >> 31) | 1
+
+
 def test_a_checksum_is_the_weighted_sum_of_words() -> None:
-    values = torch.tensor([1, 2, -3], dtype=torch.int32).view(torch.float32)
-    assert full_checksum(values) == 1 * 1 + 2 * 3 - 3 * 5 + 2**64
+    column = [odd((1 << 40) + c) for c in range(3)]
+    narrow = torch.tensor([[1, 2, -3], [4, 5, 6]], dtype=torch.int32)
+    wanted = sum(odd(r) * sum(b * w for b, w in zip(column, row, strict=True)) for r, row in enumerate(narrow.tolist()))
+    assert full_checksum(narrow.view(torch.float32)) == wanted % 2**64
+    # Of a 64-bit word the upper half is added to it.
+    wide = torch.tensor([[3 << 40, 5], [-(7 << 33), 1]])
+    wanted = sum(
+        odd(r) * sum(b * (w + (w >> 32)) for b, w in zip(column[:2], row, strict=True))
+        for r, row in enumerate(wide.tolist())
+    )
+    assert unsigned(box_checksum(wide.view(torch.float32), ((0, 2), (0, 4)), (2, 4), 8)) == wanted % 2**64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(7,), (7, 3), (5, 4), (3, 2, 5), (300, 700)])
-def test_checksums_of_any_cut_into_rows_add_up(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.randn(shape).to(dtype)
-    rows = shape[0]
-    for cuts in ((0, rows), (0, 1, rows), (0, rows // 2, rows // 2, rows)):
-        pairs = zip(cuts, cuts[1:], strict=False)
-        parts = [rows_checksum(tensor[a:b], first_row=a, shape=shape) for a, b in pairs]
-        assert unsigned(torch.stack(parts).sum()) == full_checksum(tensor)
+def test_checksums_of_any_flat_ranges_add_up(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape)
+    size = tensor.numel()
+    for cuts in ((0, size), (0, 1, size), (0, size // 3, size // 2, size // 2, size)):
+        parts = [
+            box_checksum(tensor[tuple(slice(*edges) for edges in box)], box, shape, dtype.itemsize, dtype)
+            for begin, end in zip(cuts, cuts[1:], strict=False)
+            for box in flat_range_boxes(shape, begin, end)
+        ]
+        assert unsigned(torch.stack(parts).sum()) == full_checksum(tensor.to(dtype))
 
 
 def test_a_checksum_sees_one_changed_bit_and_any_two_elements_exchanged() -> None:

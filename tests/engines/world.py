@@ -19,9 +19,9 @@ CALL_TIMEOUT_S = 90.0
 
 
 class World:
-    """`size` processes, each a rank of one gloo group on this machine."""
+    """`size` processes, each a rank of one group on this machine: gloo, or NCCL too where the device is `cuda`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "cpu") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -30,7 +30,7 @@ class World:
         self._processes = []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs, device), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(mine)
@@ -62,7 +62,7 @@ class World:
             process.join(5)
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Connection, device: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -74,7 +74,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         world=size,
         master_addr="127.0.0.1",
         master_port=port,
-        device=device_for(rank, "cpu"),
+        device=device_for(rank, device),
         timeout_s=CALL_TIMEOUT_S / 2,
         one_node=True,
     )

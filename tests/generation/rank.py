@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.sampling import Sampling
+from rlhf_dist.wire import WorkerContext
 
 Answers = list[tuple[list[int], list[float], bool]]
 
@@ -23,7 +25,7 @@ _engine: Any = None
 _folder: Path
 
 
-def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
+def open_engine(kind: str, folder: Path, device: str = "cpu", **rollout: Any) -> None:
     global _engine, _folder
     close_engine()
     if kind == "vllm":
@@ -37,7 +39,7 @@ def open_engine(kind: str, folder: Path, **rollout: Any) -> None:
         rollout=RolloutConfig(**limits),
         rank=dist.get_rank(),
         world=dist.get_world_size(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 
@@ -153,3 +155,62 @@ def _buckets(weights: dict[str, Tensor], fails: bool) -> Iterator[list[tuple[str
         if fails and start:
             raise RuntimeError("the gather timed out")
         yield items[start : start + 3]
+
+
+class HeldWeights:
+    """A trainer that trains nothing: the weights of a seed, sharded on dim 0 over the ranks, float32."""
+
+    def __init__(self, seed: int, version: int) -> None:
+        self.version = version
+        self._full = {name: tensor.detach() for name, tensor in _model(seed).named_parameters()}
+
+    adapters: dict[str, Any] = {}
+
+    def layout(self, part: str = "merged") -> Layout:
+        ranks = np.arange(dist.get_world_size())
+        return Layout(
+            len(ranks),
+            {n: ParameterLayout.from_mesh(tuple(t.shape), "float32", ranks, [0]) for n, t in self._full.items()},
+        )
+
+    def local_shards(self, part: str = "merged") -> dict[str, list[Tensor]]:
+        boxes = {name: p.boxes_of(dist.get_rank()) for name, p in self.layout().parameters.items()}
+        return {n: [t[tuple(slice(*edge) for edge in box)] for box in boxes[n]] for n, t in self._full.items()}
+
+    def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        for name, tensor in self._full.items():
+            yield [(name, tensor.to(dtype))]
+
+    def checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        return {name: full_checksum(tensor.to(dtype)) for name, tensor in self._full.items()}
+
+
+_colocated: Any = None
+
+
+def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
+    """A colocated sync of the weights of `seed`; `traces` False: as if the model could not be traced."""
+    global _colocated
+    from workers.engines.generation import Untraceable
+    from workers.reshard.colocated import ColocatedSync
+
+    if version == 1:
+        if not traces:
+
+            def refuse(shapes: Any) -> Any:
+                raise Untraceable("this test wants whole tensors")
+
+            _engine.trace = refuse
+        context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
+        config = RolloutConfig(bucket_bytes=1 << 20, sleeps=False)
+        _colocated = ColocatedSync(HeldWeights(seed, version), _engine, config, context)
+    _colocated._engine = HeldWeights(seed, version)
+    report = _colocated.run(must_change=version > 1)
+    world = dist.get_world_size()
+    return {
+        "fallback": _colocated.fallback,
+        "version": _engine.weights_version,
+        "received": report.bytes_received,
+        "planned": _colocated.pieces.planned_bytes if _colocated.pieces else None,
+        "world": world,
+    }

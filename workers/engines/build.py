@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,13 +33,25 @@ def new_training_engine(
     return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
 
 
-def new_generation_engine(model_path: str, rollout: RolloutConfig, context: WorkerContext) -> GenerationEngine:
-    """The engine `rollout.engine` names. Raises ValueError for another name."""
+def new_generation_engine(
+    model_path: str, rollout: RolloutConfig, context: WorkerContext, copies: Sequence[Sequence[int]]
+) -> GenerationEngine:
+    """The engine `rollout.engine` names. copies: ranks that share a copy of the model, by tensor-parallel rank.
+
+    Raises ValueError for another name.
+    """
     device = torch.device(context.device)
     if rollout.engine == "vllm":
         from workers.engines.vllm import VllmEngine
 
-        return VllmEngine(model_path=model_path, rollout=rollout, rank=context.rank, world=context.world, device=device)
+        return VllmEngine(
+            model_path=model_path,
+            rollout=rollout,
+            rank=context.rank,
+            world=context.world,
+            device=device,
+            copies=copies,
+        )
     if rollout.engine == "transformers":
         from workers.engines.transformers import TransformersEngine
 

@@ -27,7 +27,7 @@ from workers.engines.models import Head, build_model, parameters_of
 from workers.engines.optimizer import new_optimizer, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
-from workers.engines.training import OffloadPart
+from workers.engines.training import OffloadPart, WeightPart
 
 Range = tuple[int, int]
 """[begin, end) of a flattened parameter."""
@@ -119,8 +119,9 @@ class DeepSpeedEngine(PackedEngine):
         assert optimizer.overflow, "DeepSpeed makes no step with a gradient that is not a number"
 
     # --- weights ---------------------------------------------------------------------------------
-    def layout(self) -> Layout:
+    def layout(self, part: WeightPart = "merged") -> Layout:
         """See `TrainingEngine.layout`."""
+        assert part != "adapters", "this engine has no adapters"
         local = self._ranges()
         every: list[dict[str, Range]] = [{} for _ in range(self._world)]
         dist.all_gather_object(every, local, group=self._mesh.world)
@@ -130,7 +131,7 @@ class DeepSpeedEngine(PackedEngine):
             parameters[name] = ParameterLayout.from_flat_ranges(shape, dtype_name(self._master(name)), held)
         return Layout(self._world, parameters)
 
-    def local_shards(self) -> Shards:
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
         ranges = self._ranges()
         return {
@@ -214,7 +215,7 @@ class DeepSpeedEngine(PackedEngine):
         for flat in _flat_masters(optimizer, self._stage):
             kept = optimizer.optimizer.state[flat]
             if not kept:
-                kept["step"] = torch.tensor(float(self.version))
+                kept["step"] = torch.tensor(float(self.version), device=flat.device)
                 kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
         if self._stage == 3:
             from deepspeed.utils import safe_get_local_optimizer_state

@@ -1,7 +1,8 @@
 """The FSDP2 training engine: PyTorch's fully sharded data parallel, master weights in float32.
 
 parameters   sharded on dim 0 over the mesh's `shard` axis, gathered layer by layer in `engine.dtype`;
-             copied over `replicate`, cut by DTensor over `tp` first where these axes are used
+             copied over `replicate`, cut by DTensor over `tp` first where these axes are used;
+             with zero_stage=2 they stay gathered until the backward pass
 gradients    reduce-scattered as float32 *sums*: the losses are divided by global counts already
 optimizer    AdamW on the local shards; the learning rate is a function of `version`
 """
@@ -26,7 +27,7 @@ from workers.engines.optimizer import clip_, new_optimizer, norm_of, set_learnin
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
 from workers.engines.tensor_parallel import split_over_tensor_ranks
-from workers.engines.training import OffloadPart
+from workers.engines.training import OffloadPart, WeightPart
 
 
 class FsdpEngine(PackedEngine):
@@ -64,9 +65,10 @@ class FsdpEngine(PackedEngine):
         policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
         on_host = self._config.offload == "all" and self._device.type == "cuda"
         offload = CPUOffloadPolicy() if on_host else OffloadPolicy()
+        mesh, resharded = self._mesh.parameters, self._config.zero_stage == 3
         for module in [*layers_of(self._module), self._module]:
-            fully_shard(module, mesh=self._mesh.parameters, mp_policy=policy, offload_policy=offload)
-            if self._mesh.parameters.size() > 1:
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=resharded)
+            if mesh.size() > 1:
                 # Losses are divided by counts over all ranks, so gradients are summed; gloo has no other operation.
                 # One rank has nothing to sum, and FSDP would copy every gradient to divide it by 1.
                 _fsdp(module).set_gradient_divide_factor(1.0)
@@ -78,8 +80,9 @@ class FsdpEngine(PackedEngine):
         return found
 
     def _after_forward(self) -> None:
-        # A forward without a backward leaves the root's parameters gathered.
-        _fsdp(self._module).reshard()
+        # A forward without a backward leaves parameters gathered: the root's, or all.
+        for module in [*layers_of(self._module), self._module]:
+            _fsdp(module).reshard()
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -99,24 +102,24 @@ class FsdpEngine(PackedEngine):
             self._optimizer.zero_grad(set_to_none=True)
 
     # --- weights ---------------------------------------------------------------------------------
-    def layout(self) -> Layout:
+    def layout(self, part: WeightPart = "merged") -> Layout:
         """See `TrainingEngine.layout`."""
-        return dtensor_layout(self._weights(), self._mesh.grid)
+        return dtensor_layout(self._named(adapters=part == "adapters"), self._mesh.grid)
 
-    def local_shards(self) -> Shards:
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
-        return dtensor_shards(self._merged())
+        return dtensor_shards(self._merged() if part == "merged" else self._named(adapters=part == "adapters"))
 
-    def _weights(self) -> dict[str, DTensor]:
-        """The model's own parameters, adapters left out."""
-        adapters = {name for adapter in self._adapters.values() for name in (adapter.down, adapter.up)}
-        return {name: _dtensor(p) for name, p in self._parameters.items() if name not in adapters}
+    def _named(self, *, adapters: bool) -> dict[str, DTensor]:
+        """The adapters, or the model's own parameters."""
+        added = {name for adapter in self._adapters.values() for name in (adapter.down, adapter.up)}
+        return {name: _dtensor(p) for name, p in self._parameters.items() if (name in added) == adapters}
 
     def _merged(self) -> dict[str, DTensor]:
         """The model's parameters with adapters added to what they change: copies there, the parameters elsewhere."""
         return {
             name: self._with_adapter(weight, self._adapters[name]) if name in self._adapters else weight
-            for name, weight in self._weights().items()
+            for name, weight in self._named(adapters=False).items()
         }
 
     def _with_adapter(self, weight: DTensor, adapter: Adapter) -> DTensor:
@@ -169,7 +172,7 @@ class FsdpEngine(PackedEngine):
                     continue
                 kept = self._optimizer.state[parameter]
                 if not kept:
-                    kept["step"] = torch.tensor(float(self.version))
+                    kept["step"] = torch.tensor(float(self.version), device=parameter.device)
                     kept["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                     kept["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state[f"exp_avg.{name}"] = kept["exp_avg"]

@@ -1,5 +1,7 @@
 """The generation contract: what every generation engine does, and how it comes by its weights.
 
+    shards of other ranks ──> WeightSync ──> boxes of the model (receive_shards), where a trace knows them; else
+
     buckets of (name, tensor) ──> Arrivals: known? once? dtype? checksum? ──> _install ──> _finish_install
                                                   │ anything wrong                              │ read back
                                                   v                                             v
@@ -14,11 +16,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -26,10 +28,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.reshard.layout import Box
+from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 
 Bucket: TypeAlias = list[tuple[str, Tensor]]
 """Some full parameters under their Hugging Face names, in the rollout dtype."""
+SleepPart = Literal["weights", "cache"]
+"""What a generation engine holds on its device."""
+BOTH: tuple[SleepPart, ...] = ("weights", "cache")
+ShardSync: TypeAlias = Callable[[Shards, Callable[[], None], Callable[[int], None]], int]
+"""(target shards, prepare, finish) -> version: calls `prepare`, fills the shards, calls `finish(version)`, and
+verifies on all ranks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +80,10 @@ class WeightSyncError(RuntimeError):
         )
 
 
+class Untraceable(RuntimeError):
+    """The engine's loader does something to a parameter that boxes do not express: it takes whole tensors only."""
+
+
 class StaleWeights(RuntimeError):
     """Generation was asked of an engine that does not hold a verified version of the weights."""
 
@@ -101,12 +115,30 @@ class GenerationEngine(Protocol):
         """
         ...
 
-    def sleep(self) -> None:
-        """Give the device memory back for training (nothing to do on a CPU)."""
+    def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
+        """Which boxes of the checkpoint's parameters this rank wants; shapes: whole shape by name.
+
+        Raises Untraceable for a model that only `receive_weights` can load.
+        """
         ...
 
-    def wake(self) -> None:
-        """Take it again; the weights held before sleep() are held after wake()."""
+    def receive_shards(self, sync: ShardSync) -> None:
+        """Let `sync` write a version into the boxes that the last `trace` named, and verify it.
+
+        Raises what `sync` raises; the engine then refuses to generate until a later call succeeds.
+        """
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Generate nothing until a sync completes: the weights held are stale, or not what was trained."""
+        ...
+
+    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
+        """Give the device memory back for training (nothing to do on a CPU); the cache never stays without weights."""
+        ...
+
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
+        """Take it again; the weights held before sleep() are held after wake(). A sync needs the weights only."""
         ...
 
     def close(self) -> None:
@@ -166,7 +198,7 @@ class SyncedEngine(ABC):
         if version < 0:
             raise ValueError(f"version must be >= 0, got {version}")
         started = perf_counter()
-        self._version, self._refusal = -1, f"the sync of version {version} did not complete"
+        self.refuse(f"the sync of version {version} did not complete")
         arrivals = Arrivals(version, expected, self._dtype)
         failure: Exception | None = None
         try:
@@ -192,6 +224,15 @@ class SyncedEngine(ABC):
         self._version = version
         return SyncReport(arrivals.count, arrivals.bytes, perf_counter() - started)
 
+    def receive_shards(self, sync: ShardSync) -> None:
+        """See GenerationEngine."""
+        self.refuse("the last weight sync did not complete")
+        self._version = sync(self._target_shards(), self._begin_shards, self._finish_shards)
+
+    def refuse(self, reason: str) -> None:
+        """See GenerationEngine."""
+        self._version, self._refusal = -1, reason
+
     def _attempt(self, arrivals: Arrivals, bucket: Bucket) -> Exception | None:
         try:
             arrivals.check(bucket)
@@ -215,6 +256,18 @@ class SyncedEngine(ABC):
     @abstractmethod
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
         """Make the model ready to run; raise WeightSyncError unless what runs is what arrived."""
+
+    @abstractmethod
+    def _target_shards(self) -> Shards:
+        """The tensors to write, as the last trace named them."""
+
+    @abstractmethod
+    def _begin_shards(self) -> None:
+        """Called before the first element is written."""
+
+    @abstractmethod
+    def _finish_shards(self, version: int) -> None:
+        """Make the model ready to run on what was written; raise WeightSyncError where it is not."""
 
     def _failures_of_peers(self, failure: str | None) -> list[str]:
         """Tell the ranks sharing this copy of the model of this rank's failure; returns theirs."""

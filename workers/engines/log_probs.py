@@ -39,7 +39,8 @@ def log_probs_and_entropy(
 
 def _log_softmax(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     # Not z - logsumexp(z): for large z that loses the digits that the gradient of the entropy is made of.
-    return (hidden @ weight.t()).float().mul_(scale).log_softmax(-1)
+    logits = (hidden @ weight.t()).float()
+    return (logits if scale == 1 else logits.mul_(scale)).log_softmax(-1)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -68,12 +69,12 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             log_p = _log_softmax(hidden[chunk], weight, ctx.scale)
-            slope = grad_log_probs[chunk, None]
+            # Passes over [chunk, V] are what this costs besides the products: factors go into the [chunk, 1] ones.
+            chosen = grad_log_probs[chunk, None] * ctx.scale
+            slope = -chosen
             if ctx.with_entropy:
-                slope = slope + grad_entropy[chunk, None] * (log_p + entropy[chunk, None])
-            grad = log_p.exp_().mul_(slope).neg_()
-            grad.scatter_add_(-1, targets[chunk, None], grad_log_probs[chunk, None])
-            grad = grad.mul_(ctx.scale).to(weight.dtype)
+                slope = slope - grad_entropy[chunk, None] * ctx.scale * (log_p + entropy[chunk, None])
+            grad = log_p.exp_().mul_(slope).scatter_add_(-1, targets[chunk, None], chosen).to(weight.dtype)
             grad_hidden[chunk] = grad @ weight
             # Summed in float32 over chunks: in bfloat16 the sum would depend on how it is cut.
             grad_weight += grad.t() @ hidden[chunk]

@@ -31,7 +31,7 @@ def new_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfi
         {"params": members, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
         for (decays, scale), members in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -11,7 +11,7 @@ A subclass holds the parameters and decides how gradients travel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -41,7 +41,7 @@ from workers.engines.mesh import TrainingMesh
 from workers.engines.models import RoleModel
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.schedule import learning_rate
-from workers.engines.training import NonFiniteLoss, Term
+from workers.engines.training import NonFiniteLoss, Term, WeightPart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,6 +61,7 @@ class PackedEngine(ABC):
         if engine.dtype not in DTYPES:
             raise ValueError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {engine.dtype!r}")
         self.version = 0
+        self.before_use: Callable[[], None] = lambda: None
         self._module, self._folder, self._config, self._optimizer_config = module, Path(model.path), engine, optimizer
         self._mesh, self._device, self._seed = mesh, mesh.device, seed
         self._dtype = DTYPES[engine.dtype]
@@ -90,6 +91,7 @@ class PackedEngine(ABC):
         self, batch: Batch, names: Sequence[str], temperature: float, base: bool
     ) -> dict[str, npt.NDArray[np.float32]]:
         """The named outputs, rows in the order of `batch`."""
+        self.before_use()
         pad_to = 0 if self._config.packing else longest_row(batch)
         cut = even_passes(batch, self._budget, False, pad_to, self._mesh.rows, self._device)
         parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
@@ -120,6 +122,7 @@ class PackedEngine(ABC):
             raise RuntimeError("this model is frozen: it was built without an optimizer and makes no steps")
         for _, loss, _ in terms:
             self._check_outputs(loss.outputs)
+        self.before_use()
         passes = Accumulation(
             terms,
             budget_tokens=self._budget,
@@ -166,6 +169,11 @@ class PackedEngine(ABC):
         return self._config.micro_batch_tokens * self._mesh.tokens.sequence
 
     # --- weights and files -------------------------------------------------------------------------
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """See `TrainingEngine.adapters`."""
+        return self._adapters
+
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """See `TrainingEngine.full_weights`."""
         yield from full_tensors(self.layout(), self.local_shards(), dtype, bucket_bytes, self._mesh.world, self._device)
@@ -178,21 +186,25 @@ class PackedEngine(ABC):
             counted = set(parameter.distinct[0].tolist())
             for box, shard in zip(np.flatnonzero(parameter.rank == rank), shards[name], strict=True):
                 if int(box) in counted:  # of copies, the first
-                    sums[k] += box_checksum(shard.to(dtype), parameter.box(int(box)), parameter.shape).to(self._device)
+                    place = parameter.box(int(box))
+                    sums[k] += box_checksum(shard, place, parameter.shape, dtype.itemsize, dtype).to(self._device)
         dist.all_reduce(sums, group=self._mesh.world)
         return {name: unsigned(value) for name, value in zip(layout, sums.tolist(), strict=True)}
 
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
+        self.before_use()
         return self._writer.save(folder, self._state(), self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
+        self.before_use()
         self.version = checkpoint.load(folder, self._state(), self._card(), self._mesh.world)
         self._loaded()
 
     def export(self, folder: Path) -> None:
         """See `TrainingEngine.export`; weights are written in `engine.dtype`."""
+        self.before_use()
         buckets = self.full_weights(self._dtype, FILE_BYTES)
         hf = self._module.hf
         writes = dist.get_rank(self._mesh.world) == 0
@@ -248,11 +260,11 @@ class PackedEngine(ABC):
         """Drop the gradients of a step that is not made."""
 
     @abstractmethod
-    def layout(self) -> Layout:
+    def layout(self, part: WeightPart = "merged") -> Layout:
         """See `TrainingEngine.layout`."""
 
     @abstractmethod
-    def local_shards(self) -> Shards:
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
 
     @abstractmethod

@@ -6,7 +6,7 @@ a rank may have none. Several engines may live in one process (actor, critic and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,11 +21,14 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards
+from workers.engines.lora import Adapter
 
 Term = tuple[float, Loss, Batch]
 """One summand of a step: weight, loss, and the rows of this rank."""
 
 
+WeightPart = Literal["merged", "base", "adapters"]
+"""The model with its adapters added to what they change, without them, or the adapters alone."""
 OffloadPart = Literal["parameters", "gradients", "optimizer"]
 
 
@@ -52,6 +55,8 @@ class TrainingEngine(Protocol):
 
     version: int
     """Optimizer steps done."""
+    before_use: Callable[[], None]
+    """Called before anything is computed, saved or loaded: brings back what was moved off the device meanwhile."""
 
     def forward(
         self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False
@@ -83,15 +88,20 @@ class TrainingEngine(Protocol):
         """One optimizer step on a weighted sum of losses, each averaged over its own batch."""
         ...
 
-    def layout(self) -> Layout:
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Weight -> the parameters that change it; empty for a model trained whole."""
+        ...
+
+    def layout(self, part: WeightPart = "merged") -> Layout:
         """What each rank of the group holds of every parameter, by checkpoint name, tied ones once.
 
         The same on every rank, and the same after every step; ranks are those of the engine's group.
         """
         ...
 
-    def local_shards(self) -> Shards:
-        """This rank's boxes of `layout()`, adapters added: views of the master weights where there are none.
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
+        """This rank's boxes of `layout(part)`: views of the master weights where no adapter is added.
 
         Collective; current until the next step.
         """

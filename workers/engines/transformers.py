@@ -17,11 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.checksum import full_checksum
+from rlhf_dist.reshard.layout import Box
+from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation import (
+    BOTH,
     Bucket,
     Response,
+    SleepPart,
     SyncedEngine,
+    Untraceable,
     WeightSyncError,
     check_request,
     end_token_ids,
@@ -70,24 +75,26 @@ class TransformersEngine(SyncedEngine):
             responses += self._generate_rows(model, rows[start:stop], sampling, seeds[start:stop])
         return responses
 
-    def sleep(self) -> None:
-        """See GenerationEngine. On CUDA the weights move to host memory."""
-        model = self._running("sleep")
-        if self._device.type == "cuda":
-            model.to("cpu")
-            torch.cuda.empty_cache()
-        self._asleep = True
+    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
+        """See GenerationEngine. On CUDA the weights move to host memory; the cache lives inside `generate` only."""
+        assert self._model is not None, "sleep() after close()"
+        if "weights" in parts:
+            if self._device.type == "cuda":
+                self._model.to("cpu")
+                torch.cuda.empty_cache()
+            self._asleep = True
 
-    def wake(self) -> None:
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine."""
         assert self._model is not None, "wake() after close()"
-        self._model.to(self._device)
-        self._asleep = False
+        if "weights" in parts:
+            self._model.to(self._device)
+            self._asleep = False
 
     def close(self) -> None:
         """See GenerationEngine."""
         self._model = None
-        self._version, self._refusal = -1, "the engine is closed"
+        self.refuse("the engine is closed")
         gc.collect()
 
     def _running(self, call: str) -> PreTrainedModel:
@@ -119,6 +126,25 @@ class TransformersEngine(SyncedEngine):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if names := [name for name, checksum in expected.items() if full_checksum(parameters[name]) != checksum]:
             raise WeightSyncError(version, "parameters must read back as they arrived", names)
+
+    def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
+        """See GenerationEngine: one copy of everything."""
+        parameters = dict(self._running("trace").named_parameters())
+        has = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        if has != {name: tuple(shape) for name, shape in shapes.items()}:
+            raise Untraceable(f"the rollout model's parameters are others: {sorted(has.keys() ^ shapes.keys())[:5]}")
+        self._names = list(shapes)
+        return {name: [tuple((0, size) for size in shape)] for name, shape in shapes.items()}
+
+    def _target_shards(self) -> Shards:
+        parameters = dict(self._running("receive_shards").named_parameters())
+        return {name: [parameters[name].detach()] for name in self._names}
+
+    def _begin_shards(self) -> None:
+        pass
+
+    def _finish_shards(self, version: int) -> None:
+        pass
 
     def _generate_rows(
         self, model: PreTrainedModel, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]

@@ -1,6 +1,7 @@
 """Generation with vLLM, in the process and process group of the training rank (HybridFlow's HybridEngine).
 
-world of W ranks, tensor_parallel t:   ranks [0..t) hold one copy, [t..2t) the next, ... (data parallel W/t)
+world of W ranks, tensor_parallel t:   W/t copies of the model (data parallel) on t ranks each; which ranks, the
+           caller says (`copies`), so that training shards lie inside generation shards
 
 generate:  requests ──> LLMEngine.step() until none is left       every rank of a copy runs the same
            steps on the same requests; the only waits are vLLM's collectives inside the copy
@@ -13,7 +14,8 @@ import copy
 import gc
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,14 @@ from numpy.typing import NDArray
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.checks import check_tensor_parallel
+from rlhf_dist.reshard.layout import Box
+from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation import (
+    BOTH,
     Bucket,
     Response,
+    SleepPart,
     SyncedEngine,
     WeightSyncError,
     check_request,
@@ -51,13 +57,15 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
 
-from workers.engines import vllm_weights  # noqa: E402
+from workers.engines import vllm_trace, vllm_weights  # noqa: E402
 from workers.engines.vllm_sampler import FullVocabularySampler  # noqa: E402
 
 _MAX_REQUESTS = 1024
 """Requests in one scheduler step; the KV cache is the tighter limit."""
 _MAX_BATCHED_TOKENS = 8192
 """Prompt tokens in one scheduler step."""
+_TAGS: dict[SleepPart, str] = {"weights": "weights", "cache": "kv_cache"}
+"""What vLLM calls the parts that sleep."""
 _CPU_BLOCK_TOKENS = 32
 """KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
 
@@ -65,7 +73,17 @@ _CPU_BLOCK_TOKENS = 32
 class VllmEngine(SyncedEngine):
     """See GenerationEngine. The default process group must exist; all its ranks construct the engine together."""
 
-    def __init__(self, *, model_path: str, rollout: RolloutConfig, rank: int, world: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        rollout: RolloutConfig,
+        rank: int,
+        world: int,
+        device: torch.device,
+        copies: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """copies: the ranks of each copy of the model, ascending; None: consecutive ranks."""
         super().__init__(getattr(torch, rollout.dtype))
         config = json.loads((Path(model_path) / "config.json").read_text())
         check_tensor_parallel(config, rollout.tensor_parallel, world)
@@ -77,11 +95,13 @@ class VllmEngine(SyncedEngine):
         self._rollout = rollout
         self._end_tokens = end_token_ids(model_path)
         self._request_ids = count()
-        self._asleep = False
+        self._asleep: set[SleepPart] = set()
         self._sleeps = device.type == "cuda"
+        self._tracing: vllm_trace.Tracing | None = None
         name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
-        with torch.random.fork_rng(), vllm_weights.parameters_kept():
+        order = [rank for group in copies for rank in group] if copies else list(range(world))
+        with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order):
             vllm_config = _engine_args(model_path, rollout, device).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
                 vllm_config,
@@ -126,19 +146,26 @@ class VllmEngine(SyncedEngine):
         assert all(responses), "vLLM left requests without an output"
         return [response for response in responses if response is not None]
 
-    def sleep(self) -> None:
+    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine. On CUDA weights move to host memory and the KV cache is dropped."""
-        engine = self._running("sleep")
+        assert self._engine is not None, "sleep() after close()"
+        awake = set(BOTH) - self._asleep
+        if not awake & set(parts):
+            return
         if self._sleeps:
-            engine.sleep(level=1)
-        self._asleep = True
+            # vLLM puts everything to sleep at once, and wakes it part by part.
+            if self._asleep:
+                self._engine.wake_up([_TAGS[part] for part in self._asleep])
+            self._engine.sleep(level=1)
+        self._asleep = set(BOTH)
+        self.wake([part for part in BOTH if part in awake - set(parts)])
 
-    def wake(self) -> None:
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine."""
         assert self._engine is not None, "wake() after close()"
-        if self._sleeps and self._asleep:
-            self._engine.wake_up()
-        self._asleep = False
+        if self._sleeps and (asleep := [_TAGS[part] for part in parts if part in self._asleep]):
+            self._engine.wake_up(asleep)
+        self._asleep -= set(parts)
 
     def close(self) -> None:
         """See GenerationEngine."""
@@ -149,7 +176,7 @@ class VllmEngine(SyncedEngine):
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         gc.unfreeze()
-        self._version, self._refusal = -1, "the engine is closed"
+        self.refuse("the engine is closed")
         del core, self._model
         self._engine = None
         parallel_state.destroy_model_parallel()
@@ -161,7 +188,7 @@ class VllmEngine(SyncedEngine):
     def _running(self, call: str) -> LLMEngine:
         if self._engine is None:
             raise RuntimeError(f"{call}() needs an open engine, this one is closed; construct another")
-        if self._asleep:
+        if self._asleep & (set(BOTH) if call == "generate" else {"weights"}):
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._engine
 
@@ -186,21 +213,48 @@ class VllmEngine(SyncedEngine):
         vllm_weights.invalidate(self._model)
 
     def _install(self, bucket: Bucket) -> None:
-        self._model.load_weights(bucket)
+        self._model.load_weights(vllm_trace.as_checkpoint(bucket))
 
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
-        engine = self._running("receive_weights")
         if names := vllm_weights.unwritten(self._model):
             raise WeightSyncError(
                 version,
                 "vLLM's model must be written completely and hold no NaN (or the trained weights have one)",
                 names,
             )
+        self._make_ready(version)
+
+    def _make_ready(self, version: int) -> None:
         vllm_weights.pack(self._model)
         if names := vllm_weights.mispacked(self._model):
             raise WeightSyncError(version, "vLLM's packed kernels must compute what their parameters say", names)
-        if not engine.reset_prefix_cache():
+        if not self._running("receive_weights").reset_prefix_cache():
             raise WeightSyncError(version, "the prefix cache must be empty of the old version; requests still run")
+
+    def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
+        """See GenerationEngine."""
+        self._running("trace")
+        vllm_weights.open_for_writing(self._model)
+        try:
+            self._tracing = vllm_trace.trace(self._model, shapes, self._dtype)
+        finally:
+            vllm_weights.pack(self._model)
+        return {name: [box for box, _ in places] for name, places in self._tracing.boxes.items()}
+
+    def _target_shards(self) -> Shards:
+        assert self._tracing is not None, "trace() comes before receive_shards()"
+        vllm_weights.open_for_writing(self._model)
+        parameters = dict(self._model.named_parameters())
+        return {name: [w.view(parameters) for _, w in places] for name, places in self._tracing.boxes.items()}
+
+    def _begin_shards(self) -> None:
+        if self._running("receive_shards").has_unfinished_requests():
+            raise RuntimeError("weights may only change between requests: some are still running")
+
+    def _finish_shards(self, version: int) -> None:
+        assert self._tracing is not None, "trace() comes before receive_shards()"
+        self._tracing.complete(self._model)
+        self._make_ready(version)
 
     def _failures_of_peers(self, failure: str | None) -> list[str]:
         if self._engine is None or self._rollout.tensor_parallel == 1:
@@ -209,6 +263,21 @@ class VllmEngine(SyncedEngine):
         told: list[str | None] = [None] * group.world_size
         dist.all_gather_object(told, failure, group=group.cpu_group)
         return [f"rank {group.ranks[i]}: {text}" for i, text in enumerate(told) if text and i != group.rank_in_group]
+
+
+@contextmanager
+def _rank_order(order: Sequence[int]) -> Iterator[None]:
+    """vLLM's groups made inside have rank order[i] where vLLM, which only knows consecutive groups, says i."""
+    make = parallel_state.init_model_parallel_group
+
+    def in_order(group_ranks: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        return make([[order[i] for i in group] for group in group_ranks], *args, **kwargs)
+
+    parallel_state.init_model_parallel_group = in_order
+    try:
+        yield
+    finally:
+        parallel_state.init_model_parallel_group = make
 
 
 def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) -> EngineArgs:

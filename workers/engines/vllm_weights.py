@@ -6,9 +6,13 @@ That costs a second copy of the weights in CPU memory and keeps the packed kerne
 parameters, one thread, fp32, before any checks: sync 0.3 s at 290 tok/s; `reload_weights` 0.6 s at 280; no
 packing 0.06 s at 135).
 
-    begin:   every parameter = NaN, every packed kernel dropped     what is not replaced cannot look right
-    install: model.load_weights(...)                                vLLM maps names, fuses and slices
-    finish:  pack; no NaN left; each kernel == its parameter        tied embeddings included
+    begin:   every packed kernel dropped; whole tensors: every parameter = NaN   what is not replaced shows
+    install: model.load_weights(...), or shards written into the windows         vLLM maps names, fuses and slices
+             that vllm_trace.py has learned from it
+    finish:  pack; no NaN left; each kernel == its parameter                     tied embeddings included
+
+Mixture-of-experts layers pack in place of their parameters; here the plain ones are kept aside and put back while
+weights are written.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ from typing import Any
 import torch
 import vllm.model_executor.layers.utils as vllm_layers
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of a packed kernel from its parameter, as a share of the largest output."""
 
 _pack_layer: Callable[..., None] = vllm_layers.dispatch_cpu_unquantized_gemm
+_pack_experts: Callable[..., None] = CPUUnquantizedExperts.process_weights_after_loading
+_EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
 
 
 @contextmanager
@@ -34,21 +41,37 @@ def parameters_kept() -> Iterator[None]:
     def keep(layer: nn.Module, remove_weight: bool) -> None:
         _pack_layer(layer, remove_weight=False)
 
+    def keep_experts(experts: CPUUnquantizedExperts, layer: Any) -> None:
+        layer.plain_experts = {name: getattr(layer, name).data for name in _EXPERT_WEIGHTS}
+        layer.pack_experts = lambda: _pack_experts(experts, layer)
+        _pack_experts(experts, layer)
+
     original = vllm_layers.dispatch_cpu_unquantized_gemm
     vllm_layers.dispatch_cpu_unquantized_gemm = keep
+    CPUUnquantizedExperts.process_weights_after_loading = keep_experts
     try:
         yield
     finally:
         vllm_layers.dispatch_cpu_unquantized_gemm = original
+        CPUUnquantizedExperts.process_weights_after_loading = _pack_experts
+
+
+@torch.no_grad()
+def open_for_writing(model: nn.Module) -> None:
+    """Drop the packed kernels and put plain parameters where loaders look for them, until `pack`."""
+    for _, layer in _packed_layers(model):
+        layer.cpu_linear = _not_packed
+    for layer in _expert_layers(model):
+        for name, plain in layer.plain_experts.items():
+            getattr(layer, name).data = plain
 
 
 @torch.no_grad()
 def invalidate(model: nn.Module) -> None:
-    """Fill every parameter with NaN and drop the packed kernels."""
+    """Open for writing, and fill every parameter with NaN."""
+    open_for_writing(model)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
-    for _, layer in _packed_layers(model):
-        layer.cpu_linear = _not_packed
 
 
 @torch.no_grad()
@@ -56,6 +79,8 @@ def pack(model: nn.Module) -> None:
     """Build the kernels of every packed layer from its parameter; nothing to do on a GPU."""
     for _, layer in _packed_layers(model):
         _pack_layer(layer, remove_weight=False)
+    for layer in _expert_layers(model):
+        layer.pack_experts()
 
 
 @torch.no_grad()
@@ -68,6 +93,10 @@ def unwritten(model: nn.Module) -> list[str]:
 def mispacked(model: nn.Module) -> list[str]:
     """Layers whose packed kernel does not compute what their parameter says."""
     return [name for name, layer in _packed_layers(model) if not _kernel_agrees(layer)]
+
+
+def _expert_layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if hasattr(layer, "plain_experts")]
 
 
 def _packed_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -1,0 +1,111 @@
+"""Syncs on real gloo ranks: round trips of random layouts, and what happens when a rank fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.engines.world import World
+from tests.reshard import rank
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world4() -> Iterator[World]:
+    world = World(4)
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize(("first", "link"), [(0, "sockets"), (60, "sockets"), (120, "sockets"), (180, "shared")])
+def test_round_trips_give_every_element_back(world4: World, first: int, link: str) -> None:
+    assert world4.run(rank.round_trips, first, 60, link) == [[], [], [], []]
+
+
+def sync(world: World, name: str, version: int, fault: str = "", at: int = -1, timeout_s: float = 20.0) -> list[Any]:
+    return world.run(_sync, name, version, fault, at, timeout_s)
+
+
+def _sync(name: str, version: int, fault: str, at: int, timeout_s: float) -> dict[str, Any]:
+    return rank.one_sync(name, version, fault=fault, at=at, timeout_s=timeout_s)
+
+
+def assert_works(world: World, name: str, version: int, timeout_s: float = 20.0) -> None:
+    for answer in sync(world, name, version, timeout_s=timeout_s):
+        assert answer["equal"] and answer["received"] == answer["planned"]
+
+
+@pytest.mark.parametrize("link", ["sockets again", "shared again"])
+def test_a_sync_again_and_again(world4: World, link: str) -> None:
+    for version in range(3):
+        assert_works(world4, link, version)
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "swap"])
+def test_a_shard_that_is_not_what_was_sent_fails_everywhere(world4: World, fault: str) -> None:
+    answers = sync(world4, fault, 1, fault, at=2)
+    assert [answer["error"] for answer in answers] == ["SyncFailed"] * 4
+    assert "on rank 2 1 parameters differ: layers.0.q_proj" in answers[2]["says"]
+    assert all("failed on ranks [2]" in answers[k]["says"] for k in (0, 1, 3))
+    assert_works(world4, fault, 2)
+
+
+def test_ranks_that_disagree_on_the_version_all_say_so(world4: World) -> None:
+    for answer in sync(world4, "versions", 5, "other version", at=1):
+        assert "all ranks must sync one version, got rank 0: 5, rank 1: 6, rank 2: 5" in answer["says"]
+    assert_works(world4, "versions", 6)
+
+
+def test_a_trained_version_with_the_old_bits_is_an_error(world4: World) -> None:
+    assert_works(world4, "stale", 1)
+    for answer in sync(world4, "stale", 1, "trained nothing"):
+        assert "must differ from it in some weight" in answer["says"]
+    assert all(answer["equal"] for answer in sync(world4, "stale", 2, "trained nothing"))
+
+
+def test_an_error_inside_ends_the_sync_on_all_ranks_at_once(world4: World) -> None:
+    answers = sync(world4, "error", 1, "error inside", at=3)
+    assert "no memory left" in answers[3]["says"]
+    for answer in answers[:3]:
+        assert answer["error"] == "SyncStopped" and answer["seconds"] < 5
+    assert_works(world4, "error", 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), [("stall before", "before"), ("stall inside", "inside"), ("stall inside", "shared inside")]
+)
+def test_a_rank_that_stalls_is_named_within_the_time_out_and_a_retry_succeeds(
+    world4: World, fault: str, name: str
+) -> None:
+    answers = sync(world4, name, 1, fault, at=1, timeout_s=3.0)
+    for k in (0, 2, 3):
+        assert answers[k]["error"] == "SyncStopped" and answers[k]["seconds"] < 4.5
+    assert "error" in answers[1]  # it comes back to find the others gone
+    if fault == "stall inside":
+        says = answers[0]["says"]
+        what = "handles of shared buffers" if name == "shared inside" else "parameters layers.0"
+        assert "phase 'exchange'" in says and "rank 0 waiting for rank 1" in says and what in says
+    else:
+        assert (
+            "phase 'meet'" in answers[0]["says"] and "waiting for rank 1: not there within 3.0 s" in answers[0]["says"]
+        )
+    retried = sync(world4, name, 1, timeout_s=3.0)
+    assert all(answer.get("equal") for answer in retried), retried
+
+
+@pytest.mark.parametrize("fault", ["die", "die inside"])
+def test_a_rank_that_dies_is_an_error_on_every_survivor(fault: str) -> None:
+    world = World(4)
+    try:
+        assert_works(world, "alive", 1, 3.0)
+        for pipe in world._pipes:
+            pipe.send((_sync, ("alive", 2, fault, 1, 3.0)))
+        for k in (0, 2, 3):
+            assert world._pipes[k].poll(6), f"rank {k} hangs"
+            done, answer = world._pipes[k].recv()
+            assert done and answer["error"] == "SyncStopped" and answer["seconds"] < 4.5, answer
+    finally:
+        world.close()

@@ -1,0 +1,121 @@
+"""Weight syncs of an actor whose training and generation engines share their processes (HybridFlow's HybridEngine).
+
+training layout ─┐
+                 ├─> plan (once) ─> every sync: pieces only, verified          (pieces.py)
+traced layout  ──┘
+no trace?  whole tensors through vLLM's loader, verified as well; said once in the log
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+
+from rlhf_dist.config import RolloutConfig
+from rlhf_dist.reshard.memory import PhaseName
+from rlhf_dist.reshard.shards import Shards
+from rlhf_dist.wire import WorkerContext
+from workers.engines.generation import GenerationEngine, Untraceable
+from workers.engines.training import TrainingEngine
+from workers.reshard.canary import send_canary
+from workers.reshard.link import Link
+from workers.reshard.offer import Wanted, offer_of, wanted_by
+from workers.reshard.pieces import PieceSync
+from workers.reshard.sync import SyncReport, check_changed
+from workers.reshard.turns import Turns, sizes_on_device
+
+_log = logging.getLogger(__name__)
+
+
+class ColocatedSync:
+    """One rank's end. Every rank of the pool constructs it and calls `run` alike."""
+
+    def __init__(
+        self, engine: TrainingEngine, rollout: GenerationEngine, config: RolloutConfig, context: WorkerContext
+    ) -> None:
+        """Collective: gathers what every rank wants and makes the plan. Raises LayoutError."""
+        self._engine, self._rollout, self._config = engine, rollout, config
+        self._link: Link | None = None
+        self.pieces: PieceSync | None = None
+        self.fallback: str | None = None
+        """Why whole tensors are sent; None where they are not."""
+        offer = offer_of(engine, config.dtype)
+        wanted: list[Wanted | str | None] = _gather(wanted_by(rollout, offer.weights))
+        nodes = context.nodes or (0,) * context.world
+        device = torch.device(context.device)
+        weights = int(offer.weights.bytes_per_rank().sum()) // config.tensor_parallel
+        try:
+            self._link = _link(context, device)
+            self.pieces = PieceSync(offer, wanted, nodes, context.rank, config.bucket_bytes, self._link, device)
+            weights = self.pieces.target_bytes
+        except Untraceable as error:
+            self.fallback = str(error)
+            if context.rank == 0:
+                _log.warning("weight syncs send whole tensors, since %s", error)
+        self._last: dict[str, int] | None = None
+        sizes = sizes_on_device(engine, context.rank, weights, config.bucket_bytes, config.kv_cache_bytes)
+        self.turns = Turns(engine, rollout, device, sizes) if config.sleeps else None
+
+    def run(self, must_change: bool) -> SyncReport:
+        """Move the trainer's weights to the generation engine, verified.
+
+        must_change: a step was made since the last sync, so some weight has to differ. Raises RuntimeErrors that say
+        what is wrong and where; the generation engine then refuses to generate until a sync succeeds.
+        """
+        self.turn("sync")
+        report = self._whole_tensors(must_change) if self.pieces is None else self._pieces(self.pieces, must_change)
+        if self._config.canary_tolerance:
+            self.turn("generate")
+            send_canary(self._engine, self._rollout, self._config, _gather)
+        return report
+
+    def turn(self, phase: PhaseName) -> None:
+        """Before generating or training: the device is brought into that phase, where engines take turns on it."""
+        if self.turns is not None:
+            self.turns.turn(phase)
+
+    def _pieces(self, pieces: PieceSync, must_change: bool) -> SyncReport:
+        reports: list[SyncReport] = []
+
+        def sync(target: Shards, prepare: Any, finish: Any) -> int:
+            if self._link is not None:
+                self._link.meet()
+            version = self._engine.version
+            reports.append(pieces.run(version, self._engine, target, prepare, finish, must_change))
+            return version
+
+        self._rollout.receive_shards(sync)
+        return reports[0]
+
+    def _whole_tensors(self, must_change: bool) -> SyncReport:
+        started = time.perf_counter()
+        dtype = getattr(torch, self._config.dtype)
+        self._rollout.refuse("the last weight sync did not complete")
+        expected = self._engine.checksums(dtype)
+        if must_change:
+            check_changed(self._engine.version, self._last, expected)
+        buckets = self._engine.full_weights(dtype, self._config.bucket_bytes)
+        report = self._rollout.receive_weights(self._engine.version, buckets, expected)
+        self._last = expected
+        return SyncReport(self._engine.version, report.parameters, report.bytes, time.perf_counter() - started)
+
+
+def _gather(value: Any) -> list[Any]:
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
+
+
+def _link(context: WorkerContext, device: torch.device) -> Link | None:
+    if context.world == 1:
+        return None
+    # A name of its own each time: the store still knows the addresses of every link before.
+    name = [uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+    store = dist.distributed_c10d._get_default_store()
+    return Link(store, name[0], context.rank, context.world, device, context.sync_timeout_s)

@@ -1,0 +1,263 @@
+"""Weight syncs between two worlds: the ranks of a training pool send, those of a generation pool receive.
+
+    training pool     rank 0..p-1   TrainingEnd     ──┐  one link over all p + q ranks, senders first;
+    generation pool   rank 0..q-1   GenerationEnd   ──┘  neither side knows the other's process group
+
+    first sync    names, shapes and layout to the generating ranks, the boxes they want back; all make the same plan
+    every sync    pieces only, from every training rank, verified on all p + q                        (pieces.py)
+    no trace?     whole tensors, bucket by bucket, through the generation engine's loader; verified as well
+
+Both ends are constructed, and both call `run`, at about the same time; whoever is alone says so after the time-out,
+and the next `run` of both starts afresh. A pool that was built anew gets new ends, on both sides.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rlhf_dist.config import RolloutConfig
+from rlhf_dist.reshard.layout import Layout
+from rlhf_dist.reshard.plan import make_plan
+from rlhf_dist.reshard.schedule import schedule
+from rlhf_dist.reshard.shards import Shards
+from workers.engines.generation import Bucket, GenerationEngine, Untraceable
+from workers.engines.training import TrainingEngine
+from workers.reshard.canary import send_canary
+from workers.reshard.exchange import exchange
+from workers.reshard.link import Link, rendezvous
+from workers.reshard.offer import Offer, Wanted, offer_of, wanted_by, whole_on
+from workers.reshard.pieces import PieceSync, empty_shards
+from workers.reshard.sync import SyncFailed, SyncReport, check_changed
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bridge:
+    """How the ranks of two pools find each other: plain data from the controller, the same for all of them."""
+
+    address: str
+    """Of training rank 0's machine, as all others reach it."""
+    port: int
+    """A free port there."""
+    senders: int
+    """Training ranks; they are ranks 0 .. senders - 1 of the bridge."""
+    receivers: int
+    """Generation ranks, behind them."""
+    nodes: tuple[int, ...] = ()
+    """[senders + receivers] machine of each rank; empty for one machine."""
+    timeout_s: float = 300.0
+    """Longest a sync may take, and the wait for the other side to connect."""
+
+    @property
+    def world(self) -> int:
+        """Ranks of both sides."""
+        return self.senders + self.receivers
+
+
+class _End(ABC):
+    """What both sides do alike."""
+
+    def __init__(self, bridge: Bridge, rank: int, config: RolloutConfig, device: torch.device) -> None:
+        self._bridge, self._rank, self._config, self._device = bridge, rank, config, device
+        store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
+        host = bridge.address if rank == 0 else _own_address(bridge.address)
+        self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
+        self._plan: PieceSync | _WholeTensors | None = None
+        self.fallback: str | None = None
+        """Why whole tensors are sent; None where they are not."""
+
+    def _meet(self) -> PieceSync | _WholeTensors:
+        """All ranks of both sides there, and a plan that all of them have."""
+        self._link.meet()
+        with self._link.kept_while("plan"):
+            # A rank whose last attempt ended before it had one makes the others plan again with it.
+            planned = self._link.all_gather([0 if self._plan is None else 1])
+            if self._plan is None or [0] in planned:
+                self._plan = self._new_plan()
+        return self._plan
+
+    def _new_plan(self) -> PieceSync | _WholeTensors:
+        offer: Offer = self._link.broadcast_object(self._offer(), 0)
+        wanted: list[Wanted | str | None] = self._link.all_gather_object(self._wanted(offer))
+        nodes = self._bridge.nodes or (0,) * self._bridge.world
+        try:
+            return PieceSync(offer, wanted, nodes, self._rank, self._config.bucket_bytes, self._link, self._device)
+        except Untraceable as error:
+            self.fallback = str(error)
+            if self._rank == 0:
+                _log.warning("weight syncs send whole tensors, since %s", error)
+            return _WholeTensors(offer.weights, self._bridge, self._rank, self._config, self._link, self._device)
+
+    @abstractmethod
+    def _offer(self) -> Offer | None: ...
+
+    @abstractmethod
+    def _wanted(self, offer: Offer) -> Wanted | str | None: ...
+
+
+class TrainingEnd(_End):
+    """The end of one training rank."""
+
+    def __init__(self, engine: TrainingEngine, config: RolloutConfig, bridge: Bridge, rank: int, device: torch.device):
+        """rank: in the training pool, which is the rank in the engine's group. Rank 0 hosts the store that all meet at;
+        the others wait for it, at most the bridge's time-out."""
+        super().__init__(bridge, rank, config, device)
+        self._engine = engine
+
+    def run(self, must_change: bool) -> SyncReport:
+        """Send the trained weights; returns once every generation rank holds and has verified them.
+
+        must_change: a step was made since the last sync, so some weight has to differ. Raises RuntimeErrors that say
+        what is wrong and where, on all ranks of both sides.
+        """
+        plan = self._meet()
+        if isinstance(plan, PieceSync):
+            report = plan.run(self._engine.version, self._engine, {}, None, None, must_change)
+        else:
+            report = plan.send(self._engine, must_change)
+        if self._config.canary_tolerance:
+            send_canary(self._engine, None, self._config, self._link.all_gather_object)
+        return report
+
+    def _offer(self) -> Offer | None:
+        offer = offer_of(self._engine, self._config.dtype)
+        ranks, world = range(self._bridge.senders), self._bridge.world
+        adapters = offer.adapter_weights
+        return replace(
+            offer,
+            weights=offer.weights.renumbered(ranks, world),
+            adapter_weights=adapters and adapters.renumbered(ranks, world),
+        )
+
+    def _wanted(self, offer: Offer) -> None:
+        return None
+
+
+class GenerationEnd(_End):
+    """The end of one generation rank."""
+
+    def __init__(
+        self, rollout: GenerationEngine, config: RolloutConfig, bridge: Bridge, rank: int, device: torch.device
+    ) -> None:
+        """rank: in the generation pool."""
+        super().__init__(bridge, bridge.senders + rank, config, device)
+        self._rollout = rollout
+
+    def run(self) -> SyncReport:
+        """Receive, install and verify a version. Raises as the other end does; generation then refuses to serve."""
+        self._rollout.refuse("the last weight sync did not complete")
+        plan = self._meet()
+        if isinstance(plan, _WholeTensors):
+            report = plan.receive(self._rollout)
+        else:
+            report = self._pieces(plan)
+        if self._config.canary_tolerance:
+            send_canary(None, self._rollout, self._config, self._link.all_gather_object)
+        return report
+
+    def _pieces(self, plan: PieceSync) -> SyncReport:
+        reports: list[SyncReport] = []
+
+        def sync(target: Shards, prepare: Any, finish: Any) -> int:
+            reports.append(plan.run(None, None, target, prepare, finish, must_change=False))
+            return reports[0].version
+
+        self._rollout.receive_shards(sync)
+        return reports[0]
+
+    def _offer(self) -> None:
+        return None
+
+    def _wanted(self, offer: Offer) -> Wanted | str | None:
+        return wanted_by(self._rollout, offer.weights)
+
+
+class _WholeTensors:
+    """Every parameter whole to every generation rank, for a model that no trace expresses."""
+
+    def __init__(
+        self, weights: Layout, bridge: Bridge, rank: int, config: RolloutConfig, link: Link, device: torch.device
+    ) -> None:
+        self._rank, self._link, self._device, self._dtype = rank, link, device, getattr(torch, config.dtype)
+        self._last: dict[str, int] | None = None
+        receivers = range(bridge.senders, bridge.world)
+        self._buckets = []
+        for part in _buckets(weights, config.bucket_bytes):
+            whole = whole_on(part, receivers)
+            plan = make_plan(part, whole, bridge.nodes or None)
+            self._buckets.append((whole, schedule(plan, rank, config.bucket_bytes)))
+
+    def send(self, engine: TrainingEngine, must_change: bool) -> SyncReport:
+        started = time.perf_counter()
+        with self._link.kept_while("announce"):
+            expected = engine.checksums(self._dtype)
+            if must_change:
+                check_changed(engine.version, self._last, expected)
+            self._link.broadcast_object((engine.version, expected), 0)
+            shards = engine.local_shards()
+            for _, steps in self._buckets:
+                exchange(steps, shards, {}, self._link)
+        self._commit(engine.version, None)
+        self._last = expected
+        return SyncReport(engine.version, len(shards), 0, time.perf_counter() - started)
+
+    def receive(self, rollout: GenerationEngine) -> SyncReport:
+        with self._link.kept_while("announce"):
+            version, expected = self._link.broadcast_object(None, 0)
+        failure: Exception | None = None
+        try:
+            report = rollout.receive_weights(version, self._arriving(), expected)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+            failure = error
+        try:
+            self._commit(version, failure)
+        except Exception:
+            rollout.refuse(f"the sync of version {version} did not complete")
+            raise
+        return SyncReport(version, report.parameters, report.bytes, report.seconds)
+
+    def _arriving(self) -> Iterator[Bucket]:
+        for whole, steps in self._buckets:
+            held = empty_shards(whole, self._rank, self._device)
+            exchange(steps, {}, held, self._link)
+            yield [(name, tensor) for name, [tensor] in held.items()]
+
+    def _commit(self, version: int, failure: Exception | None) -> None:
+        if failure is not None and not self._link.is_open:
+            raise failure
+        self._link.phase = "commit"
+        told = self._link.all_gather_object(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if failed := [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]:
+            raise SyncFailed(f"version {version} failed on {'; '.join(failed)}")
+
+
+def _buckets(weights: Layout, bucket_bytes: int) -> Iterator[Layout]:
+    """Parameters of at most `bucket_bytes` together, or one that is larger."""
+    names: list[str] = []
+    size = 0
+    for name, p in weights.parameters.items():
+        new = int(p.volume[p.distinct[0]].sum()) * p.item_bytes
+        if names and size + new > bucket_bytes:
+            yield Layout(weights.world, {n: weights.parameters[n] for n in names})
+            names, size = [], 0
+        names.append(name)
+        size += new
+    yield Layout(weights.world, {n: weights.parameters[n] for n in names})
+
+
+def _own_address(other: str) -> str:
+    """The address of this machine's interface that reaches `other`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # a datagram socket sends nothing here, it only chooses the interface
+        return str(probe.getsockname()[0])
