@@ -76,7 +76,12 @@ def main() -> int:
             *(f"model.path={model}", "model.dtype=bfloat16", f"data.train.path={prompts(model, folder / 'p.jsonl')}"),
             *(f"data.prompts_per_step={PROMPTS}", f"algorithm.samples_per_prompt={SAMPLES}", "algorithm.kl_coef=0"),
             *(f"data.max_prompt_tokens={TOKENS}", f"actor.rollout.max_response_tokens={TOKENS}"),
-            *(f"reward.function={Path(__file__)}:reward", "output.save_model=false", "actor.engine.zero_stage=2", "output.rollouts_every=0"),
+            *(
+                f"reward.function={Path(__file__)}:reward",
+                "output.save_model=false",
+                "actor.engine.zero_stage=2",
+                "output.rollouts_every=0",
+            ),
         ]
         launch = compose("grpo", [*settings, *given.overrides])
         check_launch(launch)

@@ -25,15 +25,14 @@ from rlhf_dist.wire import Fetch
 
 @dataclass(frozen=True, eq=False)
 class Located:
-    """Where the rows of one column group are: `refs[object_of[i]]`, row `row_of[i]`."""
+    """Where the rows of one column group are: `refs[object_of[i]]`, row `row_of[i]`.
+
+    Groups that one op wrote share the two arrays, and whatever is made of them is made once.
+    """
 
     refs: tuple[Any, ...]
     object_of: npt.NDArray[np.int32]
     row_of: npt.NDArray[np.int32]
-
-    def take(self, index: IntArray) -> Located:
-        """The same data seen through other rows."""
-        return Located(self.refs, self.object_of[index], self.row_of[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +41,6 @@ class StoredColumn:
 
     at: Located
     name: str
-
-    def take(self, index: IntArray) -> StoredColumn:
-        """The same data seen through other rows."""
-        return StoredColumn(self.at.take(index), self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +68,13 @@ class BatchRef:
     def take(self, index: IntArray) -> BatchRef:
         """Rows `index` of every column; columns that share objects keep sharing them."""
         moved: dict[int, Located] = {}
-        columns = {}
-        for name, column in self.columns.items():
-            at = moved.setdefault(id(column.at), column.at.take(index))
-            columns[name] = StoredColumn(at, column.name)
+        arrays: dict[int, npt.NDArray[np.int32]] = {}
+        for at in {id(column.at): column.at for column in self.columns.values()}.values():
+            for array in (at.object_of, at.row_of):
+                if id(array) not in arrays:
+                    arrays[id(array)] = array[index]
+            moved[id(at)] = Located(at.refs, arrays[id(at.object_of)], arrays[id(at.row_of)])
+        columns = {name: StoredColumn(moved[id(column.at)], column.name) for name, column in self.columns.items()}
         return BatchRef(self.rows.take(index), columns)
 
     def home(self, parts: int) -> IntArray | None:
@@ -85,25 +83,39 @@ class BatchRef:
         return next(iter(candidates.values())).object_of.astype(np.int64) if candidates else None
 
 
-def fetch_plan(batch: BatchRef, index: IntArray) -> list[Fetch]:
-    """What a rank has to pull to hold rows `index` of `batch`: one entry per column group, used objects only."""
-    groups: dict[int, tuple[Located, dict[str, str]]] = {}
-    for name, column in batch.columns.items():
-        groups.setdefault(id(column.at), (column.at, {}))[1][name] = column.name
-    plan = []
-    for at, names in groups.values():
-        used, object_of = np.unique(at.object_of[index], return_inverse=True)
-        if len(used) == 0:
-            used = np.zeros(1, dtype=np.int64)  # A rank without rows still learns the columns' types from an object.
-        plan.append(
-            Fetch(
-                names=names,
-                refs=tuple(at.refs[k] for k in used),
-                object_of=object_of.astype(np.int32),
-                row_of=at.row_of[index],
+class FetchPlan:
+    """What ranks have to pull of `batch`: made once for a node, asked once for each rank."""
+
+    def __init__(self, batch: BatchRef) -> None:
+        groups: dict[int, tuple[Located, dict[str, str]]] = {}
+        for name, column in batch.columns.items():
+            groups.setdefault(id(column.at), (column.at, {}))[1][name] = column.name
+        self._alike: dict[tuple[int, int], list[tuple[Located, dict[str, str]]]] = {}
+        for at, names in groups.values():
+            self._alike.setdefault((id(at.object_of), id(at.row_of)), []).append((at, names))
+
+    def fetches(self, index: IntArray) -> tuple[Fetch, ...]:
+        """For a rank that is to hold rows `index`: one entry per column group, with the objects it needs only."""
+        plan: list[Fetch] = []
+        for groups in self._alike.values():
+            first = groups[0][0]
+            used, object_of = _used(first.object_of[index])
+            row_of = first.row_of[index]
+            plan += (
+                Fetch(names=names, refs=tuple(at.refs[k] for k in used), object_of=object_of, row_of=row_of)
+                for at, names in groups
             )
-        )
-    return plan
+        return tuple(plan)
+
+
+def _used(object_of: npt.NDArray[np.int32]) -> tuple[Sequence[int], npt.NDArray[np.int32]]:
+    """The distinct objects, ascending, and for each row its position among them."""
+    if len(object_of) == 0:
+        return (0,), object_of  # A rank without rows learns the columns' types from an object.
+    if (object_of == object_of[0]).all():  # rows that stayed where they are: the common case
+        return (int(object_of[0]),), np.zeros(len(object_of), dtype=np.int32)
+    used, inverse = np.unique(object_of, return_inverse=True)
+    return used.tolist(), inverse.astype(np.int32)
 
 
 def merge_stored(

@@ -1,4 +1,4 @@
-"""The command `rlhf-dist`: run, submit, check, graph, config, recipes, export, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, export, plan, profile.
 
 Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
@@ -24,6 +24,7 @@ EPILOG = """examples:
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
   rlhf-dist graph ppo --format mermaid
+  rlhf-dist timeline runs/ppo --steps 3-5
   rlhf-dist plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512
 """
 
@@ -104,6 +105,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _for_people(summary: Mapping[str, Any]) -> dict[str, object]:
     """A run's summary as a short table: what was done, how fast, and metrics from first to last."""
     rows: dict[str, object] = {name: value for name, value in summary.items() if isinstance(value, (str, int, float))}
+    if summary.get("idle_share"):
+        rows["idle share"] = ", ".join(f"{pool} {share:.0%}" for pool, share in summary["idle_share"].items())
+    if summary.get("critical_path_s"):
+        longest = list(summary["critical_path_s"].items())[:4]
+        rows["critical path"] = ", ".join(f"{node} {seconds:.3g} s" for node, seconds in longest)
     evaluations = summary.get("evaluations") or []
     first, last = (summary.get("first") or {}, summary.get("last") or {})
     pairs = {name: (first[name], last[name]) for name in first if name in last and not name.startswith("time_s/")}
@@ -123,6 +129,24 @@ def _graph(arguments: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     print(FORMATS[arguments.format](dataflow))
     return 0
+
+
+def _timeline(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from controller.timeline import draw
+
+    target = None if arguments.output is None else Path(arguments.output)
+    print(draw(Path(arguments.run), target, arguments.steps))
+    return 0
+
+
+def _step_range(text: str) -> range:
+    first, _, last = text.partition("-")
+    try:
+        return range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a step or a range such as 3-5, got {text!r}") from None
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -186,6 +210,7 @@ COMMANDS = {
     "submit": _submit,
     "check": _check,
     "graph": _graph,
+    "timeline": _timeline,
     "config": _config,
     "recipes": _recipes,
     "plan": _plan,
@@ -214,6 +239,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
     graph = commands.add_parser("graph", parents=[launch], help="draw the recipe's dataflow")
     graph.add_argument("--format", choices=("text", "mermaid", "dot", "json"), default="text")
+    timeline = commands.add_parser("timeline", parents=[common], help="draw what a run's pools did when, as PNG")
+    timeline.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/ppo")
+    timeline.add_argument("--output", metavar="FILE", help="default: RUN/timeline.png")
+    timeline.add_argument("--steps", metavar="FIRST-LAST", type=_step_range, help="only these steps")
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
     commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")

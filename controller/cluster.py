@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.placement.roles import HOST_POOL
 
+SIGNALS = "signals"
+"""Concurrency group of calls that must not wait for the call under way."""
+RELAYS = "relays"
+"""Concurrency group of calls for other processes."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 
 
@@ -41,6 +45,8 @@ class Pool:
     devices: tuple[str, ...] = ()
     node_ids: tuple[str, ...] = ()
     pids: tuple[int, ...] = ()
+    leads: tuple[tuple[int, ...], ...] = ()
+    """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
 
     @property
     def size(self) -> int:
@@ -48,10 +54,20 @@ class Pool:
         return len(self.processes)
 
     @property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that are called together, through the first of them."""
+        return self.leads or tuple((rank,) for rank in range(self.size))
+
+    @property
     def nodes(self) -> tuple[int, ...]:
         """[size] machine of each rank, numbered in order of appearance; one for all where they are not known."""
-        seen = list(dict.fromkeys(self.node_ids))
-        return tuple(seen.index(node) for node in self.node_ids) if seen else (0,) * self.size
+        return machines(self.node_ids) or (0,) * self.size
+
+
+def machines(node_ids: Sequence[str]) -> tuple[int, ...]:
+    """Node ids as numbers, in order of appearance."""
+    seen = list(dict.fromkeys(node_ids))
+    return tuple(seen.index(node) for node in node_ids)
 
 
 @dataclass
@@ -93,12 +109,18 @@ class Cluster:
     def add_pool(self, name: str, pool: PoolConfig) -> Pool:
         """Reserve the slots, start their processes and join them into one process group.
 
-        Raises ClusterError when the slots are not free within `ready_timeout_s`.
+        With `pool.nodes`, ranks are in node order and every node has as many. Raises ClusterError when the slots
+        are not free within `ready_timeout_s`.
         """
         gpus = self._gpus_per_slot(pool)
         bundle: dict[str, float] = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
-        group = self._reserve(name, [bundle] * pool.slots)
-        processes = self._start(name, pool.slots, group, gpus)
+        if pool.nodes:
+            whole = {what: amount * pool.slots for what, amount in bundle.items()}
+            group = self._reserve(name, [whole] * pool.nodes, "STRICT_SPREAD")
+            processes = self._start(name, pool.slots * pool.nodes, group, gpus, per_bundle=pool.slots)
+        else:
+            group = self._reserve(name, [bundle] * pool.slots)
+            processes = self._start(name, pool.slots, group, gpus)
         waiting = self.config.ready_timeout_s
         whereabouts = self._get(name, [process.pid.remote() for process in processes], waiting)
         node_ids = tuple(node for _, node in whereabouts)
@@ -111,7 +133,8 @@ class Cluster:
             ],
             waiting + 60,
         )
-        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts))
+        leads = self._introduce(name, processes, node_ids)
+        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts), leads)
         self.pools[name] = made
         return made
 
@@ -155,23 +178,24 @@ class Cluster:
         """Threads of a rank: the cores of this machine divided among all slots, or 1 on a cluster we did not start."""
         return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self.config.address is None else 1
 
-    def _reserve(self, name: str, bundles: list[dict[str, float]]) -> Any:
-        group = placement_group(bundles, strategy="PACK", name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
+    def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
+        group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
         self._groups.append(group)
         deadline = time.monotonic() + self.config.ready_timeout_s
         if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
             raise ClusterError(
-                f"pool {name!r} needs {len(bundles)} slots of {_resources(bundles[0])}, not free within "
+                f"pool {name!r} needs {len(bundles)} {'nodes with' if strategy == 'STRICT_SPREAD' else 'slots of'} "
+                f"{_resources(bundles[0])}, not free within "
                 f"{self.config.ready_timeout_s:g} s; the nodes have free: {_free_resources()}. "
                 f"Use fewer slots, add nodes, or end the job that holds them"
             )
         return group
 
-    def _start(self, pool: str, count: int, group: Any, gpus: int) -> list[Any]:
+    def _start(self, pool: str, count: int, group: Any, gpus: int, per_bundle: int = 1) -> list[Any]:
         import importlib
 
         module, name = PROCESS_PATH
-        remote = ray.remote(getattr(importlib.import_module(module), name))
+        remote = worker_actor(getattr(importlib.import_module(module), name))
         logs = self.log_folder
         return [
             remote.options(
@@ -179,10 +203,22 @@ class Cluster:
                 num_gpus=gpus,
                 max_restarts=0,
                 runtime_env={"env_vars": _environment(gpus, self._threads)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank // per_bundle
+                ),
             ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
             for rank in range(count)
         ]
+
+    def _introduce(self, name: str, processes: list[Any], node_ids: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Tell the first rank on each machine of the others there."""
+        together: dict[str, list[int]] = {}
+        for rank, node in enumerate(node_ids):
+            together.setdefault(node, []).append(rank)
+        leads = tuple(tuple(ranks) for ranks in together.values())
+        meeting = [processes[ranks[0]].meet.remote({rank: processes[rank] for rank in ranks}) for ranks in leads]
+        self._get(name, meeting, self.config.ready_timeout_s)
+        return leads
 
     def _get(self, pool: str, refs: list[Any], timeout_s: float) -> list[Any]:
         try:
@@ -191,6 +227,12 @@ class Cluster:
             raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s") from None
         except ray.exceptions.RayActorError as died:
             raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
+
+
+def worker_actor(kind: type) -> Any:
+    """A worker process class as Ray actor: one thread that works, one for signals, one that relays."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1}}
+    return ray.remote(**threads)(kind)
 
 
 def _environment(gpus: int, threads: int) -> dict[str, str]:

@@ -28,19 +28,18 @@ def run_eagerly(
     """Run steps start..stop-1 of `recipe`, each op as its line is reached."""
     for step in range(start, stop):
         report = StepReport(step)
-        trained: set[str] = set()
 
-        def execute(node: Node, step: int = step, report: StepReport = report, trained: set[str] = trained) -> None:
+        def execute(node: Node, step: int = step, report: StepReport = report) -> None:
             if node.runs_at(step):
                 report.nodes.append(runner.run_node(node, step))
-                trained |= {state.split(".")[0] for state in node.weights_written if state.endswith(".train")}
 
         def fetch(node: str, column: str, step: int = step) -> Any:
             return _fetch(runner, node, column, step)
 
         tracer = run_traced(recipe, cfg, execute, fetch)
-        rollouts = {state for node in tracer.nodes for state in node.weights_read if state.endswith(".rollout")}
-        for role in sorted(role for role in trained if f"{role}.rollout" in rollouts):
+        read = {state for node in tracer.nodes for state in node.weights_read}
+        written = {state for node in tracer.nodes for state in node.weights_written}
+        for role in (role for role in recipe.roles if f"{role}.train" in written and f"{role}.rollout" in read):
             report.nodes.append(runner.run_node(reshard_node(role), step))
         runner.end_step(step)
         if not report.nodes:
@@ -49,8 +48,6 @@ def run_eagerly(
 
 
 def _fetch(runner: RayRunner, node: str, column: str, step: int) -> Any:
-    output = runner.outputs[node, step].batch
-    assert output is not None, f"{node} has no batch"
-    stored = output.columns[column]
+    stored = runner.outputs.batch(node, step).columns[column]
     objects: list[Batch] = ray.get(list(stored.at.refs), timeout=60.0)
     return [objects[o][stored.name].row(int(r)) for o, r in zip(stored.at.object_of, stored.at.row_of, strict=True)]

@@ -2,9 +2,9 @@
 
     +--------------------------------------------------------------------------+
     |  ready instances (node, step), oldest step first, then recipe order      |
-    |      |  pool idle?  step open?                                           |
+    |      |  all its pools idle?  step open?                                  |
     |      v                                                                   |
-    |  runner.launch(node, step)            on the pool, nothing waits here    |
+    |  runner.launch(node, step)            on its pools, nothing waits here   |
     |      |                                                                   |
     |  runner.wait()  <-- blocks until any launched node is finished           |
     |      |              (bounded: a node past its time limit is an error)    |
@@ -12,10 +12,15 @@
     |  count down the edges of its successors (same step, or step + distance)  |
     +--------------------------------------------------------------------------+
 
+    streamed edge    the successor starts with its source and takes each shard as it is finished
+    interrupted      a node that gave its pool up to an older one; ready again, to go on where it was
+
 Pure scheduling: what a node does, on what, is the runner's business (`ray_runner.py` runs it on worker
-groups; a simulation runs it on a clock). One node at a time runs on a pool, so roles that share
-processes take turns and roles on different pools overlap. Steps overlap as far as edges allow: the
-next prompts are drawn while this step trains. A barrier step waits until everything before is done.
+groups, `simulation.py` on a clock). One node at a time runs on a pool, so roles that share processes
+take turns and roles on different pools overlap. A node on two pools (a weight transfer) starts when both
+are idle; it never holds one while it waits for the other, so transfers cannot deadlock, and a pool it
+waits for takes nothing that comes after it, so it cannot starve. Steps overlap as far as edges allow:
+the next prompts are drawn while this step trains. A barrier step waits until everything before is done.
 """
 
 from __future__ import annotations
@@ -36,17 +41,33 @@ class Finished:
     started_s: float
     ended_s: float
     metrics: dict[str, float]
+    tokens: int = 0
+    """Tokens of the rows it worked on."""
+    nbytes: int = 0
+    """Bytes it wrote to the object store, or moved between worlds."""
+    interrupted: bool = False
+    """It gave its pools up before it was done, and is to be launched again."""
 
 
 class Runner(Protocol):
     """Runs nodes. Times are seconds on the runner's own clock."""
 
-    def pool_of(self, node: Node) -> str | None:
-        """The pool a node occupies; None for nodes that occupy none (any number run at a time)."""
+    def pools_of(self, node: Node) -> tuple[str, ...]:
+        """The pools a node occupies; none for nodes of which any number run at a time."""
+        ...
+
+    def streams(self, source: Node, target: Node) -> bool:
+        """Whether `target` may be launched as soon as `source` is, to take its shards one by one. It then
+        finishes after `source`."""
         ...
 
     def launch(self, node: Node, step: int) -> None:
-        """Start a node; its inputs are finished."""
+        """Start a node; its inputs are finished, or streamed."""
+        ...
+
+    def interrupt(self, node: Node, step: int) -> None:
+        """An older node waits for the pools of this running one, and for nothing else. The runner may make it
+        finish early as `interrupted`, or let it run."""
         ...
 
     def wait(self) -> Sequence[Finished]:
@@ -60,7 +81,7 @@ class Runner(Protocol):
 
 @dataclass
 class StepReport:
-    """What a step did."""
+    """What a step did. A node that was interrupted is there once for each time it ran."""
 
     step: int
     nodes: list[Finished] = field(default_factory=list)
@@ -73,7 +94,10 @@ class StepReport:
     @property
     def seconds(self) -> dict[str, float]:
         """Node -> seconds."""
-        return {node.node: node.ended_s - node.started_s for node in self.nodes}
+        total = dict.fromkeys((node.node for node in self.nodes), 0.0)
+        for node in self.nodes:
+            total[node.node] += node.ended_s - node.started_s
+        return total
 
     @property
     def started_s(self) -> float:
@@ -93,15 +117,17 @@ def run_steps(
     start: int,
     stop: int,
     on_step: Callable[[StepReport], None],
-    open_steps: int = 2,
+    open_steps: int | None = None,
     barrier: Callable[[int], bool] = lambda step: False,
 ) -> None:
     """Run steps start..stop-1 of `dataflow`.
 
     on_step is called once per step, in order, when the step is finished. At most `open_steps` steps are
-    under way. If `barrier(t)`, nothing of step t + 1 starts before on_step(t) has returned.
+    under way (None: as many as may have work, the graph's staleness and one for the next prompts). If
+    `barrier(t)`, nothing of step t + 1 starts before on_step(t) has returned.
     """
-    _Schedule(dataflow, runner, start, stop, on_step, open_steps, barrier).run()
+    most = dataflow.staleness + 2 if open_steps is None else open_steps
+    _Schedule(dataflow, runner, start, stop, on_step, most, barrier).run()
 
 
 class _Schedule:
@@ -126,8 +152,14 @@ class _Schedule:
         for source, target, distance in sorted(edges):
             self.before[target].append((source, distance))
             self.after[source].append((target, distance))
+        self.streamed = {
+            (source, target)
+            for source, target, distance in edges
+            if distance == 0 and runner.streams(self.nodes[source], self.nodes[target])
+        }
         self.done: set[tuple[str, int]] = set()
-        self.running: dict[str, int] = {}
+        self.launched: set[tuple[str, int]] = set()
+        self.busy: dict[str, tuple[str, int]] = {}
         self.waiting: dict[tuple[str, int], int] = {}
         self.ready: list[tuple[int, int, str]] = []
         self.reports: dict[int, StepReport] = {}
@@ -141,9 +173,7 @@ class _Schedule:
             self._launch()
             if self.in_flight:
                 for finished in self.runner.wait():
-                    self.in_flight -= 1
-                    self._free(finished)
-                    self._finish(finished.node, finished.step, finished)
+                    self._take(finished)
             elif not self._close_finished():
                 stuck = ", ".join(f"{name} of step {step}" for (name, step), left in self.waiting.items() if left)
                 raise RuntimeError(f"the schedule cannot go on: nothing runs and these wait: {stuck}")
@@ -160,7 +190,9 @@ class _Schedule:
                 left = sum(
                     1
                     for source, distance in self.before[name]
-                    if step - distance >= self.start and (source, step - distance) not in self.done
+                    if step - distance >= self.start
+                    and (source, step - distance) not in self.done
+                    and not ((source, name) in self.streamed and (source, step) in self.launched)
                 )
                 self.waiting[name, step] = left
             for name in self.nodes:
@@ -174,6 +206,7 @@ class _Schedule:
         progressed = True
         while progressed:
             progressed = False
+            claimed = set(self.busy)
             for entry in sorted(self.ready):
                 step, _, name = entry
                 node = self.nodes[name]
@@ -182,26 +215,56 @@ class _Schedule:
                     self._finish(name, step, None)
                     progressed = True
                     break
-                pool = self.runner.pool_of(node)
-                if pool is not None and self.running.get(pool):
-                    continue
-                self.ready.remove(entry)
-                if pool is not None:
-                    self.running[pool] = 1
-                self.in_flight += 1
-                self.runner.launch(node, step)
+                pools = self.runner.pools_of(node)
+                if claimed.isdisjoint(pools):
+                    self.ready.remove(entry)
+                    self._start(node, step, pools)
+                    progressed = True
+                    break
+                self._ask_for(pools, claimed, entry)
+                claimed.update(pools)
 
-    def _free(self, finished: Finished) -> None:
-        pool = self.runner.pool_of(self.nodes[finished.node])
-        if pool is not None:
-            self.running[pool] = 0
+    def _start(self, node: Node, step: int, pools: tuple[str, ...]) -> None:
+        self.busy.update(dict.fromkeys(pools, (node.name, step)))
+        self.in_flight += 1
+        self.runner.launch(node, step)
+        if (node.name, step) not in self.launched:
+            self.launched.add((node.name, step))
+            self._count_down([(target, step) for source, target in self.streamed if source == node.name])
+
+    def _ask_for(self, pools: tuple[str, ...], claimed: set[str], entry: tuple[int, int, str]) -> None:
+        """Tell the runner of a node that waits for a younger one only: that one may be one to interrupt."""
+        holders = {self.busy[pool] for pool in pools if pool in self.busy}
+        if len(holders) != 1 or any(pool not in self.busy for pool in pools if pool in claimed):
+            return
+        name, step = holders.pop()
+        if entry < (step, self.position[name], name):
+            self.runner.interrupt(self.nodes[name], step)
+
+    def _take(self, finished: Finished) -> None:
+        self.in_flight -= 1
+        for pool in self.runner.pools_of(self.nodes[finished.node]):
+            del self.busy[pool]
+        if finished.interrupted:
+            self.reports[finished.step].nodes.append(finished)
+            self._make_ready(finished.node, finished.step)
+        else:
+            self._finish(finished.node, finished.step, finished)
 
     def _finish(self, name: str, step: int, finished: Finished | None) -> None:
         self.done.add((name, step))
         if finished:
             self.reports[step].nodes.append(finished)
-        for target, distance in self.after[name]:
-            instance = (target, step + distance)
+        self._count_down(
+            [
+                (target, step + distance)
+                for target, distance in self.after[name]
+                if (name, target) not in self.streamed or (name, step) not in self.launched
+            ]
+        )
+
+    def _count_down(self, instances: list[tuple[str, int]]) -> None:
+        for instance in instances:
             if instance in self.waiting:
                 self.waiting[instance] -= 1
                 if self.waiting[instance] == 0:
@@ -218,5 +281,6 @@ class _Schedule:
             self.closed += 1
             oldest = self.closed - max((d for pairs in self.before.values() for _, d in pairs), default=0)
             self.done = {(name, at) for name, at in self.done if at >= oldest}
+            self.launched = {(name, at) for name, at in self.launched if at > step}
             closed = True
         return closed

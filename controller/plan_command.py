@@ -24,7 +24,11 @@ def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     plan.add_argument("--prompt-tokens", metavar="N[:MAX]", help="mean (and longest) prompt; left out: the limit")
     plan.add_argument("--response-tokens", metavar="N[:MAX]", help="mean (and longest) response; left out: the limit")
     plan.add_argument("--calibration", metavar="FILE", help="measured efficiencies (rlhf-dist profile)")
-    plan.add_argument("--runnable", action="store_true", help="only strategies that `run` has settings for today")
+    plan.add_argument(
+        "--runnable",
+        action="store_true",
+        help="with --case: only strategies that the engines here have (always so with RECIPE, and for yaml)",
+    )
     plan.add_argument("--format", choices=FORMATS, default="table", help="yaml: a file for run RECIPE placement=FILE")
     plan.add_argument("--json", dest="format", action="store_const", const="json", help="--format json")
     plan.add_argument("--yaml", dest="format", action="store_const", const="yaml", help="--format yaml")
@@ -60,7 +64,9 @@ def plan_command(arguments: argparse.Namespace) -> int:
     if arguments.png:
         from rlhf_dist.planner.picture import draw_timeline
 
-        draw_timeline(plan, arguments.png)
+        if not Path(arguments.png).expanduser().parent.is_dir():
+            raise ConfigError(f"--png {arguments.png}: there is no such folder; make it first")
+        draw_timeline(plan, Path(arguments.png).expanduser())
         print(f"wrote {arguments.png}", file=sys.stderr)
     return 0
 
@@ -105,10 +111,14 @@ def _question(arguments: argparse.Namespace) -> Any:
     if arguments.calibration:
         efficiency, measured = load_calibration(arguments.calibration, question.efficiency)
         question = replace(question, efficiency=efficiency, cluster=apply_gpu(question.cluster, measured))
-    return replace(question, space=runnable_space()) if arguments.runnable else question
+    if arguments.recipe or arguments.runnable or arguments.format == "yaml":
+        question = replace(question, space=runnable_space(question.cluster))
+    return question
 
 
 def _launched(arguments: argparse.Namespace) -> Any:
+    from dataclasses import replace
+
     from rlhf_dist.compose import compose
     from rlhf_dist.placement.file import asked_placement
     from rlhf_dist.planner.case import parse_request
@@ -128,9 +138,7 @@ def _launched(arguments: argparse.Namespace) -> Any:
     response = _lengths(arguments.response_tokens, "--response-tokens")
     problem = problem_of(launch, prompt, response)
     if arguments.placement == "async" and not problem.staleness:
-        from dataclasses import replace
-
-        problem = replace(problem, staleness=1)
+        problem = replace(problem, dataflow=replace(problem.dataflow, staleness=1))
     request = parse_request(arguments.placement, problem, cluster.gpus)
     return Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, request=request)
 

@@ -9,16 +9,20 @@ The prediction is for the placement the run had, on the hardware it ran on, with
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from controller.executor import Finished
+from controller.session import pools_of_roles
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig, PlacementConfig
+from rlhf_dist.config import ActorConfig
+from rlhf_dist.placement.roles import pool_size, rollout_of
 from rlhf_dist.planner.calibration import calibration_text, refined
 from rlhf_dist.planner.explain import as_json
+from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.launch import hardware_of, problem_of
 from rlhf_dist.planner.machine import cpu_node, this_machine, usual_efficiency
 from rlhf_dist.planner.plan import Question, Request, make_plan
@@ -33,7 +37,7 @@ CALIBRATION = "calibration.yaml"
 def write_feedback(
     launch: Launch,
     folder: Path,
-    node_seconds: Mapping[str, Sequence[float]],
+    finished: Iterable[Finished],
     step_s: float,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -42,7 +46,10 @@ def write_feedback(
     A run whose placement the planner cannot price (models of an unknown kind, a cluster it cannot see) gets a
     report that says why, and no calibration: feedback never fails a run.
     """
-    measured = {name: median(_settled(seconds)) for name, seconds in node_seconds.items() if seconds}
+    seconds: dict[str, list[float]] = {}
+    for one in finished:
+        seconds.setdefault(one.node, []).append(one.ended_s - one.started_s)
+    measured = {name: median(_settled(every)) for name, every in seconds.items()}
     report: dict[str, Any]
     try:
         question = question_of_run(launch, metrics)
@@ -76,7 +83,7 @@ def question_of_run(launch: Launch, metrics: Mapping[str, float]) -> Question:
     if devices == {"cpu"} and cluster == this_machine():
         cluster = cpu_node()
         efficiency = usual_efficiency(cluster)
-    pools = _pools(placement, problem)
+    pools = _pools(launch, problem)
     slots = sum(size for _, size in pools.values())
     if slots > cluster.gpus and cluster.gpu.name == "CPU":
         # More processes than cores is how tests run; each then has a smaller share.
@@ -85,29 +92,20 @@ def question_of_run(launch: Launch, metrics: Mapping[str, float]) -> Question:
         cluster = replace(cluster, gpus_per_node=slots, gpu=gpu)
     if slots > cluster.gpus:
         raise ConfigError(f"the placement has {slots} slots, but {cluster.text} has {cluster.gpus}")
-    request = Request(kind="pools", pools=pools, wanted=_wanted(launch, problem))
+    request = Request(kind="pools", pools=pools, wanted=_wanted(launch, problem, cluster))
     return Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, request=request)
 
 
-def _pools(placement: PlacementConfig, problem: Problem) -> dict[str, tuple[tuple[str, ...], int]]:
-    kinds = problem.dataflow.roles
+def _pools(launch: Launch, problem: Problem) -> dict[str, tuple[tuple[str, ...], int]]:
+    placement, order = launch.run.placement, [*problem.roles, *map(rollout_of, problem.roles)]
     placed: dict[str, list[str]] = {}
-    for role in problem.roles:
-        keys = (role, kinds[role], "default")
-        name = next((placement.roles[key] for key in keys if key in placement.roles), None)
-        if name is None:
-            raise ConfigError(f"role {role!r} has no pool")
-        placed.setdefault(name, []).append(role)
-    rollout = getattr(placement, "rollout", None)
-    for role in problem.roles:
-        if rollout is not None and role in problem.generating & problem.trained and role not in placed.get(rollout, []):
-            placed.setdefault(rollout, []).append(f"{role}.rollout")
-    order = [*problem.roles, *(f"{role}.rollout" for role in problem.roles)]
-    sizes = {name: pool.slots * max(getattr(pool, "nodes", 0), 1) for name, pool in placement.pools.items()}
-    return {name: (tuple(sorted(units, key=order.index)), sizes[name]) for name, units in placed.items()}
+    for unit, name in pools_of_roles(launch).items():
+        if unit in order:
+            placed.setdefault(name, []).append(unit)
+    return {name: (tuple(sorted(units, key=order.index)), pool_size(placement, name)) for name, units in placed.items()}
 
 
-def _wanted(launch: Launch, problem: Problem) -> dict[str, dict[str, Any]]:
+def _wanted(launch: Launch, problem: Problem, cluster: Cluster) -> dict[str, dict[str, Any]]:
     """What the settings fix of each node's strategy."""
     wanted: dict[str, dict[str, Any]] = {}
     for work in problem.nodes:
@@ -118,15 +116,16 @@ def _wanted(launch: Launch, problem: Problem) -> dict[str, dict[str, Any]]:
             wanted[work.name] = {"tp": settings.rollout.tensor_parallel, "pp": 1}
         elif work.phase in ("train", "infer"):
             engine = settings.engine
-            deepspeed = engine.name == "deepspeed"
             wanted[work.name] = {
-                "tp": getattr(engine, "tensor_parallel", 1),
-                "sp": getattr(engine, "sequence_parallel", 1) if work.role in problem.trained else 1,
+                "tp": engine.tensor_parallel,
+                "sp": engine.sequence_parallel if work.role in problem.trained else 1,
                 "pp": 1,
-                "offload": getattr(engine, "offload", "none") != "none",
+                "offload": engine.offload != "none" and cluster.gpu.name != "CPU",
             }
             if work.role in problem.trained:
-                wanted[work.name]["zero"] = getattr(engine, "zero_stage", 3) if deepspeed else 3
+                wanted[work.name]["zero"] = engine.zero_stage
+            else:
+                wanted[work.name]["zero"] = 0 if engine.replicas > 1 else 3
             if work.phase == "train":
                 wanted[work.name]["recompute"] = engine.activation_checkpointing
     return wanted
@@ -149,7 +148,6 @@ def _lengths(launch: Launch, metrics: Mapping[str, float]) -> tuple[Lengths | No
     return (Lengths.fixed(prompt), Lengths.fixed(response)) if prompt > 0 else (None, None)
 
 
-def _settled(seconds: Iterable[float]) -> list[float]:
+def _settled(seconds: list[float]) -> list[float]:
     """Seconds without the first step's, which warms up."""
-    every = list(seconds)
-    return every[1:] if len(every) > 1 else every
+    return seconds[1:] if len(seconds) > 1 else seconds

@@ -1,28 +1,35 @@
 """Runs nodes on worker groups: resolves a node's inputs, calls every rank, collects the replies.
 
-outputs[node, step] = NodeOutput          index arrays and references, dropped when nobody reads them
-inputs of a node    = rows of one node's output + columns of several nodes' outputs
+    launch   inputs by reference (outputs.py) -> cut into shards -> a Call for every rank
+    wait     replies as they come -> shards of a streamed node sent on -> all there: collect -> outputs
+
+A weight transfer between pools is one node with two groups: the ranks that send and the ranks that
+receive are called together. A streamed node (a rule reward) gets the rows of each rank of its source as
+soon as that rank has replied, while the other ranks still generate.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
 
-from controller.batch_ref import BatchRef, StoredColumn
-from controller.cluster import Pool
+from controller.batch_ref import BatchRef, FetchPlan, merge_stored
+from controller.cluster import RELAYS, SIGNALS, Pool
 from controller.executor import Finished
-from controller.worker_group import NodeOutput, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
-from rlhf_dist.batch import IntArray
-from rlhf_dist.dataflow.graph import Dataflow, Input, Node
-from rlhf_dist.placement.roles import HOST_POOL
+from controller.outputs import JoinError, NodeOutput, Outputs, join
+from controller.replies import RayReplies, Replies
+from controller.worker_group import Shards, WorkerGroup, build_call, collect, cut, cut_for_host
+from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State, StateValue
-from rlhf_dist.wire import Reply
+from rlhf_dist.wire import Call, Failure, Reply
+
+NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 
 
 class NodeError(RuntimeError):
@@ -33,16 +40,31 @@ class WorkerLost(NodeError):
     """A worker process died or stopped answering: an infrastructure failure, not a data failure."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Pending:
     node: Node
     step: int
-    refs: tuple[Any, ...]
     shards: Shards
     before: BatchRef | None
     started_s: float
+    refs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    """Ranks (of the receiving group after the sending one) -> reference to their replies."""
     replies: dict[int, Reply] = field(default_factory=dict)
     """Rank -> its reply, once fetched."""
+    source: _Pending | None = None
+    """What it streams from, until that is finished."""
+    bundles: list[tuple[int, ...]] = field(default_factory=list)
+    """Parts of the source's rows that each call of a streamed node has."""
+    interrupted: bool = False
+    """Its ranks were asked to stop early."""
+
+    @property
+    def complete(self) -> bool:
+        return self.source is None and len(self.replies) == self.ranks
+
+    @property
+    def ranks(self) -> int:
+        return sum(map(len, self.refs))
 
 
 class RayRunner:
@@ -59,172 +81,204 @@ class RayRunner:
         states: Mapping[str, State] | None = None,
         numbers: Mapping[str, Mapping[str, float]] | None = None,
         source_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        interrupts: bool = False,
+        replies: Replies | None = None,
     ) -> None:
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {name: dict(values) for name, values in (numbers or {}).items()}
         self.source_kwargs = source_kwargs or {}
-        self.outputs: dict[tuple[str, int], NodeOutput] = {}
-        self._readers = {node.name: dataflow.readers(node.name) for node in dataflow} if dataflow else {}
-        self._left: dict[tuple[str, int], set[str]] = {}
+        self.outputs = Outputs(dataflow)
+        self._interrupts = interrupts
+        self._replies = replies or RayReplies()
         self._pending: list[_Pending] = []
+        self._cut_short: dict[tuple[str, int], _Pending] = {}
         self._next_host = 0
 
     # --- the Runner protocol -------------------------------------------------------------------------
-    def pool_of(self, node: Node) -> str | None:
-        """The pool of the node's role; host ops, sources on the host pool and joins occupy none."""
-        group = self.groups.get(node.role)
-        return None if group is None or group.pool.name == HOST_POOL else group.pool.name
+    def pools_of(self, node: Node) -> tuple[str, ...]:
+        """The pools of its worker groups; host ops, sources on the host pool and joins occupy none."""
+        return tuple(group.pool.name for group in self._groups_of(node) if group.pool.name != HOST_POOL)
+
+    def streams(self, source: Node, target: Node) -> bool:
+        """A row-wise op on CPU processes takes each rank's rows as they come, where all it reads is made there."""
+        group = self.groups.get(target.role)
+        return (
+            source.kind == "op"
+            and source.rows == "expand"
+            and getattr(target.spec, "streams", False)
+            and group is not None
+            and group.pool.name == HOST_POOL
+            and target.inputs[0].rows == source.name
+            and all(origin.node == source.name for origin in target.inputs[0].columns.values())
+        )
 
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""
-        kwargs = {key: self._number(value) for key, value in node.kwargs.items()}
-        before = self._input(node, step)
-        read = self._read_columns(node, step, before)
-        if node.kind == "join":
-            output = self._join(node, step)
-            self._pending.append(_Pending(node, step, (), Shards(parts=(), answering=(), part_of_answer=()), None, 0))
-            self.outputs[node.name, step] = output
+        again = self._cut_short.pop((node.name, step), None)
+        if again is not None:
+            self._launch_again(again)
             return
-        if node.kind in ("host", "state"):
-            assert read is not None
-            shards = cut_for_host(node, self.host.size, read)
-            refs = tuple(self._call_host(node, step, read, rows, kwargs) for rows in shards.parts)
+        source = next((p for p in self._pending if node.inputs and self._is_source(p, node, step)), None)
+        if source is not None:
+            self._pending.append(_Pending(node, step, NO_SHARDS, None, 0.0, source=source))
+            return
+        before = self.outputs.input(node.inputs[0], step) if node.inputs else None
+        pending = _Pending(node, step, NO_SHARDS, before, time.perf_counter())
+        if node.kind == "join":
+            pending.started_s = 0.0
+        elif node.kind in ("host", "state"):
+            self._call_host_op(pending)
         else:
-            group = self.groups[node.role]
-            kwargs |= dict(self.source_kwargs.get(node.name, {})) if node.kind == "source" else {}
-            shards, mini_batch = cut(node, group, read, seed=self.seed, step=step)
-            protocol_parts = self._part_of_rank(node, group)
-            refs = tuple(
-                process.call.remote(
-                    group.role,
-                    node.op,
-                    build_call(node, step, self.seed, read, shards.parts[protocol_parts[rank]], mini_batch, kwargs),
-                )
-                for rank, process in enumerate(group.pool.processes)
-            )
-        self._pending.append(_Pending(node, step, refs, shards, before, time.perf_counter()))
+            self._call_groups(pending)
+        self._pending.append(pending)
+
+    def interrupt(self, node: Node, step: int) -> None:
+        """Ask the ranks that generate to stop where they are, where the run allows it."""
+        pending = next((p for p in self._pending if (p.node.name, p.step) == (node.name, step)), None)
+        if not self._interrupts or pending is None or pending.interrupted or node.rows != "expand":
+            return
+        pending.interrupted = True
+        (group,) = self._groups_of(node)
+        for process in group.pool.processes:
+            process.interrupt.options(concurrency_group=SIGNALS).remote(group.role)
 
     def wait(self) -> list[Finished]:
         """Block until a node is finished; raises NodeError or WorkerLost."""
         while True:
-            finished = [pending for pending in self._pending if self._is_done(pending)]
-            if finished:
-                self._pending = [pending for pending in self._pending if pending not in finished]
-                return [self._finish(pending) for pending in finished]
+            for pending in self._pending:
+                if pending.source is not None:
+                    self._stream(pending, pending.source)
+            complete = [pending for pending in self._pending if pending.complete]
+            if complete:
+                self._pending = [pending for pending in self._pending if pending not in complete]
+                return [self._finish(pending) for pending in complete]
             self._check_deadlines()
-            waiting = [ref for pending in self._pending for ref in pending.refs]
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0, fetch_local=False)
-            if ready:
-                # A rank that failed must not be waited for behind ranks that wait for it.
-                self._raise_failures(ready)
-                self._wait_for_peers(ready[0])
+            waiting = {
+                ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
+            }
+            ready = self._replies.ready(list(waiting), 1.0)
+            # A rank that failed must not be waited for behind ranks that wait for it.
+            for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
+                pending, ranks = waiting[ref]
+                replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
+                for rank, reply in replies.items():
+                    pending.replies[rank] = _checked(reply, pending, rank)
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
-        for key in [key for key in self.outputs if key[1] <= step]:
-            del self.outputs[key]
-            self._left.pop(key, None)
+        self.outputs.end_step(step)
 
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
         self.launch(node, step)
         return self.wait()[0]
 
-    # --- inputs ----------------------------------------------------------------------------------------
-    def _column(self, origin: Any, step: int) -> StoredColumn:
-        batch = self.outputs[origin.node, step].batch
-        assert batch is not None, f"{origin.node} has no batch"
-        return batch.columns[origin.column]
-
-    def _rows_of(self, entry: Input, step: int) -> BatchRef:
-        batch = self.outputs[entry.rows, step].batch
-        assert batch is not None, f"{entry.rows} has no batch"
-        return batch
-
-    def _input(self, node: Node, step: int) -> BatchRef | None:
-        """The node's (first) input with everything it reads or carries."""
-        if not node.inputs:
-            return None
-        entry = node.inputs[0]
-        columns = {name: self._column(at, step) for name, at in {**entry.carried, **entry.columns}.items()}
-        return BatchRef(self._rows_of(entry, step).rows, columns)
-
-    def _read_columns(self, node: Node, step: int, before: BatchRef | None) -> BatchRef | None:
-        if before is None:
-            return None
-        return BatchRef(before.rows, {name: before.columns[name] for name in node.inputs[0].columns})
-
-    def _number(self, value: Any) -> Any:
-        return self.numbers[value.role][value.key] if isinstance(value, StateValue) else value
-
-    def _join(self, node: Node, step: int) -> NodeOutput:
-        left, right = self._rows_of(node.inputs[0], step), self._rows_of(node.inputs[1], step)
-        keys, first, counts = np.unique(right.rows.group, return_index=True, return_counts=True)
-        if np.any(counts > 1):
-            group = int(keys[np.argmax(counts > 1)])
-            raise NodeError(f"{node.line}: join needs one row per group on the right side, group {group} has several")
-        at = np.searchsorted(keys, left.rows.group)
-        found = (
-            (at < len(keys)) & (keys[np.minimum(at, max(len(keys) - 1, 0))] == left.rows.group)
-            if len(keys)
-            else (np.zeros(len(left.rows), dtype=bool))
-        )
-        if not np.all(found):
-            missing = int(left.rows.group[np.argmin(found)])
-            raise NodeError(f"{node.line}: join finds no row of group {missing} on the right side")
-        columns = {name: self._column(origin, step) for name, origin in node.inputs[1].columns.items()}
-        taken = BatchRef(right.rows, columns).take(first[at])
-        renamed = {node.out.get(name, name): column for name, column in taken.columns.items()}
-        return NodeOutput(batch=BatchRef(left.rows, renamed), metrics={}, seconds=0.0, nbytes=0)
-
     # --- calls -----------------------------------------------------------------------------------------
-    def _part_of_rank(self, node: Node, group: WorkerGroup) -> list[int]:
-        mesh = group.mesh(getattr(node.spec, "mesh", "train"))
-        protocol = getattr(node.spec, "dispatch", None)
-        return [protocol.part_of(mesh, rank) if protocol else 0 for rank in range(group.pool.size)]
+    def _groups_of(self, node: Node) -> tuple[WorkerGroup, ...]:
+        own, apart = self.groups.get(node.role), self.groups.get(rollout_of(node.role))
+        if apart is not None and own is not None and node.kind == "reshard":
+            return (own, apart)
+        group = apart if apart is not None and rollout_of(node.role) in node.weights_read else own
+        return () if group is None else (group,)
 
-    def _call_host(self, node: Node, step: int, read: BatchRef, rows: IntArray, kwargs: Mapping[str, Any]) -> Any:
-        process = self.host.processes[self._next_host % self.host.size]
+    def _call_groups(self, pending: _Pending) -> None:
+        node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
+        groups = self._groups_of(node)
+        ops = ("send_weights", "receive_weights") if len(groups) > 1 else (node.op,)
+        kwargs, plan = self._kwargs(node), None if batch is None else FetchPlan(batch)
+        for group, op in zip(groups, ops, strict=True):
+            shards, mini_batch = cut(node, group, batch, seed=self.seed, step=step)
+            pending.shards = shards if group is groups[0] else pending.shards
+            first, parts = pending.ranks, part_of_ranks(node, group)
+            calls = [build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs) for part in parts]
+            # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
+            alone = node.rows == "expand" or len(groups) > 1
+            for ranks in [(rank,) for rank in range(len(calls))] if alone else group.pool.teams:
+                process = group.pool.processes[ranks[0]]
+                if len(ranks) == 1:
+                    ref = process.call.remote(group.role, op, calls[ranks[0]])
+                else:
+                    relayed = {rank: calls[rank] for rank in ranks}
+                    relay = process.relay.options(concurrency_group=RELAYS)
+                    ref = relay.remote(group.role, op, relayed, self.call_timeout_s)
+                pending.refs[tuple(first + rank for rank in ranks)] = ref
+
+    def _call_host_op(self, pending: _Pending) -> None:
+        node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
+        assert batch is not None, f"{node.name} has no input"
+        pending.shards, plan = cut_for_host(node, self.host.size, batch), FetchPlan(batch)
+        for part, rows in enumerate(pending.shards.parts):
+            call = build_call(node, step, self.seed, plan, rows, None, self._kwargs(node))
+            process = self._host_process(self.host)
+            pending.refs[part,] = (
+                process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
+                if node.kind == "state"
+                else process.run_host_op.remote(node.spec, call)
+            )
+
+    def _launch_again(self, pending: _Pending) -> None:
+        """Call the ranks that were interrupted once more; they go on with the responses they hold."""
+        node = pending.node
+        (group,) = self._groups_of(node)
+        batch, parts = _read(node, pending.before), part_of_ranks(node, group)
+        plan = None if batch is None else FetchPlan(batch)
+        for rank, process in enumerate(group.pool.processes):
+            if pending.replies[rank].interrupted:
+                rows = pending.shards.parts[parts[rank]]
+                call = build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
+                pending.refs[rank,] = process.call.remote(group.role, node.op, call)
+                del pending.replies[rank]
+        pending.started_s, pending.interrupted = time.perf_counter(), False
+        self._pending.insert(0, pending)
+
+    def _is_source(self, pending: _Pending, node: Node, step: int) -> bool:
+        return pending.step == step and pending.node.name == node.inputs[0].rows and self.streams(pending.node, node)
+
+    def _stream(self, pending: _Pending, source: _Pending) -> None:
+        """Send on the rows of those ranks of `source` that have replied since, spread over the CPU processes."""
+        sent = {answer for bundle in pending.bundles for answer in bundle}
+        new = [
+            answer
+            for answer, rank in enumerate(source.shards.answering)
+            if answer not in sent and rank in source.replies and not source.replies[rank].interrupted
+        ]
+        group = self.groups[pending.node.role]
+        for at in range(min(len(new), group.pool.size)):
+            bundle = new[at :: group.pool.size]
+            call = self._streamed_call(pending, source, bundle)
+            pending.refs[len(pending.bundles),] = self._host_process(group.pool).call.remote(
+                group.role, pending.node.op, call
+            )
+            pending.bundles.append(tuple(bundle))
+            pending.started_s = pending.started_s or time.perf_counter()
+
+    def _streamed_call(self, pending: _Pending, source: _Pending, bundle: list[int]) -> Call:
+        shards, node = source.shards, pending.node
+        replies = [source.replies[shards.answering[answer]] for answer in bundle]
+        made = [
+            shards.parts[shards.part_of_answer[answer]][reply.parent]
+            for answer, reply in zip(bundle, replies, strict=True)
+        ]
+        assert source.before is not None, f"{source.node.name} has no input"
+        moved = source.before.take(np.concatenate(made))
+        rows = np.arange(len(moved.rows))
+        stored = merge_stored([reply.stored for reply in replies], rows, [reply.num_rows for reply in replies])
+        columns = {**moved.columns, **stored}
+        plan = FetchPlan(BatchRef(moved.rows, {c: columns[at.column] for c, at in node.inputs[0].columns.items()}))
+        return build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
+
+    def _host_process(self, pool: Pool) -> Any:
         self._next_host += 1
-        call = build_call(node, step, self.seed, read, rows, None, dict(kwargs))
-        if node.kind == "state":
-            return process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
-        return process.run_host_op.remote(node.spec, call)
+        return pool.processes[self._next_host % pool.size]
 
-    def _is_done(self, pending: _Pending) -> bool:
-        if not pending.refs:
-            return True
-        ready, _ = ray.wait(list(pending.refs), num_returns=len(pending.refs), timeout=0, fetch_local=False)
-        return len(ready) == len(pending.refs)
-
-    def _wait_for_peers(self, ref: Any) -> None:
-        """Ranks of one node finish almost together: give them a moment instead of spinning."""
-        for pending in self._pending:
-            if ref in pending.refs and len(pending.refs) > 1:
-                ray.wait(list(pending.refs), num_returns=len(pending.refs), timeout=0.05, fetch_local=False)
-
-    def _raise_failures(self, refs: Iterable[Any]) -> None:
-        for pending in self._pending:
-            for rank, ref in enumerate(pending.refs):
-                if ref in refs:
-                    self._get(pending, rank)
-
-    def _get(self, pending: _Pending, rank: int) -> Reply:
-        if rank in pending.replies:
-            return pending.replies[rank]
-        where = (
-            f"{pending.node.name} (step {pending.step}"
-            + (f", {pending.node.line}" if pending.node.line else "")
-            + f") failed on rank {rank}"
-        )
-        try:
-            return pending.replies.setdefault(rank, ray.get(pending.refs[rank], timeout=60.0))
-        except ray.exceptions.RayTaskError as failed:
-            cause = failed.cause
-            raise NodeError(f"{where}: {type(cause).__name__}: {cause}") from failed
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost:
-            raise WorkerLost(f"{where}: its process died or stopped answering ({type(lost).__name__})") from lost
+    def _kwargs(self, node: Node) -> dict[str, Any]:
+        given = dict(self.source_kwargs.get(node.name, {})) if node.kind == "source" else {}
+        numbers = {
+            key: self.numbers[value.role][value.key] if isinstance(value, StateValue) else value
+            for key, value in node.kwargs.items()
+        }
+        return numbers | given
 
     def _check_deadlines(self) -> None:
         now = time.perf_counter()
@@ -237,33 +291,76 @@ class RayRunner:
 
     # --- outputs -----------------------------------------------------------------------------------------
     def _finish(self, pending: _Pending) -> Finished:
-        node, step = pending.node, pending.step
-        ended = time.perf_counter()
+        node, step, ended = pending.node, pending.step, time.perf_counter()
+        if any(reply.interrupted for reply in pending.replies.values()):
+            self._cut_short[node.name, step] = pending
+            return Finished(
+                node=node.name, step=step, started_s=pending.started_s, ended_s=ended, metrics={}, interrupted=True
+            )
+        output = self._join(pending) if node.kind == "join" else self._collect(pending)
         started = pending.started_s or ended
-        if pending.refs:
-            replies = [self._get(pending, rank) for rank in range(len(pending.refs))]
-            output = collect(node, pending.shards, replies, pending.before)
-            started = max(started, ended - output.seconds) if node.kind in ("host", "state", "source") else started
-            self.outputs[node.name, step] = output
-            if output.state is not None:
-                self.numbers[node.role] = dict(output.state)
-        self._drop_read(node, step)
+        if node.kind in ("host", "state", "source"):
+            started = max(started, ended - output.seconds)
+        if output.batch is not None:
+            self.outputs.put(node.name, step, output.batch)
+        for streamed in [p for p in self._pending if p.source is pending]:
+            streamed.before = self.outputs.input(streamed.node.inputs[0], step)
+            self._stream(streamed, pending)
+            places = tuple(np.concatenate([output.places[answer] for answer in b]) for b in streamed.bundles)
+            bundles = tuple(range(len(places)))
+            streamed.shards = Shards(parts=places, answering=bundles, part_of_answer=bundles)
+            streamed.source = None
+        if output.state is not None:
+            self.numbers[node.role] = dict(output.state)
+        self.outputs.done(node, step)
         prefix = node.op if node.kind in ("host", "join") else node.role
         suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""
-        metrics = {f"{prefix}{suffix}/{key}": mean.value for key, mean in self.outputs[node.name, step].metrics.items()}
-        return Finished(node=node.name, step=step, started_s=started, ended_s=ended, metrics=metrics)
+        rows = output.batch if node.rows == "expand" and output.batch is not None else pending.before
+        return Finished(
+            node=node.name,
+            step=step,
+            started_s=started,
+            ended_s=ended,
+            metrics={f"{prefix}{suffix}/{key}": mean.value for key, mean in output.metrics.items()},
+            tokens=0 if rows is None else int(rows.rows.tokens.sum()),
+            nbytes=output.nbytes,
+        )
 
-    def _drop_read(self, node: Node, step: int) -> None:
-        """Forget outputs whose last reader is done, so that the object store can free them."""
-        self._left[node.name, step] = set(self._readers.get(node.name, ()))
-        for entry in node.inputs:
-            origins: Sequence[str] = [
-                entry.rows,
-                *(at.node for at in (*entry.columns.values(), *entry.carried.values())),
-            ]
-            for origin in dict.fromkeys(origins):
-                left = self._left.get((origin, step))
-                if left is not None and node.name in left:
-                    left.discard(node.name)
-                    if not left:
-                        self.outputs.pop((origin, step), None)
+    def _collect(self, pending: _Pending) -> NodeOutput:
+        replies = [pending.replies[rank] for rank in range(pending.ranks)]
+        return collect(pending.node, pending.shards, replies, pending.before)
+
+    def _join(self, pending: _Pending) -> NodeOutput:
+        node, (left, right) = pending.node, (self.outputs.input(entry, pending.step) for entry in pending.node.inputs)
+        try:
+            batch = join(left.rows, right, node.out)
+        except JoinError as error:
+            raise NodeError(f"{node.line}: {error}") from error
+        return NodeOutput(batch=batch, metrics={}, seconds=0.0, nbytes=0)
+
+
+def _checked(reply: Reply | Failure | Exception, pending: _Pending, rank: int) -> Reply:
+    """The reply; raises NodeError or WorkerLost, naming the node, for what is none."""
+    if isinstance(reply, Reply):
+        return reply
+    node = pending.node
+    where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
+    if isinstance(reply, Failure):
+        raise (WorkerLost if reply.lost else NodeError)(f"{where}: {reply.text}")
+    if isinstance(reply, ray.exceptions.RayTaskError):
+        raise NodeError(f"{where}: {type(reply.cause).__name__}: {reply.cause}") from reply
+    raise WorkerLost(f"{where}: its process died or stopped answering ({type(reply).__name__})") from reply
+
+
+def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:
+    """The part of the rows that each rank of `group` gets."""
+    mesh = group.mesh(getattr(node.spec, "mesh", "train"))
+    protocol = getattr(node.spec, "dispatch", None)
+    return [protocol.part_of(mesh, rank) if protocol else 0 for rank in range(group.pool.size)]
+
+
+def _read(node: Node, before: BatchRef | None) -> BatchRef | None:
+    """The columns of `before` that the node reads; the others it only carries."""
+    if before is None:
+        return None
+    return BatchRef(before.rows, {name: before.columns[name] for name in node.inputs[0].columns})

@@ -32,8 +32,10 @@ from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
+from controller.object_store import ObjectStore
 from controller.plan_feedback import write_feedback
-from controller.session import Session, generates, learning_roles, slots_needed, start_session
+from controller.session import Session, learning_roles, slots_needed, start_session
+from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.passes import insert_rollout_dump
@@ -59,8 +61,7 @@ class _Progress:
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    spans: list[dict[str, Any]] = field(default_factory=list)
-    node_seconds: dict[str, list[float]] = field(default_factory=dict)
+    timeline: Timeline | None = None
     steps: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
@@ -95,10 +96,12 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
         "last": progress.last,
         "evaluations": progress.evaluations,
     }
-    if progress.steps:
-        write_feedback(launch, folder, progress.node_seconds, progress.seconds / progress.steps, progress.last)
+    if progress.timeline is not None:
+        summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
+        _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
+        if progress.steps:
+            write_feedback(launch, folder, progress.timeline.finished, progress.seconds / progress.steps, progress.last)
     _write_json(folder / "summary.json", summary)
-    _write_json(folder / "trace.json", {"traceEvents": progress.spans})
     return summary
 
 
@@ -124,7 +127,9 @@ class _Run:
         )
         numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
         self.runner = session.runner(self.dataflow, numbers)
+        self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.evaluation = Evaluation(session)
+        self.store = ObjectStore()
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
 
@@ -132,9 +137,7 @@ class _Run:
         run = self.launch.run
         if first_step:
             self._resume(first_step)
-        for role in self.launch.used_roles:
-            if generates(self.launch, role):
-                self.session.call_role(role, "reshard", first_step)
+        self.session.sync(first_step)
         if first_step < run.steps:
             self._evaluate(first_step)
         self.closed_s = time.perf_counter()
@@ -164,16 +167,18 @@ class _Run:
         seconds, self.closed_s = now - self.closed_s, now
         metrics = report.metrics
         tokens = self._tokens(metrics)
-        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds}
+        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store.metrics()}
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
         self.display.step(report.step, metrics, report.seconds)
         done = report.step + 1
         self._finish_checkpoint(wait=False)
         if self._evaluates_after(report.step):
-            self._evaluate(done)
+            with self._paused("evaluation"):
+                self._evaluate(done)
         if self._checkpoints_after(report.step):
-            self._checkpoint(done)
+            with self._paused("checkpoint"):
+                self._checkpoint(done)
         self.closed_s = time.perf_counter()
 
     def _tokens(self, metrics: Mapping[str, float]) -> float:
@@ -188,21 +193,16 @@ class _Run:
         self.progress.steps += 1
         self.progress.tokens += tokens
         self.progress.seconds += seconds
-        for name, node_s in report.seconds.items():
-            self.progress.node_seconds.setdefault(name, []).append(node_s)
-        for node in report.nodes:
-            pool = self.runner.pool_of(self.dataflow[node.node]) if not self.eager else None
-            self.progress.spans.append(
-                {
-                    "name": node.node,
-                    "ph": "X",
-                    "pid": pool or "host",
-                    "tid": 0,
-                    "ts": round(node.started_s * 1e6),
-                    "dur": round((node.ended_s - node.started_s) * 1e6),
-                    "args": {"step": node.step},
-                }
-            )
+        assert self.progress.timeline is not None, "set when the run begins"
+        self.progress.timeline.finished += report.nodes
+
+    @contextmanager
+    def _paused(self, what: str) -> Iterator[None]:
+        """Nothing of the graph runs inside."""
+        started = time.perf_counter()
+        yield
+        assert self.progress.timeline is not None, "set when the run begins"
+        self.progress.timeline.paused.append((what, started, time.perf_counter()))
 
     # --- barriers ------------------------------------------------------------------------------------
     def _evaluates_after(self, step: int) -> bool:

@@ -1,6 +1,7 @@
 """A session: the pools and worker groups of one launch, up and ready.
 
     Launch -- placement --> pools --> processes --> role workers --> WorkerGroup per role
+                                                        actor --- weights ---> actor.rollout, in another pool
 
 Rule rewards and sources live on the host pool's CPU processes; everything with a model lives on a slot.
 """
@@ -14,20 +15,24 @@ from typing import Any
 
 import ray
 
-from controller.cluster import Cluster, ClusterError, Pool
+from controller.cluster import Cluster, ClusterError, Pool, machines
+from controller.executor import Finished
 from controller.ray_runner import RayRunner
 from controller.user_files import send_user_files_by_value
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
-from rlhf_dist.reshard.groups import colocated_axes
+from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
+from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
 from rlhf_dist.roles import OpSpec, State
+from rlhf_dist.wire import Meeting
 
 HELDOUT = "heldout"
 SOURCE_WORKER = "workers.source:SourceWorker"
+ROLLOUT_WORKER = "workers.rollout:RolloutWorker"
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Session:
             states=self.states,
             numbers=numbers,
             source_kwargs={**default, **rows},
+            interrupts=run.placement.interrupt,
         )
 
     def call_role(self, role: str, op: str, step: int, **kwargs: Any) -> dict[str, float]:
@@ -69,6 +75,11 @@ class Session:
             spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
         )
         return self.runner(None, {}).run_node(node, step).metrics
+
+    def sync(self, steps_done: int) -> list[Finished]:
+        """Give every role that generates the weights it has trained in `steps_done` steps."""
+        runner = self.runner(None, {})
+        return [runner.run_node(reshard_node(role), steps_done - 1) for role in self.launch.dataflow.generating]
 
     @property
     def model_roles(self) -> list[str]:
@@ -89,7 +100,9 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     placed = pools_of_roles(launch)
     pools = {HOST_POOL: cluster.add_host_pool()}
     pools |= {
-        name: cluster.add_pool(name, pool) for name, pool in run.placement.pools.items() if name in placed.values()
+        name: cluster.add_pool(name, resolved(run.placement, name))
+        for name in run.placement.pools
+        if name in placed.values()
     }
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
@@ -103,19 +116,23 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
     # Actors first: a reference may share the base of one.
-    for role in sorted(launch.used_roles, key=lambda role: not isinstance(launch.roles[role], ActorConfig)):
-        pool = pools[placed[role]]
-        path, settings = _worker_of(launch, role, launch.recipe.roles[role])
-        groups[role] = WorkerGroup(role, pool, _meshes(launch.roles[role], pool))
-        starting.append((role, _host_role(launch, groups[role], path, settings)))
+    for name in sorted(placed, key=lambda name: not isinstance(launch.roles[name.split(".")[0]], ActorConfig)):
+        role, pool = name.split(".")[0], pools[placed[name]]
+        apart = rollout_of(role) in placed
+        groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool, name, apart))
+        path, settings = _worker_of(launch, role, apart) if name == role else _rollout_worker_of(launch, role)
+        starting.append((name, _host_role(launch, groups[name], path, settings)))
     _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
+    for role in launch.dataflow.generating:
+        if rollout_of(role) in groups:
+            _connect(groups[role], groups[rollout_of(role)], run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
 def pools_of_roles(launch: Launch) -> dict[str, str]:
-    """Role -> pool, for the roles the graph uses."""
-    placed = pool_of_roles(launch.run.placement, launch.roles)
-    return {role: placed[role] for role in launch.used_roles}
+    """Role -> pool, for the roles the graph uses; `ROLE.rollout` too where generation has a pool of its own."""
+    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    return {name: pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles}
 
 
 def role_with_base(launch: Launch, reference: str) -> str | None:
@@ -130,12 +147,26 @@ def role_with_base(launch: Launch, reference: str) -> str | None:
 
 def slots_needed(launch: Launch) -> int:
     """Slots of all pools that some role is placed in."""
-    return sum(launch.run.placement.pools[name].slots for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
+    return sum(pool_size(launch.run.placement, name) for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
 
 
-def generates(launch: Launch, role: str) -> bool:
-    """Whether the recipe generates with `role`."""
-    return any(f"{role}.rollout" in node.weights_read for node in launch.dataflow)
+def _is_trained(launch: Launch, role: str) -> bool:
+    return any(f"{role}.train" in node.weights_written for node in launch.dataflow)
+
+
+def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> None:
+    """Have all ranks of both pools agree on how weights go from one to the other."""
+    address, port = ray.get(sending.pool.processes[0].open_port.remote(), timeout=timeout_s)
+    ranks = [(group, process) for group in (sending, receiving) for process in group.pool.processes]
+    nodes = machines((*sending.pool.node_ids, *receiving.pool.node_ids)) or (0,) * len(ranks)
+    meetings = [
+        Meeting(address=address, port=port, rank=rank, senders=sending.pool.size, nodes=nodes)
+        for rank in range(len(ranks))
+    ]
+    joining = [
+        process.connect.remote(group.role, meeting) for (group, process), meeting in zip(ranks, meetings, strict=True)
+    ]
+    _await_roles([(f"{sending.role} and {receiving.role}", joining)], timeout_s)
 
 
 def _tokenizer_of(launch: Launch) -> str:
@@ -146,26 +177,32 @@ def _tokenizer_of(launch: Launch) -> str:
     raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
-def _meshes(config: Any, pool: Pool) -> dict[str, Mesh]:
+def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:
+    """The meshes of what a group does: a pool that only trains need not have the size of one that generates."""
+    if name.endswith(".rollout"):
+        return {"rollout": Mesh(consecutive_axes(config, pool.size))}
     sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
     train = Mesh({"dp": pool.size // (sp * tp), "sp": sp, "tp": tp})
-    if not isinstance(config, ActorConfig):
-        return {"train": train, "rollout": train}
+    if not isinstance(config, ActorConfig) or apart:
+        return {"train": train}
     return {"train": train, "rollout": Mesh(colocated_axes(config, pool.nodes))}
 
 
-def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str, Any]]:
+def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dict[str, Any]]:
     config = launch.roles[role]
-    trains = any(f"{role}.train" in node.weights_written for node in launch.dataflow)
+    interface: Any = launch.recipe.roles[role]
+    trains = _is_trained(launch, role)
     if isinstance(config, RewardConfig) and config.function is not None:
         from rlhf_dist.rewards import load_function
 
         return interface.rule_worker, {"function": load_function(config.function, launch.recipe.file)}
     if isinstance(config, ActorConfig):
-        return interface.worker, {"config": config, "trains": trains}
+        on_policy = launch.run.placement.max_staleness == 0
+        where = {"generates_here": not rollout_apart, "on_policy": on_policy}
+        return interface.worker, {"config": config, "trains": trains, **where}
     if isinstance(config, ReferenceConfig):
         actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
-        temperature = actors[0].rollout.temperature if actors and _any_generates(launch) else 1.0
+        temperature = actors[0].rollout.temperature if actors and launch.dataflow.generating else 1.0
         base_of = role_with_base(launch, role)
         return interface.worker, {"config": config, "temperature": temperature, "base_of": base_of}
     assert isinstance(config, CriticConfig | RewardConfig), f"role {role} has settings of an unknown kind"
@@ -176,8 +213,13 @@ def _worker_of(launch: Launch, role: str, interface: Any) -> tuple[str, dict[str
     }
 
 
-def _any_generates(launch: Launch) -> bool:
-    return any(generates(launch, role) for role in launch.roles)
+def _rollout_worker_of(launch: Launch, role: str) -> tuple[str, dict[str, Any]]:
+    placement = launch.run.placement
+    return ROLLOUT_WORKER, {
+        "config": launch.roles[role],
+        "max_staleness": placement.max_staleness if _is_trained(launch, role) else None,
+        "interrupts": placement.interrupt,
+    }
 
 
 def _host_source(
@@ -191,7 +233,7 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
     folder = Path(launch.run.output.root) / launch.run.name
     context = {
         "seed": launch.run.seed,
-        "generates": generates(launch, group.role),
+        "generates": group.role.split(".")[0] in launch.dataflow.generating,
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         # Shorter than what the controller waits for, so that the ranks say themselves who is missing.

@@ -15,28 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from controller.batch_ref import BatchRef, RowTable, StoredColumn, fetch_plan, merge_stored
+from controller.batch_ref import BatchRef, FetchPlan, RowTable, StoredColumn, merge_stored
 from controller.cluster import Pool
+from controller.outputs import NodeOutput
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dispatch import ROWS, Mesh, TransferProtocol, balance, mini_batch_of_row
-from rlhf_dist.metrics import Metrics, combine
+from rlhf_dist.metrics import combine
 from rlhf_dist.wire import Call, Reply
 
 HOST_SHARD_ROWS = 1024
 """Rows a host op's shard holds at least, unless fewer processes are there than shards."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeOutput:
-    """What a finished node left: its batch, its metrics, its time."""
-
-    batch: BatchRef | None
-    metrics: Metrics
-    seconds: float
-    """Of the slowest rank."""
-    nbytes: int
-    state: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +67,12 @@ def cut(node: Node, group: WorkerGroup, batch: BatchRef | None, *, seed: int, st
     if "mini_batches" in node.kwargs:
         mini_batch = mini_batch_of_row(rows.group, int(node.kwargs["mini_batches"]), (seed, step))
         pieces: list[list[IntArray]] = [[] for _ in range(count)]
+        home = batch.home(count)
         for k in range(int(node.kwargs["mini_batches"])):
             inside = np.flatnonzero(mini_batch == k)
             groups = None if keep_groups is None else keep_groups[inside]
-            for part, chosen in enumerate(balance(rows.tokens[inside], count, groups=groups)):
+            near = None if home is None else home[inside]
+            for part, chosen in enumerate(balance(rows.tokens[inside], count, groups=groups, home=near)):
                 pieces[part].append(inside[chosen])
         parts = tuple(np.concatenate(piece) for piece in pieces)
     else:
@@ -106,7 +97,7 @@ def cut_for_host(node: Node, processes: int, batch: BatchRef) -> Shards:
 
 
 def build_call(
-    node: Node, step: int, seed: int, batch: BatchRef | None, rows: IntArray, mini_batch: IntArray | None, kwargs: Any
+    node: Node, step: int, seed: int, plan: FetchPlan | None, rows: IntArray, mini_batch: IntArray | None, kwargs: Any
 ) -> Call:
     """The instruction for one rank that gets `rows`."""
     return Call(
@@ -115,7 +106,7 @@ def build_call(
         line=node.line,
         seed=seed,
         num_rows=len(rows),
-        fetches=tuple(fetch_plan(batch, rows)) if batch else (),
+        fetches=plan.fetches(rows) if plan else (),
         row_index=rows,
         mini_batch=None if mini_batch is None else mini_batch[rows],
         out=node.out,
@@ -130,9 +121,12 @@ def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchR
     and then in the worker's order for made rows.
     """
     answers = [replies[rank] for rank in shards.answering]
-    metrics = combine(reply.metrics for reply in answers)
+    # In a weight transfer every rank of both groups may report, and reports once.
+    metrics = combine(reply.metrics for reply in (replies if node.kind == "reshard" else answers))
     seconds = max((reply.seconds for reply in replies), default=0.0)
     nbytes = sum(reply.nbytes for reply in answers)
+    if node.kind == "reshard" and "sync_bytes" in metrics:
+        nbytes = int(metrics["sync_bytes"].total)
     state = next((reply.state for reply in answers if reply.state is not None), None)
     if not any(reply.stored or reply.parent is not None for reply in answers):
         return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state)
@@ -162,8 +156,20 @@ def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchR
         rows_table = moved.rows if tokens[0] is None else RowTable(moved.rows.group, _joined(tokens)[order])
         carried = moved.columns
     return NodeOutput(
-        batch=BatchRef(rows_table, {**carried, **stored}), metrics=metrics, seconds=seconds, nbytes=nbytes, state=state
+        batch=BatchRef(rows_table, {**carried, **stored}),
+        metrics=metrics,
+        seconds=seconds,
+        nbytes=nbytes,
+        state=state,
+        places=_places(order, counts),
     )
+
+
+def _places(order: IntArray, counts: Sequence[int]) -> tuple[IntArray, ...]:
+    """For each rank, where its rows are once sorted by `order` (positions in all ranks' rows one after the other)."""
+    where = np.empty_like(order)
+    where[order] = np.arange(len(order))
+    return tuple(np.split(where, np.cumsum(counts)[:-1]))
 
 
 def _joined(arrays: Sequence[Any]) -> IntArray:

@@ -1,6 +1,7 @@
 """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300): no critic, the group is the baseline."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_dist.algorithms import ppo_clip
 from rlhf_dist.dataflow.recipe import recipe
@@ -24,6 +25,11 @@ class GRPO:
     """Weight of the KL estimate in the loss; 0 for none, and then no reference is held."""
     scale: bool = True
     """Divide by the group's standard deviation (False: Dr. GRPO)."""
+    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
+    sequence, masked, or none."""
+    correction_cap: float = 2.0
+    """Largest importance weight, >= 1."""
 
 
 @recipe
@@ -37,5 +43,11 @@ def grpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, c
         batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
     batch = grpo_advantage(batch, scale=cfg.scale)
-    loss = ppo_clip(cfg.clip, kl_coef=cfg.kl_coef, on_policy=one_update)
+    loss = ppo_clip(
+        cfg.clip,
+        kl_coef=cfg.kl_coef,
+        on_policy=one_update,
+        correction=cfg.correction,
+        correction_cap=cfg.correction_cap,
+    )
     actor.update_actor(batch, loss=loss, mini_batches=cfg.mini_batches, epochs=cfg.epochs)

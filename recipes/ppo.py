@@ -1,6 +1,7 @@
 """Proximal policy optimisation for language models (Schulman et al. 2017; Ouyang et al. 2022)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.dataflow.recipe import recipe
@@ -30,6 +31,11 @@ class PPO:
     """Penalty on log pi - log pi_ref, added to each token's reward; 0 for none."""
     critic_warmup: int = 0
     """Steps in which only the critic learns."""
+    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
+    sequence, masked, or none."""
+    correction_cap: float = 2.0
+    """Largest importance weight, >= 1."""
 
 
 @recipe
@@ -44,4 +50,5 @@ def ppo(prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, re
     batch = whiten(batch)
     cuts = {"mini_batches": cfg.mini_batches, "epochs": cfg.epochs}
     critic.update_critic(batch, loss=value_clip(cfg.value_clip), **cuts)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), after=cfg.critic_warmup, **cuts)
+    loss = ppo_clip(cfg.clip, correction=cfg.correction, correction_cap=cfg.correction_cap)
+    actor.update_actor(batch, loss=loss, after=cfg.critic_warmup, **cuts)

@@ -1,6 +1,7 @@
 """ReMax (Li et al. 2023, arXiv 2310.10505): the greedy response's reward is the baseline, no critic."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_dist.algorithms import policy_gradient
 from rlhf_dist.dataflow.recipe import recipe
@@ -14,6 +15,11 @@ class ReMax:
 
     kl_coef: float = 0.02
     """Penalty on log pi - log pi_ref in the reward; 0 for none, and then no reference is held."""
+    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
+    sequence, masked, or none."""
+    correction_cap: float = 2.0
+    """Largest importance weight, >= 1."""
 
 
 @recipe
@@ -28,4 +34,5 @@ def remax(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, 
     greedy = reward.compute_reward(greedy)
     batch = batch.join(greedy, baseline_rewards="rewards")
     batch = remax_advantage(batch, kl_coef=cfg.kl_coef)
-    actor.update_actor(batch, loss=policy_gradient())
+    loss = policy_gradient(correction=cfg.correction, correction_cap=cfg.correction_cap)
+    actor.update_actor(batch, loss=loss)

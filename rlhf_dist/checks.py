@@ -17,7 +17,7 @@ from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.model_folder import ModelShape, read_shape
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles
+from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.typed import ConfigError
 
 CPU_SLOTS = 8
@@ -35,16 +35,22 @@ def check_launch(launch: Launch) -> list[str]:
         for role, settings in launch.used_roles.items()
         if (model := _model(settings)) is not None
     }
-    pools = pool_of_roles(launch.run.placement, launch.roles)
-    _check_slots(launch)
-    slots = {role: launch.run.placement.pools[pool].slots for role, pool in pools.items() if pool != HOST_POOL}
-    check_engines(launch, shapes, slots)
-    _check_rollout(launch, shapes, pools)
+    generating = launch.dataflow.generating
+    pools = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, generating)
+    check_staleness(launch.run.placement, pools, generating)
+    sizes = {
+        name: pool_size(launch.run.placement, name)
+        for name in launch.run.placement.pools
+        if any(at == name and role.split(".")[0] in launch.used_roles for role, at in pools.items())
+    }
+    _check_slots(launch, sizes)
+    check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
+    _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_mini_batches(launch, rows)
     _check_sources(launch)
-    return _plan(launch, pools, rows)
+    return _plan(launch, pools, sizes, rows)
 
 
 # --- settings by themselves --------------------------------------------------------------------------------
@@ -56,9 +62,11 @@ def _check_numbers(launch: Launch) -> None:
         "data.max_prompt_tokens": (run.data.max_prompt_tokens, 1),
         "data.max_response_tokens": (run.data.max_response_tokens, 1),
         "placement.host_processes": (run.placement.host_processes, 1),
+        "placement.slots": (run.placement.slots, 0),
         "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
         **{f"output.{name}": (value, 0) for name, value in vars(run.output).items() if type(value) is int},
         **{f"placement.pools.{name}.slots": (pool.slots, 1) for name, pool in run.placement.pools.items()},
+        **{f"placement.pools.{name}.nodes": (pool.nodes, 0) for name, pool in run.placement.pools.items()},
     }
     above_zero = {"ray.ready_timeout_s": run.ray.ready_timeout_s, "ray.call_timeout_s": run.ray.call_timeout_s}
     for role, settings in launch.roles.items():
@@ -76,6 +84,7 @@ def _check_numbers(launch: Launch) -> None:
             for name in ("tensor_parallel", "max_prompt_tokens", "max_response_tokens", "bucket_bytes"):
                 at_least[f"{role}.rollout.{name}"] = (getattr(rollout, name), 1)
             at_least[f"{role}.rollout.top_k"] = (rollout.top_k, 0)
+            at_least[f"{role}.rollout.ratio_tolerance"] = (rollout.ratio_tolerance, 0)
             above_zero[f"{role}.rollout.temperature"] = rollout.temperature
             above_zero[f"{role}.rollout.top_p"] = rollout.top_p
             if rollout.top_p > 1:
@@ -136,10 +145,16 @@ def _check_rewards(launch: Launch) -> None:
 
 
 # --- settings against the machine and the model --------------------------------------------------------------
-def _check_slots(launch: Launch) -> None:
+def _check_slots(launch: Launch, sizes: dict[str, int]) -> None:
     if launch.run.ray.address is not None:
         return  # The cluster knows what it has; the controller asks it and waits a bounded time.
-    pools = launch.run.placement.pools
+    pools = {name: launch.run.placement.pools[name] for name in sizes}
+    for name, pool in pools.items():
+        if pool.nodes > 1:
+            raise ConfigError(
+                f"placement.pools.{name}.nodes = {pool.nodes} needs a cluster, and a run without ray.address has this "
+                f"machine only; set ray.address, or placement.pools.{name}.nodes=0"
+            )
     gpus = visible_gpus()
     on_gpu = {name: pool for name, pool in pools.items() if pool.device == "cuda" or (pool.device == "auto" and gpus)}
     if on_gpu and not gpus:
@@ -149,9 +164,9 @@ def _check_slots(launch: Launch) -> None:
         )
     limits = (("GPUs", on_gpu, gpus), ("processes", pools.keys() - on_gpu.keys(), max(CPU_SLOTS, os.cpu_count() or 1)))
     for what, names, limit in limits:
-        wanted = sum(pools[name].slots for name in names)
+        wanted = sum(sizes[name] for name in names)
         if wanted > limit:
-            each = ", ".join(f"{name} {pools[name].slots}" for name in names)
+            each = ", ".join(f"{name} {sizes[name]}" for name in names)
             raise ConfigError(
                 f"placement.pools need {wanted} slots ({each}), but this machine offers {limit} {what}; "
                 f"use fewer slots, place roles together, or set ray.address to a larger cluster"
@@ -169,14 +184,15 @@ def visible_gpus() -> int:
     return count if visible is None else min(count, len([entry for entry in visible.split(",") if entry.strip()]))
 
 
-def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[str, str]) -> None:
+def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[str, str], sizes: dict[str, int]) -> None:
     for role, settings in launch.roles.items():
         if not isinstance(settings, ActorConfig) or not _generates(launch, role):
             continue
         size, key = settings.rollout.tensor_parallel, f"{role}.rollout.tensor_parallel"
-        slots = launch.run.placement.pools[pools[role]].slots
+        pool = pools.get(rollout_of(role), pools[role])
+        slots = sizes[pool]
         if slots % size:
-            raise ConfigError(f"{key} must divide the {slots} slots of pool {pools[role]!r}, got {size}")
+            raise ConfigError(f"{key} must divide the {slots} slots of pool {pool!r}, got {size}")
         shape = shapes[role]
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
             if count is not None and count % size:
@@ -293,11 +309,11 @@ def _model(settings: RoleConfig) -> ModelConfig | None:
 
 
 def _generates(launch: Launch, role: str) -> bool:
-    return any(f"{role}.rollout" in node.weights_read for node in launch.dataflow)
+    return role in launch.dataflow.generating
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
-def _plan(launch: Launch, pools: dict[str, str], rows: dict[str, tuple[int, bool]]) -> list[str]:
+def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: dict[str, tuple[int, bool]]) -> list[str]:
     run = launch.run
     tokens, _ = max_row_tokens(launch)
     most = max((count for count, _ in rows.values()), default=0)
@@ -312,19 +328,49 @@ def _plan(launch: Launch, pools: dict[str, str], rows: dict[str, tuple[int, bool
             f"learning  {node.role}: {mini_batches} mini-batches x {epochs} epochs = {mini_batches * epochs} "
             f"optimizer steps{_cadence(node)} ({node.op})"
         )
+    used = {role: at for role, at in pools.items() if role.split(".")[0] in launch.used_roles}
     for name, pool in run.placement.pools.items():
-        roles = ", ".join(role for role, at in pools.items() if at == name and role in launch.used_roles)
-        lines.append(f"pool      {name}: {pool.slots} slots ({pool.device}) for {roles}")
-    rules = [role for role, at in pools.items() if at == HOST_POOL and role in launch.used_roles]
-    on_host = ", ".join(["sources, host ops", *rules])
+        if name not in sizes:
+            lines.append(f"pool      {name}: not started, no role of this recipe runs there")
+            continue
+        roles = ", ".join(role for role, at in used.items() if at == name)
+        where = f" on {pool.nodes} nodes" if pool.nodes else ""
+        lines.append(f"pool      {name}: {sizes[name]} slots{where} ({pool.device}) for {roles}")
+    on_host = ", ".join(["sources, host ops", *(role for role, at in used.items() if at == HOST_POOL)])
     lines.append(f"pool      {HOST_POOL}: {run.placement.host_processes} CPU processes for {on_host}")
+    for role in launch.dataflow.generating:
+        lines.append(f"rollout   {role}: {_freshness(launch, role, rollout_of(role) in pools)}")
     width = max(len(node.name) for node in launch.dataflow)
     for number, node in enumerate(launch.dataflow, start=1):
         count, dropped = rows[node.name]
         amount = f"{'up to ' if dropped else ''}{count} rows" if count else "weights"
-        where = pools.get(node.role, "controller" if node.kind in ("state", "join") else HOST_POOL)
-        lines.append(f"{number:>4}      {node.name:<{width}}  {amount:<14} {where}{_cadence(node)}".rstrip())
+        lines.append(
+            f"{number:>4}      {node.name:<{width}}  {amount:<14} {_where(node, pools)}{_cadence(node)}".rstrip()
+        )
     return lines
+
+
+def _where(node: Node, pools: dict[str, str]) -> str:
+    """The pool a node runs on; `from -> to` for a weight transfer between two."""
+    apart = pools.get(rollout_of(node.role))
+    if apart is not None and node.kind == "reshard":
+        return f"{pools[node.role]} -> {apart}"
+    if apart is not None and rollout_of(node.role) in node.weights_read:
+        return apart
+    return pools.get(node.role, "controller" if node.kind in ("state", "join") else HOST_POOL)
+
+
+def _freshness(launch: Launch, role: str, apart: bool) -> str:
+    placement = launch.run.placement
+    if not apart:
+        return "in the training pool, weights synced every step (on-policy)"
+    if not placement.max_staleness:
+        return f"in pool {placement.rollout}, weights synced every step (on-policy)"
+    how = "interrupted by" if placement.interrupt else "delays"
+    return (
+        f"in pool {placement.rollout}, runs up to {placement.max_staleness} updates ahead (off-policy); a running "
+        f"generation {'is ' if placement.interrupt else ''}{how} a weight sync"
+    )
 
 
 def _cadence(node: Node) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,13 @@ def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any]) -> 
     dataflow = trace(recipe, algorithm)
     settings = _build(root, composed, recipe.roles.keys() - dataflow.used_roles)
     _check_rows(recipe, settings)
+    run = RunConfig(**{item.name: getattr(settings, item.name) for item in fields(RunConfig)})
     return Launch(
         recipe=recipe,
-        run=RunConfig(**{item.name: getattr(settings, item.name) for item in fields(RunConfig)}),
+        run=run,
         algorithm=algorithm,
         roles={name: getattr(settings, name) for name in recipe.roles},
-        dataflow=dataflow,
+        dataflow=replace(dataflow, staleness=max(run.placement.max_staleness, 0)),
         yaml=OmegaConf.to_yaml(composed, resolve=True),
     )
 

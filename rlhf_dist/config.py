@@ -124,6 +124,9 @@ class RolloutConfig:
     """KV cache per rank, bytes (CPU); on CUDA 0 lets vLLM take `gpu_memory_share`."""
     gpu_memory_share: float = 0.5
     """Share of the GPU's memory for vLLM when kv_cache_bytes is 0."""
+    ratio_tolerance: float = 0.0
+    """Largest mean |pi_train / pi_rollout - 1| over a step's tokens where both hold the same weights; more is an
+    error. 0: 0.01 in float32, 0.5 in bfloat16."""
     bucket_bytes: int = 64 << 20
     """Most bytes of weights on their way at one time in a weight sync, per rank."""
     sleeps: bool = True
@@ -232,19 +235,32 @@ class PoolConfig:
     """A set of slots (a GPU, or a process on a machine without one); roles in one pool share its processes."""
 
     slots: int = 1
-    """Processes, one per GPU."""
+    """Processes, one per GPU; with `nodes`, on each of them."""
+    nodes: int = 0
+    """Nodes the pool spans, `slots` on each; 0: `slots` in all, on as few nodes as have room."""
+    share: float = 0.0
+    """Slots as a share of `placement.slots` instead, rounded down; 0 for `slots`."""
     device: str = "auto"
     """`auto` (cuda where there is one), `cuda` or `cpu`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementConfig:
-    """Which role runs where."""
+    """Which role runs where, and how far generation may run ahead."""
 
     pools: dict[str, PoolConfig] = field(default_factory=dict)
     """Pool name -> its slots."""
     roles: dict[str, str] = field(default_factory=dict)
-    """Role -> pool. `default` stands for every role not named."""
+    """Role -> pool. A key may be a role of the recipe, a kind of role (`Critic`), or `default` for all others."""
+    rollout: str | None = None
+    """Pool that generates, with weights of its own; None: the actor's pool."""
+    max_staleness: int = 0
+    """Updates that the policy which generates may be behind; 0 is synchronous. Above 0 needs a rollout pool."""
+    interrupt: bool = False
+    """Interrupt generation at a weight update and continue the responses with the new weights; for max_staleness
+    above 0. False: the update waits until the responses are done."""
+    slots: int = 0
+    """Slots that pools with a `share` divide; 0 where none has one."""
     cluster: str | None = None
     """Cluster that placement=auto plans for, e.g. 2x8xH100; None: this machine."""
     calibration: str | None = None

@@ -38,8 +38,10 @@ class Mesh:
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Rank -> its index on every axis."""
-        index = np.unravel_index(rank, tuple(self.axes.values()))
-        return {axis: int(position) for axis, position in zip(self.axes, index, strict=True)}
+        at: dict[str, int] = {}
+        for axis in reversed(list(self.axes)):
+            rank, at[axis] = divmod(rank, self.axes[axis])
+        return at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,24 +111,35 @@ def balance(
     load = np.bincount(unit_of_row, weights=weight, minlength=count).astype(np.int64)
     part_of_unit = np.full(count, -1, dtype=np.int64)
     filled = np.zeros(parts, dtype=np.int64)
-    order = np.argsort(-load, kind="stable")
     if home is not None:
-        limit = (1 + slack) * load.sum() / parts
         home_of_unit = np.full(count, -1, dtype=np.int64)
         home_of_unit[unit_of_row[::-1]] = np.asarray(home, dtype=np.int64)[::-1]
-        for unit in order:
-            at = home_of_unit[unit]
-            if at >= 0 and filled[at] + load[unit] <= limit:
-                part_of_unit[unit] = at
-                filled[at] += load[unit]
-    left = order[part_of_unit[order] < 0]
+        limit = (1 + slack) * load.sum() / parts
+        _stay_home(part_of_unit, filled, load, home_of_unit, limit)
+    left = np.flatnonzero(part_of_unit < 0)
+    left = left[np.argsort(-load[left], kind="stable")]
     part_of_unit[left] = _largest_first(load[left], filled)
     if home is None and count and (worst := _largest_part(load, part_of_unit, parts)) > _EVEN * load.sum() / parts:
         differenced = karmarkar_karp(load, parts)
         if _largest_part(load, differenced, parts) < worst:
             part_of_unit = differenced
     part_of_row = part_of_unit[unit_of_row] if len(weight) else np.empty(0, dtype=np.int64)
-    return [np.flatnonzero(part_of_row == part).astype(np.int64) for part in range(parts)]
+    by_part = np.argsort(part_of_row, kind="stable").astype(np.int64)
+    return np.split(by_part, np.searchsorted(part_of_row[by_part], np.arange(1, parts)))
+
+
+def _stay_home(part_of_unit: IntArray, filled: IntArray, load: IntArray, home: IntArray, limit: float) -> None:
+    """Put units in their home part, the largest first, while it carries at most `limit`; fills the first two."""
+    for part in range(len(filled)):
+        at_home = np.flatnonzero(home == part)
+        if load[at_home].sum() <= limit:
+            part_of_unit[at_home] = part
+            filled[part] = load[at_home].sum()
+            continue
+        for unit in at_home[np.argsort(-load[at_home], kind="stable")].tolist():
+            if filled[part] + load[unit] <= limit:
+                part_of_unit[unit] = part
+                filled[part] += load[unit]
 
 
 _EVEN = 1.01

@@ -34,6 +34,8 @@ class OpSpec:
     name: str
     reads: Columns
     writes: Columns = ()
+    optional: tuple[str, ...] = ()
+    """Columns it reads where the batch has them."""
     rows: RowEffect = "keep"
     weights_read: str | None = None
     weights_written: str | None = None
@@ -41,6 +43,9 @@ class OpSpec:
     dispatch: TransferProtocol = ROWS
     mesh: str = "train"
     """Which of the role's meshes the rows are spread over: `train` or `rollout`."""
+    streams: bool = False
+    """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
+    processes), it may be given the first finished rows of its input while the others are being made."""
 
     def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Column names for these arguments."""
@@ -51,11 +56,13 @@ def op(
     *,
     reads: Columns,
     writes: Columns = (),
+    optional: tuple[str, ...] = (),
     rows: RowEffect = "keep",
     weights_read: str | None = None,
     weights_written: str | None = None,
     dispatch: TransferProtocol = ROWS,
     mesh: str = "train",
+    streams: bool = False,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
 
@@ -64,11 +71,13 @@ def op(
             name=function.__name__,
             reads=reads,
             writes=writes,
+            optional=optional,
             rows=rows,
             weights_read=weights_read,
             weights_written=weights_written,
             dispatch=dispatch,
             mesh=mesh,
+            streams=streams,
         )
         return function
 
@@ -109,9 +118,10 @@ class Actor(Role, Protocol):
         """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along."""
         ...
 
-    @op(reads=SEQUENCE, writes=("old_log_probs", "entropy"), weights_read="train")
+    @op(reads=SEQUENCE, writes=("old_log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")
     def compute_log_prob(self, batch: Batch) -> Batch:
-        """Log-probs of the responses under the policy as it is before this step's update."""
+        """Log-probs of the responses under the policy as it is before this step's update. Reports how far they are
+        from those of sampling, where the batch has them."""
         ...
 
     @op(reads=_loss_columns, weights_read="train", weights_written="train")
@@ -153,7 +163,7 @@ class Reward(Role, Protocol):
     worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
     rule_worker: ClassVar[str] = "workers.rule_reward:RuleRewardWorker"
 
-    @op(reads=("prompt_ids", "response_ids", "prompt", "response", "answer"), writes=("rewards",))
+    @op(reads=("prompt_ids", "response_ids", "prompt", "response", "answer"), writes=("rewards",), streams=True)
     def compute_reward(self, batch: Batch) -> Batch:
         """The terminal reward of every row."""
         ...

@@ -72,6 +72,8 @@ class OpResult:
     """Add up over answering ranks; an op whose ranks all know the same number reports it on rank 0 only."""
     state: Mapping[str, float] | None = None
     """New numbers of a State."""
+    interrupted: bool = False
+    """Generation that was asked to stop early; the worker keeps what it has and goes on when it is called again."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +93,16 @@ class Reply:
     groups: IntArray | None = None
     metrics: Metrics = field(default_factory=dict)
     state: Mapping[str, float] | None = None
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why there is no reply of a rank."""
+
+    lost: bool
+    """The process died or does not answer; False: the op raised."""
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +128,21 @@ class WorkerContext:
     """[world] which machine each rank of the pool is on; empty for one machine."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where the ranks of a pool that trains and of one that generates meet for weight syncs."""
+
+    address: str
+    port: int
+    rank: int
+    """Counted over both pools, those that send first; rank 0 hosts the store."""
+    senders: int
+    nodes: tuple[int, ...]
+    """[ranks of both pools] which machine each is on."""
+
+    @property
+    def world(self) -> int:
+        """Ranks of both pools."""
+        return len(self.nodes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controller.critical_path import critical_path, lower_bound_s, seconds_on_path
 from controller.executor import Finished, StepReport, run_steps
+from controller.simulation import Clock, Span, simulate
 from recipes.dpo import dpo
 from recipes.ppo import PPO, ppo
 from recipes.remax import remax
@@ -16,54 +19,36 @@ from recipes.safe_rlhf import safe_rlhf
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.trace import trace
 
-
-@dataclass
-class Clock:
-    """A runner whose nodes take the time they are given."""
-
-    pools: dict[str, str]
-    seconds: dict[str, float] = field(default_factory=dict)
-    now: float = 0.0
-    running: list[Finished] = field(default_factory=list)
-    history: list[Finished] = field(default_factory=list)
-
-    def pool_of(self, node: Node) -> str | None:
-        return self.pools.get(node.role)
-
-    def launch(self, node: Node, step: int) -> None:
-        ends = self.now + self.seconds.get(node.name, 1.0)
-        self.running.append(Finished(node=node.name, step=step, started_s=self.now, ended_s=ends, metrics={}))
-
-    def wait(self) -> list[Finished]:
-        first = min(self.running, key=lambda one: one.ended_s)
-        self.running.remove(first)
-        self.now = first.ended_s
-        self.history.append(first)
-        return [first]
-
-    def end_step(self, step: int) -> None:
-        pass
-
-    def span(self, name: str, step: int = 0) -> Finished:
-        return next(one for one in self.history if (one.node, one.step) == (name, step))
-
-
-def run(dataflow: Dataflow, clock: Clock, steps: int = 1, **options: object) -> list[StepReport]:
-    reports: list[StepReport] = []
-    run_steps(dataflow, clock, start=0, stop=steps, on_step=reports.append, **options)  # type: ignore[arg-type]
-    return reports
-
-
 COLOCATED = dict.fromkeys(("actor", "critic", "reference"), "main")
 SPLIT = {"actor": "a", "reference": "a", "critic": "b"}
+APART = {"actor": "a", "critic": "b", "reference": "c"}
+
+
+def at(spans: list[Span], name: str, step: int = 0) -> Span:
+    return next(span for span in spans if (span.node, span.step) == (name, step))
+
+
+def schedule(
+    dataflow: Dataflow,
+    pool_of: Mapping[str, str | tuple[str, ...]],
+    steps: int = 1,
+    seconds: Mapping[str, float] | None = None,
+    **options: object,
+) -> list[Span]:
+    given_seconds = seconds or {}
+    return simulate(
+        dataflow,
+        pool_of=pool_of,
+        seconds=lambda node, step: given_seconds.get(node.name, 1.0),
+        steps=steps,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def test_roles_of_one_pool_take_turns_in_recipe_order() -> None:
-    clock = Clock(COLOCATED)
-    run(trace(ppo), clock)
-    spans = sorted((one for one in clock.history if one.node.split(".")[0] in COLOCATED), key=lambda one: one.started_s)
-    assert all(before.ended_s <= after.started_s for before, after in zip(spans, spans[1:], strict=False))
-    assert [one.node for one in spans][:4] == [
+    spans = [span for span in schedule(trace(ppo), COLOCATED) if span.pool]
+    assert all(before.end_s <= after.start_s for before, after in zip(spans, spans[1:], strict=False))
+    assert [span.node for span in spans][:4] == [
         "actor.generate_sequences",
         "actor.compute_log_prob",
         "critic.compute_values",
@@ -72,36 +57,42 @@ def test_roles_of_one_pool_take_turns_in_recipe_order() -> None:
 
 
 def test_siblings_on_different_pools_overlap() -> None:
-    clock = Clock({"actor": "a", "critic": "b", "reference": "c"})
-    run(trace(ppo), clock)
-    spans = [clock.span(name) for name in ("actor.compute_log_prob", "critic.compute_values")]
-    spans.append(clock.span("reference.compute_ref_log_prob"))
-    assert len({one.started_s for one in spans}) == 1, "all three wait for generation only"
+    spans = schedule(trace(ppo), APART)
+    names = ("actor.compute_log_prob", "critic.compute_values", "reference.compute_ref_log_prob")
+    assert len({at(spans, name).start_s for name in names}) == 1, "all three wait for generation only"
 
 
 def test_generation_of_the_next_step_waits_for_the_reshard_of_this_one() -> None:
-    clock = Clock({"actor": "a", "critic": "b", "reference": "c"}, {"critic.update_critic": 50.0})
-    run(trace(ppo), clock, steps=2)
-    assert clock.span("actor.generate_sequences", 1).started_s >= clock.span("actor.reshard", 0).ended_s
-    assert clock.span("prompts", 1).started_s < clock.span("actor.update_actor", 0).started_s, "prompts are prefetched"
+    spans = schedule(trace(ppo), APART, 2, {"critic.update_critic": 50.0})
+    assert at(spans, "actor.generate_sequences", 1).start_s >= at(spans, "actor.reshard", 0).end_s
+    assert at(spans, "prompts", 1).start_s < at(spans, "actor.update_actor", 0).start_s, "prompts are prefetched"
     # The slow critic does not hold the actor back, only its own next use.
-    assert clock.span("actor.generate_sequences", 1).started_s < clock.span("critic.update_critic", 0).ended_s
-    assert clock.span("critic.compute_values", 1).started_s >= clock.span("critic.update_critic", 0).ended_s
+    assert at(spans, "actor.generate_sequences", 1).start_s < at(spans, "critic.update_critic", 0).end_s
+    assert at(spans, "critic.compute_values", 1).start_s >= at(spans, "critic.update_critic", 0).end_s
 
 
 def test_nothing_of_the_next_step_starts_before_a_barrier_is_passed() -> None:
-    clock = Clock(SPLIT)
-    run(trace(ppo), clock, steps=4, barrier=lambda step: step == 1)
-    end_of_1 = max(one.ended_s for one in clock.history if one.step == 1)
-    assert all(one.started_s >= end_of_1 for one in clock.history if one.step >= 2)
-    assert clock.span("prompts", 1).started_s < max(one.ended_s for one in clock.history if one.step == 0)
+    spans = schedule(trace(ppo), SPLIT, 4, barrier=lambda step: step == 1)
+    end_of_1 = max(span.end_s for span in spans if span.step == 1)
+    assert all(span.start_s >= end_of_1 for span in spans if span.step >= 2)
+    assert at(spans, "prompts", 1).start_s < max(span.end_s for span in spans if span.step == 0)
 
 
 def test_a_warm_up_skips_the_actors_update_and_nothing_waits_for_it() -> None:
-    clock = Clock(COLOCATED)
-    reports = run(trace(ppo, PPO(critic_warmup=2)), clock, steps=3)
-    updates = [one.step for one in clock.history if one.node == "actor.update_actor"]
+    reports: list[StepReport] = []
+    spans = schedule(trace(ppo, PPO(critic_warmup=2)), COLOCATED, 3, on_step=reports.append)
+    updates = [span.step for span in spans if span.node == "actor.update_actor"]
     assert updates == [2] and [report.step for report in reports] == [0, 1, 2]
+
+
+def test_a_node_on_two_pools_waits_for_both_and_is_not_overtaken() -> None:
+    pools = {**SPLIT, "actor.reshard": ("a", "b")}
+    spans = schedule(trace(ppo), pools, 3, {"critic.update_critic": 5.0})
+    for step in range(2):
+        reshard = [span for span in spans if (span.node, span.step) == ("actor.reshard", step)]
+        assert [span.pool for span in reshard] == ["a", "b"] and reshard[0].start_s == reshard[1].start_s
+        assert reshard[0].start_s >= at(spans, "critic.update_critic", step).end_s, "it shares the critic's pool"
+        assert at(spans, "actor.generate_sequences", step + 1).start_s >= reshard[0].end_s
 
 
 def test_a_failing_node_ends_the_run() -> None:
@@ -109,8 +100,9 @@ def test_a_failing_node_ends_the_run() -> None:
         def wait(self) -> list[Finished]:
             raise RuntimeError("rank 1 is gone")
 
+    clock = Failing({"actor": "a", "reference": "a"}, lambda node, step: 1.0)
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        run(trace(dpo), Failing({"actor": "a", "reference": "a"}))
+        run_steps(trace(dpo), clock, start=0, stop=1, on_step=lambda report: None)
 
 
 RECIPES = {recipe.name: trace(recipe) for recipe in (ppo, remax, safe_rlhf, dpo)}
@@ -121,21 +113,146 @@ RECIPES = {recipe.name: trace(recipe) for recipe in (ppo, remax, safe_rlhf, dpo)
 def test_every_schedule_ends_keeps_every_edge_and_never_shares_a_pool(data: st.DataObject) -> None:
     dataflow = RECIPES[data.draw(st.sampled_from(sorted(RECIPES)))]
     roles = sorted({node.role for node in dataflow} - {"host", "controller"})
-    pools = {role: data.draw(st.sampled_from(["p", "q", "r"])) for role in roles}
+    names = st.sampled_from(["p", "q", "r"])
+    pools: dict[str, str | tuple[str, ...]] = {role: data.draw(names) for role in roles}
+    pools |= {node.name: ("p", "q", "r")[: data.draw(st.integers(1, 3))] for node in dataflow if node.kind == "reshard"}
     seconds = {node.name: data.draw(st.floats(0.01, 9.0)) for node in dataflow}
     steps, barrier = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    clock = Clock(pools, seconds)
-    reports = run(
-        dataflow, clock, steps, open_steps=data.draw(st.integers(1, 3)), barrier=lambda step: step % barrier == 0
+    reports: list[StepReport] = []
+    spans = schedule(
+        dataflow,
+        pools,
+        steps,
+        seconds,
+        open_steps=data.draw(st.integers(1, 3)),
+        barrier=lambda step: step % barrier == 0,
+        on_step=reports.append,
     )
     assert [report.step for report in reports] == list(range(steps))
-    spans = {(one.node, one.step): one for one in clock.history}
-    assert len(spans) == len(clock.history) == steps * len(dataflow.nodes), "every node runs once a step"
+    when = {(span.node, span.step): span for span in spans}
+    assert sum(len(report.nodes) for report in reports) == len(when) == steps * len(dataflow.nodes), "every node once"
     for edge in dataflow.edges:
         for step in range(steps - edge.distance):
-            before, after = spans[edge.source, step], spans[edge.target, step + edge.distance]
-            assert before.ended_s <= after.started_s, edge
-    for pool in set(pools.values()):
-        names = {node.name for node in dataflow if pools.get(node.role) == pool}
-        busy = sorted((one.started_s, one.ended_s) for one in clock.history if one.node in names)
+            before, after = when[edge.source, step], when[edge.target, step + edge.distance]
+            assert before.end_s <= after.start_s, edge
+    _assert_pools_are_not_shared(spans)
+
+
+ROLLOUT_APART: dict[str, str | tuple[str, ...]] = {
+    **APART,
+    "actor.generate_sequences": "g",
+    "actor.generate_sequences#2": "g",
+    "actor.reshard": ("a", "g"),
+}
+
+
+def test_generation_runs_ahead_by_as_many_updates_as_it_may_be_stale() -> None:
+    seconds = {"actor.generate_sequences": 4.0, "actor.update_actor": 4.0}
+    synchronous = schedule(trace(ppo), ROLLOUT_APART, 6, seconds)
+    ahead = schedule(replace(trace(ppo), staleness=1), ROLLOUT_APART, 6, seconds)
+    assert at(synchronous, "actor.generate_sequences", 1).start_s >= at(synchronous, "actor.reshard", 0).end_s
+    assert at(ahead, "actor.generate_sequences", 1).start_s < at(ahead, "actor.update_actor", 0).end_s
+    assert at(ahead, "actor.generate_sequences", 2).start_s >= at(ahead, "actor.reshard", 0).end_s
+    assert max(span.end_s for span in ahead) < 0.75 * max(span.end_s for span in synchronous)
+
+
+def test_an_interrupted_generation_gives_way_to_the_sync_and_loses_no_time() -> None:
+    seconds = {"actor.generate_sequences": 10.0, "actor.update_actor": 1.0}
+    dataflow = replace(trace(ppo), staleness=1)
+    waiting = schedule(dataflow, ROLLOUT_APART, 3, seconds)
+    giving_way = schedule(dataflow, ROLLOUT_APART, 3, seconds, interrupt=True)
+    assert at(waiting, "actor.reshard", 0).start_s >= at(waiting, "actor.generate_sequences", 1).end_s
+    parts = [span for span in giving_way if (span.node, span.step) == ("actor.generate_sequences", 1)]
+    assert len(parts) == 2 and parts[0].end_s == at(giving_way, "actor.reshard", 0).start_s
+    assert sum(part.seconds for part in parts) == pytest.approx(10.0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_staleness_is_never_exceeded_and_work_is_conserved(data: st.DataObject) -> None:
+    """Whatever the durations, the bound, the first step, barriers and interruptions."""
+    staleness, interrupt = data.draw(st.integers(0, 3)), data.draw(st.booleans())
+    dataflow = replace(trace(data.draw(st.sampled_from([ppo, remax]))), staleness=staleness)
+    drawn = {(node.name, step): data.draw(st.floats(0.01, 9.0)) for node in dataflow for step in range(10)}
+    start, steps, every = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    spans = simulate(
+        dataflow,
+        pool_of=ROLLOUT_APART,
+        seconds=lambda node, step: drawn[node.name, step],
+        start=start,
+        steps=steps,
+        interrupt=interrupt,
+        barrier=lambda step: (step + 1) % every == 0,
+    )
+    _assert_pools_are_not_shared(spans)
+    synced = {span.step: span.end_s for span in spans if span.node == "actor.reshard"}
+    for span in (span for span in spans if span.node.startswith("actor.generate_sequences")):
+        # Counting goes on from the weights a resumed run starts with: those of `start` updates.
+        updates = start + sum(1 for end in synced.values() if end <= span.start_s)
+        assert span.step - updates <= staleness, (span, updates)
+        if span.step > start and span.step % every == 0:
+            assert updates == span.step, "nothing runs ahead over a barrier"
+    worked: dict[tuple[str, int, str | None], float] = {}
+    for span in spans:
+        worked[span.node, span.step, span.pool] = worked.get((span.node, span.step, span.pool), 0.0) + span.seconds
+    assert {(node, step) for node, step, _ in worked} == {
+        (node.name, step) for node in dataflow for step in range(start, start + steps)
+    }
+    for (node, step, _), seconds in worked.items():
+        assert seconds == pytest.approx(drawn[node, step]), "each node takes its time, once"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_schedule_beats_the_lower_bound_and_colocated_ones_reach_it(data: st.DataObject) -> None:
+    dataflow = replace(trace(ppo), staleness=data.draw(st.integers(0, 2)))
+    seconds = {node.name: data.draw(st.floats(0.01, 9.0)) for node in dataflow}
+    steps = data.draw(st.integers(1, 5))
+    pools = data.draw(st.sampled_from([ROLLOUT_APART, APART, SPLIT]))
+    spans = schedule(dataflow, pools, steps, seconds)
+    clock = Clock(pools, lambda node, step: seconds[node.name])
+    bound = lower_bound_s(dataflow, pools_of=clock.pools_of, seconds=lambda n, _: seconds[n.name], steps=steps)
+    assert max(span.end_s for span in spans) >= bound - 1e-6
+    together = dict.fromkeys((node.role for node in dataflow), "main")
+    everything = Clock(together, lambda node, step: seconds[node.name])
+    one_by_one = schedule(dataflow, together, steps, seconds)
+    bound = lower_bound_s(dataflow, pools_of=everything.pools_of, seconds=lambda n, _: seconds[n.name], steps=steps)
+    assert max(span.end_s for span in one_by_one) == pytest.approx(bound)
+
+
+def test_the_critical_path_names_what_the_end_waited_for() -> None:
+    pools_of = Clock(APART, lambda node, step: 1.0).pools_of
+    reports: list[StepReport] = []
+    schedule(trace(ppo), APART, 2, {"critic.update_critic": 20.0}, on_step=reports.append)
+    links = critical_path(trace(ppo), [one for report in reports for one in report.nodes], pools_of)
+    names = [(link.node, link.step) for link in links]
+    assert names[-1] == ("critic.update_critic", 1) and ("critic.update_critic", 0) in names
+    assert seconds_on_path(links)["critic.update_critic"] == 40.0
+    assert sum(link.seconds + link.waited_s for link in links) == max(r.ended_s for r in reports)
+
+
+def test_a_streamed_node_starts_with_its_source_and_is_launched_once() -> None:
+    class Streaming(Clock):
+        launched: list[tuple[str, int]]
+
+        def streams(self, source: Node, target: Node) -> bool:
+            return (source.name, target.name) == ("actor.generate_sequences", "reward.compute_reward")
+
+        def launch(self, node: Node, step: int) -> None:
+            self.launched.append((node.name, step))
+            super().launch(node, step)
+
+    clock = Streaming(APART, lambda node, step: 5.0 if node.name == "reward.compute_reward" else 1.0)
+    clock.launched = []
+    run_steps(trace(ppo), clock, start=0, stop=3, on_step=lambda report: None)
+    started = {(one.node, one.step): one.started_s for one in clock.history}
+    for step in range(3):
+        assert started["reward.compute_reward", step] == started["actor.generate_sequences", step]
+        assert started["gae", step] >= started["reward.compute_reward", step] + 5.0
+    assert len(clock.launched) == len(set(clock.launched))
+
+
+def _assert_pools_are_not_shared(spans: list[Span]) -> None:
+    for pool in {span.pool for span in spans} - {None}:
+        busy = sorted((span.start_s, span.end_s) for span in spans if span.pool == pool)
         assert all(end <= start for (_, end), (start, _) in zip(busy, busy[1:], strict=False))

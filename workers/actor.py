@@ -1,130 +1,127 @@
-"""The actor: a training engine and, where the recipe generates, a generation engine in the same process."""
+"""The actor: a training engine and, unless generation has a pool of its own, a generation engine beside it."""
 
 from __future__ import annotations
-
-import hashlib
 
 import numpy as np
 
 from rlhf_dist.algorithms.contract import Loss
-from rlhf_dist.batch import Batch, Column
+from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
+from rlhf_dist.algorithms.ragged import FloatArray
+from rlhf_dist.batch import Batch
 from rlhf_dist.config import ActorConfig
-from rlhf_dist.metrics import Mean
-from rlhf_dist.reshard.groups import colocated_axes, rollout_grid
-from rlhf_dist.sampling import Sampling
-from rlhf_dist.wire import Call, OpResult, WorkerContext
-from workers.engines.build import new_generation_engine, new_training_engine
-from workers.engines.generation import GenerationEngine, Response
+from rlhf_dist.metrics import Mean, Metrics
+from rlhf_dist.reshard.groups import colocated_axes
+from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
+from workers.engines.build import new_training_engine
 from workers.reshard.colocated import ColocatedSync
+from workers.reshard.separate import TrainingEnd
+from workers.rollout import RolloutWorker, sync_metrics
 from workers.trained_role import NOTHING, TrainedRole
+
+RATIO_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
+"""Rollout dtype -> largest mean |ratio - 1|. Measured: 5e-7 in float32, 0.06 to 0.1 (with outliers) in bfloat16."""
+
+
+class OffPolicy(RuntimeError):
+    """On-policy rows were not sampled by the policy that is trained."""
 
 
 class ActorWorker(TrainedRole):
     """One rank of the actor. Implements `rlhf_dist.roles.Actor`, and `reshard`."""
 
-    def __init__(self, context: WorkerContext, config: ActorConfig, trains: bool = True) -> None:
-        """`trains` False: no optimizer (evaluation only). The generation engine comes up after the training
-        engine: it reuses the process group that is there by then."""
+    def __init__(
+        self,
+        context: WorkerContext,
+        config: ActorConfig,
+        trains: bool = True,
+        generates_here: bool = True,
+        on_policy: bool = True,
+    ) -> None:
+        """`trains` False: no optimizer (evaluation only). `on_policy`: rows were sampled with the weights that are
+        trained, which is checked. The generation engine comes up after the training engine: it reuses the process
+        group that is there by then."""
         optimizer = config.optimizer if trains else None
         engine = new_training_engine(config.model, config.engine, optimizer, "policy", context)
         super().__init__(context, engine, optimizer)
-        self.config = config
+        self.config, self.on_policy = config, on_policy
         self.temperature = config.rollout.temperature
-        self.rollout: GenerationEngine | None = None
-        if context.generates:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-            copies = rollout_grid(colocated_axes(config, context.nodes or (0,) * context.world)).tolist()
-            self.rollout = new_generation_engine(config.model.path, config.rollout, context, copies)
-            self.sync = ColocatedSync(self.engine, self.rollout, config.rollout, context)
+        self.generation: RolloutWorker | None = None
+        if context.generates and generates_here:
+            axes = colocated_axes(config, context.nodes or (0,) * context.world)
+            self.generation = RolloutWorker(context, config, 0 if trains else None, axes=axes)
+            self.sync = ColocatedSync(self.engine, self.generation.engine, config.rollout, context)
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
-        """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
-        assert self.rollout is not None, "the recipe was planned without generation"
-        rollout = self.config.rollout
-        sampling = Sampling(
-            n=n,
-            greedy=greedy,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=rollout.max_response_tokens,
-        )
-        prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
-        seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
+        """`n` responses a prompt."""
+        assert self.generation is not None, "the recipe was planned without generation in this pool"
         self.sync.turn("generate")
-        responses = self.rollout.generate(prompts, sampling, seeds)
-        parent = np.repeat(np.arange(batch.num_rows), n)
-        columns = response_columns(responses, self.rollout.weights_version)
-        columns["response"] = Column.strings(
-            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        )
-        lengths = columns["response_ids"].lengths
-        tokens = batch["prompt_ids"].lengths[parent] + lengths
-        rows = float(len(responses))
-        return OpResult(
-            columns=Batch(columns, len(responses)),
-            parent=parent,
-            tokens=tokens,
-            metrics={
-                "response_tokens": Mean(float(lengths.sum()), rows),
-                "finished": Mean(float(columns["finished"].values.sum()), rows),
-                "empty_responses": Mean(float((lengths == 0).sum()), 0),
-                "rows": Mean(rows, 0),
-                "sequence_tokens": Mean(float(tokens.sum()), 0),
-            },
-        )
+        return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Old log-probs and entropy under the training engine, at the sampling temperature."""
         found = self.engine.forward(batch, ("log_probs", "entropy"), self.temperature)
         entropy = found["entropy"].values
+        metrics = {"entropy": Mean(float(entropy.sum(dtype=np.float64)), float(len(entropy)))}
+        if "rollout_log_probs" in batch:
+            metrics |= _mismatch(found["log_probs"].values, batch["rollout_log_probs"].values)
+            self._check_ratio(metrics)
         return OpResult(
             columns=Batch({"old_log_probs": found["log_probs"], "entropy": found["entropy"]}, batch.num_rows),
-            metrics={"entropy": Mean(float(entropy.sum(dtype=np.float64)), float(len(entropy)))},
+            metrics=metrics,
         )
 
     def update_actor(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
         """Optimizer steps on `loss`."""
         temperature = self.temperature if self.context.generates else 1.0
-        return self.update(batch, call, loss, mini_batches, epochs, temperature)
+        result = self.update(batch, call, loss, mini_batches, epochs, temperature)
+        self._check_ratio(result.metrics)
+        return result
+
+    def _check_ratio(self, metrics: Metrics) -> None:
+        """Raise OffPolicy where the policy that sampled is not the one that is trained, and should be."""
+        error = metrics["rollout_ratio_error"].value if "rollout_ratio_error" in metrics else 0.0
+        tolerance = self.config.rollout.ratio_tolerance or RATIO_TOLERANCE[self.config.rollout.dtype]
+        if self.on_policy and error > tolerance:
+            raise OffPolicy(
+                f"the ratio of recomputed to sampled probabilities must be 1 on-policy, its mean error is {error:.3g} "
+                f"> {tolerance:g}; raise actor.rollout.ratio_tolerance if generation's dtype or kernels explain it"
+            )
 
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
-        assert self.rollout is not None, "the recipe was planned without generation"
+        assert self.generation is not None, "the recipe was planned without generation in this pool"
         report = self.sync.run(must_change=self.moved)
         self.moved = False
-        metrics = {
-            "sync_seconds": Mean(report.seconds, 1),
-            "sync_bytes": Mean(float(report.bytes_received), 0),
-            "sync_parameters": Mean(float(report.parameters), 0),
-        }
+        self.generation.weights_step = call.step + 1
+        metrics = sync_metrics(report)
         if self.sync.turns is not None:
             for phase, peak in self.sync.turns.peak_bytes.items():
                 metrics[f"peak_bytes_{phase}"] = Mean(float(peak), 1)
                 metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
+    def connect(self, meeting: Meeting) -> None:
+        """Meet the ranks that generate, in a pool of their own; all of both pools do."""
+        self.sender = TrainingEnd(self.engine, self.config.rollout, self.context, meeting)
+
+    def send_weights(self, batch: Batch, call: Call) -> OpResult:
+        """The same move to another pool, whose ranks receive and verify meanwhile."""
+        self.sender.run(must_change=self.moved)
+        self.moved = False
+        return OpResult(columns=NOTHING)
+
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""
-        if self.rollout is not None:
-            self.rollout.close()
+        if self.generation is not None:
+            self.generation.close()
 
 
-def response_columns(responses: list[Response], version: int) -> dict[str, Column]:
-    """The columns that generation writes, text aside."""
-    ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
+def _mismatch(log_probs: FloatArray, rollout_log_probs: FloatArray) -> Metrics:
+    """How far recomputed log-probs [T] are from sampled ones: see `losses/correction.py`."""
+    log_rho = log_probs.astype(np.float64) - rollout_log_probs
+    ratio, tokens = np.exp(log_rho.clip(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)), float(len(log_rho))
     return {
-        "response_ids": ids,
-        "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
-        "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
-        "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
-        "policy_version": Column(np.full(len(responses), version, dtype=np.int32)),
+        "rollout_mismatch": Mean(float(np.abs(log_rho).sum()), tokens),
+        "rollout_ratio": Mean(float(ratio.sum()), tokens),
+        "rollout_ratio_error": Mean(float(np.abs(ratio - 1).sum()), tokens),
     }
-
-
-def _seed(*parts: int | str) -> int:
-    """A 63-bit seed that is the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -2,9 +2,12 @@
 
 Ray calls, one at a time, in the controller's order
   open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)
+  connect              one end of the way that weights take between two pools
   host_role            build a role worker here: an engine, a rule, a data source
   call                 Call -> pull rows -> worker.op(batch, call, **settings) -> store -> Reply
   run_host_op          the same for a pure function
+  relay                the same call for several ranks of this machine, in their name to the controller
+  interrupt            the one call that runs beside another: generation stops early, and is called again
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import ray
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.wire import Call, Fetch, OpResult, Reply, WorkerContext
+from rlhf_dist.wire import Call, Failure, Fetch, Meeting, OpResult, Reply, WorkerContext
 
 PULL_TIMEOUT_S = 300.0
 """Longest wait for rows that another process wrote; they are there already unless that process died."""
@@ -37,6 +40,7 @@ class WorkerProcess:
         self.pool, self.rank, self.world = pool, rank, world
         self.device = "cpu"
         self._roles: dict[str, Any] = {}
+        self._peers: dict[int, Any] = {}
         if log_file:
             _redirect_output(Path(log_file))
 
@@ -77,6 +81,10 @@ class WorkerProcess:
         )
         self._roles[role] = worker(context=where, **settings)
 
+    def connect(self, role: str, meeting: Meeting) -> None:
+        """Let `role` meet the ranks of another pool, that weights go to or come from; all of both pools do."""
+        self._roles[role].connect(meeting)
+
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
         started = time.perf_counter()
@@ -85,6 +93,33 @@ class WorkerProcess:
         returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
         result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
         return _reply(result, call, started, pulled)
+
+    def meet(self, peers: Mapping[int, Any]) -> None:
+        """Rank -> process, for those this one relays calls to; itself among them."""
+        self._peers = dict(peers)
+
+    def relay(self, role: str, op: str, calls: Mapping[int, Call], timeout_s: float) -> dict[int, Reply | Failure]:
+        """`call` on each rank, as one call of the controller: its cost grows with machines, not with ranks.
+
+        Runs in its own concurrency group, beside `call`. Returns all replies, or what failed as soon as
+        something has: the ranks that wait for a failed one are not waited for.
+        """
+        rank_of = {self._peers[rank].call.remote(role, op, call): rank for rank, call in calls.items()}
+        replies: dict[int, Reply | Failure] = {}
+        left, deadline = list(rank_of), time.monotonic() + timeout_s
+        while left:
+            ready, left = ray.wait(left, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return {rank_of[left[0]]: Failure(lost=True, text=f"no reply within {timeout_s:g} s")}
+            failure = _failure(ready[0])
+            if failure is not None:
+                return {rank_of[ready[0]]: failure}
+            replies[rank_of[ready[0]]] = ray.get(ready[0])
+        return replies
+
+    def interrupt(self, role: str) -> None:
+        """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
+        self._roles[role].interrupt()
 
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:
         """Run a pure function of a batch."""
@@ -129,6 +164,16 @@ def pull(fetches: Sequence[Fetch], num_rows: int) -> Batch:
     return Batch(columns, num_rows)
 
 
+def _failure(ref: Any) -> Failure | None:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayTaskError as failed:
+        return Failure(lost=False, text=f"{type(failed.cause).__name__}: {failed.cause}")
+    except ray.exceptions.RayError as lost:
+        return Failure(lost=True, text=f"its process died or stopped answering ({type(lost).__name__})")
+    return None
+
+
 def _gather(parts: list[Batch], fetch: Fetch) -> Batch:
     if len(parts) == 1:
         whole = len(fetch.row_of) == parts[0].num_rows and np.array_equal(fetch.row_of, np.arange(parts[0].num_rows))
@@ -160,6 +205,7 @@ def _reply(result: OpResult, call: Call, started: float, pulled: float) -> Reply
         groups=result.groups,
         metrics=result.metrics,
         state=result.state,
+        interrupted=result.interrupted,
     )
 
 

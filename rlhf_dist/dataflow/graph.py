@@ -105,6 +105,9 @@ class Dataflow:
     nodes: tuple[Node, ...]
     roles: Mapping[str, str]
     """Role -> the name of its interface, in the recipe's order."""
+    staleness: int = 0
+    """Updates that the weights which generate may be behind: generation of step t waits for the reshard of step
+    t - 1 - staleness."""
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -124,7 +127,7 @@ class Dataflow:
             for batch in node.inputs
             for origin in dict.fromkeys(batch.columns.values())
         ]
-        return (*columns, *_weight_edges(self.nodes))
+        return (*columns, *_weight_edges(self.nodes, self.staleness))
 
     @property
     def used_roles(self) -> set[str]:
@@ -135,6 +138,11 @@ class Dataflow:
     def predecessors(self, name: str) -> set[str]:
         """Nodes whose columns `name` reads, in the same step."""
         return {edge.source for edge in self.edges if edge.target == name and edge.column}
+
+    @property
+    def generating(self) -> tuple[str, ...]:
+        """Roles that generate, in the recipe's order."""
+        return tuple(role for role in self.roles if any(f"{role}.rollout" in node.weights_read for node in self))
 
     def readers(self, name: str) -> set[str]:
         """Nodes that need anything `name` wrote or carried, in the same step."""
@@ -147,7 +155,7 @@ class Dataflow:
         }
 
 
-def _weight_edges(nodes: Iterable[Node]) -> list[Edge]:
+def _weight_edges(nodes: Iterable[Node], staleness: int) -> list[Edge]:
     """Read-after-write, write-after-read and write-after-write order of every weight state, around the step."""
     effects: dict[str, list[tuple[str, bool]]] = {}
     for node in nodes:
@@ -163,9 +171,9 @@ def _weight_edges(nodes: Iterable[Node]) -> list[Edge]:
                 other, other_writes = sequence[position - back]
                 if other_writes:
                     reason: Any = "write-then-write" if writes else "write-then-read"
-                    edges.append(
-                        Edge(source=other, target=name, weights=state, distance=int(back > position), reason=reason)
-                    )
+                    behind = staleness if reason == "write-then-read" and state.endswith(".rollout") else 0
+                    distance = int(back > position) + behind
+                    edges.append(Edge(source=other, target=name, weights=state, distance=distance, reason=reason))
                     break
             if not writes:
                 for ahead in range(1, len(sequence) + 1):

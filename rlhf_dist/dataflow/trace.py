@@ -280,7 +280,10 @@ class RoleHandle:
             role=self._role,
             op=spec.name,
             kind="op",
-            reads=spec.columns(spec.reads, settings),
+            reads=(
+                *spec.columns(spec.reads, settings),
+                *(name for name in spec.optional if name in batch.origins),
+            ),
             writes=spec.columns(spec.writes, settings),
             rows=spec.rows,
             kwargs=settings,

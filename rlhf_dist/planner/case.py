@@ -26,7 +26,7 @@ start before the one before has ended; false, because published step times are o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,11 @@ def parse_case(content: Any) -> Question:
 
 def _problem(recipe: Recipe, models: Any, workload: Workload, staleness: int) -> Problem:
     dataflow, workload = _traced(recipe, workload)
-    return make_problem(dataflow, parse_models(models, dataflow), workload, staleness=staleness)
+    return make_problem(replace(dataflow, staleness=staleness), parse_models(models, dataflow), workload)
 
 
 def _traced(recipe: Recipe, workload: Workload) -> tuple[Dataflow, Workload]:
     """The graph with the workload's numbers where the recipe has settings for them."""
-    from dataclasses import replace
-
     config: Any = None
     known: set[str] = set()
     if recipe.config is not None and is_dataclass(recipe.config):

@@ -10,10 +10,8 @@ from typing import Any
 
 import yaml
 
-from rlhf_dist.config import EngineConfig, PlacementConfig, RolloutConfig
 from rlhf_dist.planner.plan import Plan
 from rlhf_dist.planner.strategy import Generation, Strategy
-from rlhf_dist.typed import ALLOWED
 
 
 def as_yaml(plan: Plan) -> str:
@@ -45,10 +43,8 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if not half:
                 roles[role] = name
                 _engine(sections, comments, role, pool.layouts[role], role in problem.trained)
-            elif "rollout" in PlacementConfig.__dataclass_fields__:
-                placement["rollout"] = name
             else:
-                comments.append(f"{role} generates in pool {name}")
+                placement["rollout"] = name
             if role in pool.generations:
                 _rollout(sections, comments, role, pool.generations[role])
         for work in problem.nodes:
@@ -58,20 +54,20 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if cost.layout is not None:
                 comments.append(f"{work.name}: {cost.layout.text}, weights copied from the training layout")
             elif work.phase == "train":
-                _set(sections, comments, work.role, "activation_checkpointing", cost.recompute)
+                sections[work.role]["engine"]["activation_checkpointing"] = cost.recompute
     if problem.staleness:
-        if "max_staleness" in PlacementConfig.__dataclass_fields__:
-            placement["max_staleness"] = problem.staleness
-        else:
-            comments.append(f"max_staleness: {problem.staleness}")
+        placement["max_staleness"] = problem.staleness
     return sections, list(dict.fromkeys(comments))
 
 
 def _engine(sections: dict[str, Any], comments: list[str], role: str, strategy: Strategy, trained: bool) -> None:
     """Settings of a role's training engine, as its strategy asks for."""
-    asked: dict[str, Any] = {}
-    if trained and (strategy.zero < 3 or strategy.offload):
-        asked |= {"name": "deepspeed", "zero_stage": strategy.zero}
+    deepspeed = trained and strategy.tp * strategy.sp == 1 and (strategy.zero == 1 or strategy.offload)
+    asked: dict[str, Any] = {"name": "deepspeed" if deepspeed else "fsdp"}
+    if trained and strategy.zero < 3:
+        asked["zero_stage"] = strategy.zero if deepspeed else 2
+        if strategy.zero == 1 and not deepspeed:
+            comments.append(f"{role}.engine.zero_stage: 1 (with tensor or sequence parallelism there is 2 and 3)")
     if strategy.tp > 1:
         asked["tensor_parallel"] = strategy.tp
     if strategy.sp > 1:
@@ -79,24 +75,13 @@ def _engine(sections: dict[str, Any], comments: list[str], role: str, strategy: 
     if not trained and not strategy.zero and strategy.dp > 1:
         asked["replicas"] = strategy.dp
     if strategy.offload:
-        asked["offload"] = "optimizer" if trained else "all"
-    for field, value in asked.items():
-        _set(sections, comments, role, field, value)
+        asked["offload"] = "optimizer" if deepspeed else "all"
+    sections.setdefault(role, {})["engine"] = asked
     if strategy.pp > 1:
         comments.append(f"{role}: pipeline of {strategy.pp} stages")
 
 
 def _rollout(sections: dict[str, Any], comments: list[str], role: str, generation: Generation) -> None:
-    assert "tensor_parallel" in RolloutConfig.__dataclass_fields__, "the setting that generation is planned for"
-    sections.setdefault(role, {}).setdefault("rollout", {})["tensor_parallel"] = generation.tp
+    sections.setdefault(role, {})["rollout"] = {"tensor_parallel": generation.tp}
     if generation.pp > 1:
         comments.append(f"{role} generates with a pipeline of {generation.pp} stages")
-
-
-def _set(sections: dict[str, Any], comments: list[str], role: str, field: str, value: Any) -> None:
-    """Set `ROLE.engine.FIELD` if there is such a setting and it takes the value, else say it."""
-    allowed = ALLOWED.get((EngineConfig, field))
-    if field in EngineConfig.__dataclass_fields__ and (allowed is None or value in allowed):
-        sections.setdefault(role, {}).setdefault("engine", {})[field] = value
-    else:
-        comments.append(f"{role}.engine.{field}: {str(value).lower() if isinstance(value, bool) else value}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_dist.config import ActorConfig, EngineConfig
+from rlhf_dist.config import ActorConfig
 from rlhf_dist.planner.calibration import apply_gpu, load_calibration
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.emit import settings_of
@@ -43,8 +43,7 @@ def problem_of(launch: Launch, prompt: Lengths | None = None, response: Lengths 
         models[role] = None if rule or settings.model is None else model_spec(settings.model.path, f"{role}.model.path")
     if not any(models.values()):
         raise ConfigError("no role has a model, so there is nothing to plan")
-    staleness = getattr(run.placement, "max_staleness", 0)
-    return make_problem(launch.dataflow, models, workload, staleness=staleness, cuts_of_graph=True)
+    return make_problem(launch.dataflow, models, workload, cuts_of_graph=True)
 
 
 def hardware_of(launch: Launch) -> tuple[Cluster, Efficiency]:
@@ -69,23 +68,19 @@ def planned_settings(launch: Launch) -> dict[str, Any]:
     """Settings by section for `placement=auto`. Raises ConfigError if nothing fits."""
     cluster, efficiency = hardware_of(launch)
     problem = problem_of(launch)
-    # A strategy that no setting can express would make the prediction one of another run.
-    space = runnable_space()
+    space = runnable_space(cluster)
     question = Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, space=space)
     sections, _ = settings_of(make_plan(question, runners_up=0))
     return sections
 
 
-def runnable_space() -> Space:
-    """Strategies that the settings of a run can express."""
-    known = EngineConfig.__dataclass_fields__
-    stages = (1, 2, 3) if "zero_stage" in known else (3,)
+def runnable_space(cluster: Cluster) -> Space:
+    """Strategies that the engines of this system have: any other would make the prediction one of another run.
+
+    A host that is the device has nowhere to offload to.
+    """
     return Space(
-        offload="offload" in known,
-        tensor="tensor_parallel" in known,
-        sequence="sequence_parallel" in known,
-        zero=stages,
-        frozen_zero=(0, 3) if "replicas" in known else (3,),
+        offload=cluster.gpu.name != "CPU",
         plain_zero=True,
         reallocate=False,
         generation_pipeline=False,

@@ -80,7 +80,7 @@ class Space:
     frozen_zero: tuple[int, ...] = (0, 3)
     """Full copies, or parameters sharded, of roles that do not learn."""
     plain_zero: bool = False
-    """ZeRO-1 and 2, and offloading, only without tp and sp (DeepSpeed has neither)."""
+    """ZeRO-1 and offloading only without tp and sp: here DeepSpeed does them, and it has neither."""
     reallocate: bool = True
     """Whether inference of a trained role may copy its weights to a layout of its own."""
     generation_pipeline: bool = True
@@ -98,7 +98,7 @@ def training_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: 
             # On a single rank all stages are the same.
             for zero in space.zero if gpus > tp * pp else space.zero[-1:]:
                 for offload in (False, True) if space.offload else (False,):
-                    if space.plain_zero and tp * sp > 1 and (zero < 3 or offload):
+                    if space.plain_zero and tp * sp > 1 and (zero == 1 or offload):
                         continue
                     yield Strategy(gpus=gpus, tp=tp, sp=sp, pp=pp, zero=zero, offload=offload)
 

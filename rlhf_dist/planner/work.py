@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlhf_dist.dataflow.graph import Dataflow, Edge, Node
+from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.workload import Workload
 from rlhf_dist.typed import ConfigError, unknown
@@ -49,8 +49,11 @@ class Problem:
     workload: Workload
     nodes: tuple[NodeWork, ...]
     """In the graph's order."""
-    staleness: int = 0
-    """Updates that the weights which generate may be behind."""
+
+    @property
+    def staleness(self) -> int:
+        """Updates that the weights which generate may be behind."""
+        return self.dataflow.staleness
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -69,15 +72,9 @@ class Problem:
 
     def edges(self) -> tuple[tuple[str, str, int], ...]:
         """(source, target, distance) of everything a node waits for."""
-        found = {(edge.source, edge.target, edge.distance + self._behind(edge)) for edge in self.dataflow.edges}
+        found = {(edge.source, edge.target, edge.distance) for edge in self.dataflow.edges}
         found |= {(batch.rows, node.name, 0) for node in self.dataflow for batch in node.inputs}
         return tuple(sorted(found))
-
-    def _behind(self, edge: Edge) -> int:
-        if getattr(self.dataflow, "staleness", 0):
-            return 0  # The graph has it already.
-        fresh = edge.reason == "write-then-read" and str(edge.weights).endswith(".rollout")
-        return self.staleness if fresh else 0
 
 
 def make_problem(
@@ -85,7 +82,6 @@ def make_problem(
     models: Mapping[str, ModelSpec | None],
     workload: Workload,
     *,
-    staleness: int = 0,
     cuts_of_graph: bool = False,
 ) -> Problem:
     """The work of every node. `models`: role -> shape, None for a role that is a rule on the host.
@@ -115,7 +111,7 @@ def make_problem(
             node = dataflow[work.name]
             if node.role in placed and (node.weights_read or node.weights_written):
                 raise ConfigError(f"models.{node.role}: {work.name} runs a model, so it cannot be a rule; give one")
-    return Problem(dataflow=dataflow, models=shapes, workload=workload, nodes=nodes, staleness=staleness)
+    return Problem(dataflow=dataflow, models=shapes, workload=workload, nodes=nodes)
 
 
 def _nodes(

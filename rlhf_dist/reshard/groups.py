@@ -151,6 +151,12 @@ def colocated_axes(config: ActorConfig, nodes: Sequence[int]) -> dict[str, int]:
     return rollout_axes(world, t_g, train_t=train_t if fits else 1, ranks_per_node=block if fits else t_g)
 
 
+def consecutive_axes(config: ActorConfig, world: int) -> dict[str, int]:
+    """`rollout_axes` of ranks that only generate: nothing is in place, so consecutive ranks share a copy."""
+    t_g = config.rollout.tensor_parallel
+    return {"dp": world // t_g, "tp": t_g, "micro_dp": 1}
+
+
 def _block(nodes: Sequence[int]) -> int:
     """Consecutive ranks on one machine: the same number on each, or 1."""
     size = next((rank for rank, node in enumerate(nodes) if node != nodes[0]), len(nodes))

@@ -31,7 +31,10 @@ LOSSES: list[Loss] = [
     ppo_clip(0.1, clip_high=0.3, dual_clip=2.0, kl_coef=0.1, entropy_coef=0.01),
     ppo_clip(ratio="sequence", average="rows", kl_coef=0.2, kl_estimator="k2"),
     ppo_clip(average="rows", row_divisor=7.0),
+    ppo_clip(correction="sequence", correction_cap=1.5),
+    ppo_clip(on_policy=True, correction="masked"),
     policy_gradient(entropy_coef=0.1),
+    policy_gradient(correction="token"),
     policy_gradient(average="rows", row_divisor=1.0),
     value_clip(0.2),
     value_clip(0.0),
@@ -62,7 +65,7 @@ def data(lengths: list[int], seed: int) -> tuple[dict[str, torch.Tensor], dict[s
     def draw(size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    names = ("old_log_probs", "advantages", "ref_log_probs", "returns", "values")
+    names = ("old_log_probs", "rollout_log_probs", "advantages", "ref_log_probs", "returns", "values")
     columns = {name: draw(total) for name in names}
     columns |= {"weight": draw(rows), "margin": draw(rows)}
     columns["label"] = torch.tensor([1, -1] * (rows // 2), dtype=torch.int8)

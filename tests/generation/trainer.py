@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from rlhf_dist.wire import WorkerContext
+from rlhf_dist.wire import Meeting, WorkerContext
 from tests.engines.losses import TokenLoss, make_batch
 from tests.generation import rank
 from tests.generation.test_engines import SAMPLING
@@ -21,10 +20,9 @@ from workers.engines.build import new_training_engine
 from workers.reshard.canary import CanaryDied
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.link import SyncStopped
-from workers.reshard.separate import Bridge, GenerationEnd, TrainingEnd
+from workers.reshard.separate import GenerationEnd, TrainingEnd
 from workers.reshard.sync import SyncFailed
 
-CPU = torch.device("cpu")
 ROLLOUT = RolloutConfig(bucket_bytes=1 << 20, canary_tolerance=1e-3)
 TEMPERATURE = SAMPLING.temperature
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -61,9 +59,12 @@ def colocate(device: str = "cpu", sleeps: bool = False) -> str | None:
 def connect(port: int, senders: int, receivers: int, timeout_s: float, traces: bool = True) -> None:
     """This rank's end of a bridge: the training one where a trainer is open."""
     global _sync
-    bridge = Bridge(address="127.0.0.1", port=port, senders=senders, receivers=receivers, timeout_s=timeout_s)
+    first = 0 if _trainer is not None else senders
+    nodes = (0,) * (senders + receivers)
+    meeting = Meeting(address="127.0.0.1", port=port, rank=first + dist.get_rank(), senders=senders, nodes=nodes)
+    context = replace(_context("cpu"), sync_timeout_s=timeout_s)
     if _trainer is not None:
-        _sync = TrainingEnd(_trainer, ROLLOUT, bridge, dist.get_rank(), CPU)
+        _sync = TrainingEnd(_trainer, ROLLOUT, context, meeting)
         return
     if not traces:
         from workers.engines.generation import Untraceable
@@ -72,7 +73,7 @@ def connect(port: int, senders: int, receivers: int, timeout_s: float, traces: b
             raise Untraceable("this test wants whole tensors")
 
         rank._engine.trace = refuse
-    _sync = GenerationEnd(rank._engine, ROLLOUT, bridge, dist.get_rank(), CPU)
+    _sync = GenerationEnd(rank._engine, ROLLOUT, context, meeting)
 
 
 def run(must_change: bool, late: int = -1) -> dict[str, Any]:

@@ -27,9 +27,22 @@ CASE: dict[str, Any] = {
     "recipe": "ppo",
     "cluster": "2x8xH100",
     "models": {role: "llama3-8b" for role in ROLES},
-    "workload": {"prompts": 128, "samples_per_prompt": 1, "prompt_tokens": 512, "response_tokens": 512, "mini_batches": 4, "epochs": 1},
+    "workload": {
+        "prompts": 128,
+        "samples_per_prompt": 1,
+        "prompt_tokens": 512,
+        "response_tokens": 512,
+        "mini_batches": 4,
+        "epochs": 1,
+    },
     "placement": "auto",
-}  # fmt: skip
+}
+
+
+def pooled(gpus: int, roles: tuple[str, ...] = ROLES, **strategies: Any) -> dict[str, Any]:
+    """A change of a case: one pool, and strategies."""
+    given = {key.replace("__", "."): value for key, value in strategies.items()}
+    return {"placement": {"pools": {"a": {"gpus": gpus, "roles": list(roles)}}, "strategies": given}}
 
 
 def case(**changes: Any) -> dict[str, Any]:
@@ -50,15 +63,15 @@ def case(**changes: Any) -> dict[str, Any]:
         ({"models": {**CASE["models"], "actor": "rule"}}, "so it cannot be a rule"),
         ({"workload": {"prompts": 8}}, "workload.prompt_tokens has no value"),
         ({"workload": {**CASE["workload"], "prompts": 0}}, "workload.prompts must be a whole number"),
-        ({"workload": {**CASE["workload"], "sampels": 1}}, "workload: unknown key sampels; there is prompts, samples_per_prompt"),
+        ({"workload": {**CASE["workload"], "sampels": 1}}, "unknown key sampels; there is prompts"),
         ({"workload": {**CASE["workload"], "response_tokens": {"mean": 9, "max": 5}}}, "mean = 9 is above"),
         ({"placement": "colocated"}, "unknown placement colocated; did you mean colocate?"),
-        ({"placement": {"pools": {"a": {"gpus": 8, "roles": ["actor"]}}}}, "critic, reference, reward is in no pool"),
-        ({"placement": {"pools": {"a": {"gpus": 32, "roles": list(ROLES)}}}}, "but the cluster has 16"),
-        ({"placement": {"pools": {"a": {"gpus": 8, "roles": [*ROLES, "actor"]}}}}, "in more than one pool"),
-        ({"placement": {"pools": {"a": {"gpus": 8, "roles": list(ROLES)}}, "strategies": {"actor.fly": {}}}}, "unknown node"),
-        ({"placement": {"pools": {"a": {"gpus": 8, "roles": list(ROLES)}}, "strategies": {"actor": {"tp": 3}}}}, "cannot run as"),
-        ({"placement": {"pools": {"a": {"gpus": 8, "roles": list(ROLES)}}, "strategies": {"actor": {"zero": 5}}}}, "0, 1, 2 or 3"),
+        (pooled(8, ("actor",)), "critic, reference, reward is in no pool"),
+        (pooled(32), "but the cluster has 16"),
+        (pooled(8, (*ROLES, "actor")), "in more than one pool"),
+        (pooled(8, actor__fly={}), "unknown node"),
+        (pooled(8, actor={"tp": 3}), "cannot run as"),
+        (pooled(8, actor={"zero": 5}), "0, 1, 2 or 3"),
         ({"recipe": "pppo"}, "unknown recipe"),
         ({"budget": 3}, "unknown key of a case"),
         ({"staleness": 1, "overlap": False}, "lets steps overlap"),
@@ -111,7 +124,8 @@ def test_given_strategies_are_kept_and_priced() -> None:
     (pool,) = plan.best.pools
     assert pool.layouts["actor"].tp == 8 and pool.layouts["actor"].zero == 1 and pool.layouts["critic"].tp == 4
     assert pool.generations["actor"].tp == 4 and pool.costs["actor.update_actor"].recompute
-    assert pool.costs["actor.update_actor"].seconds > make_plan(parse_case(case(placement="colocate")), 0).best.costs["actor.update_actor"].seconds  # fmt: skip
+    free = make_plan(parse_case(case(placement="colocate")), 0).best
+    assert pool.costs["actor.update_actor"].seconds > free.costs["actor.update_actor"].seconds
 
 
 @pytest.mark.parametrize("recipe", ["grpo", "remax", "safe_rlhf", "dpo", "iterative_dpo", "reward_model", "sft"])
@@ -189,7 +203,9 @@ def test_the_table_says_what_people_ask(tmp_path: Path) -> None:
     table = as_table(plan, what_else(plan))
     for text in ("tokens/s", "gap 0: 15 partitions", "critical path", "actor_reference", "one more node", "GiB"):
         assert text in table
-    assert "on its critical path" in bottleneck(plan) and "gathering parameters and reducing gradients" in bottleneck(plan)
+    assert "on its critical path" in bottleneck(plan) and "gathering parameters and reducing gradients" in bottleneck(
+        plan
+    )
     draw_timeline(plan, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
@@ -237,7 +253,8 @@ def test_auto_plans_at_launch_and_leaves_an_ordinary_placement(model: Path, tmp_
 
 
 def test_a_launch_computes_what_its_settings_say(model: Path) -> None:
-    launch = compose("grpo", [f"model.path={model}", "task=addition", "data.prompts_per_step=8", "algorithm.samples_per_prompt=3", "algorithm.mini_batches=2"])  # fmt: skip
+    cuts = ["data.prompts_per_step=8", "algorithm.samples_per_prompt=3", "algorithm.mini_batches=2"]
+    launch = compose("grpo", [f"model.path={model}", "task=addition", *cuts])
     problem = problem_of(launch)
     rows = {work.name: (work.rows, work.mini_batches) for work in problem.nodes}
     assert rows["actor.update_actor"] == (24, 2) and rows["actor.generate_sequences"] == (24, 1)

@@ -16,11 +16,11 @@ from recipes.remax import remax
 from recipes.safe_rlhf import safe_rlhf
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.planner.models import BUILT_IN
+from rlhf_dist.planner.plan import make_plan, searcher
 from rlhf_dist.planner.schedule import Graph, bound, simulate_steps, step_seconds
 from rlhf_dist.planner.work import make_problem
 from rlhf_dist.planner.workload import Lengths, Workload
 from tests.planner.questions import paper
-from rlhf_dist.planner.plan import make_plan, searcher
 
 FLOWS = {flow.name: flow for flow in (trace(one) for one in (ppo, grpo, remax, safe_rlhf, dpo))}
 FLOWS["warm"] = trace(ppo, PPO(critic_warmup=2))
@@ -41,8 +41,11 @@ def graph_of(name: str, overlap: bool) -> Graph:
 def test_slots_and_steps_are_those_of_the_executor(data: st.DataObject) -> None:
     name, overlap = data.draw(st.sampled_from(sorted(FLOWS))), data.draw(st.booleans())
     flow, graph = FLOWS[name], graph_of(name, overlap)
-    pool_of = {role: data.draw(st.sampled_from("pqr")) for role in sorted(flow.roles)}
-    pools = [(ord(pool_of[node.role]),) if node.role in pool_of else () for node in flow]
+    pool_of: dict[str, str | tuple[str, ...]] = {role: data.draw(st.sampled_from("pqr")) for role in sorted(flow.roles)}
+    # Weight syncs between pools need both.
+    pool_of |= {node.name: ("p", "q") for node in flow if node.kind == "reshard" and data.draw(st.booleans())}
+    where = [pool_of.get(node.name, pool_of.get(node.role, ())) for node in flow]
+    pools = [tuple(map(ord, pool)) for pool in where]
     # Whole seconds make ties, where the order of launches decides.
     seconds = [data.draw(st.integers(0, 5).map(float)) for _ in flow.nodes]
     of_node = dict(zip(graph.names, seconds, strict=True))
@@ -58,7 +61,7 @@ def test_slots_and_steps_are_those_of_the_executor(data: st.DataObject) -> None:
     )
     slots, closed = simulate_steps(graph, pools, seconds, steps)
     assert [(graph.names[s.node], s.step, s.start_s, s.end_s) for s in slots] == [
-        (s.node, s.step, s.start_s, s.end_s) for s in spans
+        (s.node, s.step, s.start_s, s.end_s) for s in spans if s.pool != "q" or pool_of.get(s.node) != ("p", "q")
     ]
     assert len(closed) == len(ends) == steps and closed[-1] == spans[-1].end_s
 

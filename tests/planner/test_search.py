@@ -105,10 +105,9 @@ def test_the_search_finds_what_brute_force_finds(data: st.DataObject) -> None:
 
 def test_separate_generation_is_searched_exactly_too() -> None:
     problem = make_problem(
-        FLOWS["grpo"],
+        replace(FLOWS["grpo"], staleness=1),
         {"actor": BUILT_IN["llama3-8b"], "reference": BUILT_IN["llama3-8b"], "reward": None},
         Workload(prompts=64, prompt=Lengths.fixed(256), response=Lengths.fixed(512)),
-        staleness=1,
     )
     cluster, space = parse_cluster("4x2xA100-80G"), Space(sequence=False, zero=(1, 3), offload=False)
 

@@ -53,6 +53,8 @@ class Response:
     top_p, top_k or greedy say: what the trainer recomputes at the same temperature."""
     finished: bool
     """Ended itself; False when cut at max_tokens."""
+    interrupted: bool = False
+    """Neither ended nor cut: generation was asked to stop, T may be 0, and the rest may be drawn later."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,21 @@ class GenerationEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[NDArray[np.integer]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        begun: Sequence[Response] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Response]:
         """Draw sampling.n responses per prompt.
 
         prompts: token ids, [T_i] each; zero prompts are fine. seeds: one per response, in [0, 2^63). Each
         response is drawn from its own random stream, so it does not depend on the rank, the other prompts
         or the batch size (up to float rounding). Returns len(prompts) * n responses, the n of one prompt together.
+        stop: asked after every token; once it is true on any rank of the copy, all that is not done is returned
+        as interrupted. begun: what such a call returned; interrupted responses go on where they were.
         Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
         """
         ...
@@ -300,6 +310,23 @@ def check_request(
         raise ValueError(
             f"max_tokens must be <= rollout.max_response_tokens ({max_response_tokens}), got {sampling.max_tokens}"
         )
+
+
+def resumed_seed(seed: int, tokens: int) -> int:
+    """The seed of a response that goes on after `tokens` tokens: the streams that drew those are gone."""
+    return seed if tokens == 0 else (seed + tokens * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+
+
+def continued(before: Response | None, more: Response) -> Response:
+    """A response that was interrupted and the part drawn after that, as one."""
+    if before is None:
+        return more
+    return Response(
+        np.concatenate([before.token_ids, more.token_ids]),
+        np.concatenate([before.log_probs, more.log_probs]),
+        more.finished,
+        more.interrupted,
+    )
 
 
 def stream_seed(seed: int) -> int:

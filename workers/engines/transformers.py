@@ -7,7 +7,7 @@ until the batch ends. Slower than vLLM (no paging, no continuous batching), and 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,10 +29,13 @@ from workers.engines.generation import (
     Untraceable,
     WeightSyncError,
     check_request,
+    continued,
     end_token_ids,
+    resumed_seed,
     stream_seed,
 )
 
+_NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _ROWS_AT_ONCE = 128
 """Responses generated together; bounds the KV cache and the logits."""
 
@@ -56,7 +59,13 @@ class TransformersEngine(SyncedEngine):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[NDArray[np.integer]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        begun: Sequence[Response] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
         model = self._running("generate")
@@ -69,10 +78,21 @@ class TransformersEngine(SyncedEngine):
             max_response_tokens=self._rollout.max_response_tokens,
         )
         rows = [prompt for prompt in prompts for _ in range(sampling.n)]
-        responses: list[Response] = []
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            stop = start + _ROWS_AT_ONCE
-            responses += self._generate_rows(model, rows[start:stop], sampling, seeds[start:stop])
+        responses: list[Response] = list(begun or [_NOTHING_DRAWN] * len(rows))
+        left = [row for row, response in enumerate(responses) if response.interrupted]
+        for start in range(0, len(left), _ROWS_AT_ONCE):
+            here = left[start : start + _ROWS_AT_ONCE]
+            before = [responses[row] for row in here]
+            more = self._generate_rows(
+                model,
+                [np.concatenate([rows[row], one.token_ids]) for row, one in zip(here, before, strict=True)],
+                sampling,
+                [resumed_seed(seeds[row], len(one.token_ids)) for row, one in zip(here, before, strict=True)],
+                [sampling.max_tokens - len(one.token_ids) for one in before],
+                stop,
+            )
+            for row, one, rest in zip(here, before, more, strict=True):
+                responses[row] = continued(one, rest)
         return responses
 
     def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
@@ -147,8 +167,15 @@ class TransformersEngine(SyncedEngine):
         pass
 
     def _generate_rows(
-        self, model: PreTrainedModel, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[NDArray[np.integer]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        stop: Callable[[], bool] | None,
     ) -> list[Response]:
+        """limits: [B] most tokens of each row."""
         tokens, mask = self._left_padded(prompts)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         streams = [torch.Generator(self._device).manual_seed(stream_seed(seed)) for seed in seeds]
@@ -157,7 +184,9 @@ class TransformersEngine(SyncedEngine):
         drawn: list[Tensor] = []  # one [B] per step
         log_probs: list[Tensor] = []
         lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self._device)
-        for _ in range(sampling.max_tokens):
+        most = torch.tensor(limits, device=self._device)
+        finished = torch.zeros_like(ended)
+        while not bool(ended.all()) and not (stop is not None and stop()):
             logits = model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -170,15 +199,21 @@ class TransformersEngine(SyncedEngine):
             drawn.append(token)
             log_probs.append(log_prob)
             lengths += ~ended
-            ended |= torch.isin(token, self._end_tokens)
-            if bool(ended.all()):
-                break
+            finished |= ~ended & torch.isin(token, self._end_tokens)
+            ended |= finished | (lengths >= most)
             tokens, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        if not drawn:
+            return [_NOTHING_DRAWN] * len(prompts)
         all_tokens = torch.stack(drawn, dim=1).to(torch.int32).cpu().numpy()
         all_log_probs = torch.stack(log_probs, dim=1).cpu().numpy()
         return [
-            Response(all_tokens[row, :length].copy(), all_log_probs[row, :length].copy(), bool(ended[row]))
+            Response(
+                all_tokens[row, :length].copy(),
+                all_log_probs[row, :length].copy(),
+                finished=bool(finished[row]),
+                interrupted=not bool(ended[row]),
+            )
             for row, length in enumerate(lengths.tolist())
         ]
 

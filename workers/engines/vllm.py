@@ -14,7 +14,7 @@ import copy
 import gc
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -39,7 +39,9 @@ from workers.engines.generation import (
     SyncedEngine,
     WeightSyncError,
     check_request,
+    continued,
     end_token_ids,
+    resumed_seed,
     stream_seed,
 )
 
@@ -66,6 +68,7 @@ _MAX_BATCHED_TOKENS = 8192
 """Prompt tokens in one scheduler step."""
 _TAGS: dict[SleepPart, str] = {"weights": "weights", "cache": "kv_cache"}
 """What vLLM calls the parts that sleep."""
+_NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _CPU_BLOCK_TOKENS = 32
 """KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
 
@@ -117,7 +120,13 @@ class VllmEngine(SyncedEngine):
         self._model: torch.nn.Module = runner.model
 
     def generate(
-        self, prompts: Sequence[NDArray[np.integer]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[NDArray[np.integer]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        begun: Sequence[Response] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
         engine = self._running("generate")
@@ -131,20 +140,39 @@ class VllmEngine(SyncedEngine):
             max_response_tokens=rollout.max_response_tokens,
         )
         params = self._sampling_params(sampling)
+        if stop is not None:  # what has been drawn so far must be at hand at any time
+            params.output_kind = RequestOutputKind.CUMULATIVE
         places: dict[str, int] = {}
-        for place, seed in enumerate(seeds):
-            own, request_id = copy.copy(params), str(next(self._request_ids))
-            own.seed = None if sampling.greedy else stream_seed(seed)
-            prompt = {"type": "token", "prompt_token_ids": prompts[place // sampling.n].tolist()}
-            engine.add_request(request_id, prompt, own)
+        responses: list[Response] = list(begun or [_NOTHING_DRAWN] * len(seeds))
+        for place, (seed, before) in enumerate(zip(seeds, responses, strict=True)):
+            if not before.interrupted:
+                continue
+            own, request_id, drawn = copy.copy(params), str(next(self._request_ids)), len(before.token_ids)
+            own.seed = None if sampling.greedy else stream_seed(resumed_seed(seed, drawn))
+            own.max_tokens = sampling.max_tokens - drawn
+            tokens = [*prompts[place // sampling.n].tolist(), *before.token_ids.tolist()]
+            engine.add_request(request_id, {"type": "token", "prompt_token_ids": tokens}, own)
             places[request_id] = place
-        responses: list[Response | None] = [None] * len(places)
+        latest: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    responses[places[output.request_id]] = _response(output.outputs[0])
-        assert all(responses), "vLLM left requests without an output"
-        return [response for response in responses if response is not None]
+                    latest[output.request_id] = output.outputs[0]
+                if stop is not None and engine.has_unfinished_requests() and self._anyone(stop()):
+                    engine.abort_request(list(places))
+        for request_id, place in places.items():
+            if request_id in latest:
+                responses[place] = continued(responses[place], _response(latest[request_id]))
+        assert stop is not None or not any(r.interrupted for r in responses), "vLLM left requests without an output"
+        return responses
+
+    def _anyone(self, wants: bool) -> bool:
+        """Whether a rank of this copy wants to stop: all of them must do so after the same step."""
+        if self._rollout.tensor_parallel == 1:
+            return wants
+        flag = torch.tensor([int(wants)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel_state.get_tp_group().cpu_group)
+        return bool(flag)
 
     def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
         """See GenerationEngine. On CUDA weights move to host memory and the KV cache is dropped."""
@@ -335,4 +363,5 @@ def _response(completion: Any) -> Response:
     tokens = np.asarray(completion.token_ids, dtype=np.int32)
     log_probs = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
     assert len(tokens) == len(log_probs), f"{len(tokens)} tokens with {len(log_probs)} log-probs"
-    return Response(tokens, log_probs, finished=completion.finish_reason == "stop")
+    reason = completion.finish_reason
+    return Response(tokens, log_probs, finished=reason == "stop", interrupted=reason not in ("stop", "length"))

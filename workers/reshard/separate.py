@@ -18,7 +18,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.plan import make_plan
 from rlhf_dist.reshard.schedule import schedule
 from rlhf_dist.reshard.shards import Shards
+from rlhf_dist.wire import Meeting, WorkerContext
 from workers.engines.generation import Bucket, GenerationEngine, Untraceable
 from workers.engines.training import TrainingEngine
 from workers.reshard.canary import send_canary
@@ -40,37 +41,16 @@ from workers.reshard.sync import SyncFailed, SyncReport, check_changed
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bridge:
-    """How the ranks of two pools find each other: plain data from the controller, the same for all of them."""
-
-    address: str
-    """Of training rank 0's machine, as all others reach it."""
-    port: int
-    """A free port there."""
-    senders: int
-    """Training ranks; they are ranks 0 .. senders - 1 of the bridge."""
-    receivers: int
-    """Generation ranks, behind them."""
-    nodes: tuple[int, ...] = ()
-    """[senders + receivers] machine of each rank; empty for one machine."""
-    timeout_s: float = 300.0
-    """Longest a sync may take, and the wait for the other side to connect."""
-
-    @property
-    def world(self) -> int:
-        """Ranks of both sides."""
-        return self.senders + self.receivers
-
-
 class _End(ABC):
     """What both sides do alike."""
 
-    def __init__(self, bridge: Bridge, rank: int, config: RolloutConfig, device: torch.device) -> None:
-        self._bridge, self._rank, self._config, self._device = bridge, rank, config, device
-        store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
-        host = bridge.address if rank == 0 else _own_address(bridge.address)
-        self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
+    def __init__(self, config: RolloutConfig, context: WorkerContext, meeting: Meeting) -> None:
+        """Rank 0 of the meeting hosts the store that all meet at; the others wait for it, at most the time-out."""
+        self._config, self._meeting, self._rank = config, meeting, meeting.rank
+        self._device, timeout_s = torch.device(context.device), context.sync_timeout_s
+        store = rendezvous(meeting.address, meeting.port, hosts=meeting.rank == 0, timeout_s=timeout_s)
+        host = meeting.address if meeting.rank == 0 else _own_address(meeting.address)
+        self._link = Link(store, "two worlds", meeting.rank, meeting.world, self._device, timeout_s, host)
         self._plan: PieceSync | _WholeTensors | None = None
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
@@ -88,14 +68,14 @@ class _End(ABC):
     def _new_plan(self) -> PieceSync | _WholeTensors:
         offer: Offer = self._link.broadcast_object(self._offer(), 0)
         wanted: list[Wanted | str | None] = self._link.all_gather_object(self._wanted(offer))
-        nodes = self._bridge.nodes or (0,) * self._bridge.world
+        nodes = self._meeting.nodes
         try:
             return PieceSync(offer, wanted, nodes, self._rank, self._config.bucket_bytes, self._link, self._device)
         except Untraceable as error:
             self.fallback = str(error)
             if self._rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
-            return _WholeTensors(offer.weights, self._bridge, self._rank, self._config, self._link, self._device)
+            return _WholeTensors(offer.weights, self._meeting, self._config, self._link, self._device)
 
     @abstractmethod
     def _offer(self) -> Offer | None: ...
@@ -107,10 +87,8 @@ class _End(ABC):
 class TrainingEnd(_End):
     """The end of one training rank."""
 
-    def __init__(self, engine: TrainingEngine, config: RolloutConfig, bridge: Bridge, rank: int, device: torch.device):
-        """rank: in the training pool, which is the rank in the engine's group. Rank 0 hosts the store that all meet at;
-        the others wait for it, at most the bridge's time-out."""
-        super().__init__(bridge, rank, config, device)
+    def __init__(self, engine: TrainingEngine, config: RolloutConfig, context: WorkerContext, meeting: Meeting) -> None:
+        super().__init__(config, context, meeting)
         self._engine = engine
 
     def run(self, must_change: bool) -> SyncReport:
@@ -130,7 +108,7 @@ class TrainingEnd(_End):
 
     def _offer(self) -> Offer | None:
         offer = offer_of(self._engine, self._config.dtype)
-        ranks, world = range(self._bridge.senders), self._bridge.world
+        ranks, world = range(self._meeting.senders), self._meeting.world
         adapters = offer.adapter_weights
         return replace(
             offer,
@@ -146,10 +124,9 @@ class GenerationEnd(_End):
     """The end of one generation rank."""
 
     def __init__(
-        self, rollout: GenerationEngine, config: RolloutConfig, bridge: Bridge, rank: int, device: torch.device
+        self, rollout: GenerationEngine, config: RolloutConfig, context: WorkerContext, meeting: Meeting
     ) -> None:
-        """rank: in the generation pool."""
-        super().__init__(bridge, bridge.senders + rank, config, device)
+        super().__init__(config, context, meeting)
         self._rollout = rollout
 
     def run(self) -> SyncReport:
@@ -185,16 +162,16 @@ class _WholeTensors:
     """Every parameter whole to every generation rank, for a model that no trace expresses."""
 
     def __init__(
-        self, weights: Layout, bridge: Bridge, rank: int, config: RolloutConfig, link: Link, device: torch.device
+        self, weights: Layout, meeting: Meeting, config: RolloutConfig, link: Link, device: torch.device
     ) -> None:
-        self._rank, self._link, self._device, self._dtype = rank, link, device, getattr(torch, config.dtype)
+        self._rank, self._link, self._device, self._dtype = meeting.rank, link, device, getattr(torch, config.dtype)
         self._last: dict[str, int] | None = None
-        receivers = range(bridge.senders, bridge.world)
+        receivers = range(meeting.senders, meeting.world)
         self._buckets = []
         for part in _buckets(weights, config.bucket_bytes):
             whole = whole_on(part, receivers)
-            plan = make_plan(part, whole, bridge.nodes or None)
-            self._buckets.append((whole, schedule(plan, rank, config.bucket_bytes)))
+            plan = make_plan(part, whole, meeting.nodes)
+            self._buckets.append((whole, schedule(plan, meeting.rank, config.bucket_bytes)))
 
     def send(self, engine: TrainingEngine, must_change: bool) -> SyncReport:
         started = time.perf_counter()

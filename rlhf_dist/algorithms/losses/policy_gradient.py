@@ -1,4 +1,4 @@
-"""Plain policy gradient (REINFORCE, Williams 1992): L_t = -A_t log pi(y_t), for on-policy rows.
+"""Plain policy gradient (REINFORCE, Williams 1992): L_t = -w_t A_t log pi(y_t); w_t = 1 for on-policy rows.
 
 For RLOO and ReMax, where the whole response is one action, average over rows with row_divisor=1: the
 row's loss is -A log pi(y) with log pi(y) the sum over its tokens (Ahmadian et al. 2024, 2402.14740, eq. 6).
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
 from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
+from rlhf_dist.algorithms.losses.correction import Correction, check_correction, corrected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient:
-    """Reads advantages [T]."""
+    """Reads advantages [T], and rollout_log_probs [T] with a correction."""
 
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 for none."""
@@ -26,13 +27,18 @@ class PolicyGradient:
     """tokens, or rows (see average.py)."""
     row_divisor: float = 0.0
     """With average="rows": a constant to divide each row's sum by; 0 for the row's own token count."""
+    correction: Correction = "none"
+    """Weight of a token by how likely the current policy would have sampled it (see correction.py)."""
+    correction_cap: float = 2.0
+    """Largest such weight, >= 1."""
 
     def __post_init__(self) -> None:
         check_average(self.average, self.row_divisor)
+        check_correction(self.correction, self.correction_cap)
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("advantages",)
+        return ("advantages",) if self.correction == "none" else ("advantages", "rollout_log_probs")
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -40,8 +46,11 @@ class PolicyGradient:
 
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         assert model.log_probs is not None, "policy_gradient asked for log_probs"
-        policy_loss = loss = -rows["advantages"] * model.log_probs
-        metrics = {"policy_loss": policy_loss, "log_prob": model.log_probs}
+        loss = -rows["advantages"] * model.log_probs
+        off_policy: dict[str, Tensor] = {}
+        if self.correction != "none":
+            loss, off_policy = corrected(loss, model.log_probs, rows, self.correction, self.correction_cap)
+        metrics = {"policy_loss": loss, "log_prob": model.log_probs, **off_policy}
         if self.entropy_coef:
             assert model.entropy is not None, "policy_gradient asked for entropy"
             loss = loss - self.entropy_coef * model.entropy
@@ -51,7 +60,18 @@ class PolicyGradient:
 
 
 def policy_gradient(
-    *, entropy_coef: float = 0.0, average: TokenAverage = "tokens", row_divisor: float = 0.0
+    *,
+    entropy_coef: float = 0.0,
+    average: TokenAverage = "tokens",
+    row_divisor: float = 0.0,
+    correction: Correction = "none",
+    correction_cap: float = 2.0,
 ) -> PolicyGradient:
     """`policy_gradient(average="rows", row_divisor=1)` is REINFORCE over whole responses."""
-    return PolicyGradient(entropy_coef=entropy_coef, average=average, row_divisor=row_divisor)
+    return PolicyGradient(
+        entropy_coef=entropy_coef,
+        average=average,
+        row_divisor=row_divisor,
+        correction=correction,
+        correction_cap=correction_cap,
+    )

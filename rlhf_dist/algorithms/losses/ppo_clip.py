@@ -8,6 +8,7 @@
     ratio = "sequence"     rho_t = exp(mean over the row of log rho), all t     GSPO, 2507.18071, eq. 7
     kl_coef = beta         L_t + beta * KL estimate of (pi, pi_ref)             GRPO, 2402.03300, eqs. 3, 4 (k3)
     entropy_coef = c       L_t - c * H_t                                        PPO, eq. 9
+    correction             w_t L_t for rows of an older policy                  see correction.py
 
 The gradient of k1 in a loss is 0 in expectation: take k2 or k3 there, and k1 in rewards.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, KlEstimator, k3, kl
 from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
+from rlhf_dist.algorithms.losses.correction import Correction, check_correction, corrected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PpoClip:
-    """Reads old_log_probs and advantages [T] (and ref_log_probs [T] with kl_coef > 0)."""
+    """Reads old_log_probs and advantages [T], ref_log_probs [T] with kl_coef > 0, and rollout_log_probs [T] with a
+    correction."""
 
     clip_low: float = 0.2
     """The ratio is cut at 1 - clip_low from below."""
@@ -50,6 +53,10 @@ class PpoClip:
     on_policy: bool = False
     """The batch is used for one update only, so the old policy is the current one: the ratio is 1 with the same
     gradient and old_log_probs are not read. rollout_log_probs are, to report how far the sampler's are off."""
+    correction: Correction = "none"
+    """Weight of a token by how likely the current policy would have sampled it (see correction.py)."""
+    correction_cap: float = 2.0
+    """Largest such weight, >= 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
@@ -59,11 +66,13 @@ class PpoClip:
         if self.ratio not in ("token", "sequence"):
             raise ValueError(f"ratio must be 'token' or 'sequence', got {self.ratio!r}")
         check_average(self.average, self.row_divisor)
+        check_correction(self.correction, self.correction_cap)
 
     @property
     def reads(self) -> tuple[str, ...]:
-        old = "rollout_log_probs" if self.on_policy else "old_log_probs"
-        return (old, "advantages", *(("ref_log_probs",) if self.kl_coef else ()))
+        old = () if self.on_policy else ("old_log_probs",)
+        rollout = ("rollout_log_probs",) if self.on_policy or self.correction != "none" else ()
+        return (*old, *rollout, "advantages", *(("ref_log_probs",) if self.kl_coef else ()))
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -79,15 +88,17 @@ class PpoClip:
         if self.dual_clip:
             policy_loss = policy_loss.minimum((-self.dual_clip * advantages).where(advantages < 0, policy_loss))
 
-        loss = policy_loss
+        loss: Tensor = policy_loss
+        off_policy: dict[str, Tensor] = {}
+        if "rollout_log_probs" in self.reads:
+            loss, off_policy = corrected(policy_loss, old_log_probs, rows, self.correction, self.correction_cap)
         metrics = {
-            "policy_loss": policy_loss,
+            "policy_loss": loss,
             "ratio": ratio,
             "clip_fraction": (-clipped * advantages > -ratio * advantages).to(ratio.dtype),
             "approx_kl": k3(old_log_probs, log_probs),
+            **off_policy,
         }
-        if self.on_policy:
-            metrics["rollout_mismatch"] = (rows["rollout_log_probs"] - log_probs).abs()
         if self.kl_coef:
             ref_kl = kl(log_probs, rows["ref_log_probs"], self.kl_estimator)
             loss = loss + self.kl_coef * ref_kl
@@ -119,6 +130,8 @@ def ppo_clip(
     average: TokenAverage = "tokens",
     row_divisor: float = 0.0,
     on_policy: bool = False,
+    correction: Correction = "none",
+    correction_cap: float = 2.0,
 ) -> PpoClip:
     """`ppo_clip(0.2)` is PPO; `clip_high=None` clips alike on both sides."""
     return PpoClip(
@@ -132,4 +145,6 @@ def ppo_clip(
         average=average,
         row_divisor=row_divisor,
         on_policy=on_policy,
+        correction=correction,
+        correction_cap=correction_cap,
     )

@@ -1,0 +1,165 @@
+"""Generation for an actor: in its own process beside the trainer, or in a pool of its own with its own weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import ActorConfig
+from rlhf_dist.metrics import Mean
+from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
+from workers.engines.build import new_generation_engine
+from workers.engines.generation import Response, StaleWeights
+from workers.reshard.separate import GenerationEnd
+from workers.reshard.sync import SyncReport
+
+NOTHING = Batch({}, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """Generation that was interrupted."""
+
+    responses: list[Response]
+    versions: NDArray[np.int32]
+    """[B] of the weights that drew the first token."""
+    staleness: NDArray[np.int64]
+    """[B] updates they were behind."""
+
+
+class RolloutWorker:
+    """One rank that generates. Implements the generating half of `rlhf_dist.roles.Actor`."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        config: ActorConfig,
+        max_staleness: int | None = 0,
+        interrupts: bool = False,
+        axes: Mapping[str, int] | None = None,
+    ) -> None:
+        """max_staleness: updates the weights may be behind the step they generate for, more is an error; None for
+        weights that never change. interrupts: `interrupt` may be called while it generates. axes: of the mesh
+        whose ranks share copies of the model; None: consecutive ranks do."""
+        from transformers import AutoTokenizer
+
+        self.context, self.config, self.max_staleness = context, config, max_staleness
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
+        self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
+        self.weights_step = 0
+        """Steps whose updates the weights held contain."""
+        self._interrupts, self._stop = interrupts, Event()
+        self._begun: dict[tuple[str, int], _Begun] = {}
+
+    def interrupt(self) -> None:
+        """Stop generating after the token at hand, if something is generated; called from another thread."""
+        self._stop.set()
+
+    def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
+        """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
+        self._stop.clear()
+        staleness = 0 if self.max_staleness is None else call.step - self.weights_step
+        if staleness > (self.max_staleness or 0):
+            raise StaleWeights(
+                f"weights may be {self.max_staleness} updates behind (placement.max_staleness), they are {staleness}; "
+                "the controller must sync first"
+            )
+        rollout = self.config.rollout
+        sampling = Sampling(
+            n=n,
+            greedy=greedy,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=rollout.max_response_tokens,
+        )
+        prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
+        seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
+        begun = self._begun.pop((call.node, call.step), None)
+        versions = np.full(len(seeds), self.engine.weights_version, dtype=np.int32)
+        behind = np.full(len(seeds), staleness)
+        if begun is not None:  # a response belongs to the policy that drew its first token
+            old = np.array([len(response.token_ids) > 0 for response in begun.responses], dtype=bool)
+            versions, behind = np.where(old, begun.versions, versions), np.where(old, begun.staleness, behind)
+        responses = self.engine.generate(
+            prompts,
+            sampling,
+            seeds,
+            begun=None if begun is None else begun.responses,
+            stop=self._stop.is_set if self._interrupts else None,
+        )
+        if any(response.interrupted for response in responses):
+            self._begun[call.node, call.step] = _Begun(responses, versions, behind)
+            return OpResult(columns=NOTHING, interrupted=True)
+        parent = np.repeat(np.arange(batch.num_rows), n)
+        columns = response_columns(responses, versions)
+        columns["response"] = Column.strings(
+            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
+        )
+        lengths = columns["response_ids"].lengths
+        tokens = batch["prompt_ids"].lengths[parent] + lengths
+        rows = float(len(responses))
+        return OpResult(
+            columns=Batch(columns, len(responses)),
+            parent=parent,
+            tokens=tokens,
+            metrics={
+                "response_tokens": Mean(float(lengths.sum()), rows),
+                "finished": Mean(float(columns["finished"].values.sum()), rows),
+                "empty_responses": Mean(float((lengths == 0).sum()), 0),
+                "rows": Mean(rows, 0),
+                "sequence_tokens": Mean(float(tokens.sum()), 0),
+                "staleness": Mean(float(behind.sum()), rows),
+                **({"continued": Mean(float((versions != self.engine.weights_version).sum()), 0)} if begun else {}),
+            },
+        )
+
+    def connect(self, meeting: Meeting) -> None:
+        """Meet the ranks that train, in a pool of their own; all of both pools do."""
+        self.receiver = GenerationEnd(self.engine, self.config.rollout, self.context, meeting)
+
+    def receive_weights(self, batch: Batch, call: Call) -> OpResult:
+        """Take the weights that the actor's ranks send, verified: version, count, per-parameter checksums."""
+        report = self.receiver.run()
+        self.weights_step = call.step + 1
+        return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})
+
+    def close(self) -> None:
+        """Free what the generation engine holds outside the process."""
+        self.engine.close()
+
+
+def sync_metrics(report: SyncReport) -> dict[str, Mean]:
+    """What a weight sync reports; one rank of the receiving end does."""
+    return {
+        "sync_seconds": Mean(report.seconds, 1),
+        "sync_bytes": Mean(float(report.bytes_received), 0),
+        "sync_parameters": Mean(float(report.parameters), 0),
+    }
+
+
+def response_columns(responses: Sequence[Response], versions: NDArray[np.int32]) -> dict[str, Column]:
+    """The columns that generation writes, text aside; versions: [B]."""
+    ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
+    return {
+        "response_ids": ids,
+        "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
+        "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
+        "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
+        "policy_version": Column(versions.astype(np.int32)),
+    }
+
+
+def _seed(*parts: int | str) -> int:
+    """A 63-bit seed that is the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
