@@ -29,6 +29,8 @@ SIGNALS = "signals"
 """Concurrency group of calls that must not wait for the call under way."""
 RELAYS = "relays"
 """Concurrency group of calls for other processes."""
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
+"""What tells glibc to keep freed memory."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 
 
@@ -252,8 +254,9 @@ def _environment(gpus: int, threads: int) -> dict[str, str]:
     """Environment of worker processes, each of which computes with `threads` threads."""
     defaults = {
         # A CPU rank frees and takes hundreds of megabytes every step; keeping them saves the page faults that
-        # were a third of a 135M model's training step.
-        **({} if gpus else {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}),
+        # were a third of a 135M model's training step. Calls run in threads of the actor, whose own arenas
+        # would give memory back all the same: all use the main one.
+        **({} if gpus else KEEP_MEMORY),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
