@@ -1,6 +1,6 @@
-"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, export.
+"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, export, plan, profile.
 
-Nothing heavy is imported before it is needed: `graph`, `check`, `config` and `recipes` load none of
+Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where it was found.
 
@@ -25,6 +25,7 @@ EPILOG = """examples:
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
   rlhf-dist graph ppo --format mermaid
   rlhf-dist timeline runs/ppo --steps 3-5
+  rlhf-dist plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512
 """
 
 
@@ -181,6 +182,21 @@ def _submit(arguments: argparse.Namespace) -> int:
     return submit(launch, arguments.recipe, arguments.overrides, arguments.address)
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from controller.plan_command import plan_command
+
+    try:
+        return plan_command(arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from controller.plan_command import profile_command
+
+    return profile_command(arguments)
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from controller.export import export
 
@@ -197,6 +213,8 @@ COMMANDS = {
     "timeline": _timeline,
     "config": _config,
     "recipes": _recipes,
+    "plan": _plan,
+    "profile": _profile,
 }
 
 
@@ -236,6 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--role", help="whose model, where the checkpoint has several, e.g. actor")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the engine computed in")
     export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as peft and vLLM load them")
+    from controller.plan_command import add_plan_parsers
+
+    add_plan_parsers(commands, common)
     return parser
 
 

@@ -33,6 +33,7 @@ from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
 from controller.object_store import ObjectStore
+from controller.plan_feedback import write_feedback
 from controller.session import Session, learning_roles, slots_needed, start_session
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
@@ -98,6 +99,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
+        if progress.steps:
+            write_feedback(launch, folder, progress.timeline.finished, progress.seconds / progress.steps, progress.last)
     _write_json(folder / "summary.json", summary)
     return summary
 
@@ -237,7 +240,9 @@ class _Run:
         if self.pending is None:
             return
         step, roles = self.pending.step, self.pending.roles
-        left = [self.session.call_role(role, "saved", step, wait=wait)[f"{role}/pending"] for role in roles]
+        # Beside what the next step already runs: the schedule must not stand still for a question.
+        answers = [self.session.call_role(role, "saved", step, beside=True, wait=wait) for role in roles]
+        left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
             self.pending.finish()
             self.pending = None

@@ -33,6 +33,7 @@ from rlhf_dist.config import MISSING, ActorConfig, CriticConfig, ReferenceConfig
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.placement.file import AUTO, apply_placement, asked_placement, read_placement
 from rlhf_dist.recipe_files import list_recipes, load_recipe, parse_spec, recipes_folder
 from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel
 from rlhf_dist.typed import ConfigError
@@ -91,11 +92,23 @@ class Launch:
 def compose(spec: str, overrides: Sequence[str] = ()) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
 
+    `placement=auto` plans, `placement=FILE.yaml` takes a plan from a file (`rlhf-dist plan --format yaml`).
     Raises ConfigError for a setting that cannot be right, GraphError for a recipe that cannot run.
     """
+    asked, overrides = asked_placement(overrides)
+    if asked is None:
+        return _launch(spec, overrides, {})
+    if asked != AUTO:
+        return _launch(spec, overrides, read_placement(asked))
+    from rlhf_dist.planner.launch import planned_settings
+
+    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {})))
+
+
+def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any]) -> Launch:
     recipe = load_recipe(spec)
     root = _root(recipe)
-    composed = _compose(spec, recipe, root, overrides)
+    composed = _compose(spec, recipe, root, overrides, planned)
     algorithm = _algorithm(recipe, composed)
     dataflow = trace(recipe, algorithm)
     settings = _build(root, composed, recipe.roles.keys() - dataflow.used_roles)
@@ -116,8 +129,9 @@ def compose_dataflow(spec: str, overrides: Sequence[str] = ()) -> Dataflow:
 
     Raises as `compose` does.
     """
+    _, overrides = asked_placement(overrides)
     recipe = load_recipe(spec)
-    composed = _compose(spec, recipe, _root(recipe), overrides)
+    composed = _compose(spec, recipe, _root(recipe), overrides, {})
     return trace(recipe, _algorithm(recipe, composed))
 
 
@@ -215,11 +229,12 @@ def _check_rows(recipe: Recipe, settings: Any) -> None:
 
 
 # --- Hydra -----------------------------------------------------------------------------------------------
-def _compose(spec: str, recipe: Recipe, root: type, overrides: Sequence[str]) -> DictConfig:
-    """Files, groups and overrides put together; interpolations not yet resolved."""
+def _compose(spec: str, recipe: Recipe, root: type, overrides: Sequence[str], planned: Mapping[str, Any]) -> DictConfig:
+    """Files, groups, a plan and overrides put together, in this order; interpolations not yet resolved."""
     file = parse_spec(spec)
     groups, values = _parse(overrides, typed.keys(root), [_conf(), *([file.path.parent] if file else [])])
     composed = _compose_files(spec, _schema(recipe, root), groups)
+    apply_placement(composed, planned, lambda key: _check_key(key, typed.keys(root)))
     for override in values:
         _apply(composed, override)
     return composed
@@ -294,7 +309,7 @@ def _parse(
             override = OverridesParser.create().parse_override(text.replace(key, f"{key}.name", 1))
             key = override.key_or_group
         if key in GROUPS and not override.is_delete() and isinstance(override.value(), str):
-            options = _options(key, folders)
+            options = _options(key, folders) + ([AUTO] if key == "placement" else [])
             if override.value() not in options:
                 raise ConfigError(f"{key}={override.value()} does not exist; there is {', '.join(options)}")
             groups.append(f"{key}={override.value()}")

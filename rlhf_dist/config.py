@@ -261,6 +261,10 @@ class PlacementConfig:
     above 0. False: the update waits until the responses are done."""
     slots: int = 0
     """Slots that pools with a `share` divide; 0 where none has one."""
+    cluster: str | None = None
+    """Cluster that placement=auto plans for, e.g. 2x8xH100; None: this machine."""
+    calibration: str | None = None
+    """File of `rlhf-dist profile` that placement=auto plans with; None: typical efficiencies."""
     host_processes: int = 1
     """CPU processes for sources, rule rewards and host ops."""
 

@@ -1,0 +1,112 @@
+"""When nothing fits: which phase and which tensors are to blame, and the smallest cluster that would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlhf_dist.planner.generation import least_cache_bytes
+from rlhf_dist.planner.hardware import Cluster
+from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.memory import generation_weights, resting_bytes
+from rlhf_dist.planner.search import Search
+
+MOST_NODES = 4096
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The need that is hardest to meet."""
+
+    node: str
+    phase: str
+    tensors: str
+    """The largest class of tensors of it."""
+    tensor_bytes: float
+    needed: float
+    """Bytes per GPU at least, with what rests of the roles beside it."""
+
+
+def blame(search: Search, *, offload: bool = True) -> Blame:
+    """What needs most memory when all roles share all GPUs, each held in the least memory it can be."""
+    catalogue = search.catalogue
+    gpus = max(search.fixed.values(), default=search.gpus)
+    found = {
+        unit: [one for one in catalogue.least_layouts(unit, gpus) if offload or not one.strategy.offload]
+        for unit in catalogue.units
+    }
+    resting = {unit: min((one.rest for one in ways), default=0.0) for unit, ways in found.items()}
+    together = sum(resting.values())
+    worst: Blame | None = None
+    for unit, ways in found.items():
+        role = unit.partition(".")[0]
+        model, trained = catalogue.problem.models[role], role in catalogue.problem.trained
+        for work in catalogue.nodes_of(unit):
+            needs: list[dict[str, float]] = []
+            if work.phase == "generate":
+                for one in catalogue.candidates(unit, gpus).generations:
+                    cache = least_cache_bytes(model, catalogue.problem.workload, one)
+                    needs.append({"weights for generation": generation_weights(model, one), "kv_cache": cache})
+            elif work.phase in ("train", "infer"):
+                needs = [_needs(layout, work.name, model, trained) for layout in ways if layout.variants[work.name]]
+            if not needs:
+                continue
+            least = min(needs, key=lambda need: sum(need.values()))
+            largest = max(least, key=lambda name: least[name])
+            others = together - (resting[unit] if work.phase != "generate" else 0.0)
+            total = sum(least.values()) + others
+            if worst is None or total > worst.needed:
+                worst = Blame(work.name, work.phase, largest, least[largest], total)
+    assert worst is not None, "a problem has a node with a model"
+    return worst
+
+
+def _needs(layout: Layout, node: str, model: object, trained: bool) -> dict[str, float]:
+    from rlhf_dist.planner.models import ModelSpec
+
+    assert isinstance(model, ModelSpec), "a role with a layout has a model"
+    rest = resting_bytes(model, layout.strategy, trained=trained)
+    active = layout.variants[node][0][1].memory
+    return {name: rest.get(name, 0.0) + active.get(name, 0.0) for name in {**rest, **active}}
+
+
+def cannot_fit(search: Search, cluster: Cluster, fits: Callable[[Cluster], bool]) -> str:
+    """The message for models that fit nowhere on `cluster`."""
+    from rlhf_dist.planner.explain import gib
+
+    worst, unless = blame(search), ""
+    usable = search.catalogue.usable
+    if worst.needed <= usable:  # With everything offloaded it would fit: then the host is too small for that.
+        worst = blame(search, offload=False)
+        unless = f", unless more is offloaded than a host with {gib(search.catalogue.usable_host)} for each GPU takes"
+    how = (
+        f"{worst.node} ({worst.phase}) needs at least {gib(worst.needed)} per GPU{unless}, most of it {worst.tensors} "
+        f"({gib(worst.tensor_bytes)}), and each {cluster.gpu.name} has {gib(usable)} for tensors"
+    )
+    smallest = smallest_cluster(cluster, fits)
+    advice = (
+        f"the smallest cluster that would do is {smallest.text}"
+        if smallest is not None
+        else f"no number of {cluster.gpu.name} would do; take a GPU with more memory, shorter rows or a smaller model"
+    )
+    if smallest is not None and smallest.nodes <= cluster.nodes:
+        advice = f"{cluster.text} would do with another placement or other strategies: use placement: auto"
+    return f"the models do not fit on {cluster.text}: {how}; {advice}"
+
+
+def smallest_cluster(cluster: Cluster, fits: Callable[[Cluster], bool]) -> Cluster | None:
+    """The same nodes, as few as hold the models; None if no number does."""
+    if fits(cluster.resized(1)):
+        return cluster.resized(1)
+    below, above = 1, 2
+    while not fits(cluster.resized(above)):
+        below, above = above, above * 2
+        if above > MOST_NODES:
+            return None
+    while above - below > 1:
+        middle = (below + above) // 2
+        if fits(cluster.resized(middle)):
+            above = middle
+        else:
+            below = middle
+    return cluster.resized(above)

@@ -1,0 +1,92 @@
+"""Planning a launch: the question in its settings, and the answer as settings.
+
+rlhf-dist plan ppo --cluster 16x8xH100 model.path=llama3-8b      settings -> question -> plan
+rlhf-dist run ppo placement=auto                                 ... -> settings of the run
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_dist.config import ActorConfig
+from rlhf_dist.planner.calibration import apply_gpu, load_calibration
+from rlhf_dist.planner.efficiency import Efficiency
+from rlhf_dist.planner.emit import settings_of
+from rlhf_dist.planner.hardware import Cluster, parse_cluster
+from rlhf_dist.planner.machine import this_machine, usual_efficiency
+from rlhf_dist.planner.models import ModelSpec, model_spec
+from rlhf_dist.planner.plan import Question, make_plan
+from rlhf_dist.planner.strategy import Space
+from rlhf_dist.planner.work import Problem, make_problem
+from rlhf_dist.planner.workload import Lengths, Workload
+from rlhf_dist.typed import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_dist.compose import Launch
+
+
+def problem_of(launch: Launch, prompt: Lengths | None = None, response: Lengths | None = None) -> Problem:
+    """What a launch computes. Lengths that are not given are taken at their limits: the plan then always fits."""
+    run = launch.run
+    actor = next((one for one in launch.used_roles.values() if isinstance(one, ActorConfig)), None)
+    generates = actor is not None and any(node.rows == "expand" for node in launch.dataflow)
+    limits = actor.rollout if actor is not None and generates else run.data
+    workload = Workload(
+        prompts=run.data.prompts_per_step,
+        samples_per_prompt=_samples(launch),
+        prompt=prompt or Lengths.fixed(limits.max_prompt_tokens),
+        response=response or Lengths.fixed(limits.max_response_tokens),
+    )
+    models: dict[str, ModelSpec | None] = {}
+    for role, settings in launch.used_roles.items():
+        rule = getattr(settings, "function", None) is not None or settings.model is None
+        models[role] = None if rule or settings.model is None else model_spec(settings.model.path, f"{role}.model.path")
+    if not any(models.values()):
+        raise ConfigError("no role has a model, so there is nothing to plan")
+    return make_problem(launch.dataflow, models, workload, cuts_of_graph=True)
+
+
+def hardware_of(launch: Launch) -> tuple[Cluster, Efficiency]:
+    """The cluster a launch plans for, with its efficiencies.
+
+    Raises ConfigError where it cannot be known: on a cluster elsewhere that `placement.cluster` does not describe.
+    """
+    placement = launch.run.placement
+    if placement.cluster is None and launch.run.ray.address is not None:
+        raise ConfigError(
+            f"placement=auto cannot see the GPUs of ray.address={launch.run.ray.address}; "
+            f"set placement.cluster=NODESxGPUSxKIND, such as 2x8xH100"
+        )
+    cluster = parse_cluster(placement.cluster, key="placement.cluster") if placement.cluster else this_machine()
+    if placement.calibration is None:
+        return cluster, usual_efficiency(cluster)
+    efficiency, measured = load_calibration(placement.calibration, usual_efficiency(cluster))
+    return apply_gpu(cluster, measured), efficiency
+
+
+def planned_settings(launch: Launch) -> dict[str, Any]:
+    """Settings by section for `placement=auto`. Raises ConfigError if nothing fits."""
+    cluster, efficiency = hardware_of(launch)
+    problem = problem_of(launch)
+    space = runnable_space(cluster)
+    question = Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, space=space)
+    sections, _ = settings_of(make_plan(question, runners_up=0))
+    return sections
+
+
+def runnable_space(cluster: Cluster) -> Space:
+    """Strategies that the engines of this system have: any other would make the prediction one of another run.
+
+    A host that is the device has nowhere to offload to.
+    """
+    return Space(
+        offload=cluster.gpu.name != "CPU",
+        plain_zero=True,
+        reallocate=False,
+        generation_pipeline=False,
+    )
+
+
+def _samples(launch: Launch) -> int:
+    counts = [int(node.kwargs.get("n", 1)) for node in launch.dataflow if node.rows == "expand"]
+    return max(counts, default=1)

@@ -1,0 +1,223 @@
+"""A question to the planner and its answer: the best plan, runners-up, and why it is the best.
+
+    Question(problem, cluster, efficiency, request)  --make_plan-->  Plan
+
+A request is `auto` (search everything), a preset (its partition; sizes and strategies are searched) or pools
+that are given (what is left open is searched). All of it is the same search over a smaller space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from rlhf_dist.planner.efficiency import Efficiency
+from rlhf_dist.planner.feasible import cannot_fit
+from rlhf_dist.planner.hardware import Cluster
+from rlhf_dist.planner.latency import Machine
+from rlhf_dist.planner.layouts import Catalogue, Wanted
+from rlhf_dist.planner.memory import usable_bytes
+from rlhf_dist.planner.schedule import Graph, Slot, simulate_steps
+from rlhf_dist.planner.search import Certificate, FoundPlan, Partition, Search, SearchResult, pool_sizes
+from rlhf_dist.planner.strategy import Space
+from rlhf_dist.planner.work import Problem
+from rlhf_dist.typed import ConfigError
+
+TIE = 0.005
+"""Plans this close to the optimum are the same to the model; the planner then prefers the usual one (ADR 041)."""
+KEPT = 3
+"""Partitions whose best plans are found whatever is shown, so that a tie is seen."""
+PRESETS = ("colocate", "split", "standalone", "async")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Which placements to consider."""
+
+    kind: str = "auto"
+    """`auto`, one of PRESETS, or `pools`."""
+    pools: Mapping[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    """Pool -> (units, GPUs), for `pools`."""
+    wanted: Wanted = field(default_factory=dict)
+    """Node -> what is given of its strategy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What to plan."""
+
+    name: str
+    """The recipe's."""
+    problem: Problem
+    cluster: Cluster
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    space: Space = field(default_factory=Space)
+    request: Request = field(default_factory=Request)
+    overlap: bool = True
+    """Whether a step may start before the one before has ended, as the executor does unless a barrier forbids it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer."""
+
+    question: Question
+    best: FoundPlan
+    runners_up: tuple[FoundPlan, ...]
+    """The best plans of other partitions, best first; none is faster than `best`."""
+    ties: tuple[FoundPlan, ...]
+    """Plans faster than `best` by no more than `TIE`: the model cannot tell them apart."""
+    certificate: Certificate
+    search_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Prompt and response tokens per second of a step."""
+        return self.question.problem.workload.tokens / self.best.step_s
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the best plan's pools."""
+        given = {units: name for name, (units, _) in self.question.request.pools.items()}
+        return tuple(given.get(pool.units, pool_name(pool.units)) for pool in self.best.pools)
+
+    def timeline(self, steps: int = 2) -> tuple[Graph, list[Slot], tuple[tuple[int, ...], ...]]:
+        """The graph, its slots on the clock for some steps, and the pools of each node."""
+        search = searcher(self.question)
+        pools = search.pools_of(self.best.partition)
+        seconds = search.node_seconds({name: cost.seconds for name, cost in self.best.costs.items()})
+        slots, _ = simulate_steps(search.graph, pools, seconds, steps)
+        return search.graph, slots, pools
+
+
+def pool_name(units: tuple[str, ...]) -> str:
+    """A pool's name, made of what is placed on it."""
+    return "_".join(unit.replace(".", "_") for unit in units)
+
+
+def searcher(question: Question, keep: int = 1) -> Search:
+    """The search that a question asks for. Raises ConfigError for a placement that cannot be."""
+    problem, request = question.problem, question.request
+    separate = _separate(question)
+    catalogue = Catalogue(
+        problem, Machine.of(question.cluster, question.efficiency), question.space, separate, request.wanted
+    )
+    sizes = pool_sizes(question.cluster.gpus, question.cluster.gpus_per_node)
+    allowed: list[Partition] | None = None
+    fixed: dict[tuple[str, ...], int] = {}
+    if request.kind == "pools":
+        allowed = [tuple(units for units, _ in request.pools.values())]
+        fixed = dict(request.pools.values())
+        sizes = tuple(sorted({*sizes, *fixed.values()}))
+    elif request.kind != "auto":
+        allowed = [preset_partition(request.kind, problem, catalogue.units)]
+        half = question.cluster.gpus // 2
+        if request.kind == "split" and half in sizes and len(allowed[0]) == 2:
+            fixed = dict.fromkeys(allowed[0], half)
+    return Search(catalogue, sizes, allowed, fixed, keep, question.overlap, idle=request.kind == "pools")
+
+
+def make_plan(question: Question, runners_up: int = 3) -> Plan:
+    """Search and answer. Raises ConfigError if nothing fits: with what is to blame, and the smallest cluster."""
+    search = searcher(question, keep=KEPT + runners_up)
+    result = search.run()
+    if not result.plans:
+        _check_wanted(search, question)
+        raise ConfigError(cannot_fit(search, question.cluster, lambda cluster: _fits(question, cluster)))
+    best = _preferred(question.problem, result)
+    ties = tuple(plan for plan in result.plans if plan.step_s < best.step_s)
+    others = tuple(plan for plan in result.plans if plan is not best and plan not in ties)
+    return Plan(
+        question=question,
+        best=best,
+        runners_up=others[:runners_up],
+        ties=ties,
+        certificate=result.certificate,
+        search_s=result.search_s,
+    )
+
+
+def preset_partition(preset: str, problem: Problem, units: tuple[str, ...]) -> Partition:
+    """Pools of a preset: all together; actors and references apart from the rest; each alone; generation apart."""
+    if preset == "standalone":
+        return tuple((unit,) for unit in units)
+    kinds = problem.dataflow.roles
+    if preset == "split":
+        policy = tuple(unit for unit in units if kinds[unit.partition(".")[0]] in ("Actor", "Reference"))
+        rest = tuple(unit for unit in units if unit not in policy)
+        return tuple(block for block in (policy, rest) if block)
+    if preset == "async":
+        rollouts = tuple(unit for unit in units if unit.endswith(".rollout"))
+        return (tuple(unit for unit in units if unit not in rollouts), rollouts)
+    return (units,)
+
+
+def what_if(question: Question, cluster: Cluster) -> float | None:
+    """Seconds of a step of the best plan on another cluster; None if nothing fits there."""
+    result = searcher(replace(question, cluster=cluster)).run()
+    return result.plans[0].step_s if result.plans else None
+
+
+def headroom_bytes(question: Question) -> float:
+    """Bytes of a GPU for tensors."""
+    return usable_bytes(question.cluster, question.efficiency)
+
+
+def _check_wanted(search: Search, question: Question) -> None:
+    """Raise ConfigError for a strategy that was asked for and that no layout of its role has, however large."""
+    catalogue, wanted = search.catalogue, question.request.wanted
+    for unit in catalogue.units:
+        named = [work.name for work in catalogue.nodes_of(unit) if wanted.get(work.name)]
+        sizes = [size for units, size in question.request.pools.values() if unit in units] or list(search.sizes)
+        for name in named:
+            alone = replace(catalogue, wanted={name: wanted[name]}, _made={}, _copies={})
+            generates = name in {work.name for work in catalogue.nodes_of(unit) if work.phase == "generate"}
+            found = [
+                alone.candidates(unit, size).generations if generates else alone.least_layouts(unit, size)
+                for size in sizes
+            ]
+            variants = [one for ways in found for one in ways]
+            if not variants:
+                model = catalogue.problem.models[unit.partition(".")[0]]
+                asked = ", ".join(f"{field}: {value}" for field, value in wanted[name].items())
+                where = f"{sizes[0]} GPUs" if len(sizes) == 1 else f"up to {sizes[-1]} GPUs"
+                raise ConfigError(
+                    f"placement.strategies: {name} cannot run as {{{asked}}} on {where}: tp and sp must divide the "
+                    f"{model.heads} attention heads and the GPUs of a node ({question.cluster.gpus_per_node}), "
+                    f"tp x sp x pp x dp must be the pool's GPUs, and zero is 1 to 3 for a role that learns, 0 or 3 for "
+                    f"one that does not"
+                )
+
+
+def _separate(question: Question) -> frozenset[str]:
+    """Roles that generate in a pool of their own."""
+    problem, request = question.problem, question.request
+    if request.kind == "pools":
+        placed = {unit for units, _ in request.pools.values() for unit in units}
+        return frozenset(role for role in problem.generating if f"{role}.rollout" in placed)
+    if problem.staleness or request.kind == "async":
+        return problem.generating & problem.trained
+    return frozenset()
+
+
+def _preferred(problem: Problem, result: SearchResult) -> FoundPlan:
+    """Of plans that the model cannot tell apart: references with an actor, then fewer pools, then the fastest."""
+    kinds = problem.dataflow.roles
+    near = [plan for plan in result.plans if plan.step_s <= result.plans[0].step_s * (1.0 + TIE)]
+
+    def unusual(plan: FoundPlan) -> tuple[int, int, float]:
+        alone = 0
+        for block in plan.partition:
+            roles = {kinds[unit.partition(".")[0]] for unit in block}
+            alone += sum(1 for unit in block if kinds.get(unit) == "Reference") if "Actor" not in roles else 0
+        return alone, len(plan.partition), plan.step_s
+
+    return min(near, key=unusual)
+
+
+def _fits(question: Question, cluster: Cluster) -> bool:
+    request = question.request
+    if request.kind == "pools":
+        request = replace(request, kind="auto", pools={})
+    search = searcher(replace(question, cluster=cluster, request=request))
+    return search.feasible()

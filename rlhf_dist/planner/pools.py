@@ -1,0 +1,166 @@
+"""One pool and the roles on it: memory ties them together.
+
+What rests of all roles, and what the node at work needs, share a GPU. A pool is decided one thing at a time (a
+layout for each unit, then how each role generates); seconds of a pool that is not fully decided are a lower
+bound: what is open rests in the least memory it can and runs as fast as the rest of the memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rlhf_dist.planner.latency import NodeCost, cheapest
+from rlhf_dist.planner.layouts import Catalogue, Layout
+from rlhf_dist.planner.memory import generation_weights
+from rlhf_dist.planner.strategy import Generation, Strategy
+from rlhf_dist.planner.transfer import reshard_cost
+
+Way = Layout | Generation
+Ways = tuple[Way, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool with everything decided."""
+
+    units: tuple[str, ...]
+    gpus: int
+    layouts: Mapping[str, Strategy]
+    """Role -> how it is held here."""
+    generations: Mapping[str, Generation]
+    """Role -> how it generates here."""
+    costs: Mapping[str, NodeCost]
+    """Node -> cost; a weight sync to another pool is not in it."""
+
+
+@dataclass
+class PoolSpace:
+    """What can be decided about every (units, GPUs), and what nodes then cost."""
+
+    catalogue: Catalogue
+    _seconds: dict[tuple[tuple[str, ...], int, Ways], Mapping[str, float] | None] = field(default_factory=dict)
+
+    def choices(self, units: tuple[str, ...], gpus: int, decided: Ways) -> tuple[Way, ...] | None:
+        """What the next decision may be; None if everything is decided."""
+        if len(decided) < len(units):
+            one = self.catalogue.candidates(units[len(decided)], gpus)
+            # Of equals the one that rests in most memory first: it moves least.
+            return one.layouts[::-1] or one.generations
+        roles = self.generating(units)
+        at = len(decided) - len(units)
+        return self.catalogue.candidates(roles[at], gpus).generations if at < len(roles) else None
+
+    def generating(self, units: tuple[str, ...]) -> tuple[str, ...]:
+        """Roles that generate here with weights they are trained with here."""
+        problem, separate = self.catalogue.problem, self.catalogue.separate
+        return tuple(unit for unit in units if unit in problem.generating and unit not in separate)
+
+    def seconds(self, units: tuple[str, ...], gpus: int, decided: Ways) -> Mapping[str, float] | None:
+        """Node -> least seconds under what is decided so far; None if it does not fit."""
+        key = (units, gpus, decided)
+        if key not in self._seconds:
+            self._seconds[key] = self._least_seconds(units, gpus, decided)
+        return self._seconds[key]
+
+    def decided(self, units: tuple[str, ...], gpus: int, decided: Ways) -> Pool:
+        """The pool, all of it decided, with full costs."""
+        catalogue = self.catalogue
+        budget = catalogue.usable - sum(self._rest(unit, way) for unit, way in zip(units, decided, strict=False))
+        generations = dict(zip(self.generating(units), decided[len(units) :], strict=True))
+        layouts: dict[str, Strategy] = {}
+        costs: dict[str, NodeCost | None] = {}
+        for unit, way in zip(units, decided, strict=False):
+            role = unit.partition(".")[0]
+            if isinstance(way, Generation):
+                generations[role] = way
+            else:
+                layouts[role] = way.strategy
+                costs |= {name: cheapest(variants, budget) for name, variants in way.variants.items()}
+            for work in catalogue.nodes_of(unit):
+                if work.phase == "generate":
+                    own = self._rest(unit, way) if isinstance(way, Generation) else 0.0
+                    generation = generations[role]
+                    assert isinstance(generation, Generation), "layouts come first, generation strategies after"
+                    costs[work.name] = catalogue.generation(work, generation, budget + own)
+                elif work.phase == "reshard":
+                    generation = generations[role]
+                    assert isinstance(generation, Generation) and isinstance(way, Layout), "as above"
+                    model = catalogue.problem.models[role]
+                    costs[work.name] = reshard_cost(model, way.strategy, generation, catalogue.machine)
+        final = {name: cost for name, cost in costs.items() if cost is not None}
+        assert len(final) == len(costs), "a pool that does not fit is not decided upon"
+        chosen = {role: one for role, one in generations.items() if isinstance(one, Generation)}
+        return Pool(units, gpus, layouts, chosen, final)
+
+    def _rest(self, unit: str, way: Way) -> float:
+        if isinstance(way, Layout):
+            return way.rest
+        model = self.catalogue.problem.models[unit.partition(".")[0]]
+        return generation_weights(model, way) + self.catalogue.machine.efficiency.graphs_bytes
+
+    def _least_seconds(self, units: tuple[str, ...], gpus: int, decided: Ways) -> Mapping[str, float] | None:
+        catalogue = self.catalogue
+        found = [catalogue.candidates(unit, gpus) for unit in units]
+        rests = [
+            self._rest(unit, decided[at]) if at < len(decided) else found[at].least_rest
+            for at, unit in enumerate(units)
+        ]
+        budget = catalogue.usable - sum(rests)
+        hosted = sum(way.host for way in decided if isinstance(way, Layout))
+        if budget < 0 or hosted > catalogue.usable_host:
+            return None
+        seconds: dict[str, float] = {}
+        for at, one in enumerate(found):
+            layouts, slack = one.layouts, one.least_rest
+            if at < len(decided):
+                way = decided[at]
+                layouts, slack = ((way,), 0.0) if isinstance(way, Layout) else ((), rests[at])
+            for name in layouts[0].variants if layouts else ():
+                fastest = None
+                for layout in layouts:
+                    cost = cheapest(layout.variants[name], budget + slack - (layout.rest if slack else 0.0))
+                    if cost is not None and (fastest is None or cost.seconds < fastest):
+                        fastest = cost.seconds
+                if fastest is None:
+                    return None
+                seconds[name] = fastest
+            if not self._generate(units, gpus, decided, at, layouts, budget, rests[at], seconds):
+                return None
+        return seconds
+
+    def _generate(
+        self,
+        units: tuple[str, ...],
+        gpus: int,
+        decided: Ways,
+        at: int,
+        layouts: tuple[Layout, ...],
+        budget: float,
+        rest: float,
+        seconds: dict[str, float],
+    ) -> bool:
+        """Adds the least seconds of a unit's generating nodes and weight sync; False if they do not fit."""
+        catalogue, unit = self.catalogue, units[at]
+        nodes = [work for work in catalogue.nodes_of(unit) if work.phase in ("generate", "reshard")]
+        if not nodes:
+            return True
+        every = catalogue.candidates(unit, gpus).generations
+        roles = self.generating(units)
+        place = len(units) + roles.index(unit) if unit in roles else at
+        way = decided[place] if place < len(decided) else None
+        asked = [number for number, one in enumerate(every) if way is None or one == way]
+        own = rest if unit not in roles else 0.0  # What generates only has its weights in what rests.
+        for work in nodes:
+            values = []
+            for number in asked:
+                if work.phase == "generate":
+                    cost = catalogue.generation(work, every[number], budget + own)
+                    if cost is not None:
+                        values.append(cost.seconds)
+                elif generation_weights(catalogue.problem.models[work.role], every[number]) <= budget:
+                    values.append(min(layout.reshard[number] for layout in layouts))
+            if not values:
+                return False
+            seconds[work.name] = min(values)
+        return True
