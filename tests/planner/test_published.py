@@ -5,6 +5,8 @@ The misses are named and tested as misses: if one begins to come out as publishe
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rlhf_dist.planner.latency import Machine
@@ -12,6 +14,7 @@ from rlhf_dist.planner.layouts import Catalogue
 from rlhf_dist.planner.plan import make_plan, searcher
 from rlhf_dist.planner.reference import Algorithm1
 from rlhf_dist.planner.strategy import Space
+from rlhf_dist.typed import ConfigError
 from tests.planner.questions import ROLES, blocks, paper
 
 A, C, F, R = ROLES
@@ -41,7 +44,9 @@ MISSED = {
     (12, MIXED): COLOCATE,
     (16, MIXED): [{A, R}, {C, F}],
 }
-"""(nodes, models) -> what the model says instead; docs/planner.md says why."""
+"""(nodes, models) -> what the search says instead; docs/planner.md says why."""
+MISSED_BY_NAME = {(16, ("llama2-13b",)): SPLIT, (8, ("codellama-34b",)): SPLIT, (12, MIXED): COLOCATE}
+"""The same among the placements that the paper names."""
 
 
 @pytest.mark.parametrize(("nodes", "models", "published"), OUTCOMES)
@@ -52,16 +57,22 @@ def test_best_placement_of_figs_12_and_13(nodes: int, models: tuple[str, ...], p
     assert plan.certificate.partitions == 15 and plan.certificate.gap == 0
 
 
-@pytest.mark.parametrize(("nodes", "models", "published"), [case for case in OUTCOMES if case[:2] not in MISSED])
-def test_the_presets_are_ranked_as_published(nodes: int, models: tuple[str, ...], published: list[set[str]]) -> None:
+@pytest.mark.parametrize(("nodes", "models", "published"), OUTCOMES)
+def test_the_papers_named_placements_are_ranked_as_published(
+    nodes: int, models: tuple[str, ...], published: list[set[str]]
+) -> None:
+    half = nodes * 4
+    apart = {"rest": {"gpus": half, "roles": [A, F, R]}, "critic": {"gpus": half, "roles": [C]}}
+    named: dict[str, Any] = {"colocate": COLOCATE, "split": SPLIT, "standalone": STANDALONE, "critic": CRITIC_APART}
     step_s = {}
-    for preset in ("colocate", "split", "standalone"):
+    for name in named:
         try:
-            step_s[preset] = make_plan(paper(nodes, *models, placement=preset), 0).best.step_s
-        except ValueError:  # It does not fit.
+            placement: Any = {"pools": apart} if name == "critic" else name
+            step_s[name] = make_plan(paper(nodes, *models, placement=placement), 0).best.step_s
+        except ConfigError:  # It does not fit.
             continue
-    name = {1: "colocate", 2: "split", 4: "standalone"}[len(published)]
-    assert min(step_s, key=lambda preset: step_s[preset]) == name
+    expected = MISSED_BY_NAME.get((nodes, models), published)
+    assert named[min(step_s, key=lambda name: step_s[name])] == expected
 
 
 @pytest.mark.parametrize(("model", "optimum"), [("llama2-7b", 2), ("llama2-13b", 4)])
@@ -78,6 +89,7 @@ def test_generation_tp_of_fig_15(model: str, optimum: int) -> None:
     assert seconds[8] > 1.1 * seconds[optimum]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama2-7b", "llama2-13b", "llama2-70b"])
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_ours_is_never_worse_than_algorithm_1(model: str, nodes: int) -> None:
@@ -96,7 +108,7 @@ def test_ours_is_never_worse_than_algorithm_1(model: str, nodes: int) -> None:
     given = {"pools": pools, "strategies": strategies}
     try:
         theirs = make_plan(paper(nodes, model, placement=given, pipeline=[1, 2, 3, 4]), 0).best.step_s
-    except ValueError:
+    except ConfigError:
         return  # What it returns does not fit: it looks at memory of whole sets only when it sizes them.
     assert ours <= theirs * (1 + 0.005), "plans closer than the tie are the same to the model"
 

@@ -74,6 +74,7 @@ def _deepest(search: Search, partition: Partition, state: State) -> float:
     return min((_deepest(search, partition, deeper) for deeper in more), default=INFINITE)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_the_search_finds_what_brute_force_finds(data: st.DataObject) -> None:
@@ -151,6 +152,7 @@ def _at(layout: Layout, node: str, budget: float) -> float:
     return min(fits, default=INFINITE)
 
 
+@pytest.mark.slow
 def test_recipes_of_six_roles_are_planned() -> None:
     flow = trace(safe_rlhf)
     models = {role: BUILT_IN["llama2-7b"] for role in flow.roles if role not in ("prompts", "lagrange")}
