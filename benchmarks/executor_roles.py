@@ -65,7 +65,7 @@ def _responses(batch: Batch) -> OpResult:
         "rollout_log_probs": Column(np.zeros(8 * rows, PER_TOKEN), offsets),
         "response": Column.strings([""] * rows),
         "finished": Column(np.ones(rows, np.uint8)),
-        "policy_version": Column(np.zeros(rows, np.int32)),
+        "policy_version": Column(np.zeros(8 * rows, np.int32), offsets),
     }
     return OpResult(columns=Batch(columns, rows), parent=np.arange(rows), tokens=np.full(rows, 12))
 

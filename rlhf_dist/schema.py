@@ -50,7 +50,7 @@ COLUMNS: dict[str, ColumnSpec] = {
     "response": _spec("[B]", "text", "the response as text, special tokens removed"),
     "finished": _spec("[B]", "uint8", "1 if the response ended itself, 0 if the token limit cut it"),
     "rollout_log_probs": _spec("[B, T]", "float32", "log pi(y_t) as the generation engine sampled it, nats"),
-    "policy_version": _spec("[B]", "int32", "weight version that sampled the response (0 is the initial model)"),
+    "policy_version": _spec("[B, T]", "int32", "weight version that sampled each token (0 is the initial model)"),
     # What forward passes emit.
     "old_log_probs": _spec("[B, T]", "float32", "log pi_old(y_t) recomputed by the training engine, nats"),
     "ref_log_probs": _spec("[B, T]", "float32", "log pi_ref(y_t) under the frozen reference, nats"),

@@ -30,8 +30,8 @@ class _Begun:
     """Generation that was interrupted."""
 
     responses: list[Response]
-    versions: NDArray[np.int32]
-    """[B] of the weights that drew the first token."""
+    versions: list[NDArray[np.int32]]
+    """[T] of each response: the weights that drew each token."""
     staleness: NDArray[np.int64]
     """[B] updates they were behind."""
 
@@ -86,11 +86,11 @@ class RolloutWorker:
         prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
         seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
         begun = self._begun.pop((call.node, call.step), None)
-        versions = np.full(len(seeds), self.engine.weights_version, dtype=np.int32)
+        drawn: Sequence[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(seeds)
         behind = np.full(len(seeds), staleness)
-        if begun is not None:  # a response belongs to the policy that drew its first token
-            old = np.array([len(response.token_ids) > 0 for response in begun.responses], dtype=bool)
-            versions, behind = np.where(old, begun.versions, versions), np.where(old, begun.staleness, behind)
+        if begun is not None:  # staleness is that of the policy that drew the first token
+            old = np.array([len(versions) > 0 for versions in begun.versions], dtype=bool)
+            drawn, behind = begun.versions, np.where(old, begun.staleness, behind)
         responses = self.engine.generate(
             prompts,
             sampling,
@@ -98,6 +98,11 @@ class RolloutWorker:
             begun=None if begun is None else begun.responses,
             stop=self._stop.is_set if self._interrupts else None,
         )
+        version = np.int32(self.engine.weights_version)
+        versions = [
+            np.concatenate([earlier, np.full(len(response.token_ids) - len(earlier), version)])
+            for response, earlier in zip(responses, drawn, strict=True)
+        ]
         if any(response.interrupted for response in responses):
             self._begun[call.node, call.step] = _Begun(responses, versions, behind)
             return OpResult(columns=NOTHING, interrupted=True)
@@ -120,7 +125,7 @@ class RolloutWorker:
                 "rows": Mean(rows, 0),
                 "sequence_tokens": Mean(float(tokens.sum()), 0),
                 "staleness": Mean(float(behind.sum()), rows),
-                **({"continued": Mean(float((versions != self.engine.weights_version).sum()), 0)} if begun else {}),
+                **({"continued": Mean(float(sum(len(v) > 0 and v[0] != v[-1] for v in versions)), 0)} if begun else {}),
             },
         )
 
@@ -149,15 +154,15 @@ def sync_metrics(report: SyncReport) -> dict[str, Mean]:
     }
 
 
-def response_columns(responses: Sequence[Response], versions: NDArray[np.int32]) -> dict[str, Column]:
-    """The columns that generation writes, text aside; versions: [B]."""
+def response_columns(responses: Sequence[Response], versions: Sequence[NDArray[np.int32]]) -> dict[str, Column]:
+    """The columns that generation writes, text aside; versions: [T] of each response."""
     ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
     return {
         "response_ids": ids,
         "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
         "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
         "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
-        "policy_version": Column(versions.astype(np.int32)),
+        "policy_version": Column.ragged(versions, dtype=np.int32),
     }
 
 

@@ -38,7 +38,8 @@ def reshard_node(role: str) -> Node:
 
 
 def insert_rollout_dump(dataflow: Dataflow, *, folder: str, rows: int, every: int) -> Dataflow:
-    """Add the node that writes sampled rollouts to Parquet: text and every per-row column of the first generation.
+    """Add the node that writes sampled rollouts to Parquet: of the first generation the text, every
+    per-row column, and which weights drew each token.
 
     The source role writes the file; graphs without generation are returned as they are.
     """
@@ -47,10 +48,10 @@ def insert_rollout_dump(dataflow: Dataflow, *, folder: str, rows: int, every: in
     if maker is None or source is None or not every:
         return dataflow
     made = (*maker.writes, *(name for batch in maker.inputs for name in (*batch.columns, *batch.carried)))
-    columns = {name: ColumnOrigin(maker.name, name) for name in made if _per_row(name)}
+    columns = {name: ColumnOrigin(maker.name, name) for name in made if _dumped(name)}
     for node in dataflow:
         if node.rows == "keep" and node.inputs and node.inputs[0].rows == maker.name:
-            columns |= {name: ColumnOrigin(node.name, name) for name in node.writes if _per_row(name)}
+            columns |= {name: ColumnOrigin(node.name, name) for name in node.writes if _dumped(name)}
     dump = Node(
         name=f"{source.name}.dump",
         role=source.name,
@@ -63,5 +64,5 @@ def insert_rollout_dump(dataflow: Dataflow, *, folder: str, rows: int, every: in
     return replace(dataflow, nodes=(*dataflow.nodes, dump))
 
 
-def _per_row(name: str) -> bool:
-    return name not in COLUMNS or COLUMNS[name].shape == "[B]"
+def _dumped(name: str) -> bool:
+    return name not in COLUMNS or COLUMNS[name].shape == "[B]" or name == "policy_version"

@@ -167,6 +167,10 @@ def test_interrupted_responses_go_on_with_the_new_weights(
     ]
     # One character a token, special tokens left out: what did not end itself went on to the limit.
     assert all(150 < length <= 250 for length in cut_off), cut_off
+    dumps = [Batch.read_parquet(tmp_path / f"cut/rollouts/step_{step:06d}.parquet") for step in range(5)]
+    drawn = [versions.tolist() for dump in dumps for versions in dump["policy_version"].rows()]
+    assert all(versions == sorted(versions) for versions in drawn)
+    assert any(len(set(versions)) == 2 for versions in drawn), "each token says which weights drew it"
     assert summary["steps"] == 5
 
 
