@@ -130,12 +130,14 @@ def balance(
 
 def _stay_home(part_of_unit: IntArray, filled: IntArray, load: IntArray, home: IntArray, limit: float) -> None:
     """Put units in their home part, the largest first, while it carries at most `limit`; fills the first two."""
-    for part in range(len(filled)):
+    placed = home >= 0
+    filled[:] = np.bincount(home[placed], weights=load[placed], minlength=len(filled))
+    fits = filled <= limit
+    stays = placed & fits[home]
+    part_of_unit[stays] = home[stays]
+    for part in np.flatnonzero(~fits).tolist():
+        filled[part] = 0
         at_home = np.flatnonzero(home == part)
-        if load[at_home].sum() <= limit:
-            part_of_unit[at_home] = part
-            filled[part] = load[at_home].sum()
-            continue
         for unit in at_home[np.argsort(-load[at_home], kind="stable")].tolist():
             if filled[part] + load[unit] <= limit:
                 part_of_unit[unit] = part
