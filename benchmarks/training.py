@@ -32,7 +32,7 @@ from tests.engines.world import World
 MAX_TOKENS = 512
 MEAN_TOKENS = MAX_TOKENS // 4
 PROMPT_TOKENS = 16
-ROWS = 48
+ROWS = 32
 BUDGET = 2048
 OPTIMIZER = OptimizerConfig(lr=1e-5)
 LOSS: Loss = ppo_clip()
@@ -164,7 +164,7 @@ def main() -> int:
     """Run it and print the result."""
     worlds.CALL_TIMEOUT_S = 600.0
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     given = parser.parse_args()
     result: dict[str, Any] = {"dtype": given.dtype, "rows": ROWS, "tokens": int(lognormal_lengths(ROWS).sum())}

@@ -29,6 +29,8 @@ SIGNALS = "signals"
 """Concurrency group of calls that must not wait for the call under way."""
 RELAYS = "relays"
 """Concurrency group of calls for other processes."""
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
+"""What tells glibc to keep freed memory."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 
 
@@ -99,7 +101,20 @@ class Cluster:
                 **options,
             )
         self._started = True
+        if self.config.address:
+            self._check_size()
         return self
+
+    def _check_size(self) -> None:
+        """Raise ClusterError where the whole cluster is too small, before anything starts on it."""
+        needed, there = self.slots + self.host_processes, ray.cluster_resources().get("CPU", 0)
+        if there < needed:
+            ray.shutdown()
+            raise ClusterError(
+                f"the placement needs {self.slots} slots and {self.host_processes} host processes, a CPU each, and the "
+                f"cluster at {self.config.address} has {there:g} CPU in all; use fewer slots (placement.pools.*.slots, "
+                f"placement.host_processes), or add nodes first"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -239,8 +254,9 @@ def _environment(gpus: int, threads: int) -> dict[str, str]:
     """Environment of worker processes, each of which computes with `threads` threads."""
     defaults = {
         # A CPU rank frees and takes hundreds of megabytes every step; keeping them saves the page faults that
-        # were a third of a 135M model's training step.
-        **({} if gpus else {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}),
+        # were a third of a 135M model's training step. Calls run in threads of the actor, whose own arenas
+        # would give memory back all the same: all use the main one.
+        **({} if gpus else KEEP_MEMORY),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -4,11 +4,16 @@ Nodes of several steps, unrolled: an edge of distance d runs from step t to step
 the time of all steps, whatever the order in which they run:
 
     path     the longest chain of nodes that wait for one another
-    pool     work of a pool + the least time before its first node + the least time after its last
+    pool     of any nodes of one pool: least chain before one of them + their work + least chain after one of them
+
+The largest of the latter over all sets of nodes is what a schedule needs that may interrupt them, found by always
+running the ready one with the longest chain after it (Carlier 1982, "The one-machine sequencing problem", on
+Jackson's preemptive schedule).
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -48,11 +53,29 @@ def lower_bound_s(
     for at in order:
         for pool in pools_of(dataflow[at[0]]):
             members.setdefault(pool, []).append(at)
-    loads = [
-        min(head[at] for at in inside) + sum(lasts[at] for at in inside) + min(tail[at] for at in inside)
-        for inside in members.values()
-    ]
+    loads = [_one_machine_s([(head[at], lasts[at], tail[at]) for at in inside]) for inside in members.values()]
     return max([*(head[at] + lasts[at] for at in order), *loads], default=0.0)
+
+
+def _one_machine_s(jobs: list[tuple[float, float, float]]) -> float:
+    """The least seconds for jobs (earliest start, work, least time afterwards) that take turns; see the module."""
+    waiting = sorted(jobs, reverse=True)
+    ready: list[tuple[float, float]] = []  # (-time afterwards, work left)
+    now = longest = 0.0
+    while waiting or ready:
+        if not ready:
+            now = max(now, waiting[-1][0])
+        while waiting and waiting[-1][0] <= now:
+            _, work, after = waiting.pop()
+            heapq.heappush(ready, (-after, work))
+        after, work = heapq.heappop(ready)
+        runs = min(work, waiting[-1][0] - now) if waiting else work
+        now += runs
+        if runs < work:
+            heapq.heappush(ready, (after, work - runs))
+        else:
+            longest = max(longest, now - after)
+    return longest
 
 
 def critical_path(

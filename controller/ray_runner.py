@@ -82,14 +82,17 @@ class RayRunner:
         numbers: Mapping[str, Mapping[str, float]] | None = None,
         source_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         interrupts: bool = False,
+        beside: bool = False,
         replies: Replies | None = None,
     ) -> None:
+        """interrupts: generation may be asked to stop early. beside: calls run beside whatever the ranks are doing,
+        for ops that only look at something."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {name: dict(values) for name, values in (numbers or {}).items()}
         self.source_kwargs = source_kwargs or {}
         self.outputs = Outputs(dataflow)
-        self._interrupts = interrupts
+        self._interrupts, self._beside = interrupts, beside
         self._replies = replies or RayReplies()
         self._pending: list[_Pending] = []
         self._cut_short: dict[tuple[str, int], _Pending] = {}
@@ -193,10 +196,12 @@ class RayRunner:
             first, parts = pending.ranks, part_of_ranks(node, group)
             calls = [build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs) for part in parts]
             # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
-            alone = node.rows == "expand" or len(groups) > 1
+            alone = node.rows == "expand" or len(groups) > 1 or self._beside
             for ranks in [(rank,) for rank in range(len(calls))] if alone else group.pool.teams:
                 process = group.pool.processes[ranks[0]]
-                if len(ranks) == 1:
+                if self._beside:
+                    ref = process.call.options(concurrency_group=SIGNALS).remote(group.role, op, calls[ranks[0]])
+                elif len(ranks) == 1:
                     ref = process.call.remote(group.role, op, calls[ranks[0]])
                 else:
                     relayed = {rank: calls[rank] for rank in ranks}

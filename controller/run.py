@@ -240,7 +240,9 @@ class _Run:
         if self.pending is None:
             return
         step, roles = self.pending.step, self.pending.roles
-        left = [self.session.call_role(role, "saved", step, wait=wait)[f"{role}/pending"] for role in roles]
+        # Beside what the next step already runs: the schedule must not stand still for a question.
+        answers = [self.session.call_role(role, "saved", step, beside=True, wait=wait) for role in roles]
+        left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
             self.pending.finish()
             self.pending = None

@@ -28,11 +28,13 @@ from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
 from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
 from rlhf_dist.roles import OpSpec, State
-from rlhf_dist.wire import Meeting
+from rlhf_dist.wire import Bridge
 
 HELDOUT = "heldout"
 SOURCE_WORKER = "workers.source:SourceWorker"
 ROLLOUT_WORKER = "workers.rollout:RolloutWorker"
+SYNC_SHARE = 0.8
+"""Of what the controller waits for a call: a weight sync takes less, so that ranks say who is missing."""
 
 
 @dataclass
@@ -45,9 +47,15 @@ class Session:
     states: dict[str, State]
 
     def runner(
-        self, dataflow: Dataflow | None, numbers: Mapping[str, Mapping[str, float]], **sources: str
+        self,
+        dataflow: Dataflow | None,
+        numbers: Mapping[str, Mapping[str, float]],
+        *,
+        beside: bool = False,
+        **sources: str,
     ) -> RayRunner:
-        """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ."""
+        """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
+        beside: see RayRunner."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -62,10 +70,11 @@ class Session:
             numbers=numbers,
             source_kwargs={**default, **rows},
             interrupts=run.placement.interrupt,
+            beside=beside,
         )
 
-    def call_role(self, role: str, op: str, step: int, **kwargs: Any) -> dict[str, float]:
-        """Run `op` on every rank of a role, without rows; returns its metrics."""
+    def call_role(self, role: str, op: str, step: int, *, beside: bool = False, **kwargs: Any) -> dict[str, float]:
+        """Run `op` on every rank of a role, without rows; returns its metrics. beside: see RayRunner."""
         node = Node(
             name=f"{role}.{op}",
             role=role,
@@ -74,7 +83,7 @@ class Session:
             kwargs=kwargs,
             spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
         )
-        return self.runner(None, {}).run_node(node, step).metrics
+        return self.runner(None, {}, beside=beside).run_node(node, step).metrics
 
     def sync(self, steps_done: int) -> list[Finished]:
         """Give every role that generates the weights it has trained in `steps_done` steps."""
@@ -155,16 +164,18 @@ def _is_trained(launch: Launch, role: str) -> bool:
 
 
 def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> None:
-    """Have all ranks of both pools agree on how weights go from one to the other."""
+    """Have all ranks of both pools meet, for the weights that go from one to the other."""
     address, port = ray.get(sending.pool.processes[0].open_port.remote(), timeout=timeout_s)
-    ranks = [(group, process) for group in (sending, receiving) for process in group.pool.processes]
-    nodes = machines((*sending.pool.node_ids, *receiving.pool.node_ids)) or (0,) * len(ranks)
-    meetings = [
-        Meeting(address=address, port=port, rank=rank, senders=sending.pool.size, nodes=nodes)
-        for rank in range(len(ranks))
-    ]
+    bridge = Bridge(
+        address=address,
+        port=port,
+        senders=sending.pool.size,
+        receivers=receiving.pool.size,
+        nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
+        timeout_s=SYNC_SHARE * timeout_s,
+    )
     joining = [
-        process.connect.remote(group.role, meeting) for (group, process), meeting in zip(ranks, meetings, strict=True)
+        process.connect.remote(group.role, bridge) for group in (sending, receiving) for process in group.pool.processes
     ]
     _await_roles([(f"{sending.role} and {receiving.role}", joining)], timeout_s)
 
@@ -236,8 +247,7 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
         "generates": group.role.split(".")[0] in launch.dataflow.generating,
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
-        # Shorter than what the controller waits for, so that the ranks say themselves who is missing.
-        "sync_timeout_s": 0.8 * launch.run.ray.call_timeout_s,
+        "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
         "folder": str(folder.resolve()),
     }
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]

@@ -17,7 +17,7 @@ import numpy as np
 
 from controller.cluster import Pool
 from controller.ray_runner import RayRunner
-from controller.replies import Answer
+from controller.replies import Answer, Replies
 from controller.worker_group import WorkerGroup
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Dataflow
@@ -38,8 +38,11 @@ class SimulatedWorkers:
         self._random = np.random.default_rng(0)
         self._objects = 0
 
-    def runner(self, placed: Mapping[str, tuple[str, int]], host_processes: int = 8) -> RayRunner:
-        """A runner over simulated groups. placed: role -> (pool, ranks); roles not named run on the host pool."""
+    def runner(
+        self, placed: Mapping[str, tuple[str, int]], host_processes: int = 8, replies: Replies | None = None
+    ) -> RayRunner:
+        """A runner over simulated groups. placed: role -> (pool, ranks); roles not named run on the host pool.
+        replies: in which order they come; None: all at once."""
         host = Pool(HOST_POOL, self._processes(host_processes))
         pools = {name: Pool(name, self._processes(ranks)) for name, ranks in set(placed.values())}
         groups = {role: WorkerGroup(role, pools[name]) for role, (name, _) in placed.items()}
@@ -48,7 +51,7 @@ class SimulatedWorkers:
                 groups[node.role] = WorkerGroup(node.role, Pool(HOST_POOL, host.processes[:1]))
             elif node.kind == "op" and node.role not in groups:
                 groups[node.role] = WorkerGroup(node.role, host)
-        return RayRunner(self.dataflow, groups, host, seed=0, call_timeout_s=60.0, replies=_AtOnce())
+        return RayRunner(self.dataflow, groups, host, seed=0, call_timeout_s=60.0, replies=replies or AtOnce())
 
     def reply(self, call: Call) -> Reply:
         """What the rank that gets `call` would say."""
@@ -105,11 +108,13 @@ class _Answer:
     reply: Reply
 
 
-class _AtOnce:
+class AtOnce:
     """Replies that are there as soon as they are asked for."""
 
     def ready(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
+        """See Replies."""
         return list(refs)
 
     def get(self, refs: Sequence[Any], timeout_s: float) -> list[Answer]:
+        """See Replies."""
         return [ref.reply for ref in refs]

@@ -85,6 +85,7 @@ def _check_numbers(launch: Launch) -> None:
                 at_least[f"{role}.rollout.{name}"] = (getattr(rollout, name), 1)
             at_least[f"{role}.rollout.top_k"] = (rollout.top_k, 0)
             at_least[f"{role}.rollout.ratio_tolerance"] = (rollout.ratio_tolerance, 0)
+            at_least[f"{role}.rollout.canary_tolerance"] = (rollout.canary_tolerance, 0)
             above_zero[f"{role}.rollout.temperature"] = rollout.temperature
             above_zero[f"{role}.rollout.top_p"] = rollout.top_p
             if rollout.top_p > 1:

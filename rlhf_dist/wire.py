@@ -131,18 +131,23 @@ class WorkerContext:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """Where the ranks of a pool that trains and of one that generates meet for weight syncs."""
+class Bridge:
+    """How the ranks of two pools find each other: plain data from the controller, the same for all of them."""
 
     address: str
+    """Of training rank 0's machine, as all others reach it."""
     port: int
-    rank: int
-    """Counted over both pools, those that send first; rank 0 hosts the store."""
+    """A free port there."""
     senders: int
-    nodes: tuple[int, ...]
-    """[ranks of both pools] which machine each is on."""
+    """Training ranks; they are ranks 0 .. senders - 1 of the bridge."""
+    receivers: int
+    """Generation ranks, behind them."""
+    nodes: tuple[int, ...] = ()
+    """[senders + receivers] machine of each rank; empty for one machine."""
+    timeout_s: float = 300.0
+    """Longest a sync may take, and the wait for the other side to connect."""
 
     @property
     def world(self) -> int:
-        """Ranks of both pools."""
-        return len(self.nodes)
+        """Ranks of both sides."""
+        return self.senders + self.receivers

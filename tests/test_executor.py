@@ -220,6 +220,20 @@ def test_no_schedule_beats_the_lower_bound_and_colocated_ones_reach_it(data: st.
     assert max(span.end_s for span in one_by_one) == pytest.approx(bound)
 
 
+def test_the_bound_of_a_pipeline_counts_its_filling_and_draining() -> None:
+    """One step ahead: four generations, the two transfers between them, the last log-probs, update and transfer."""
+    pools: dict[str, str | tuple[str, ...]] = {**APART, "actor.generate_sequences": "d", "actor.reshard": ("a", "d")}
+    lasts = {"actor.generate_sequences": 6.0, "actor.compute_log_prob": 1.0, "actor.update_actor": 2.0}
+    dataflow, clock = replace(trace(ppo), staleness=1), Clock(pools, lambda node, step: 0.0)
+    seconds = {"actor.reshard": 1.0, **lasts}
+    bound = lower_bound_s(
+        dataflow, pools_of=clock.pools_of, seconds=lambda node, step: seconds.get(node.name, 0.0), steps=4
+    )
+    assert bound == 4 * 6.0 + 2 * 1.0 + 1.0 + 2.0 + 1.0
+    spans = simulate(dataflow, pool_of=pools, seconds=lambda node, step: seconds.get(node.name, 0.0), steps=4)
+    assert bound <= max(span.end_s for span in spans) <= bound + 1.0
+
+
 def test_the_critical_path_names_what_the_end_waited_for() -> None:
     pools_of = Clock(APART, lambda node, step: 1.0).pools_of
     reports: list[StepReport] = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from controller.batch_ref import BatchRef, FetchPlan, Located, RowTable, StoredColumn, merge_stored
-from controller.executor import run_steps
+from controller.executor import StepReport, run_steps
 from controller.outputs import JoinError, Outputs, join
-from controller.simulated_workers import SimulatedWorkers
+from controller.simulated_workers import AtOnce, SimulatedWorkers
 from recipes.ppo import ppo
 from recipes.remax import remax
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.wire import Call, Reply
 
 
 def stored(*names: str, rows: int = 2) -> BatchRef:
@@ -92,3 +96,31 @@ def test_a_thousand_simulated_ranks_run_the_real_runner_and_leave_nothing_behind
     assert set(finished) == {node.name for node in dataflow}
     assert 2048 * 17 <= finished["actor.update_actor"] <= 2048 * 115
     assert runner.outputs.columns_kept(1) == 0
+
+
+def test_a_rule_scores_each_ranks_rows_as_soon_as_that_rank_has_generated_them() -> None:
+    log: list[tuple[str, int]] = []
+
+    class Logged(SimulatedWorkers):
+        def reply(self, call: Call) -> Reply:
+            log.append((call.node, call.num_rows))
+            return super().reply(call)
+
+    class OneByOne(AtOnce):
+        def ready(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
+            log.append(("reply", 1))
+            return list(refs[:1])
+
+    workers = Logged(trace(ppo), prompts=8, prompt_tokens=4, response_tokens=lambda rng, n: rng.integers(1, 9, n))
+    placed = dict.fromkeys(("actor", "critic", "reference"), ("main", 4))
+    reports: list[StepReport] = []
+    runner = workers.runner(placed, replies=OneByOne())
+    run_steps(workers.dataflow, runner, start=0, stop=1, on_step=reports.append)
+    names = [name for name, _ in log]
+    first = names.index("actor.generate_sequences")
+    scored = [at for at, name in enumerate(names) if name == "reward.compute_reward"]
+    between = [names[a:b].count("reply") for a, b in zip([first, *scored], scored, strict=False)]
+    assert between == [1, 1, 1, 1], "a call to the rule after each rank's reply"
+    assert sum(rows for name, rows in log if name == "reward.compute_reward") == 8
+    ended = {node.node: node.ended_s for node in reports[0].nodes}
+    assert ended["actor.generate_sequences"] <= ended["reward.compute_reward"] <= ended["gae"]

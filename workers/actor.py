@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
@@ -11,7 +12,7 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
-from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
+from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd
@@ -100,13 +101,14 @@ class ActorWorker(TrainedRole):
                 metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
         return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
 
-    def connect(self, meeting: Meeting) -> None:
+    def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that generate, in a pool of their own; all of both pools do."""
-        self.sender = TrainingEnd(self.engine, self.config.rollout, self.context, meeting)
+        device = torch.device(self.context.device)
+        self.end = TrainingEnd(self.engine, self.config.rollout, bridge, self.context.rank, device)
 
     def send_weights(self, batch: Batch, call: Call) -> OpResult:
         """The same move to another pool, whose ranks receive and verify meanwhile."""
-        self.sender.run(must_change=self.moved)
+        self.end.run(must_change=self.moved)
         self.moved = False
         return OpResult(columns=NOTHING)
 

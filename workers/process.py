@@ -27,7 +27,7 @@ import ray
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.wire import Call, Failure, Fetch, Meeting, OpResult, Reply, WorkerContext
+from rlhf_dist.wire import Bridge, Call, Failure, Fetch, OpResult, Reply, WorkerContext
 
 PULL_TIMEOUT_S = 300.0
 """Longest wait for rows that another process wrote; they are there already unless that process died."""
@@ -81,9 +81,9 @@ class WorkerProcess:
         )
         self._roles[role] = worker(context=where, **settings)
 
-    def connect(self, role: str, meeting: Meeting) -> None:
+    def connect(self, role: str, bridge: Bridge) -> None:
         """Let `role` meet the ranks of another pool, that weights go to or come from; all of both pools do."""
-        self._roles[role].connect(meeting)
+        self._roles[role].connect(bridge)
 
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from threading import Event
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rlhf_dist.batch import Batch, Column
@@ -15,7 +16,7 @@ from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Mean
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling
-from rlhf_dist.wire import Call, Meeting, OpResult, WorkerContext
+from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine
 from workers.engines.generation import Response, StaleWeights
 from workers.reshard.separate import GenerationEnd
@@ -123,13 +124,14 @@ class RolloutWorker:
             },
         )
 
-    def connect(self, meeting: Meeting) -> None:
+    def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that train, in a pool of their own; all of both pools do."""
-        self.receiver = GenerationEnd(self.engine, self.config.rollout, self.context, meeting)
+        device = torch.device(self.context.device)
+        self.end = GenerationEnd(self.engine, self.config.rollout, bridge, self.context.rank, device)
 
     def receive_weights(self, batch: Batch, call: Call) -> OpResult:
         """Take the weights that the actor's ranks send, verified: version, count, per-parameter checksums."""
-        report = self.receiver.run()
+        report = self.end.run()
         self.weights_step = call.step + 1
         return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})
 

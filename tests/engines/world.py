@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-CALL_TIMEOUT_S = 90.0
+CALL_TIMEOUT_S = 150.0
 
 
 class World:

@@ -129,16 +129,10 @@ def join(training: World, generating: World, timeout_s: float = 20.0, traces: bo
     both(training, generating, trainer.connect, port, 2, 2, timeout_s, traces)
 
 
-@pytest.fixture()
-def receiving(folder: Path) -> Iterator[World]:
-    """Ranks that only generate."""
-    world = World(2)
-    world.run(_open_vllm, folder)
-    yield world
-    world.close()
-
-
-def test_across_two_worlds(training: World, receiving: World, folder: Path) -> None:
+def test_across_two_worlds(training: World, generating: World, folder: Path) -> None:
+    """Last in this file: afterwards the engine that generates says that it cannot be traced."""
+    receiving = generating
+    receiving.run(trainer.close_trainer)
     for settings in ({"tensor_parallel": 2}, {"lora": trainer.LORA}):
         training.run(trainer.open_trainer, folder, settings)
         join(training, receiving)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from rlhf_dist.wire import Meeting, WorkerContext
+from rlhf_dist.wire import Bridge, WorkerContext
 from tests.engines.losses import TokenLoss, make_batch
 from tests.generation import rank
 from tests.generation.test_engines import SAMPLING
@@ -23,6 +24,7 @@ from workers.reshard.link import SyncStopped
 from workers.reshard.separate import GenerationEnd, TrainingEnd
 from workers.reshard.sync import SyncFailed
 
+CPU = torch.device("cpu")
 ROLLOUT = RolloutConfig(bucket_bytes=1 << 20, canary_tolerance=1e-3)
 TEMPERATURE = SAMPLING.temperature
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -44,6 +46,12 @@ def _context(device: str) -> WorkerContext:
     return WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device=device, seed=0)
 
 
+def close_trainer() -> None:
+    """From now on these ranks only generate."""
+    global _trainer
+    _trainer = None
+
+
 def step() -> None:
     """One optimizer step; every rank gives the same rows, which is a batch of them twice where rows are split."""
     _trainer.step(make_batch(), TokenLoss())
@@ -59,12 +67,9 @@ def colocate(device: str = "cpu", sleeps: bool = False) -> str | None:
 def connect(port: int, senders: int, receivers: int, timeout_s: float, traces: bool = True) -> None:
     """This rank's end of a bridge: the training one where a trainer is open."""
     global _sync
-    first = 0 if _trainer is not None else senders
-    nodes = (0,) * (senders + receivers)
-    meeting = Meeting(address="127.0.0.1", port=port, rank=first + dist.get_rank(), senders=senders, nodes=nodes)
-    context = replace(_context("cpu"), sync_timeout_s=timeout_s)
+    bridge = Bridge(address="127.0.0.1", port=port, senders=senders, receivers=receivers, timeout_s=timeout_s)
     if _trainer is not None:
-        _sync = TrainingEnd(_trainer, ROLLOUT, context, meeting)
+        _sync = TrainingEnd(_trainer, ROLLOUT, bridge, dist.get_rank(), CPU)
         return
     if not traces:
         from workers.engines.generation import Untraceable
@@ -73,7 +78,7 @@ def connect(port: int, senders: int, receivers: int, timeout_s: float, traces: b
             raise Untraceable("this test wants whole tensors")
 
         rank._engine.trace = refuse
-    _sync = GenerationEnd(rank._engine, ROLLOUT, context, meeting)
+    _sync = GenerationEnd(rank._engine, ROLLOUT, bridge, dist.get_rank(), CPU)
 
 
 def run(must_change: bool, late: int = -1) -> dict[str, Any]:

@@ -113,8 +113,6 @@ def one_sync(name: str, version: int, *, fault: str = "", at: int = -1, timeout_
     sync = _syncs[name]
     full = whole(target, version)
     mine, theirs = shards_of(full, source, rank), blank(target, rank)
-    if faulty and fault == "die":
-        os._exit(9)
     if faulty and fault == "stall before":
         time.sleep(timeout_s + 2)
     if faulty and fault == "other version":

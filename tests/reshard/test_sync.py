@@ -96,13 +96,12 @@ def test_a_rank_that_stalls_is_named_within_the_time_out_and_a_retry_succeeds(
     assert all(answer.get("equal") for answer in retried), retried
 
 
-@pytest.mark.parametrize("fault", ["die", "die inside"])
-def test_a_rank_that_dies_is_an_error_on_every_survivor(fault: str) -> None:
+def test_a_rank_that_dies_is_an_error_on_every_survivor() -> None:
     world = World(4)
     try:
         assert_works(world, "alive", 1, 3.0)
         for pipe in world._pipes:
-            pipe.send((_sync, ("alive", 2, fault, 1, 3.0)))
+            pipe.send((_sync, ("alive", 2, "die inside", 1, 3.0)))
         for k in (0, 2, 3):
             assert world._pipes[k].poll(6), f"rank {k} hangs"
             done, answer = world._pipes[k].recv()

@@ -30,4 +30,5 @@ def test_bytes_through_the_controller_do_not_grow_with_tokens(
         assert summary["last"]["actor/response_tokens"] > 0.2 * tokens
     assert traffic.sent > 0 and traffic.received > 0
     # 64 rows of up to 256 tokens are far more than this in token ids and log-probs alone.
-    assert abs(bytes_of[256] - bytes_of[8]) < 0.02 * bytes_of[8], bytes_of
+    # The rule is called once or twice, as the two ranks finish together or apart: some 2 kB.
+    assert abs(bytes_of[256] - bytes_of[8]) < 0.1 * bytes_of[8], bytes_of

@@ -66,9 +66,9 @@ _MAX_REQUESTS = 1024
 """Requests in one scheduler step; the KV cache is the tighter limit."""
 _MAX_BATCHED_TOKENS = 8192
 """Prompt tokens in one scheduler step."""
+_NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _TAGS: dict[SleepPart, str] = {"weights": "weights", "cache": "kv_cache"}
 """What vLLM calls the parts that sleep."""
-_NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _CPU_BLOCK_TOKENS = 32
 """KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
 

@@ -28,7 +28,7 @@ from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.plan import make_plan
 from rlhf_dist.reshard.schedule import schedule
 from rlhf_dist.reshard.shards import Shards
-from rlhf_dist.wire import Meeting, WorkerContext
+from rlhf_dist.wire import Bridge
 from workers.engines.generation import Bucket, GenerationEngine, Untraceable
 from workers.engines.training import TrainingEngine
 from workers.reshard.canary import send_canary
@@ -44,13 +44,11 @@ _log = logging.getLogger(__name__)
 class _End(ABC):
     """What both sides do alike."""
 
-    def __init__(self, config: RolloutConfig, context: WorkerContext, meeting: Meeting) -> None:
-        """Rank 0 of the meeting hosts the store that all meet at; the others wait for it, at most the time-out."""
-        self._config, self._meeting, self._rank = config, meeting, meeting.rank
-        self._device, timeout_s = torch.device(context.device), context.sync_timeout_s
-        store = rendezvous(meeting.address, meeting.port, hosts=meeting.rank == 0, timeout_s=timeout_s)
-        host = meeting.address if meeting.rank == 0 else _own_address(meeting.address)
-        self._link = Link(store, "two worlds", meeting.rank, meeting.world, self._device, timeout_s, host)
+    def __init__(self, bridge: Bridge, rank: int, config: RolloutConfig, device: torch.device) -> None:
+        self._bridge, self._rank, self._config, self._device = bridge, rank, config, device
+        store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
+        host = bridge.address if rank == 0 else _own_address(bridge.address)
+        self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
         self._plan: PieceSync | _WholeTensors | None = None
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
@@ -68,14 +66,14 @@ class _End(ABC):
     def _new_plan(self) -> PieceSync | _WholeTensors:
         offer: Offer = self._link.broadcast_object(self._offer(), 0)
         wanted: list[Wanted | str | None] = self._link.all_gather_object(self._wanted(offer))
-        nodes = self._meeting.nodes
+        nodes = self._bridge.nodes or (0,) * self._bridge.world
         try:
             return PieceSync(offer, wanted, nodes, self._rank, self._config.bucket_bytes, self._link, self._device)
         except Untraceable as error:
             self.fallback = str(error)
             if self._rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
-            return _WholeTensors(offer.weights, self._meeting, self._config, self._link, self._device)
+            return _WholeTensors(offer.weights, self._bridge, self._rank, self._config, self._link, self._device)
 
     @abstractmethod
     def _offer(self) -> Offer | None: ...
@@ -87,8 +85,10 @@ class _End(ABC):
 class TrainingEnd(_End):
     """The end of one training rank."""
 
-    def __init__(self, engine: TrainingEngine, config: RolloutConfig, context: WorkerContext, meeting: Meeting) -> None:
-        super().__init__(config, context, meeting)
+    def __init__(self, engine: TrainingEngine, config: RolloutConfig, bridge: Bridge, rank: int, device: torch.device):
+        """rank: in the training pool, which is the rank in the engine's group. Rank 0 hosts the store that all meet at;
+        the others wait for it, at most the bridge's time-out."""
+        super().__init__(bridge, rank, config, device)
         self._engine = engine
 
     def run(self, must_change: bool) -> SyncReport:
@@ -108,7 +108,7 @@ class TrainingEnd(_End):
 
     def _offer(self) -> Offer | None:
         offer = offer_of(self._engine, self._config.dtype)
-        ranks, world = range(self._meeting.senders), self._meeting.world
+        ranks, world = range(self._bridge.senders), self._bridge.world
         adapters = offer.adapter_weights
         return replace(
             offer,
@@ -124,9 +124,10 @@ class GenerationEnd(_End):
     """The end of one generation rank."""
 
     def __init__(
-        self, rollout: GenerationEngine, config: RolloutConfig, context: WorkerContext, meeting: Meeting
+        self, rollout: GenerationEngine, config: RolloutConfig, bridge: Bridge, rank: int, device: torch.device
     ) -> None:
-        super().__init__(config, context, meeting)
+        """rank: in the generation pool."""
+        super().__init__(bridge, bridge.senders + rank, config, device)
         self._rollout = rollout
 
     def run(self) -> SyncReport:
@@ -162,16 +163,16 @@ class _WholeTensors:
     """Every parameter whole to every generation rank, for a model that no trace expresses."""
 
     def __init__(
-        self, weights: Layout, meeting: Meeting, config: RolloutConfig, link: Link, device: torch.device
+        self, weights: Layout, bridge: Bridge, rank: int, config: RolloutConfig, link: Link, device: torch.device
     ) -> None:
-        self._rank, self._link, self._device, self._dtype = meeting.rank, link, device, getattr(torch, config.dtype)
+        self._rank, self._link, self._device, self._dtype = rank, link, device, getattr(torch, config.dtype)
         self._last: dict[str, int] | None = None
-        receivers = range(meeting.senders, meeting.world)
+        receivers = range(bridge.senders, bridge.world)
         self._buckets = []
         for part in _buckets(weights, config.bucket_bytes):
             whole = whole_on(part, receivers)
-            plan = make_plan(part, whole, meeting.nodes)
-            self._buckets.append((whole, schedule(plan, meeting.rank, config.bucket_bytes)))
+            plan = make_plan(part, whole, bridge.nodes or None)
+            self._buckets.append((whole, schedule(plan, rank, config.bucket_bytes)))
 
     def send(self, engine: TrainingEngine, must_change: bool) -> SyncReport:
         started = time.perf_counter()

@@ -71,7 +71,8 @@ class WeightSync:
         self._digest = digests ^ self.bucket_bytes
         self._schedule: RankSchedule = schedule(self.plan, self.rank, self.bucket_bytes)
         self._boxes = _TargetBoxes(self.plan, self.rank)
-        self._last: tuple[int, torch.Tensor] | None = None
+        self._last: torch.Tensor | None = None
+        """Checksums of the last sync that succeeded."""
 
     def run(
         self,
@@ -97,8 +98,7 @@ class WeightSync:
             clock.lap("agree")
             expected = self._expect(source)
             clock.lap("expect")
-            if skip_unchanged and comparable and self._last and torch.equal(self._last[1], expected):
-                self._last = (version, expected)
+            if skip_unchanged and comparable and self._last is not None and torch.equal(self._last, expected):
                 return SyncReport(version, 0, 0, clock.total, clock.laps)
             if prepare:
                 prepare()
@@ -117,14 +117,14 @@ class WeightSync:
                 finish(version)
                 clock.lap("finish")
             self._verify(version, expected, target)
-            if must_change and self._last:
-                check_changed(version, self._last[1].tolist(), expected.tolist())
+            if must_change and self._last is not None:
+                check_changed(version, self._last.tolist(), expected.tolist())
             clock.lap("verify")
         except Exception as error:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
             failure = error
         self._commit(version, failure)
         clock.lap("commit")
-        self._last = (version, expected)
+        self._last = expected
         return SyncReport(version, len(self.plan.transfers), received, clock.total, clock.laps)
 
     def _agree(self, version: int | None) -> tuple[int, bool]:
@@ -133,7 +133,7 @@ class WeightSync:
             assert version is not None, "a rank alone knows what it syncs"
             return version, True
         self.link.phase = "agree"
-        last = -1 if self._last is None else hash(tuple(self._last[1].tolist())) & (1 << 62) - 1
+        last = -1 if self._last is None else hash(tuple(self._last.tolist())) & (1 << 62) - 1
         told = self.link.all_gather([-1 if version is None else version, self._digest, last])
         versions = {rank: values[0] for rank, values in enumerate(told) if values[0] >= 0}
         for what, given in (("version", versions), ("plan", {rank: values[1] for rank, values in enumerate(told)})):
