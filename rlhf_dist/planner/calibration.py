@@ -23,6 +23,11 @@ from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.typed import ConfigError, build, unknown
 
 SHARES = ("matmul", "experts", "hbm_weights", "hbm_kv", "link", "network", "overlap", "host_link", "fragmentation")
+DIVISORS = (
+    "experts", "hbm_weights", "hbm_kv", "link", "network", "host_link", "cpu_adam_bytes_per_s", "host_tokens_per_s",
+    "train_scale", "infer_scale", "generate_scale", "reshard_scale",
+)  # fmt: skip
+"""What cannot be 0: something would take forever, or no time."""
 SCALES = {"train": "train_scale", "infer": "infer_scale", "generate": "generate_scale", "reshard": "reshard_scale"}
 """Phase of a node -> the field of `Efficiency` that its measured seconds refine."""
 
@@ -54,9 +59,9 @@ def load_calibration(path: str | Path | None, usual: Efficiency | None = None) -
     efficiency: Efficiency = build(Efficiency, {**everything, **given}, f"{file}: efficiency")
     for item in fields(Efficiency):
         value = getattr(efficiency, item.name)
-        least_ok = value >= 0 if item.name in ("matmul", "fragmentation", "overlap") else value > 0
+        least_ok = value > 0 if item.name in DIVISORS else value >= 0
         if not least_ok or (item.name in SHARES and value > 1):
-            what = "between 0 and 1" if item.name in SHARES else "above 0"
+            what = "between 0 and 1" if item.name in SHARES else "above 0" if item.name in DIVISORS else "at least 0"
             raise ConfigError(f"{file}: efficiency.{item.name} must be {what}, got {value:g}")
     measured = _numbers(content.get("gpu") or {}, f"{file}: gpu")
     known = {item.name for item in fields(Gpu)} - {"name"}

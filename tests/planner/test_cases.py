@@ -17,6 +17,7 @@ from rlhf_dist.planner.emit import as_yaml
 from rlhf_dist.planner.explain import as_json, as_table, bottleneck, what_else
 from rlhf_dist.planner.hardware import KINDS, parse_cluster
 from rlhf_dist.planner.launch import problem_of
+from rlhf_dist.planner.machine import CPU_EFFICIENCY
 from rlhf_dist.planner.picture import draw_timeline
 from rlhf_dist.planner.plan import make_plan
 from rlhf_dist.typed import ConfigError
@@ -270,6 +271,15 @@ def test_a_calibration_file_overrides_what_it_names(tmp_path: Path) -> None:
     slower = parse_case(case(calibration=str(file)))
     assert slower.cluster.gpu.flops == 5e14
     assert make_plan(slower, 0).best.step_s > make_plan(parse_case(CASE), 0).best.step_s
+
+
+def test_what_a_machine_without_gpus_writes_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.yaml"
+    file.write_text(calibration_text(CPU_EFFICIENCY, "a profile"))
+    read, _ = load_calibration(file)
+    assert read.graphs_bytes == 0 and read.context_bytes == pytest.approx(CPU_EFFICIENCY.context_bytes, rel=1e-5)
+    file.write_text(calibration_text(CPU_EFFICIENCY, "a run", usual=CPU_EFFICIENCY))
+    assert load_calibration(file, CPU_EFFICIENCY)[0] == CPU_EFFICIENCY
 
 
 @pytest.mark.parametrize(
