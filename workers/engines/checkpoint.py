@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,15 @@ class CheckpointWriter:
     """Background saves of one engine, one at a time."""
 
     def __init__(self, world: dist.ProcessGroup) -> None:
-        """Collective: makes the group that saves talk over."""
-        ranks = dist.get_process_group_ranks(world)
-        self._group = dist.new_group(ranks, timeout=timedelta(seconds=SAVE_TIMEOUT_S), backend="gloo")
-        self._rank = dist.get_rank(world)
+        self._world, self._rank = world, dist.get_rank(world)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        """What background saves talk over; made by the first, since most engines (frozen ones) never save."""
+        ranks = dist.get_process_group_ranks(self._world)
+        return dist.new_group(ranks, timeout=timedelta(seconds=SAVE_TIMEOUT_S), backend="gloo")
 
     def save(self, folder: Path, state: State, card: ModelCard, config: Any, source: Path) -> Future[None]:
         """Copy `state`, then write it to `folder`, which all ranks share; the future ends when all have. Collective.

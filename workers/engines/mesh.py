@@ -18,6 +18,7 @@ Example: 8 ranks, replicas=2, sequence_parallel=2, tensor_parallel=1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
@@ -64,19 +65,24 @@ class TrainingMesh:
 
 
 def training_mesh(config: EngineConfig, device: torch.device) -> TrainingMesh:
-    """The mesh `config` asks for over the default process group. Collective.
+    """The mesh `config` asks for over the default process group; engines that ask for the same share it. Collective.
 
     Raises ValueError for axes that do not divide the ranks.
     """
-    world = dist.get_world_size()
-    sp, tp, replicas = config.sequence_parallel, config.tensor_parallel, config.replicas
+    everyone = dist.group.WORLD
+    assert everyone is not None, "the default process group is up"
+    return _mesh(everyone, config.sequence_parallel, config.tensor_parallel, config.replicas, device)
+
+
+@cache
+def _mesh(everyone: dist.ProcessGroup, sp: int, tp: int, replicas: int, device: torch.device) -> TrainingMesh:
+    # Made once: a gloo group is a thread that wakes up a hundred times a second for as long as the process lives.
+    world = everyone.size()
     if world % (sp * tp) or (world // (sp * tp)) % replicas:
         raise ValueError(
             f"sequence_parallel * tensor_parallel * replicas must divide the {world} ranks, "
             f"got {sp} * {tp} * {replicas}"
         )
-    everyone = dist.group.WORLD
-    assert everyone is not None, "the default process group is up"
     shards = world // (replicas * tp)
     if tp == 1 and replicas == 1:
         grid = parameters = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
