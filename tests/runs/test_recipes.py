@@ -44,10 +44,8 @@ def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Pat
     assert [row["step"] for row in read_metrics(folder)] == list(range(6))
     assert AutoModelForCausalLM.from_pretrained(folder / "models/actor").config.hidden_size == 128
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
-    assert {event["name"] for event in json.loads((folder / "trace.json").read_text())["traceEvents"]} == {
-        "examples",
-        "actor.update_actor",
-    }
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "X"} == {"examples", "actor.update_actor"}
     assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
 
 
