@@ -95,6 +95,10 @@ def pool_sizes(gpus: int, gpus_per_node: int) -> tuple[int, ...]:
     return tuple(size for size in [*small, *(gpus_per_node * n for n in range(1, nodes + 1))] if size <= gpus)
 
 
+MOST_TRIED = 500
+"""Looks at one partition for anything that fits."""
+
+
 @dataclass
 class Search:
     """One search; `run` does it."""
@@ -193,21 +197,28 @@ class Search:
         return SearchResult(tuple(plans), certificate, time.perf_counter() - started)
 
     def feasible(self) -> bool:
-        """Whether anything fits: a plan with a finite bound once everything is decided."""
+        """Whether something fits: a plan with a finite bound once everything is decided.
+
+        Roles that share all GPUs need least memory, so few pools come first, and the search of a partition ends
+        after MOST_TRIED looks: without an end, a cluster a little too small would be enumerated whole.
+        """
         every = list(self.allowed if self.allowed is not None else self._partitions())
         for partition in sorted(every, key=len):
             box = self._tightened(partition, self._full_box(partition))
-            if box is not None and self._box_bound(partition, box) < INFINITE and self._some(partition, box):
-                return True
+            if box is not None and self._box_bound(partition, box) < INFINITE:
+                if self._some(partition, box, iter(range(MOST_TRIED))):
+                    return True
         return False
 
-    def _some(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> bool:
-        """Depth first for anything that fits in a box."""
+    def _some(self, partition: Partition, box: tuple[tuple[int, int], ...], looks: Iterator[int]) -> bool:
+        """Depth first for anything that fits in a box, as long as there are looks left."""
+        if next(looks, None) is None:
+            return False
         if not all(low == high for low, high in box):
             halves = (half for half in self._halves(partition, box) if self._box_bound(partition, half) < INFINITE)
-            return any(self._some(partition, half) for half in halves)
+            return any(self._some(partition, half, looks) for half in halves)
         stack: list[State] = [tuple((self.sizes[low], ()) for low, _ in box)]
-        while stack:
+        while stack and next(looks, None) is not None:
             state = stack.pop()
             if self._bound(partition, state) == INFINITE:
                 continue
