@@ -197,3 +197,12 @@ def test_a_run_leaves_a_trace_a_drawing_idle_shares_and_a_critical_path(launch_w
     assert {event["cat"] for event in sync} == {"actor", "rollout"} and all(e["args"]["bytes"] > 0 for e in sync)
     assert draw(tmp_path / "seen").read_bytes().startswith(b"\x89PNG")
     assert read_metrics(tmp_path / "seen")[0]["store/spilled_bytes"] == 0
+
+
+def test_a_planned_placement_runs_and_reports_what_it_predicted(launch: Launch, tmp_path: Path) -> None:
+    launch("ppo", "placement=auto", f"reward.function={REWARD}", *TINY, "name=planned", "steps=2")
+    report = json.loads((tmp_path / "planned/plan_report.json").read_text())
+    trained = ("actor.generate_sequences", "actor.update_actor", "critic.update_critic")
+    for times in (report["predicted"]["nodes"], report["measured"]["nodes"], report["ratio"]):
+        assert all(times[node] > 0 for node in trained)
+    assert (tmp_path / "planned/calibration.yaml").exists()
