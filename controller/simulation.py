@@ -9,7 +9,7 @@ benchmark takes a placement's bound from it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from controller.executor import Finished, StepReport, run_steps
@@ -115,12 +115,3 @@ class Clock:
 
     def end_step(self, step: int) -> None:
         """See Runner; there is nothing to drop."""
-
-
-def busy_s(spans: Iterable[Span]) -> dict[str, float]:
-    """Pool -> seconds in which it works."""
-    total: dict[str, float] = {}
-    for span in spans:
-        if span.pool is not None:
-            total[span.pool] = total.get(span.pool, 0.0) + span.seconds
-    return total

@@ -66,5 +66,5 @@ def test_an_engine_that_is_not_installed_names_the_extra(
 
 
 def test_settings_that_fit_pass(model: Path) -> None:
-    plan("ppo", model, "actor.engine=deepspeed", "actor.engine.zero_stage=1", "critic.engine.lora.rank=4")
-    plan("ppo", model, "actor.engine.sequence_parallel=2", "critic.engine.tensor_parallel=2")
+    assert plan("ppo", model, "actor.engine=deepspeed", "actor.engine.zero_stage=1", "critic.engine.lora.rank=4")
+    assert plan("ppo", model, "actor.engine.sequence_parallel=2", "critic.engine.tensor_parallel=2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -244,13 +244,3 @@ def _s(seconds: float) -> str:
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def summary_of(predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[str]:
-    """Predicted against measured seconds by node, as lines."""
-    rows: list[tuple[str, ...]] = [("node", "predicted", "measured", "measured / predicted")]
-    for name in predicted:
-        if name in measured:
-            ratio = measured[name] / predicted[name] if predicted[name] else float("nan")
-            rows.append((name, _s(predicted[name]), _s(measured[name]), f"{ratio:.2f}"))
-    return _table(rows)
