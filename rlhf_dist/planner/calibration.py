@@ -22,9 +22,10 @@ from rlhf_dist.planner.hardware import Cluster, Gpu
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.typed import ConfigError, build, unknown
 
-SHARES = ("matmul", "experts", "hbm_weights", "hbm_kv", "link", "network", "overlap", "host_link", "fragmentation")
+SHARES = ("matmul", "hbm_weights", "hbm_kv", "link", "network", "overlap", "host_link", "fragmentation")
 DIVISORS = (
-    "experts", "hbm_weights", "hbm_kv", "link", "network", "host_link", "cpu_adam_bytes_per_s", "host_tokens_per_s",
+    "hbm_weights", "hbm_kv", "link", "network", "host_link", "cpu_adam_bytes_per_s", "host_tokens_per_s",
+    "load_bytes_per_s",
     "train_scale", "infer_scale", "generate_scale", "reshard_scale",
 )  # fmt: skip
 """What cannot be 0: something would take forever, or no time."""

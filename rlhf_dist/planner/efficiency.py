@@ -17,9 +17,10 @@ class Efficiency:
     """Share of FLOP/s that a layer's matrix multiplications reach; 0: the GPU kind's own (`hardware.py`)."""
     matmul_half_tokens: float = 256.0
     """Tokens in a forward pass at which matmuls reach half of that: small batches leave matrix units idle."""
-    experts: float = 0.50
-    """Rate of the experts' matmuls over that of a dense layer's: tokens are permuted, matrices are small, loads uneven.
-    Megatron-Core's published runs (Mixtral, Qwen3 MoE on H100) reach 40-70 % of a dense model's FLOP/s."""
+    experts_half_width: float = 6144.0
+    """Width of an expert at which its matmuls reach half of a dense layer's rate: tokens are permuted, matrices are
+    small, loads uneven. Megatron-Core's public recipes on H100 in bf16 reach 24 % of peak for Qwen3-30B-A3B (768 wide),
+    31 % for Qwen3-235B-A22B (1,536), and about 40 % for Mixtral (14,336), where dense models reach 45-50 %."""
     hbm_weights: float = 0.80
     """Share of memory bandwidth when decoding reads weights; GEMV kernels and STREAM reach 80-90 %."""
     hbm_kv: float = 0.65
@@ -37,9 +38,16 @@ class Efficiency:
     """Memory traffic of an optimizer that runs on a node's CPUs (DeepSpeedCPUAdam on two sockets, STREAM)."""
     decode_step_s: float = 3e-3
     """Host time of a decode step however small: scheduling, launching CUDA graphs."""
+    decode_layer_s: float = 2e-5
+    """Of a layer in a decode step, on every rank: norms, rotary embedding, cache writes and activation are about ten
+    kernels that move next to nothing and take 2 us each in a CUDA graph."""
     decode_sequence_s: float = 4e-5
     """Host time of a decode step for each running sequence: block tables, sampling, detokenising. The vLLM project
     reported in 2024 that 62 % of an 8B decode step on an H100 was such work (blog, 2024-09-05)."""
+    load_bytes_per_s: float = 4e9
+    """Rate at which a generation engine takes in new weights, per GPU: a Python loop over tensors, each found by name,
+    cut and copied. NeMo-RL's published refits (2025, H100), per GPU: 16 GB in 5 s (8B), 16 GB in 7 s (32B on 4), 30 GB in
+    12 s (30B-A3B on 2), 35 GB in 14 s (70B on 4)."""
     call_s: float = 0.05
     """Start and end of one operation on a worker group; Ray calls take milliseconds, kernels must warm up."""
     host_tokens_per_s: float = 50e6

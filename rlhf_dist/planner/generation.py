@@ -36,7 +36,7 @@ def generation_cost(
     usual = load.prompt.mean + response.mean_square / (2.0 * response.mean)
     running = min(float(rows), max(1.0, room / usual))
 
-    decode = _decode(model, load, generation, machine, float(rows), running)
+    decode = _decode(model, work, load, generation, machine, running)
     prefill = _prefill_s(model, work, load, generation, machine, rows)
     parts = {"prefill": prefill, **decode, "call": machine.efficiency.call_s}
     peak = min(cache, token_bytes * running * (load.prompt.mean + response.longest))
@@ -52,6 +52,7 @@ def generation_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: i
     the weights, the smaller the more GPUs share a replica, and costs host time for every row, the less the fewer.
     """
     response, use, gpu = load.response, machine.efficiency, machine.cluster.gpu
+    longest = response.expected_longest(work.rows)
     contexts = response.mean * load.prompt.mean + response.mean_square / 2.0
     kv = work.rows * contexts * model.kv_bytes_per_token() / (gpu.hbm_bytes_per_s * use.hbm_kv * gpus)
     tokens = work.prompts * load.prompt.mean
@@ -60,8 +61,8 @@ def generation_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: i
     steps = []
     for ranks in (1, 2, 4, 8, 16, 32, 64, 128):
         rows = work.rows * ranks / gpus
-        host = response.longest * use.decode_step_s + rows * response.mean * use.decode_sequence_s
-        steps.append(response.longest * read / ranks + host)
+        host = longest * (use.decode_step_s + model.layers * use.decode_layer_s)
+        steps.append(longest * read / ranks + host + rows * response.mean * use.decode_sequence_s)
     return use.generate_scale * (kv + prefill + min(steps))
 
 
@@ -71,22 +72,22 @@ def least_cache_bytes(model: ModelSpec, load: Workload, generation: Generation) 
 
 
 def _decode(
-    model: ModelSpec, load: Workload, generation: Generation, machine: Machine, rows: float, running: float
+    model: ModelSpec, work: NodeWork, load: Workload, generation: Generation, machine: Machine, running: float
 ) -> dict[str, float]:
-    """Seconds by cause of all decode steps of a replica."""
+    """Seconds by cause of all decode steps of the replica that has the longest row."""
     response, prompt = load.response, load.prompt.mean
-    total = dict.fromkeys(("weights", "kv", "compute", "tp", "host"), 0.0)
+    total = dict.fromkeys(("weights", "kv", "compute", "kernels", "tp", "host"), 0.0)
 
     def add(steps: float, batch: float, context: float) -> None:
         for name, seconds in _step(model, generation, machine, batch, context).items():
             total[name] += steps * seconds
 
-    waiting = rows - running
+    waiting = ceil(work.rows / generation.replicas) - running
     if waiting > 0:  # Rows that finish make room for others: the batch stays full.
         usual = response.mean_square / (2.0 * response.mean)
         add(waiting * response.mean / running, running, prompt + usual)
-    for first, steps, alive in response.alive:
-        add(steps, running * alive, prompt + first + steps / 2.0)
+    for first, steps, alive in response.alive(work.rows):
+        add(steps, max(1.0, running * alive), prompt + first + steps / 2.0)
     return total
 
 
@@ -108,6 +109,7 @@ def _step(model: ModelSpec, generation: Generation, machine: Machine, batch: flo
         "weights": read,
         "compute": max(0.0, compute - read),
         "kv": kv * parts / generation.pp,
+        "kernels": model.layers * use.decode_layer_s,
         "tp": tp,
         "host": use.decode_step_s * parts + use.decode_sequence_s * batch,
     }

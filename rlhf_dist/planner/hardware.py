@@ -33,7 +33,7 @@ class Gpu:
     """Memory bandwidth."""
     link_bytes_per_s: float
     """To the other GPUs of its node (NVLink, Infinity Fabric or PCIe)."""
-    link_latency_s: float = 8e-6
+    link_latency_s: float = 12e-6
     """Start of one collective within a node; nccl-tests all_reduce of 8 bytes takes about 10-20 us."""
     host_bytes_per_s: float = 25e9
     """To the host's memory over PCIe: 80 % of a Gen4 x16 link (31.5 GB/s); Gen5 has twice as much."""
@@ -41,7 +41,7 @@ class Gpu:
     """All network cards of a node of 8 such GPUs together."""
     host_memory_bytes: float = 128 * GIB
     """Of the host, for each GPU: DGX A100 and p4de have 1 TB and more for eight."""
-    matmul_efficiency: float = 0.50
+    matmul_efficiency: float = 0.40
     """Share of `flops` that the matrix multiplications of a transformer layer reach (see docs/planner.md)."""
 
 
@@ -57,7 +57,7 @@ KINDS: dict[str, Gpu] = {
             hbm_bytes_per_s=2.039e12,
             link_bytes_per_s=300e9,
             network_bytes_per_s=25e9,
-            matmul_efficiency=0.60,
+            matmul_efficiency=0.48,
         ),
         Gpu(
             name="A100-40G",
@@ -66,7 +66,7 @@ KINDS: dict[str, Gpu] = {
             hbm_bytes_per_s=1.555e12,
             link_bytes_per_s=300e9,
             network_bytes_per_s=25e9,
-            matmul_efficiency=0.60,
+            matmul_efficiency=0.48,
         ),
         # NVIDIA H100 SXM datasheet: 989 TFLOP/s bf16 dense, 3.35 TB/s, NVLink 900 GB/s both ways; the DGX H100 has
         # 8 x 400 Gbit/s.
@@ -96,7 +96,7 @@ KINDS: dict[str, Gpu] = {
             hbm_bytes_per_s=8e12,
             link_bytes_per_s=900e9,
             host_bytes_per_s=50e9,
-            matmul_efficiency=0.45,
+            matmul_efficiency=0.35,
         ),
         # NVIDIA L40S datasheet: 362 TFLOP/s bf16 dense, 48 GB GDDR6 at 864 GB/s, PCIe Gen4 x16 and no NVLink.
         Gpu(
@@ -117,7 +117,7 @@ KINDS: dict[str, Gpu] = {
             hbm_bytes_per_s=5.3e12,
             link_bytes_per_s=448e9,
             host_bytes_per_s=50e9,
-            matmul_efficiency=0.40,
+            matmul_efficiency=0.28,
         ),
     )
 }

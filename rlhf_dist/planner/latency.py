@@ -117,7 +117,8 @@ class Machine:
     def forward_s(self, model: ModelSpec, tokens: float, squares: float, ranks: int, pass_tokens: float) -> float:
         """A forward pass shared by `ranks` GPUs, of which each sees `pass_tokens` tokens at a time."""
         flops = model.forward_flops(tokens, squares)
-        flops += model.expert_flops(tokens) * (1.0 / self.efficiency.experts - 1.0)
+        if model.experts:
+            flops += model.expert_flops(tokens) * self.efficiency.experts_half_width / model.expert_intermediate
         return flops / ranks / self.flops * (1.0 + self.efficiency.matmul_half_tokens / max(pass_tokens, 1.0))
 
 

@@ -38,12 +38,21 @@ class ModelSpec:
     expert_intermediate: int = 0
     shared_intermediate: int = 0
     """Width of the expert that every token uses; 0 for none."""
+    dense_layers: int = 0
+    """Layers of a mixture that have a dense MLP of width `intermediate` instead of experts."""
+    latent: int = 0
+    """Width of the compressed keys and values that are kept for a token (multi-head latent attention, DeepSeek-AI 2024:
+    kv_lora_rank + qk_rope_head_dim); 0 where keys and values are kept per head."""
+    latent_attention: int = 0
+    """Parameters of one layer's latent attention."""
     scalar_head: bool = False
     """One output instead of a vocabulary: critics and reward models."""
 
     @cached_property
     def attention(self) -> int:
         """Parameters of one layer's attention."""
+        if self.latent:
+            return self.latent_attention
         return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     @cached_property
@@ -77,7 +86,13 @@ class ModelSpec:
     @cached_property
     def parameters(self) -> int:
         """All parameters."""
-        return self.vocabulary * self.hidden + self.layers * self.layer + self.head + self.hidden
+        layers = self.layers * self.layer - self.dense_layers * (self.experts * self.expert + self._dense_for_experts)
+        return self.vocabulary * self.hidden + layers + self.head + self.hidden
+
+    @cached_property
+    def _dense_for_experts(self) -> int:
+        """What a dense layer of a mixture has less of in common MLP parameters (negative: more)."""
+        return self.dense_mlp - self._matrices * self.hidden * self.intermediate
 
     @cached_property
     def active_layer(self) -> int:
@@ -87,7 +102,9 @@ class ModelSpec:
     @cached_property
     def active(self) -> int:
         """Parameters that a token is multiplied with: layers and head, not the embedding look-up."""
-        return self.layers * self.active_layer + (self.hidden if self.scalar_head else self.vocabulary * self.hidden)
+        dense = self.dense_layers * (self.experts_per_token * self.expert + self._dense_for_experts)
+        head = self.hidden if self.scalar_head else self.vocabulary * self.hidden
+        return self.layers * self.active_layer - dense + head
 
     def forward_flops(self, tokens: float, squares: float) -> float:
         """FLOPs of a forward pass over rows with `tokens` = sum of lengths, `squares` = sum of squared lengths.
@@ -98,10 +115,12 @@ class ModelSpec:
 
     def expert_flops(self, tokens: float) -> float:
         """Those of a forward pass's FLOPs that are the experts'."""
-        return 2.0 * self.layers * self.experts_per_token * self.expert * tokens
+        return 2.0 * (self.layers - self.dense_layers) * self.experts_per_token * self.expert * tokens
 
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> float:
         """Keys and values of one token in all layers, bytes."""
+        if self.latent:
+            return float(self.layers * self.latent * dtype_bytes)
         return 2.0 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
 
     def decode_weights(self, batch: float) -> float:
@@ -114,7 +133,9 @@ class ModelSpec:
             return float(dense)
         unused: float = (1.0 - self.experts_per_token / self.experts) ** max(batch, 1.0)
         used = self.experts * (1.0 - unused)
-        return dense + self.layers * used * self.expert
+        return (
+            dense - self.dense_layers * self._dense_for_experts + (self.layers - self.dense_layers) * used * self.expert
+        )
 
 
 def _dense(
@@ -217,24 +238,47 @@ def from_hf_config(settings: Mapping[str, Any], name: str, key: str) -> ModelSpe
         missing.append("num_experts_per_tok")
     if missing:
         raise ConfigError(f"{key}: the model's config lacks {', '.join(missing)} (whole numbers above 0); add them")
-    hidden, heads = got["hidden_size"], got["num_attention_heads"]
+    hidden, heads, layers = got["hidden_size"], got["num_attention_heads"], got["num_hidden_layers"]
     intermediate = _count(got, "intermediate_size", "n_inner") or 4 * hidden
+    width = (_count(got, "moe_intermediate_size") or intermediate) if experts else 0
+    shared = _count(got, "shared_expert_intermediate_size") or _count(got, "n_shared_experts") * width
+    latent = _latent_attention(got, hidden, heads)
     return ModelSpec(
         name=name,
-        layers=got["num_hidden_layers"],
+        layers=layers,
         hidden=hidden,
         intermediate=intermediate,
         heads=heads,
-        kv_heads=_count(got, "num_key_value_heads") or heads,
-        head_dim=_count(got, "head_dim") or hidden // heads,
+        kv_heads=1 if latent else _count(got, "num_key_value_heads") or heads,
+        head_dim=latent["head_dim"] if latent else _count(got, "head_dim") or hidden // heads,
         vocabulary=got["vocab_size"],
         tied=bool(got.get("tie_word_embeddings", False)),
         gated="n_embd" not in text,
         experts=experts,
         experts_per_token=per_token if experts else 0,
-        expert_intermediate=(_count(got, "moe_intermediate_size") or intermediate) if experts else 0,
-        shared_intermediate=_count(got, "shared_expert_intermediate_size") if experts else 0,
+        expert_intermediate=width,
+        shared_intermediate=shared if experts else 0,
+        dense_layers=min(layers, _count(got, "first_k_dense_replace")) if experts else 0,
+        latent=latent.get("latent", 0),
+        latent_attention=latent.get("parameters", 0),
     )
+
+
+def _latent_attention(got: Mapping[str, Any], hidden: int, heads: int) -> dict[str, int]:
+    """Widths of multi-head latent attention; empty for any other.
+
+    Queries go through q_lora_rank (or directly), keys and values through kv_lora_rank; a part of the key, that with the
+    rotary embedding, is shared by all heads. Scores are over nope + rope numbers and values have a width of their own:
+    `head_dim` is the mean of both, which counts the same FLOPs.
+    """
+    rank = _count(got, "kv_lora_rank")
+    if not rank:
+        return {}
+    nope, rope, value = (_count(got, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    score, query = nope + rope, _count(got, "q_lora_rank")
+    queries = query * (hidden + heads * score) if query else hidden * heads * score
+    others = hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+    return {"latent": rank + rope, "parameters": queries + others, "head_dim": (score + value) // 2}
 
 
 def _count(settings: Mapping[str, Any], *names: str) -> int:

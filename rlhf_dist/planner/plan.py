@@ -23,8 +23,9 @@ from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import Problem
 from rlhf_dist.typed import ConfigError
 
-TIE = 0.005
-"""Plans this close to the optimum are the same to the model; the planner then prefers the usual one (ADR 041)."""
+TIE = 0.02
+"""Plans this close to the optimum are the same to the model; the planner then prefers the usual one (ADR 041). Two runs
+of one configuration differ by more: 4 to 6 % at 8B, 16 to 21 % at 70B (a rerun of NeMo-RL's published table)."""
 KEPT = 3
 """Partitions whose best plans are found whatever is shown, so that a tie is seen."""
 PRESETS = ("colocate", "split", "standalone", "async")

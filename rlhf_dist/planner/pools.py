@@ -15,6 +15,7 @@ from rlhf_dist.planner.layouts import Catalogue, Layout
 from rlhf_dist.planner.memory import generation_weights
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.planner.transfer import reshard_cost
+from rlhf_dist.planner.work import NodeWork
 
 Way = Layout | Generation
 Ways = tuple[Way, ...]
@@ -39,6 +40,9 @@ class PoolSpace:
     """What can be decided about every (units, GPUs), and what nodes then cost."""
 
     catalogue: Catalogue
+    chained: frozenset[str] = frozenset()
+    """Roles whose generation comes before everything that takes time on the way to their weight sync (`Graph.chained`).
+    What is open of both is then bounded together: more GPUs a replica sync faster and may generate slower."""
     _seconds: dict[tuple[tuple[str, ...], int, Ways], Mapping[str, float] | None] = field(default_factory=dict)
 
     def choices(self, units: tuple[str, ...], gpus: int, decided: Ways) -> tuple[Way, ...] | None:
@@ -151,16 +155,39 @@ class PoolSpace:
         way = decided[place] if place < len(decided) else None
         asked = [number for number, one in enumerate(every) if way is None or one == way]
         own = rest if unit not in roles else 0.0  # What generates only has its weights in what rests.
-        for work in nodes:
-            values = []
-            for number in asked:
-                if work.phase == "generate":
-                    cost = catalogue.generation(work, every[number], budget + own)
-                    if cost is not None:
-                        values.append(cost.seconds)
-                elif generation_weights(catalogue.problem.models[work.role], every[number]) <= budget:
-                    values.append(min(layout.reshard[number] for layout in layouts))
-            if not values:
-                return False
-            seconds[work.name] = min(values)
+        ways: list[dict[str, float]] = []
+        for number in asked:
+            way_s = self._way_seconds(nodes, every[number], number, layouts, budget, own)
+            if way_s is not None:
+                ways.append(way_s)
+        if not ways:
+            return False
+        least = {work.name: min(one[work.name] for one in ways) for work in nodes}
+        syncs = [work.name for work in nodes if work.phase == "reshard"]
+        if syncs and unit in self.chained:
+            least[syncs[0]] += min(sum(one.values()) for one in ways) - sum(least.values())
+        seconds |= least
         return True
+
+    def _way_seconds(
+        self,
+        nodes: list[NodeWork],
+        way: Generation,
+        number: int,
+        layouts: tuple[Layout, ...],
+        budget: float,
+        own: float,
+    ) -> dict[str, float] | None:
+        """Least seconds of generating and syncing one way, the `number`th; None if it does not fit."""
+        seconds: dict[str, float] = {}
+        for work in nodes:
+            if work.phase == "generate":
+                cost = self.catalogue.generation(work, way, budget + own)
+                if cost is None:
+                    return None
+                seconds[work.name] = cost.seconds
+            elif generation_weights(self.catalogue.problem.models[work.role], way) > budget:
+                return None
+            else:
+                seconds[work.name] = min(layout.reshard[number] for layout in layouts)
+        return seconds

@@ -79,6 +79,16 @@ class Graph:
         ]
         return tuple(dict.fromkeys(outer))
 
+    def chained(self, first: Sequence[int], last: int, takes_time: Sequence[bool]) -> bool:
+        """Whether in every loop through `last` all that takes time is one of `first` or comes after all of them."""
+        reach = [self._reachable(node) for node in first]
+        for _, _, _, members in self.loops:
+            if last in members:
+                late = [node for node in members if takes_time[node] and node not in first]
+                if not set(first) <= set(members) or not all(node in after for node in late for after in reach):
+                    return False
+        return True
+
     def _reachable(self, start: int) -> set[int]:
         seen, stack = {start}, [start]
         while stack:

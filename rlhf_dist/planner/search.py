@@ -119,11 +119,11 @@ class Search:
     """Whether GPUs may be left over."""
 
     def __post_init__(self) -> None:
-        self.space = PoolSpace(self.catalogue)
         self.graph = Graph.of(self.catalogue.problem, overlap=self.overlap)
         self.gpus = self.catalogue.machine.cluster.gpus
         self.index = {name: position for position, name in enumerate(self.graph.names)}
         self.host_s = self._host_seconds()
+        self.space = PoolSpace(self.catalogue, self._chained())
         self._floors: dict[tuple[str, int, int], dict[str, float]] = {}
         self._smallest: dict[tuple[str, ...], int] = {}
 
@@ -380,6 +380,20 @@ class Search:
                     model, machine = self.catalogue.problem.models[work.role], self.catalogue.machine
                     costs[work.name] = reshard_cost(model, source.strategy, target, machine, same_pool=False)
         return costs
+
+    def _chained(self) -> frozenset[str]:
+        """Roles that `Graph.chained` holds for, from generation to weight sync, both at every step."""
+        nodes = self.catalogue.problem.nodes
+        takes_time = [bool(work.role) or self.host_s[work.name] > 0.0 for work in nodes]
+        found: set[str] = set()
+        for role in self.catalogue.problem.generating:
+            mine = [work for work in nodes if work.role == role and work.phase in ("generate", "reshard")]
+            syncs = [self.index[work.name] for work in mine if work.phase == "reshard"]
+            first = [self.index[work.name] for work in mine if work.phase == "generate"]
+            if len(syncs) == 1 and all(work.every == 1 for work in mine):
+                if self.graph.chained(first, syncs[0], takes_time):
+                    found.add(role)
+        return frozenset(found)
 
     def _host_seconds(self) -> dict[str, float]:
         """Host ops work through the step's tokens; sources, joins and states take no time to speak of."""

@@ -43,7 +43,7 @@ def reshard_s(
         # What one node holds of the training shards: all of it unless they are spread over nodes.
         spread = source.tp * source.pp * (source.dp * source.sp if source.zero == 3 else 1)
         between = max(0.0, wanted - size * min(1.0, node / spread)) / fabric.network
-    install = 2.0 * size / (target.tp * target.pp) / machine.cluster.gpu.hbm_bytes_per_s
+    install = size / (target.tp * target.pp) / machine.efficiency.load_bytes_per_s
     return max(inside, between), install
 
 

@@ -204,9 +204,9 @@ def test_the_table_says_what_people_ask(tmp_path: Path) -> None:
     table = as_table(plan, what_else(plan))
     for text in ("tokens/s", "gap 0: 15 partitions", "critical path", "actor_reference", "one more node", "GiB"):
         assert text in table
-    assert "on its critical path" in bottleneck(plan) and "gathering parameters and reducing gradients" in bottleneck(
-        plan
-    )
+    assert "on its critical path" in bottleneck(plan) and "matrix multiplications" in bottleneck(plan)
+    colocated = make_plan(paper(16, "codellama-34b", placement="colocate"), 0)
+    assert "gathering parameters and reducing gradients" in bottleneck(colocated)
     draw_timeline(plan, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect
+from itertools import accumulate
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -115,7 +118,9 @@ def test_a_ring_moves_each_byte_once_and_nodes_share_their_network() -> None:
     assert gathered == pytest.approx(1e9 * 3 / 4 / network, rel=0.01)
     # Eight groups with a GPU on each node share the cards: an eighth each.
     assert fabric.gather_s(1e9, 4, stride=8) == pytest.approx(8 * 1e9 * 3 / 4 / network, rel=0.01)
-    assert fabric.gather_s(1e9, 8) == pytest.approx(1e9 * 7 / 8 / (300e9 * Efficiency().link), rel=0.02)
+    assert fabric.gather_s(1e9, 8) == pytest.approx(
+        1e9 * 7 / 8 / (300e9 * Efficiency().link) + 7 * fabric.link_latency_s
+    )
     assert fabric.gather_s(1e9, 1) == 0.0
 
 
@@ -157,7 +162,36 @@ def test_less_memory_means_fewer_rows_at_a_time_and_more_time() -> None:
 
 
 def test_a_lognormal_keeps_its_mean_and_its_limit() -> None:
-    lengths = Lengths.lognormal(800, 8192)
-    assert lengths.mean == pytest.approx(800, rel=0.02) and lengths.longest <= 8192
-    assert sum(steps for _, steps, _ in lengths.alive) == lengths.longest
-    assert sum(steps * alive for _, steps, alive in lengths.alive) == pytest.approx(lengths.mean)
+    for mean, limit in ((800, 8192), (3300, 4096), (100, 100_000)):
+        lengths = Lengths.lognormal(mean, limit)
+        assert lengths.mean == pytest.approx(mean) and lengths.longest == limit
+        assert sum(lengths.shares) == pytest.approx(1.0)
+        assert sum(steps * alive for _, steps, alive in lengths.alive(512)) == pytest.approx(mean)
+
+
+def test_the_more_rows_the_longer_the_longest_of_them() -> None:
+    lengths = Lengths.lognormal(800, 8192, endless=0.0)
+    assert lengths.expected_longest(1) == pytest.approx(800)
+    found = [lengths.expected_longest(rows) for rows in (16, 256, 4096)]
+    assert 800 < found[0] < found[1] < found[2] <= 8192
+    drawn = Random(1)
+    ends = list(accumulate(lengths.shares))
+    longest = [
+        max(lengths.values[min(bisect(ends, drawn.random()), len(ends) - 1)] for _ in range(256)) for _ in range(400)
+    ]
+    assert found[1] == pytest.approx(sum(longest) / 400, rel=0.05), "as drawing 256 lengths 400 times gives"
+    assert Lengths.lognormal(800, 8192, endless=0.01).expected_longest(1024) > 8190, "some row never ends"
+
+
+def test_latent_attention_and_dense_layers_are_counted_as_published() -> None:
+    """DeepSeek-V3's report: 671B parameters, 37B active, 70 kB of keys and values for a token."""
+    config = {
+        "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "vocab_size": 129280,
+        "intermediate_size": 18432, "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+        "n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    }  # fmt: skip
+    model = model_spec(config, "models.actor")
+    assert model.parameters == pytest.approx(671.03e9, rel=1e-4) and model.active == pytest.approx(37e9, rel=0.02)
+    assert model.kv_bytes_per_token() == 70_272
+    assert kv_bytes_per_token(model, Generation(gpus=8, tp=8)) == 70_272, "every tp rank keeps it all"

@@ -1,4 +1,4 @@
-"""Published outcomes from constants of the hardware alone: HybridFlow Figs. 12, 13 and 15, and what is missed.
+"""Published outcomes from constants of the hardware alone: HybridFlow Figs. 12, 13 and 15, and steps of others.
 
 The misses are named and tested as misses: if one begins to come out as published, the test says so.
 """
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.published import geometric, predicted, published_steps, rank_correlation
 from rlhf_dist.planner.latency import Machine
 from rlhf_dist.planner.layouts import Catalogue
-from rlhf_dist.planner.plan import make_plan, searcher
+from rlhf_dist.planner.plan import TIE, make_plan, searcher
 from rlhf_dist.planner.reference import Algorithm1
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.typed import ConfigError
@@ -38,14 +39,9 @@ OUTCOMES = [
     (12, MIXED, SPLIT),
     (16, MIXED, CRITIC_APART),
 ]
-MISSED = {
-    (16, ("llama2-13b",)): CRITIC_APART,
-    (8, ("codellama-34b",)): SPLIT,
-    (12, MIXED): COLOCATE,
-    (16, MIXED): [{A, R}, {C, F}],
-}
+MISSED = {(16, ("llama2-13b",)): CRITIC_APART, (12, MIXED): COLOCATE}
 """(nodes, models) -> what the search says instead; docs/planner.md says why."""
-MISSED_BY_NAME = {(16, ("llama2-13b",)): SPLIT, (8, ("codellama-34b",)): SPLIT, (12, MIXED): COLOCATE}
+MISSED_BY_NAME = {(16, ("llama2-13b",)): SPLIT, (12, MIXED): COLOCATE}
 """The same among the placements that the paper names."""
 
 
@@ -91,14 +87,15 @@ def test_generation_tp_of_fig_15(model: str, optimum: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama2-7b", "llama2-13b", "llama2-70b"])
-@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("nodes", [2, 4, 16])
 def test_ours_is_never_worse_than_algorithm_1(model: str, nodes: int) -> None:
     question = paper(nodes, model, pipeline=[1, 2, 3, 4])
     machine = Machine.of(question.cluster, question.efficiency)
     mapped = Algorithm1(Catalogue(question.problem, machine, Space(pipeline=(1, 2, 3, 4)))).run()
     if mapped is None:
         pytest.skip("Algorithm 1 has no offloading, so less fits than with ours")
-    ours = make_plan(question, 0).best.step_s
+    plan = make_plan(question, 0)
+    ours = min(one.step_s for one in (plan.best, *plan.ties))
     strategies = {role: {"tp": one.tp, "pp": one.pp, "zero": one.zero} for role, one in mapped.strategies.items()}
     strategies["actor.generate"] = {"tp": mapped.generations["actor"].tp, "pp": mapped.generations["actor"].pp}
     pools = {
@@ -110,7 +107,28 @@ def test_ours_is_never_worse_than_algorithm_1(model: str, nodes: int) -> None:
         theirs = make_plan(paper(nodes, model, placement=given, pipeline=[1, 2, 3, 4]), 0).best.step_s
     except ConfigError:
         pytest.skip("what Algorithm 1 returns does not fit: it looks at memory of whole sets only when it sizes them")
-    assert ours <= theirs * (1 + 0.005), "plans closer than the tie are the same to the model"
+    assert ours <= theirs * (1 + 1e-9)
+    assert plan.best.step_s <= ours * (1 + TIE)
+
+
+def test_published_steps_come_out_in_ratio_and_rank() -> None:
+    """39 steps of three systems, 7B to 671B, A100 to B200; published systems do not reach all that is possible."""
+    found = [(row, *predicted(row)) for row in published_steps()]
+    ratios = {(row.source, row.name, row.cluster): seconds / row.step_s for row, seconds, _ in found}
+    mean, spread = geometric(list(ratios.values()))
+    assert 0.65 < mean < 1.1 and spread < 1.45, ratios
+    assert rank_correlation([row.step_s for row, _, _ in found], [seconds for _, seconds, _ in found]) > 0.94
+    recent = [ratio for (source, name, _), ratio in ratios.items() if source == "nemo_rl" and "k" not in name]
+    mean, spread = geometric(recent)
+    assert 0.8 < mean < 1.1 and spread < 1.25, "dense models and mixtures on H100 and GB200, engines of 2025"
+
+
+def test_phases_come_out_where_the_strategies_are_published() -> None:
+    for row in published_steps():
+        if row.source == "nemo_rl" and row.name in ("v0.3 8B", "v0.3 70B", "v0.3 32B", "v0.3 30B-A3B"):
+            _, phases = predicted(row)
+            for phase, seconds in row.phases.items():
+                assert 0.55 < phases[phase] / seconds < 1.2, (row.name, phase)
 
 
 def test_algorithm_1_searches_the_15_partitions_and_every_allocation() -> None:
