@@ -1,9 +1,9 @@
-"""`make bench-planner`: seconds of the search on one core, and of the paper's Algorithm 1 on the same questions.
+"""`make bench-planner`: seconds of the search on one core, of the paper's Algorithm 1, and published steps predicted.
 
 PPO with four Llama-70B on 128 and 1,024 A100s (1,024 prompt + 1,024 response tokens, 1,024 rows, 8 mini-batches), with
 and without pipelines. Algorithm 1 on 128 over the same strategies and latency model: as printed (strategies cached,
-d_cost simulates every allocation) and with those seconds cached, too. Medians of three; Algorithm 1 once. Prints one
-JSON line last.
+d_cost simulates every allocation) and with those seconds cached, too. Medians of three; Algorithm 1 once. Then the
+steps of published_steps.yaml, predicted beside measured. Prints one JSON line last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from statistics import median
 
+from benchmarks.published import compare
 from rlhf_dist.planner.case import parse_case
 from rlhf_dist.planner.latency import Machine
 from rlhf_dist.planner.layouts import Catalogue
@@ -68,7 +69,7 @@ def main() -> None:
                 answer[f"algorithm_1_{name}_{model}_s"] = round(mapped.search_s, 2)
                 answer[f"times_faster_than_{name}_{model}"] = round(mapped.search_s / ours, 1)
                 print(f"{model}, 128 GPUs: ours {ours:.2f} s, Algorithm 1 {name} {mapped.search_s:.1f} s", flush=True)
-    print(json.dumps(answer))
+    print(json.dumps(answer | compare()))
 
 
 if __name__ == "__main__":

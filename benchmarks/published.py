@@ -104,7 +104,7 @@ def _one_model(row: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, A
     if "pp" in row.get("train", {}):
         case["pipeline"] = [1, row["train"]["pp"]]
     if row.get("async"):
-        case |= {"placement": "async", "staleness": 1}
+        case |= {"placement": {"preset": "async", "strategies": strategies}, "staleness": 1}
     return case
 
 
@@ -119,8 +119,8 @@ def _deepspeed_chat(row: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[s
     }
 
 
-def main() -> None:
-    """Print the table."""
+def compare() -> dict[str, float]:
+    """Print the table; how well predictions agree, over all rows."""
     ratios, published, asked = [], [], []
     for row in published_steps():
         seconds, phases = predicted(row)
@@ -133,7 +133,4 @@ def main() -> None:
     mean, spread = geometric(ratios)
     rank = rank_correlation(published, asked)
     print(f"{len(ratios)} steps: ratio {mean:.2f}, times or over {spread:.2f}; rank correlation {rank:.3f}")
-
-
-if __name__ == "__main__":
-    main()
+    return {"published_ratio": round(mean, 3), "published_spread": round(spread, 3), "published_rank": round(rank, 3)}

@@ -46,7 +46,7 @@ class Efficiency:
     reported in 2024 that 62 % of an 8B decode step on an H100 was such work (blog, 2024-09-05)."""
     load_bytes_per_s: float = 4e9
     """Rate at which a generation engine takes in new weights, per GPU: a Python loop over tensors, each found by name,
-    cut and copied. NeMo-RL's published refits (2025, H100), per GPU: 16 GB in 5 s (8B), 16 GB in 7 s (32B on 4), 30 GB in
+    cut and copied. NeMo-RL's published refits (2025, H100): 16 GB a GPU in 5 s (8B), 16 GB in 7 s (32B on 4), 30 GB in
     12 s (30B-A3B on 2), 35 GB in 14 s (70B on 4)."""
     call_s: float = 0.05
     """Start and end of one operation on a worker group; Ray calls take milliseconds, kernels must warm up."""
