@@ -190,7 +190,7 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
         + ("" if question.overlap else " (one step at a time)"),
         f"certain   gap {plan.certificate.gap:g}: {plan.certificate.partitions} partition"
         f"{'s' if plan.certificate.partitions != 1 else ''}, {plan.certificate.explored} parts of the space looked at, "
-        f"{plan.certificate.simulated} plans simulated in {plan.search_s:.2f} s",
+        f"{plan.certificate.simulated} plans simulated in {plan.search_s:.2f} s" + _tied(plan),
         f"limit     {bottleneck(plan)}",
         "",
     ]
@@ -233,8 +233,15 @@ def _in_order(plan: Plan) -> Iterable[tuple[str, Any]]:
     return ((w.name, plan.best.costs[w.name]) for w in plan.question.problem.nodes if w.name in plan.best.costs)
 
 
+def _tied(plan: Plan) -> str:
+    if not plan.ties:
+        return ""
+    most = 1.0 - min(one.step_s for one in plan.ties) / plan.best.step_s
+    return f"; {len(plan.ties)} up to {most:.1%} faster, which the model cannot tell apart: this one is the usual"
+
+
 def _slower(share: float) -> str:
-    return "the same" if abs(share) <= TIE else f"{share:+.1%}"
+    return f"{share:+.1%}" + (" (a tie)" if abs(share) <= TIE else "")
 
 
 def _s(seconds: float) -> str:
