@@ -15,9 +15,9 @@ from statistics import median
 
 from benchmarks.published import compare
 from rlhf_dist.planner.case import parse_case
-from rlhf_dist.planner.latency import Machine
-from rlhf_dist.planner.layouts import Catalogue
+from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.plan import Plan, Question, make_plan, searcher
+from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.reference import Algorithm1
 from rlhf_dist.planner.strategy import Space
 

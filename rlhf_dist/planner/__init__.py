@@ -3,13 +3,13 @@
     case / recipe + cluster
         |  work.py       what every node computes            hardware.py, models.py, workload.py, efficiency.py
         v
-    latency.py, generation.py, memory.py, transfer.py       seconds and bytes of a node under a strategy
+    latency.py, generation.py, memory.py, transfer.py       cost.py: seconds and bytes of a node under a strategy
         v
-    layouts.py, pools.py per role: strategies that fit and are not dominated; per pool: what its roles leave each other
+    catalogue.py, layouts.py       per role: strategies that fit and that none dominates; pools.py: what roles leave each other
         v
-    search.py            branch and bound over partitions x sizes x strategies; cost = schedule.py
+    search.py, boxes.py            branch and bound over partitions x sizes x strategies; cost = schedule.py
         v
-    plan.py              the best plan, runners-up, certificate -> explain.py, emit.py, picture.py
+    plan.py                        the best plan, runners-up, certificate -> explain.py, emit.py, picture.py; feasible.py: none
 
     case.py, launch.py   the question in a file, and in a run's settings
 

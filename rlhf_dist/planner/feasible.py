@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from rlhf_dist.planner.boxes import Box, Partition
 from rlhf_dist.planner.generation import least_cache_bytes
 from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.layouts import Layout
 from rlhf_dist.planner.memory import generation_weights, resting_bytes
-from rlhf_dist.planner.search import Search
+from rlhf_dist.planner.search import INFINITE, Search, State
 
 MOST_NODES = 4096
+MOST_TRIED = 500
+"""Looks at one partition for anything that fits."""
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,36 @@ def smallest_cluster(cluster: Cluster, fits: Callable[[Cluster], bool]) -> Clust
         else:
             below = middle
     return cluster.resized(above)
+
+
+def anything_fits(search: Search) -> bool:
+    """Whether there is a plan: one with a finite bound once everything is decided.
+
+    Roles that share all GPUs need least memory, so few pools come first, and a partition is left after MOST_TRIED
+    looks: without an end, a cluster a little too small would be enumerated whole.
+    """
+    for partition in sorted(search.partitions(), key=len):
+        box = search.boxes.tightened(search.full_box(partition))
+        if box is not None and search.box_bound(partition, box) < INFINITE:
+            if _some(search, partition, box, iter(range(MOST_TRIED))):
+                return True
+    return False
+
+
+def _some(search: Search, partition: Partition, box: Box, looks: Iterator[int]) -> bool:
+    """Depth first for anything that fits in a box, as long as there are looks left."""
+    if next(looks, None) is None:
+        return False
+    if not all(low == high for low, high in box):
+        halves = (half for half in search.boxes.halves(box) if search.box_bound(partition, half) < INFINITE)
+        return any(_some(search, partition, half, looks) for half in halves)
+    stack: list[State] = [tuple((search.sizes[low], ()) for low, _ in box)]
+    while stack and next(looks, None) is not None:
+        state = stack.pop()
+        if search.state_bound(partition, state) == INFINITE:
+            continue
+        more = search.choices(partition, state)
+        if more is None:
+            return True
+        stack.extend(more[::-1])
+    return False

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from math import ceil
 
-from rlhf_dist.planner.latency import Machine, NodeCost, cost_of
+from rlhf_dist.planner.cost import NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, kv_bytes_per_token
 from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Generation
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.planner.workload import Workload

@@ -12,14 +12,10 @@ p stages adds p - 1 slots to m (1F1B, Narayanan et al. 2021), and its slowest st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
 
 from rlhf_dist.planner.collectives import Fabric
-from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import Cluster
+from rlhf_dist.planner.cost import NodeCost, Variants, staircase
 from rlhf_dist.planner.memory import (
     GRADIENT_BYTES,
     OPTIMIZER_BYTES,
@@ -30,6 +26,7 @@ from rlhf_dist.planner.memory import (
     logit_bytes,
 )
 from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Strategy
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.planner.workload import Workload
@@ -40,109 +37,6 @@ INFERENCE_PARTS = ("compute", "tp/sp", "pipeline", "zero", "offload", "call")
 INFERENCE_MEMORY = ("activations", "logits", "gathered", "weights")
 INFERENCE_MICRO_TOKENS = 32768.0
 """Most tokens of a forward pass without backward: more gives the matrix units nothing."""
-
-
-class NodeCost(NamedTuple):
-    """What a node costs under a strategy. A search makes tens of thousands, so names and texts are put in later."""
-
-    seconds: float
-    part_names: tuple[str, ...] = ()
-    part_seconds: tuple[float, ...] = ()
-    memory_names: tuple[str, ...] = ()
-    memory_bytes: tuple[float, ...] = ()
-    passes: int = 0
-    """Micro-batches of a training or inference node."""
-    rows: float = 0.0
-    """Rows of one of them; for generation those of a replica."""
-    recompute: bool = False
-    """Whether activations are computed again in the backward pass."""
-    text: str = ""
-    """How it runs, where passes do not say it."""
-    layout: Strategy | None = None
-    """The layout it runs under, where that is not the one its role is held in."""
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Where the seconds go: compute, communication, offload, ..."""
-        return dict(zip(self.part_names, self.part_seconds, strict=True))
-
-    @property
-    def memory(self) -> dict[str, float]:
-        """Tensor class -> bytes per GPU needed while it runs, beside what roles hold at rest."""
-        return dict(zip(self.memory_names, self.memory_bytes, strict=True))
-
-    @property
-    def needed(self) -> float:
-        """Bytes per GPU needed while it runs, beside what roles hold at rest."""
-        return sum(self.memory_bytes)
-
-    @property
-    def note(self) -> str:
-        """How it runs, for people."""
-        if not self.passes:
-            return self.text
-        what = f"{self.passes} pass{'es' if self.passes > 1 else ''} of {self.rows:.3g} rows"
-        what += ", recompute" if self.recompute else ""
-        return f"{what}, as {self.layout.text}" if self.layout is not None else what
-
-
-def cost_of(
-    parts: Mapping[str, float],
-    memory: Mapping[str, float],
-    scale: float,
-    *,
-    text: str = "",
-) -> NodeCost:
-    """A cost from named parts; `scale`: how much longer it takes by measured runs (`Efficiency.*_scale`)."""
-    seconds = tuple(value * scale for value in parts.values())
-    return NodeCost(sum(seconds), tuple(parts), seconds, tuple(memory), tuple(memory.values()), text=text)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A cluster with its efficiencies applied."""
-
-    cluster: Cluster
-    efficiency: Efficiency
-    fabric: Fabric
-    flops: float
-    """Of one GPU in large matmuls."""
-
-    @classmethod
-    def of(cls, cluster: Cluster, efficiency: Efficiency) -> Machine:
-        """This cluster with these efficiencies."""
-        share = efficiency.matmul or cluster.gpu.matmul_efficiency
-        return cls(cluster, efficiency, Fabric.of(cluster, efficiency), cluster.gpu.flops * share)
-
-    def forward_s(self, model: ModelSpec, tokens: float, squares: float, ranks: int, pass_tokens: float) -> float:
-        """A forward pass shared by `ranks` GPUs, of which each sees `pass_tokens` tokens at a time."""
-        flops = model.forward_flops(tokens, squares)
-        if model.experts:
-            flops += model.expert_flops(tokens) * self.efficiency.experts_half_width / model.expert_intermediate
-        return flops / ranks / self.flops * (1.0 + self.efficiency.matmul_half_tokens / max(pass_tokens, 1.0))
-
-
-Variants = tuple[tuple[float, NodeCost], ...]
-"""(bytes per GPU it needs beside what is at rest, cost), more memory and less time with every entry."""
-
-
-def cheapest(variants: Variants, budget: float) -> NodeCost | None:
-    """The fastest way to run a node in `budget` bytes per GPU; None if there is none."""
-    found: NodeCost | None = None
-    for need, cost in variants:
-        if need > budget:
-            break
-        found = cost
-    return found
-
-
-def staircase(ways: list[tuple[float, NodeCost]]) -> Variants:
-    """Ways to run a node without those that need more memory and no less time."""
-    kept: list[tuple[float, NodeCost]] = []
-    for need, cost in sorted(ways, key=lambda way: (way[0], way[1].seconds)):
-        if not kept or cost.seconds < kept[-1][1].seconds:
-            kept.append((need, cost))
-    return tuple(kept)
 
 
 def floor_s(

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from rlhf_dist.planner.boxes import Partition, pool_sizes
+from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.feasible import cannot_fit
+from rlhf_dist.planner.feasible import anything_fits, cannot_fit
+from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
 from rlhf_dist.planner.hardware import Cluster
-from rlhf_dist.planner.latency import Machine
-from rlhf_dist.planner.layouts import Catalogue, Wanted
 from rlhf_dist.planner.memory import usable_bytes
+from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.schedule import Graph, Slot, simulate_steps
-from rlhf_dist.planner.search import Certificate, FoundPlan, Partition, Search, SearchResult, pool_sizes
+from rlhf_dist.planner.search import Search
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import Problem
 from rlhf_dist.typed import ConfigError
@@ -221,4 +223,4 @@ def _fits(question: Question, cluster: Cluster) -> bool:
     if request.kind == "pools":
         request = replace(request, kind="auto", pools={})
     search = searcher(replace(question, cluster=cluster, request=request))
-    return search.feasible()
+    return anything_fits(search)

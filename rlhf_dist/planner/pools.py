@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rlhf_dist.planner.latency import NodeCost, cheapest
-from rlhf_dist.planner.layouts import Catalogue, Layout
+from rlhf_dist.planner.catalogue import Catalogue
+from rlhf_dist.planner.cost import NodeCost, cheapest
+from rlhf_dist.planner.layouts import Layout
 from rlhf_dist.planner.memory import generation_weights
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.planner.transfer import reshard_cost

@@ -21,10 +21,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rlhf_dist.planner.latency import cheapest, inference_variants, training_variants
-from rlhf_dist.planner.layouts import Catalogue
+from rlhf_dist.planner.boxes import Partition, partitions
+from rlhf_dist.planner.catalogue import Catalogue
+from rlhf_dist.planner.cost import cheapest
+from rlhf_dist.planner.latency import inference_variants, training_variants
 from rlhf_dist.planner.memory import resting_bytes
-from rlhf_dist.planner.search import Partition, partitions
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.planner.work import NodeWork
 

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_dist.planner.latency import NodeCost
-from rlhf_dist.planner.layouts import Catalogue, Layout
-from rlhf_dist.planner.pools import Pool, PoolSpace, Ways
+from rlhf_dist.planner.boxes import Box, Boxes, Partition, partitions
+from rlhf_dist.planner.catalogue import Catalogue
+from rlhf_dist.planner.cost import NodeCost
+from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
+from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.pools import PoolSpace, Ways
 from rlhf_dist.planner.schedule import Graph, bound, step_seconds
 from rlhf_dist.planner.strategy import Generation
 from rlhf_dist.planner.transfer import reshard_cost
 
-Partition = tuple[tuple[str, ...], ...]
 State = tuple[tuple[int, Ways], ...]
 """For each pool its GPUs and what is decided."""
 INFINITE = float("inf")
@@ -40,63 +42,6 @@ EFFORT = 8_000
 MOST_SIMULATED = 20_000
 """Plans that are simulated at most; then the gap that is left is reported. List schedules may be longer than their
 bound for all plans of a placement alike, which no bound can tell: seen for pools that are given, not for `auto`."""
-
-
-@dataclass(frozen=True)
-class FoundPlan:
-    """A placement with everything decided, and its cost."""
-
-    partition: Partition
-    pools: tuple[Pool, ...]
-    costs: Mapping[str, NodeCost]
-    """Node -> cost, weight syncs between pools included; host work is not in it."""
-    step_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Certificate:
-    """Why the best plan is the best."""
-
-    gap: float
-    """(best - least bound left) / best; 0: nothing in the space is better."""
-    explored: int
-    """Parts of the space that were looked at."""
-    partitions: int
-    """Partitions in the space."""
-    simulated: int
-    """Plans that were simulated."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best plan of each of the best partitions, best first; empty if nothing fits."""
-
-    plans: tuple[FoundPlan, ...]
-    certificate: Certificate
-    search_s: float
-
-
-def partitions(units: Sequence[str]) -> Iterator[Partition]:
-    """All set partitions of `units`: Bell(4) = 15 for PPO."""
-    if not units:
-        yield ()
-        return
-    first, *rest = units
-    for smaller in partitions(rest):
-        yield ((first,), *smaller)
-        for index, block in enumerate(smaller):
-            yield (*smaller[:index], (first, *block), *smaller[index + 1 :])
-
-
-def pool_sizes(gpus: int, gpus_per_node: int) -> tuple[int, ...]:
-    """Sizes a pool may have: whole nodes, or a power of two of GPUs on a shared node."""
-    small = [size for size in (1, 2, 4, 8) if size < gpus_per_node and gpus_per_node % size == 0]
-    nodes = gpus // gpus_per_node
-    return tuple(size for size in [*small, *(gpus_per_node * n for n in range(1, nodes + 1))] if size <= gpus)
-
-
-MOST_TRIED = 500
-"""Looks at one partition for anything that fits."""
 
 
 @dataclass
@@ -121,6 +66,7 @@ class Search:
     def __post_init__(self) -> None:
         self.graph = Graph.of(self.catalogue.problem, overlap=self.overlap)
         self.gpus = self.catalogue.machine.cluster.gpus
+        self.boxes = Boxes(self.sizes, self.gpus, self.idle)
         self.index = {name: position for position, name in enumerate(self.graph.names)}
         self.host_s = self._host_seconds()
         self.space = PoolSpace(self.catalogue, self._chained())
@@ -131,7 +77,7 @@ class Search:
         """Search. Deterministic: equal costs keep the partition that comes first."""
         started = time.perf_counter()
         heap: list[tuple[float, int, int, int, Any]] = []
-        every = list(self.allowed if self.allowed is not None else self._partitions())
+        every = self.partitions()
         counter = explored = simulated = effort = 0
         left = INFINITE
         best: dict[int, FoundPlan] = {}
@@ -157,9 +103,9 @@ class Search:
 
         for which, partition in enumerate(every):
             explored += 1
-            box = self._tightened(partition, self._full_box(partition))
+            box = self.boxes.tightened(self.full_box(partition))
             if box is not None:
-                push(self._box_bound(partition, box), 0, which, box)
+                push(self.box_bound(partition, box), 0, which, box)
         while heap:
             value, depth, _, which, what = heapq.heappop(heap)
             explored += 1
@@ -174,17 +120,17 @@ class Search:
                 continue
             partition = every[which]
             if depth == 0:
-                for half in self._halves(partition, what):
+                for half in self.boxes.halves(what):
                     if all(low == high for low, high in half):
                         start = tuple((self.sizes[low], ()) for low, _ in half)
-                        push(self._bound(partition, start), 1, which, start)
+                        push(self.state_bound(partition, start), 1, which, start)
                     else:
-                        push(self._box_bound(partition, half), 0, which, half)
+                        push(self.box_bound(partition, half), 0, which, half)
                 continue
-            more = self._next(partition, what)
+            more = self.choices(partition, what)
             if more is not None:
                 for deeper in more:
-                    push(self._bound(partition, deeper), 1 - depth, which, deeper)
+                    push(self.state_bound(partition, deeper), 1 - depth, which, deeper)
                 continue
             simulated += 1
             plan = self.priced(partition, what)
@@ -195,38 +141,6 @@ class Search:
         gap = max(0.0, 1.0 - left / least()) if best and left < INFINITE else 0.0
         certificate = Certificate(gap=gap, explored=explored, partitions=len(every), simulated=simulated)
         return SearchResult(tuple(plans), certificate, time.perf_counter() - started)
-
-    def feasible(self) -> bool:
-        """Whether something fits: a plan with a finite bound once everything is decided.
-
-        Roles that share all GPUs need least memory, so few pools come first, and the search of a partition ends
-        after MOST_TRIED looks: without an end, a cluster a little too small would be enumerated whole.
-        """
-        every = list(self.allowed if self.allowed is not None else self._partitions())
-        for partition in sorted(every, key=len):
-            box = self._tightened(partition, self._full_box(partition))
-            if box is not None and self._box_bound(partition, box) < INFINITE:
-                if self._some(partition, box, iter(range(MOST_TRIED))):
-                    return True
-        return False
-
-    def _some(self, partition: Partition, box: tuple[tuple[int, int], ...], looks: Iterator[int]) -> bool:
-        """Depth first for anything that fits in a box, as long as there are looks left."""
-        if next(looks, None) is None:
-            return False
-        if not all(low == high for low, high in box):
-            halves = (half for half in self._halves(partition, box) if self._box_bound(partition, half) < INFINITE)
-            return any(self._some(partition, half, looks) for half in halves)
-        stack: list[State] = [tuple((self.sizes[low], ()) for low, _ in box)]
-        while stack and next(looks, None) is not None:
-            state = stack.pop()
-            if self._bound(partition, state) == INFINITE:
-                continue
-            more = self._next(partition, state)
-            if more is None:
-                return True
-            stack.extend(more[::-1])
-        return False
 
     def priced(self, partition: Partition, state: State) -> FoundPlan:
         """A plan with everything decided, simulated."""
@@ -259,12 +173,18 @@ class Search:
         return tuple(found)
 
     # --- the space ---------------------------------------------------------------------------------------
-    def _partitions(self) -> Iterator[Partition]:
-        for partition in partitions(self.catalogue.units):
-            if not any(role in block and f"{role}.rollout" in block for block in partition for role in block):
-                yield partition
+    def partitions(self) -> list[Partition]:
+        """Partitions to consider."""
+        if self.allowed is not None:
+            return list(self.allowed)
+        return [
+            partition
+            for partition in partitions(self.catalogue.units)
+            if not any(role in block and f"{role}.rollout" in block for block in partition for role in block)
+        ]
 
-    def _full_box(self, partition: Partition) -> tuple[tuple[int, int], ...]:
+    def full_box(self, partition: Partition) -> Box:
+        """All sizes that the pools of a partition may have."""
         box = []
         for block in partition:
             if block in self.fixed:
@@ -282,46 +202,9 @@ class Search:
             self._smallest[block] = next(fits, len(self.sizes))
         return self._smallest[block]
 
-    def _tightened(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...] | None:
-        """The box without sizes that cannot add up to all GPUs; None if nothing is left."""
-        sizes, ranges = self.sizes, [list(one) for one in box]
-        if any(low >= len(sizes) or low > high for low, high in ranges):
-            return None
-        changed = True
-        while changed:
-            changed = False
-            least, most = sum(sizes[low] for low, _ in ranges), sum(sizes[high] for _, high in ranges)
-            if least > self.gpus or (most < self.gpus and not self.idle):
-                return None
-            for one in ranges:
-                while sizes[one[1]] > self.gpus - (least - sizes[one[0]]):
-                    one[1] -= 1
-                    changed = True
-                    if one[1] < one[0]:
-                        return None
-                while not self.idle and sizes[one[0]] < self.gpus - (most - sizes[one[1]]):
-                    one[0] += 1
-                    changed = True
-                    if one[1] < one[0]:
-                        return None
-                if changed:
-                    break
-        return tuple((low, high) for low, high in ranges)
-
-    def _halves(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[int, int], ...]]:
-        widest = max(range(len(box)), key=lambda at: box[at][1] - box[at][0])
-        low, high = box[widest]
-        if low == high:
-            yield box
-            return
-        middle = (low + high) // 2
-        for half in ((low, middle), (middle + 1, high)):
-            tight = self._tightened(partition, (*box[:widest], half, *box[widest + 1 :]))
-            if tight is not None:
-                yield tight
-
     # --- bounds ------------------------------------------------------------------------------------------
-    def _box_bound(self, partition: Partition, box: tuple[tuple[int, int], ...]) -> float:
+    def box_bound(self, partition: Partition, box: Box) -> float:
+        """A lower bound on the step of every plan in a box."""
         seconds: dict[str, float] = {}
         for block, (low, high) in zip(partition, box, strict=True):
             for unit in block:
@@ -342,8 +225,8 @@ class Search:
             self._floors[key] = self.catalogue.floor(unit, self.sizes[low], self.sizes[high])
         return self._floors[key]
 
-    def _bound(self, partition: Partition, state: State) -> float:
-        """Of everything that can still be decided."""
+    def state_bound(self, partition: Partition, state: State) -> float:
+        """A lower bound on the step whatever is still decided; infinite if nothing fits."""
         seconds: dict[str, float] = {}
         for block, (gpus, ways) in zip(partition, state, strict=True):
             found = self.space.seconds(block, gpus, ways)
@@ -353,7 +236,7 @@ class Search:
         seconds |= {name: cost.seconds for name, cost in self._syncs_between(partition, state).items()}
         return self._lowered(partition, seconds)
 
-    def _next(self, partition: Partition, state: State) -> list[State] | None:
+    def choices(self, partition: Partition, state: State) -> list[State] | None:
         """The state with the first open decision made in every possible way; None if nothing is open."""
         for at, (block, (gpus, ways)) in enumerate(zip(partition, state, strict=True)):
             choices = self.space.choices(block, gpus, ways)

@@ -8,9 +8,10 @@ the network, and copies inside a node travel over its links.
 
 from __future__ import annotations
 
-from rlhf_dist.planner.latency import Machine, NodeCost, cost_of
+from rlhf_dist.planner.cost import NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES
 from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Generation, Strategy
 
 BUCKET_BYTES = float(1 << 30)

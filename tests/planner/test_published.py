@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.published import geometric, predicted, published_steps, rank_correlation
-from rlhf_dist.planner.latency import Machine
-from rlhf_dist.planner.layouts import Catalogue
+from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.plan import TIE, make_plan, searcher
+from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.reference import Algorithm1
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.typed import ConfigError

@@ -14,13 +14,15 @@ from recipes.ppo import ppo
 from recipes.remax import remax
 from recipes.safe_rlhf import safe_rlhf
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.planner.boxes import Partition, partitions, pool_sizes
+from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.hardware import parse_cluster
-from rlhf_dist.planner.latency import Machine
-from rlhf_dist.planner.layouts import Candidates, Catalogue, Layout
+from rlhf_dist.planner.layouts import Candidates, Layout
 from rlhf_dist.planner.models import BUILT_IN, ModelSpec
 from rlhf_dist.planner.plan import make_plan, searcher
-from rlhf_dist.planner.search import INFINITE, NEAR, Partition, Search, State, partitions, pool_sizes
+from rlhf_dist.planner.rates import Machine
+from rlhf_dist.planner.search import INFINITE, NEAR, Search, State
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import make_problem
 from rlhf_dist.planner.workload import Lengths, Workload
@@ -51,7 +53,7 @@ def brute_force(search: Search) -> float:
     """Least step of all partitions, sizes and strategies, each simulated."""
     catalogue, best = search.catalogue, INFINITE
     seen: dict[tuple[str, int], Candidates] = {}
-    for partition in search.allowed or list(search._partitions()):
+    for partition in search.partitions():
         for sizes in product(search.sizes, repeat=len(partition)):
             if sum(sizes) != search.gpus:
                 continue
@@ -68,7 +70,7 @@ def _deepest(search: Search, partition: Partition, state: State) -> float:
         search.space.seconds(block, gpus, ways) is None for block, (gpus, ways) in zip(partition, state, strict=True)
     ):
         return INFINITE
-    more = search._next(partition, state)
+    more = search.choices(partition, state)
     if more is None:
         return search.priced(partition, state).step_s
     return min((_deepest(search, partition, deeper) for deeper in more), default=INFINITE)
