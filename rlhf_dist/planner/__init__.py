@@ -1,17 +1,21 @@
 """The planner: Dataflow x models x workload x cluster -> the best placement, with a certificate. Pure functions.
 
     case / recipe + cluster
-        |  work.py       what every node computes            hardware.py, models.py, workload.py, efficiency.py
+        |  work.py                                     what every node computes
+        |  hardware.py, efficiency.py, rates.py        what the cluster does a second; models.py, workload.py
         v
-    latency.py, generation.py, memory.py, transfer.py       cost.py: seconds and bytes of a node under a strategy
+    latency.py, generation.py, transfer.py, memory.py  seconds and bytes of a node under a strategy (cost.py)
         v
-    catalogue.py, layouts.py       per role: strategies that fit and that none dominates; pools.py: what roles leave each other
+    catalogue.py, layouts.py                           per role: strategies that fit and that none dominates
+    pools.py                                           per pool: what its roles leave each other
         v
-    search.py, boxes.py            branch and bound over partitions x sizes x strategies; cost = schedule.py
+    search.py, boxes.py                                branch and bound over partitions x sizes x strategies
+    schedule.py                                        the cost of a plan, and lower bounds of it
         v
-    plan.py                        the best plan, runners-up, certificate -> explain.py, emit.py, picture.py; feasible.py: none
+    plan.py                                            the best plan, runners-up, certificate (found.py)
+    explain.py, emit.py, picture.py, feasible.py       for people, for `run`, drawn, and why nothing fits
 
-    case.py, launch.py   the question in a file, and in a run's settings
+    case.py, launch.py                                 the question in a file, and in a run's settings
 
 docs/planner.md has the model, its constants and what they miss. Nothing here imports torch, ray or an engine.
 """
