@@ -20,7 +20,7 @@ def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. model.path=llama3-8b")
     plan.add_argument("--cluster", metavar="NxGxKIND", help="such as 16x8xA100-80G; left out: this machine")
     plan.add_argument("--case", metavar="FILE", help="the whole question in one YAML file, instead of RECIPE")
-    plan.add_argument("--placement", default="auto", help="auto, colocate, split, standalone or async (with RECIPE)")
+    plan.add_argument("--placement", help="auto (usual), colocate, split, standalone or async (with RECIPE)")
     plan.add_argument("--prompt-tokens", metavar="N[:MAX]", help="mean (and longest) prompt; left out: the limit")
     plan.add_argument("--response-tokens", metavar="N[:MAX]", help="mean (and longest) response; left out: the limit")
     plan.add_argument("--calibration", metavar="FILE", help="measured efficiencies (rlhf-dist profile)")
@@ -51,6 +51,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
     if arguments.runners_up < 0:
         raise ConfigError(f"--runners-up must be at least 0, got {arguments.runners_up}")
+    _check_file(arguments.png, "--png", (".png", ".pdf", ".svg"))
     question = _question(arguments)
     plan = make_plan(question, arguments.runners_up)
     if arguments.format == "yaml":
@@ -64,8 +65,6 @@ def plan_command(arguments: argparse.Namespace) -> int:
     if arguments.png:
         from rlhf_dist.planner.picture import draw_timeline
 
-        if not Path(arguments.png).expanduser().parent.is_dir():
-            raise ConfigError(f"--png {arguments.png}: there is no such folder; make it first")
         draw_timeline(plan, Path(arguments.png).expanduser())
         print(f"wrote {arguments.png}", file=sys.stderr)
     return 0
@@ -75,11 +74,25 @@ def profile_command(arguments: argparse.Namespace) -> int:
     """Measure and write a calibration file."""
     from controller.profiling import profile_cluster, profile_machine
 
+    _check_file(arguments.out, "--out")
     found = profile_cluster(arguments.address) if arguments.address else profile_machine()
-    Path(arguments.out).write_text(found.text)
+    Path(arguments.out).expanduser().write_text(found.text)
     print(found.text.rstrip())
     print(f"wrote {arguments.out}; use it with plan --calibration {arguments.out}", file=sys.stderr)
     return 0
+
+
+def _check_file(path: str | None, option: str, endings: tuple[str, ...] = ()) -> None:
+    """Before the work, whether its result can be written. Raises ConfigError."""
+    from rlhf_dist.typed import ConfigError
+
+    if path is None:
+        return
+    folder = Path(path).expanduser().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {str(folder)!r}; make it first")
+    if endings and not path.endswith(endings):
+        raise ConfigError(f"{option} {path}: must end in {', '.join(endings)}")
 
 
 def _question(arguments: argparse.Namespace) -> Any:
@@ -93,6 +106,7 @@ def _question(arguments: argparse.Namespace) -> Any:
         beside = {
             "RECIPE": arguments.recipe,
             "--cluster": arguments.cluster,
+            "--placement": arguments.placement,
             "--prompt-tokens": arguments.prompt_tokens,
             "--response-tokens": arguments.response_tokens,
         }
@@ -112,6 +126,11 @@ def _question(arguments: argparse.Namespace) -> Any:
         efficiency, measured = load_calibration(arguments.calibration, question.efficiency)
         question = replace(question, efficiency=efficiency, cluster=apply_gpu(question.cluster, measured))
     if arguments.recipe or arguments.runnable or arguments.format == "yaml":
+        for name, given in question.request.wanted.items():
+            if given.get("pp", 1) > 1:
+                raise ConfigError(
+                    f"{name} is asked to run as pp: {given['pp']}, and no engine here has pipelines; set 1"
+                )
         question = replace(question, space=runnable_space(question.cluster))
     return question
 
@@ -120,16 +139,25 @@ def _launched(arguments: argparse.Namespace) -> Any:
     from dataclasses import replace
 
     from rlhf_dist.compose import compose
-    from rlhf_dist.placement.file import asked_placement
+    from rlhf_dist.placement.file import AUTO, asked_placement
+    from rlhf_dist.planner.asked import asked_strategies
     from rlhf_dist.planner.case import parse_request
     from rlhf_dist.planner.hardware import parse_cluster
     from rlhf_dist.planner.launch import hardware_of, problem_of
     from rlhf_dist.planner.machine import usual_efficiency
     from rlhf_dist.planner.plan import Question
+    from rlhf_dist.typed import ConfigError
 
-    _, overrides = asked_placement(arguments.overrides)
+    file, overrides = asked_placement(arguments.overrides)
+    if file not in (None, AUTO):
+        raise ConfigError(f"placement={file} is planned already; leave it out here, or give it to run")
     launch = compose(arguments.recipe, overrides)
-    if arguments.cluster:
+    set_by_hand = [text.partition("=")[2] for text in overrides if text.startswith("placement=")]
+    preset = arguments.placement or (set_by_hand[-1] if set_by_hand else "auto")
+    strategies, ignored = asked_strategies(launch, overrides)
+    if ignored:
+        print(f"note: the planner does not model {', '.join(ignored)}; this is the plan without", file=sys.stderr)
+    if arguments.cluster is not None:
         cluster = parse_cluster(arguments.cluster, key="--cluster")
         efficiency = usual_efficiency(cluster)
     else:
@@ -137,9 +165,9 @@ def _launched(arguments: argparse.Namespace) -> Any:
     prompt = _lengths(arguments.prompt_tokens, "--prompt-tokens")
     response = _lengths(arguments.response_tokens, "--response-tokens")
     problem = problem_of(launch, prompt, response)
-    if arguments.placement == "async" and not problem.staleness:
+    if preset == "async" and not problem.staleness:
         problem = replace(problem, dataflow=replace(problem.dataflow, staleness=1))
-    request = parse_request(arguments.placement, problem, cluster.gpus)
+    request = parse_request({"preset": preset, "strategies": strategies}, problem, cluster.gpus)
     return Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, request=request)
 
 

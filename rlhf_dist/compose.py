@@ -102,7 +102,7 @@ def compose(spec: str, overrides: Sequence[str] = ()) -> Launch:
         return _launch(spec, overrides, read_placement(asked))
     from rlhf_dist.planner.launch import planned_settings
 
-    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {})))
+    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {}), overrides))
 
 
 def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any]) -> Launch:

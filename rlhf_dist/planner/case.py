@@ -81,6 +81,9 @@ def parse_case(content: Any) -> Question:
     for key in NEEDED:
         if content.get(key) is None:
             raise ConfigError(f"a case needs {key!r}; it must have {', '.join(NEEDED)}")
+    for key, kind, what in (("calibration", str, "a file's path"), ("gpus", Mapping, "kinds of GPU by name")):
+        if content.get(key) is not None and not isinstance(content[key], kind):
+            raise ConfigError(f"{key} must be {what}, got {content[key]!r}")
     efficiency, measured = load_calibration(content.get("calibration"))
     cluster = apply_gpu(parse_cluster(content["cluster"], content.get("gpus")), measured)
     workload = parse_workload(content["workload"])
@@ -95,6 +98,12 @@ def parse_case(content: Any) -> Question:
         raise ConfigError(f"overlap must be true or false, got {overlap!r}")
     if staleness and not overlap:
         raise ConfigError("staleness above 0 lets steps overlap; set overlap: true, or staleness: 0")
+    preset = placement.get("preset") if isinstance(placement, Mapping) else placement
+    if staleness and preset in ("colocate", "split"):
+        raise ConfigError(
+            f"staleness = {staleness} needs generation in a pool of its own, and {preset} puts it with the actor; "
+            f"use placement: async, standalone, auto, or pools"
+        )
     return Question(
         name=recipe.name,
         problem=problem,
@@ -178,7 +187,7 @@ def parse_request(value: Any, problem: Problem, gpus: int) -> Request:
     for key in value:
         if key not in ("pools", "roles", "strategies", "nodes", "preset", "rollout"):
             raise ConfigError(f"placement: {unknown(str(key), ('pools', 'roles', 'strategies', 'preset'), 'key')}")
-    strategies = dict(value.get("strategies") or value.get("nodes") or {})
+    strategies = _mapping(value.get("strategies") or value.get("nodes"), "placement.strategies")
     if "pools" not in value:
         preset = value.get("preset", "auto")
         if preset not in ("auto", *PRESETS):
@@ -208,12 +217,14 @@ def _pools(
             raise ConfigError(f"{key}.gpus must be a whole number of at least 1, got {size!r}")
         sizes[str(name)] = size
         roles = pool.get("roles", [])
+        if not isinstance(roles, (Mapping, list, tuple)):
+            raise ConfigError(f"{key}.roles must be a list of roles such as [actor, reference], got {roles!r}")
         if isinstance(roles, Mapping):  # {role: {phase or node: strategy}}
             for role, given in roles.items():
                 strategies |= _nested(str(role), given, key)
         of_pool[str(name)] = [str(role) for role in roles]
-        strategies |= dict(pool.get("strategies") or pool.get("nodes") or {})
-    for role, name in {**(value.get("roles") or {}), **_rollout(value, problem)}.items():
+        strategies |= _mapping(pool.get("strategies") or pool.get("nodes"), f"{key}.strategies")
+    for role, name in {**_mapping(value.get("roles"), "placement.roles"), **_rollout(value, problem)}.items():
         if name not in of_pool:
             raise ConfigError(f"placement.roles.{role}: {unknown(str(name), of_pool, 'pool')}")
         targets = (
@@ -243,6 +254,12 @@ def _pools(
     return {name: (tuple(sorted(roles, key=order.index)), sizes[name]) for name, roles in of_pool.items() if roles}
 
 
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{key} must be a mapping, got {value!r}")
+    return dict(value or {})
+
+
 def _rollout(value: Mapping[str, Any], problem: Problem) -> dict[str, Any]:
     pool = value.get("rollout")
     return {f"{role}.rollout": pool for role in problem.generating & problem.trained} if pool else {}
@@ -268,6 +285,8 @@ def _wanted(strategies: Mapping[str, Any], problem: Problem) -> dict[str, dict[s
         phased = [work.name for work in computing if work.role == role and PHASES.get(phase) == work.phase]
         # A role's strategy is how it is held; how it generates is said apart.
         whole = [work.name for work in computing if work.role == key and work.phase != "generate"]
+        if any(work.phase == "generate" for work in computing if work.name in (*named, *phased)):
+            _check_generation(fields_of, f"placement.strategies.{key}")
         if named:
             exact += [(2, name, fields_of) for name in named]
         elif phased:
@@ -280,6 +299,12 @@ def _wanted(strategies: Mapping[str, Any], problem: Problem) -> dict[str, dict[s
     for _, name, given in sorted(exact, key=lambda one: one[0]):
         found[name] = {**found.get(name, {}), **given}
     return found
+
+
+def _check_generation(fields_of: Mapping[str, Any], key: str) -> None:
+    for name, value in fields_of.items():
+        if name not in ("tp", "pp", "dp") and value not in (False, 0, 1):
+            raise ConfigError(f"{key}: generation has tp, pp and dp (replicas), got {name}: {value}; leave it out")
 
 
 def _fields(given: Any, key: str) -> dict[str, Any]:

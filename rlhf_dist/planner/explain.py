@@ -23,12 +23,17 @@ CAUSES = {
     "prefill": "prefill",
     "weights": "reading weights in decode steps",
     "kv": "reading keys and values in decode steps",
+    "kernels": "small kernels of decode steps",
     "tp": "all-reduces of decode steps",
     "host": "the host's work between decode steps",
     "transfer": "moving weights",
     "install": "installing weights",
     "call": "starting operations",
 }
+
+
+BUSY = 0.995
+"""Share of a step from which a pool counts as never idle."""
 
 
 def gib(value: float) -> str:
@@ -66,8 +71,20 @@ def memory_of(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def bottleneck(plan: Plan) -> str:
-    """What limits the step, in a sentence: the largest node on the critical path, and what it spends its time on."""
+    """What limits the step, in a sentence: the largest node of what is busy throughout, and what it spends its time on.
+
+    That is a pool without a gap, where steps overlap; else the critical path of one step.
+    """
     best = plan.best
+    loads = [sum(cost.seconds for cost in pool.costs.values()) for pool in best.pools]
+    busiest = max(range(len(loads)), key=lambda at: loads[at])
+    if plan.question.overlap and loads[busiest] > BUSY * best.step_s:
+        return _largest(plan, list(best.pools[busiest].costs), f"in pool {plan.names[busiest]}, which is never idle")
+    return _largest(plan, _critical_path(plan), "on its critical path")
+
+
+def _critical_path(plan: Plan) -> list[str]:
+    """Nodes of one step that each start when the one before has ended, from the last one back."""
     graph, slots, pools = plan.timeline(1)
     by_node = {slot.node: slot for slot in slots}
     last = max(slots, key=lambda slot: slot.end_s)
@@ -80,14 +97,16 @@ def bottleneck(plan: Plan) -> str:
         before += [n for n, slot in by_node.items() if n != node and set(pools[n]) & set(pools[node])]
         ready = [n for n in before if n in by_node and by_node[n].end_s <= start + 1e-12 and n not in path]
         node = max(ready, key=lambda n: by_node[n].end_s, default=None)
-    costs = {graph.names[n]: best.costs[graph.names[n]] for n in path if graph.names[n] in best.costs}
+    return [graph.names[n] for n in path]
+
+
+def _largest(plan: Plan, nodes: list[str], where: str) -> str:
+    costs = {name: plan.best.costs[name] for name in nodes if name in plan.best.costs}
     name = max(costs, key=lambda one: costs[one].seconds)
     cause = max(costs[name].parts, key=lambda part: costs[name].parts[part])
     share = costs[name].parts[cause] / costs[name].seconds
-    return (
-        f"{name} takes {costs[name].seconds / max(best.step_s, 1e-12):.0%} of the step and is on its critical path; "
-        f"{share:.0%} of it is {CAUSES[cause]}"
-    )
+    of_step = costs[name].seconds / max(plan.best.step_s, 1e-12)
+    return f"{name} takes {of_step:.0%} of the step and is {where}; {share:.0%} of it is {CAUSES[cause]}"
 
 
 def what_else(plan: Plan) -> list[dict[str, Any]]:
@@ -182,16 +201,18 @@ def strategy_of(found: FoundPlan, work: NodeWork) -> dict[str, Any] | None:
 def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
     """The answer for people."""
     question, best = plan.question, plan.best
-    load, usable = question.problem.workload, headroom_bytes(question)
+    problem, usable = question.problem, headroom_bytes(question)
+    load = problem.workload
     lines = [
-        f"{question.name} on {question.cluster.text} ({question.cluster.gpus} GPUs): {load.rows} rows, "
-        f"{load.tokens:,.0f} tokens a step",
+        f"{question.name} on {question.cluster.text} ({question.cluster.gpus} GPUs): {problem.rows:,} rows of "
+        f"{load.prompt.mean:,.0f} + {load.response.mean:,.0f} tokens, {problem.tokens:,.0f} tokens a step",
         f"step      {_s(best.step_s)}, {plan.tokens_per_s:,.0f} tokens/s"
         + ("" if question.overlap else " (one step at a time)"),
         f"certain   gap {plan.certificate.gap:g}: {plan.certificate.partitions} partition"
         f"{'s' if plan.certificate.partitions != 1 else ''}, {plan.certificate.explored} parts of the space looked at, "
         f"{plan.certificate.simulated} plans simulated in {plan.search_s:.2f} s" + _tied(plan),
         f"limit     {bottleneck(plan)}",
+        *_idle(plan),
         "",
     ]
     rows: list[tuple[str, ...]] = [("pool", "GPUs", "role", "held as", "generates as")]
@@ -231,6 +252,11 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
 
 def _in_order(plan: Plan) -> Iterable[tuple[str, Any]]:
     return ((w.name, plan.best.costs[w.name]) for w in plan.question.problem.nodes if w.name in plan.best.costs)
+
+
+def _idle(plan: Plan) -> list[str]:
+    left = plan.question.cluster.gpus - sum(pool.gpus for pool in plan.best.pools)
+    return [f"idle      {left} of {plan.question.cluster.gpus} GPUs: using them would be slower"] if left else []
 
 
 def _tied(plan: Plan) -> str:

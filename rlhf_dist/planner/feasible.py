@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 from rlhf_dist.planner.boxes import Box, Partition
+from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.generation import least_cache_bytes
 from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.layouts import Layout
 from rlhf_dist.planner.memory import generation_weights, resting_bytes
 from rlhf_dist.planner.search import INFINITE, Search, State
+from rlhf_dist.planner.work import NodeWork
+from rlhf_dist.typed import ConfigError
 
 MOST_NODES = 4096
 MOST_TRIED = 500
@@ -73,8 +78,8 @@ def _needs(layout: Layout, node: str, model: object, trained: bool) -> dict[str,
     return {name: rest.get(name, 0.0) + active.get(name, 0.0) for name in {**rest, **active}}
 
 
-def cannot_fit(search: Search, cluster: Cluster, fits: Callable[[Cluster], bool]) -> str:
-    """The message for models that fit nowhere on `cluster`."""
+def what_is_missing(search: Search) -> str:
+    """The need that is not met, in a clause."""
     from rlhf_dist.planner.explain import gib
 
     worst, unless = blame(search), ""
@@ -82,10 +87,17 @@ def cannot_fit(search: Search, cluster: Cluster, fits: Callable[[Cluster], bool]
     if worst.needed <= usable:  # With everything offloaded it would fit: then the host is too small for that.
         worst = blame(search, offload=False)
         unless = f", unless more is offloaded than a host with {gib(search.catalogue.usable_host)} for each GPU takes"
-    how = (
+    if worst.phase == "generate" and not search.catalogue.space.generation_pipeline:
+        unless = f"{unless} (a replica of the engines here is inside one node)"
+    gpu = search.catalogue.machine.cluster.gpu
+    return (
         f"{worst.node} ({worst.phase}) needs at least {gib(worst.needed)} per GPU{unless}, most of it {worst.tensors} "
-        f"({gib(worst.tensor_bytes)}), and each {cluster.gpu.name} has {gib(usable)} for tensors"
+        f"({gib(worst.tensor_bytes)}), and each {gpu.name} has {gib(usable)} for tensors"
     )
+
+
+def cannot_fit(search: Search, cluster: Cluster, fits: Callable[[Cluster], bool]) -> str:
+    """The message for models that fit nowhere on `cluster`."""
     smallest = smallest_cluster(cluster, fits)
     advice = (
         f"the smallest cluster that would do is {smallest.text}"
@@ -94,7 +106,7 @@ def cannot_fit(search: Search, cluster: Cluster, fits: Callable[[Cluster], bool]
     )
     if smallest is not None and smallest.nodes <= cluster.nodes:
         advice = f"{cluster.text} would do with another placement or other strategies: use placement: auto"
-    return f"the models do not fit on {cluster.text}: {how}; {advice}"
+    return f"the models do not fit on {cluster.text}: {what_is_missing(search)}; {advice}"
 
 
 def smallest_cluster(cluster: Cluster, fits: Callable[[Cluster], bool]) -> Cluster | None:
@@ -146,3 +158,56 @@ def _some(search: Search, partition: Partition, box: Box, looks: Iterator[int]) 
             return True
         stack.extend(more[::-1])
     return False
+
+
+def check_layouts(search: Search, wanted: Wanted, pools: Mapping[str, tuple[tuple[str, ...], int]]) -> None:
+    """Raise ConfigError for a role that has no layout, whatever the memory, and say which rule is broken.
+
+    wanted: what is asked of nodes' strategies. pools: name -> (units, GPUs), where pools are given.
+    """
+    catalogue = search.catalogue
+    for unit in catalogue.units:
+        named = [work for work in catalogue.nodes_of(unit) if wanted.get(work.name)]
+        sizes = [size for units, size in pools.values() if unit in units] or list(search.sizes)
+        model = catalogue.problem.models[unit.partition(".")[0]]
+        for work in named:
+            alone = replace(catalogue, wanted={work.name: wanted[work.name]}, _made={}, _copies={})
+            found = (
+                alone.candidates(unit, size).generations
+                if work.phase == "generate"
+                else alone.least_layouts(unit, size)
+                for size in sizes
+            )
+            if not any(found):
+                asked = ", ".join(f"{field}: {value}" for field, value in wanted[work.name].items())
+                where = f"{sizes[0]} GPUs" if len(sizes) == 1 else f"up to {sizes[-1]} GPUs"
+                why = "; ".join(_broken(catalogue, wanted[work.name], sizes, work))
+                raise ConfigError(f"placement.strategies: {work.name} cannot run as {{{asked}}} on {where}: {why}")
+        if "." not in unit and not any(catalogue.least_layouts(unit, size) for size in sizes):
+            stages = ", ".join(map(str, catalogue.space.pipeline))
+            raise ConfigError(
+                f"{unit} has no layout on up to {sizes[-1]} GPUs: pipelines of {stages} stages must divide the GPUs of "
+                f"a pool and be no longer than the model's {model.layers} layers; add 1 to `pipeline`"
+            )
+
+
+def _broken(catalogue: Catalogue, wanted: Mapping[str, Any], sizes: list[int], work: NodeWork) -> list[str]:
+    """The rules that a strategy breaks."""
+    model, node = catalogue.problem.models[work.role], catalogue.machine.cluster.gpus_per_node
+    found: list[str] = []
+    for axis in ("tp", "sp"):
+        if model.heads % wanted.get(axis, 1) or node % wanted.get(axis, 1):
+            found.append(f"{axis} must divide the {model.heads} attention heads and the {node} GPUs of a node")
+    if wanted.get("tp", 1) > 1 and wanted.get("sp", 1) > 1:
+        found.append("tp spreads sequences already, so sp must be 1 beside it")
+    if wanted.get("pp", 1) > model.layers:
+        found.append(f"pp must be at most the {model.layers} layers")
+    axes = [axis for axis in ("tp", "sp", "pp", "dp") if axis in wanted]
+    product = prod(int(wanted[axis]) for axis in axes)
+    if "dp" in wanted and product not in sizes and len(axes) == 4:
+        found.append(f"tp x sp x pp x dp = {product} must be the GPUs of the pool")
+    elif all(size % product for size in sizes):
+        found.append(f"{' x '.join(axes)} = {product} must divide the GPUs of the pool")
+    if work.role in catalogue.problem.trained and wanted.get("zero") == 0:
+        found.append("zero is 1 to 3 for a role that learns")
+    return found or ["the engines here have ZeRO-1 and offloading without tp and sp only, and generate inside a node"]

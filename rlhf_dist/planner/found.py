@@ -42,3 +42,19 @@ class SearchResult:
     plans: tuple[FoundPlan, ...]
     certificate: Certificate
     search_s: float
+
+    def joined(self, other: SearchResult, keep: int) -> SearchResult:
+        """The best of two searches over the same partitions."""
+        best: dict[Partition, FoundPlan] = {}
+        for plan in (*self.plans, *other.plans):
+            if plan.partition not in best or plan.step_s < best[plan.partition].step_s:
+                best[plan.partition] = plan
+        plans = tuple(sorted(best.values(), key=lambda plan: plan.step_s))[:keep]
+        one, two = self.certificate, other.certificate
+        certificate = Certificate(
+            gap=max(one.gap, two.gap),
+            explored=one.explored + two.explored,
+            partitions=one.partitions,
+            simulated=one.simulated + two.simulated,
+        )
+        return SearchResult(plans, certificate, self.search_s + other.search_s)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any
 
 from rlhf_dist.typed import ConfigError, build, unknown
@@ -188,7 +189,7 @@ def parse_cluster(value: Any, kinds: Mapping[str, Any] | None = None, key: str =
 def _cluster(nodes: int, gpus: int, gpu: Gpu, network_gbps: float | None, key: str) -> Cluster:
     if nodes < 1 or gpus < 1:
         raise ConfigError(f"{key} needs at least one node and one GPU on it, got {nodes}x{gpus}")
-    if network_gbps is not None and network_gbps <= 0:
+    if network_gbps is not None and not 0 < network_gbps < inf:
         raise ConfigError(f"{key}: the network must be above 0 Gbps, got {network_gbps:g}")
     network = gpu.network_bytes_per_s * gpus / 8 if network_gbps is None else network_gbps * 1e9 / 8
     return Cluster(nodes=nodes, gpus_per_node=gpus, gpu=gpu, network_bytes_per_s=network)
@@ -239,7 +240,7 @@ def _own_kind(name: str, given: Any) -> Gpu:
     gpu: Gpu = build(Gpu, {**values, "name": name}, key)
     for item in fields(Gpu):
         value = getattr(gpu, item.name)
-        if item.name != "name" and not value > 0:
+        if item.name != "name" and not 0 < value < inf:
             raise ConfigError(f"{key}.{item.name} must be above 0, got {value:g}")
     return gpu
 

@@ -6,10 +6,13 @@ rlhf-dist run ppo placement=auto                                 ... -> settings
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.config import ActorConfig
+from rlhf_dist.planner.asked import asked_strategies
 from rlhf_dist.planner.calibration import apply_gpu, load_calibration
+from rlhf_dist.planner.case import parse_request
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.emit import settings_of
 from rlhf_dist.planner.hardware import Cluster, parse_cluster
@@ -64,12 +67,23 @@ def hardware_of(launch: Launch) -> tuple[Cluster, Efficiency]:
     return apply_gpu(cluster, measured), efficiency
 
 
-def planned_settings(launch: Launch) -> dict[str, Any]:
-    """Settings by section for `placement=auto`. Raises ConfigError if nothing fits."""
+def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings by section for `placement=auto`, keeping to what `overrides` set by hand.
+
+    Raises ConfigError if nothing fits.
+    """
     cluster, efficiency = hardware_of(launch)
     problem = problem_of(launch)
     space = runnable_space(cluster)
-    question = Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, space=space)
+    strategies, _ = asked_strategies(launch, overrides)
+    question = Question(
+        name=launch.recipe.name,
+        problem=problem,
+        cluster=cluster,
+        efficiency=efficiency,
+        space=space,
+        request=parse_request({"strategies": strategies}, problem, cluster.gpus),
+    )
     sections, _ = settings_of(make_plan(question, runners_up=0))
     return sections
 

@@ -194,6 +194,12 @@ BUILT_IN: dict[str, ModelSpec] = {
 }
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+COUNTS = (
+    "intermediate_size", "n_inner", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts",
+    "n_routed_experts", "num_experts_per_tok", "experts_per_token", "moe_topk", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
 OLD_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 
 
@@ -229,27 +235,39 @@ def from_hf_config(settings: Mapping[str, Any], name: str, key: str) -> ModelSpe
     """A shape from the fields of a Hugging Face config.json. Raises ConfigError naming the fields that are missing."""
     text = settings["text_config"] if isinstance(settings.get("text_config"), Mapping) else settings
     got = {OLD_NAMES.get(str(field), str(field)): value for field, value in text.items()}
-    missing = [field for field in NEEDED if not isinstance(got.get(field), int) or got[field] < 1]
+    for field in (*NEEDED, *COUNTS):
+        value = got.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < (field in NEEDED)):
+            raise ConfigError(f"{key}: {field} must be a whole number, above 0 where it is needed, got {value!r}")
+    missing = [field for field in NEEDED if got.get(field) is None]
     experts = _count(got, "num_experts", "num_local_experts", "n_routed_experts")
-    if not experts and "intermediate_size" not in got and "n_inner" not in got and "n_embd" not in text:
+    if not experts and got.get("intermediate_size") is None and "n_inner" not in got and "n_embd" not in text:
         missing.append("intermediate_size")
     per_token = _count(got, "num_experts_per_tok", "experts_per_token", "moe_topk")
     if experts and not per_token:
         missing.append("num_experts_per_tok")
     if missing:
         raise ConfigError(f"{key}: the model's config lacks {', '.join(missing)} (whole numbers above 0); add them")
+    if experts and per_token > experts:
+        raise ConfigError(f"{key}: num_experts_per_tok = {per_token} is more than the {experts} experts there are")
     hidden, heads, layers = got["hidden_size"], got["num_attention_heads"], got["num_hidden_layers"]
     intermediate = _count(got, "intermediate_size", "n_inner") or 4 * hidden
     width = (_count(got, "moe_intermediate_size") or intermediate) if experts else 0
     shared = _count(got, "shared_expert_intermediate_size") or _count(got, "n_shared_experts") * width
     latent = _latent_attention(got, hidden, heads)
+    kv_heads = _count(got, "num_key_value_heads") or heads
+    if not latent and (heads % kv_heads or (not _count(got, "head_dim") and hidden % heads)):
+        raise ConfigError(
+            f"{key}: num_attention_heads = {heads} must divide hidden_size = {hidden} (or head_dim be given) and be a "
+            f"multiple of num_key_value_heads = {kv_heads}"
+        )
     return ModelSpec(
         name=name,
         layers=layers,
         hidden=hidden,
         intermediate=intermediate,
         heads=heads,
-        kv_heads=1 if latent else _count(got, "num_key_value_heads") or heads,
+        kv_heads=1 if latent else kv_heads,
         head_dim=latent["head_dim"] if latent else _count(got, "head_dim") or hidden // heads,
         vocabulary=got["vocab_size"],
         tied=bool(got.get("tie_word_embeddings", False)),

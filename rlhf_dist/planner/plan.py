@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from rlhf_dist.planner.boxes import Partition, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.feasible import anything_fits, cannot_fit
+from rlhf_dist.planner.feasible import anything_fits, cannot_fit, check_layouts, what_is_missing
 from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
 from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.memory import usable_bytes
@@ -28,6 +28,8 @@ from rlhf_dist.typed import ConfigError
 TIE = 0.02
 """Plans this close to the optimum are the same to the model; the planner then prefers the usual one (ADR 041). Two runs
 of one configuration differ by more: 4 to 6 % at 8B, 16 to 21 % at 70B (a rerun of NeMo-RL's published table)."""
+FINE_NODES = 32
+"""Nodes up to which any number of them may be left idle. Above, the search for fewer nodes takes steps of several."""
 KEPT = 3
 """Partitions whose best plans are found whatever is shown, so that a tie is seen."""
 PRESETS = ("colocate", "split", "standalone", "async")
@@ -76,7 +78,7 @@ class Plan:
     @property
     def tokens_per_s(self) -> float:
         """Prompt and response tokens per second of a step."""
-        return self.question.problem.workload.tokens / self.best.step_s
+        return self.question.problem.tokens / self.best.step_s
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,15 +119,34 @@ def searcher(question: Question, keep: int = 1) -> Search:
         half = question.cluster.gpus // 2
         if request.kind == "split" and half in sizes and len(allowed[0]) == 2:
             fixed = dict.fromkeys(allowed[0], half)
-    return Search(catalogue, sizes, allowed, fixed, keep, question.overlap, idle=request.kind == "pools")
+    idle = request.kind == "pools" or question.cluster.nodes <= FINE_NODES
+    return Search(catalogue, sizes, allowed, fixed, keep, question.overlap, idle)
+
+
+def solve(search: Search) -> SearchResult:
+    """All of a search. On more than FINE_NODES nodes: all GPUs by the node, fewer of them by larger steps."""
+    result = search.run()
+    if search.idle or search.fixed:
+        return result
+    cluster = search.catalogue.machine.cluster
+    step = -(-cluster.nodes // FINE_NODES)
+    sizes = pool_sizes(search.gpus, cluster.gpus_per_node, step)
+    return result.joined(replace(search, sizes=sizes, idle=True).run(), search.keep)
 
 
 def make_plan(question: Question, runners_up: int = 3) -> Plan:
     """Search and answer. Raises ConfigError if nothing fits: with what is to blame, and the smallest cluster."""
     search = searcher(question, keep=KEPT + runners_up)
-    result = search.run()
+    result = solve(search)
     if not result.plans:
-        _check_wanted(search, question)
+        check_layouts(search, question.request.wanted, question.request.pools)
+        if question.request.wanted:
+            free = replace(question, request=replace(question.request, wanted={}))
+            if anything_fits(searcher(free)):
+                raise ConfigError(
+                    f"the models do not fit on {question.cluster.text} with the strategies asked for: "
+                    f"{what_is_missing(search)}; without them they do, so leave out what need not be so"
+                )
         raise ConfigError(cannot_fit(search, question.cluster, lambda cluster: _fits(question, cluster)))
     best = _preferred(question.problem, result)
     ties = tuple(plan for plan in result.plans if plan.step_s < best.step_s)
@@ -157,39 +178,13 @@ def preset_partition(preset: str, problem: Problem, units: tuple[str, ...]) -> P
 
 def what_if(question: Question, cluster: Cluster) -> float | None:
     """Seconds of a step of the best plan on another cluster; None if nothing fits there."""
-    result = searcher(replace(question, cluster=cluster)).run()
+    result = solve(searcher(replace(question, cluster=cluster)))
     return result.plans[0].step_s if result.plans else None
 
 
 def headroom_bytes(question: Question) -> float:
     """Bytes of a GPU for tensors."""
     return usable_bytes(question.cluster, question.efficiency)
-
-
-def _check_wanted(search: Search, question: Question) -> None:
-    """Raise ConfigError for a strategy that was asked for and that no layout of its role has, however large."""
-    catalogue, wanted = search.catalogue, question.request.wanted
-    for unit in catalogue.units:
-        named = [work.name for work in catalogue.nodes_of(unit) if wanted.get(work.name)]
-        sizes = [size for units, size in question.request.pools.values() if unit in units] or list(search.sizes)
-        for name in named:
-            alone = replace(catalogue, wanted={name: wanted[name]}, _made={}, _copies={})
-            generates = name in {work.name for work in catalogue.nodes_of(unit) if work.phase == "generate"}
-            found = [
-                alone.candidates(unit, size).generations if generates else alone.least_layouts(unit, size)
-                for size in sizes
-            ]
-            variants = [one for ways in found for one in ways]
-            if not variants:
-                model = catalogue.problem.models[unit.partition(".")[0]]
-                asked = ", ".join(f"{field}: {value}" for field, value in wanted[name].items())
-                where = f"{sizes[0]} GPUs" if len(sizes) == 1 else f"up to {sizes[-1]} GPUs"
-                raise ConfigError(
-                    f"placement.strategies: {name} cannot run as {{{asked}}} on {where}: tp and sp must divide the "
-                    f"{model.heads} attention heads and the GPUs of a node ({question.cluster.gpus_per_node}), "
-                    f"tp x sp x pp x dp must be the pool's GPUs, and zero is 1 to 3 for a role that learns, 0 or 3 for "
-                    f"one that does not"
-                )
 
 
 def _separate(question: Question) -> frozenset[str]:

@@ -39,6 +39,9 @@ NEAR = 0.01
 """How far a runner-up may be from the best plan of its partition. The optimum is exact."""
 EFFORT = 8_000
 """Parts of the space that are looked at for runners-up once the optimum is proven."""
+MOST_EXPLORED = 300_000
+"""Parts of the space that are looked at for the optimum, about half a minute: enough for 1,024 GPUs and four roles.
+Then the gap that is left is reported."""
 MOST_SIMULATED = 20_000
 """Plans that are simulated at most; then the gap that is left is reported. List schedules may be longer than their
 bound for all plans of a placement alike, which no bound can tell: seen for pools that are given, not for `auto`."""
@@ -113,8 +116,11 @@ class Search:
                 effort += 1
                 if effort > EFFORT:
                     break
-            elif simulated >= MOST_SIMULATED:
+            elif simulated >= MOST_SIMULATED or explored >= MOST_EXPLORED:
                 left = value
+                if not best:
+                    found = self._dived(every[which], what)
+                    best |= {} if found is None else {which: found}
                 break
             if not useful(value, which):
                 continue
@@ -141,6 +147,16 @@ class Search:
         gap = max(0.0, 1.0 - left / least()) if best and left < INFINITE else 0.0
         certificate = Certificate(gap=gap, explored=explored, partitions=len(every), simulated=simulated)
         return SearchResult(tuple(plans), certificate, time.perf_counter() - started)
+
+    def _dived(self, partition: Partition, what: Any) -> FoundPlan | None:
+        """Some plan in a part of the space, always taking the half or the choice with the least bound."""
+        if isinstance(what[0][1], int):  # A box.
+            while not all(low == high for low, high in what):
+                what = min(self.boxes.halves(what), key=lambda half: self.box_bound(partition, half))
+            what = tuple((self.sizes[low], ()) for low, _ in what)
+        while (more := self.choices(partition, what)) is not None:
+            what = min(more, key=lambda one: self.state_bound(partition, one))
+        return self.priced(partition, what) if self.state_bound(partition, what) < INFINITE else None
 
     def priced(self, partition: Partition, state: State) -> FoundPlan:
         """A plan with everything decided, simulated."""

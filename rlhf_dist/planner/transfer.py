@@ -63,5 +63,6 @@ def reshard_cost(
     moving, installing = reshard_s(model, source, target, machine, same_pool=same_pool)
     parts = {"transfer": moving, "install": installing, "call": machine.efficiency.call_s}
     memory = {"weights": size / (target.tp * target.pp), "bucket": min(BUCKET_BYTES, size)}
-    text = f"{missing / 1e9:.2f} GB to each GPU"
+    shard = size / (target.tp * target.pp)
+    text = f"{missing / 1e9:.2f} GB moved to each GPU, {shard / 1e9:.2f} GB loaded"
     return cost_of(parts, memory, machine.efficiency.reshard_scale, text=text)

@@ -70,6 +70,16 @@ class Problem:
         """Roles that generate."""
         return frozenset(work.role for work in self.nodes if work.phase == "generate")
 
+    @property
+    def rows(self) -> int:
+        """Rows of a step: of the node that has most (two for each preference)."""
+        return max(work.rows for work in self.nodes)
+
+    @property
+    def tokens(self) -> float:
+        """Prompt and response tokens of a step."""
+        return self.rows * self.workload.row_tokens
+
     def edges(self) -> tuple[tuple[str, str, int], ...]:
         """(source, target, distance) of everything a node waits for."""
         found = {(edge.source, edge.target, edge.distance) for edge in self.dataflow.edges}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
-from math import exp, log, sqrt
+from math import exp, inf, isfinite, log, sqrt
 from statistics import NormalDist
 from typing import Any
 
@@ -166,6 +166,9 @@ def parse_workload(value: Any, key: str = "workload") -> Workload:
     counts = {
         name: _count(value.get(name, 1), f"{key}.{name}") for name in ("prompts", "samples_per_prompt", *KEYS[4:])
     }
+    rows = counts["prompts"] * counts["samples_per_prompt"]
+    if counts["mini_batches"] > rows:
+        raise ConfigError(f"{key}.mini_batches = {counts['mini_batches']} is more than the {rows} rows of a step")
     return Workload(
         prompt=parse_lengths(value["prompt_tokens"], f"{key}.prompt_tokens"),
         response=parse_lengths(value["response_tokens"], f"{key}.response_tokens"),
@@ -206,12 +209,13 @@ def parse_lengths(value: Any, key: str) -> Lengths:
 
 
 def _positive(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
         raise ConfigError(f"{key} must be a number of tokens above 0, {{mean, max}} or a list, got {value!r}")
     return float(value)
 
 
 def _count(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and value == int(value)
+    if not whole or value < 1:
         raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
     return int(value)
