@@ -25,8 +25,8 @@ def partitions(units: Sequence[str]) -> Iterator[Partition]:
 
 
 def pool_sizes(gpus: int, gpus_per_node: int, step: int = 1) -> tuple[int, ...]:
-    """Sizes a pool may have: whole nodes (`step` at a time), or a power of two of GPUs on a shared node."""
-    small = [size for size in (1, 2, 4, 8) if size < gpus_per_node and gpus_per_node % size == 0]
+    """Sizes a pool may have: whole nodes (`step` at a time), or a number of GPUs that divides a node."""
+    small = [size for size in range(1, gpus_per_node) if gpus_per_node % size == 0]
     nodes = gpus // gpus_per_node
     return tuple(size for size in [*small, *(gpus_per_node * n for n in range(step, nodes + 1, step))] if size <= gpus)
 

@@ -37,18 +37,21 @@ class Fabric:
             gpus_per_node=cluster.gpus_per_node,
         )
 
-    def gather_s(self, volume: float, ranks: int, stride: int = 1) -> float:
-        """All-gather (or reduce-scatter) of `volume` bytes over `ranks` GPUs that are `stride` apart."""
+    def gather_s(self, volume: float, ranks: int, stride: int = 1, pieces: int = 1) -> float:
+        """All-gather (or reduce-scatter) of `volume` bytes over `ranks` GPUs that are `stride` apart.
+
+        pieces: collectives that it takes, such as one a layer; each starts anew.
+        """
         if ranks <= 1:
             return 0.0
         per_node = min(ranks, max(1, self.gpus_per_node // stride))
         nodes = -(-ranks // per_node)
         inside = volume * (ranks - 1) / ranks / self.link if per_node > 1 else 0.0
         if nodes == 1:
-            return inside + (ranks - 1) * self.link_latency_s
+            return inside + pieces * self.link_latency_s
         share = min(1.0, per_node / self.gpus_per_node)
         between = volume * (nodes - 1) / nodes / (self.network * share)
-        return max(inside, between) + nodes * self.network_latency_s
+        return max(inside, between) + pieces * self.network_latency_s
 
     def all_reduce_s(self, volume: float, ranks: int) -> float:
         """All-reduce of `volume` bytes over `ranks` GPUs of one node."""

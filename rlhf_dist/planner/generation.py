@@ -10,7 +10,8 @@ once for all samples of a prompt (prefix caching).
 
 from __future__ import annotations
 
-from math import ceil
+from functools import lru_cache
+from math import ceil, log
 
 from rlhf_dist.planner.cost import NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, kv_bytes_per_token
@@ -35,15 +36,28 @@ def generation_cost(
     response = load.response
     # A row that has been running for a while holds, on average, E[L^2] / 2 E[L] response tokens.
     usual = load.prompt.mean + response.mean_square / (2.0 * response.mean)
-    running = min(float(rows), max(1.0, room / usual))
-
-    decode = _decode(model, work, load, generation, machine, running)
+    most = min(float(rows), max(1.0, room / usual))
+    admitted = _admitted(model, rows, most)
+    decodes = [_decode(model, work, load, generation, machine, running) for running in admitted]
+    running, decode = min(zip(admitted, decodes, strict=True), key=lambda way: sum(way[1].values()))
     prefill = _prefill_s(model, work, load, generation, machine, rows)
     parts = {"prefill": prefill, **decode, "call": machine.efficiency.call_s}
     peak = min(cache, token_bytes * running * (load.prompt.mean + response.longest))
     memory = {"weights": weights, "graphs": machine.efficiency.graphs_bytes, "kv_cache": peak}
     note = f"{running:.0f} of {rows} rows at a time" if running < rows else f"{rows} rows at a time"
     return cost_of(parts, memory, machine.efficiency.generate_scale, text=note)
+
+
+def _admitted(model: ModelSpec, rows: int, most: float) -> list[float]:
+    """Rows at a time to consider where `most` fit.
+
+    More are never slower for a dense model. Of a mixture they may be: a long tail of few rows reads few experts. Then
+    an engine does better to admit fewer; in steps that do not depend on `most`, so that more memory is never slower.
+    """
+    if not model.experts:
+        return [most]
+    grid = [min(float(rows), 1.25**power) for power in range(ceil(log(max(rows, 1)) / log(1.25)) + 1)]
+    return [running for running in grid if running <= most]
 
 
 def generation_floor_s(model: ModelSpec, work: NodeWork, load: Workload, gpus: int, machine: Machine) -> float:
@@ -72,6 +86,7 @@ def least_cache_bytes(model: ModelSpec, load: Workload, generation: Generation) 
     return kv_bytes_per_token(model, generation) * load.longest
 
 
+@lru_cache(maxsize=100_000)
 def _decode(
     model: ModelSpec, work: NodeWork, load: Workload, generation: Generation, machine: Machine, running: float
 ) -> dict[str, float]:
@@ -87,8 +102,8 @@ def _decode(
     if waiting > 0:  # Rows that finish make room for others: the batch stays full.
         usual = response.mean_square / (2.0 * response.mean)
         add(waiting * response.mean / running, running, prompt + usual)
-    for first, steps, alive in response.alive(work.rows):
-        add(steps, max(1.0, running * alive), prompt + first + steps / 2.0)
+    for behind, steps, alive in response.alive(work.rows):
+        add(steps, max(1.0, running * alive), prompt + behind)
     return total
 
 

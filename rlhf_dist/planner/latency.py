@@ -70,8 +70,8 @@ def training_variants(
     """Ways to run a node that trains: activations kept or recomputed (None: either), in more or fewer micro-batches."""
     rows = ceil(work.rows / work.mini_batches / strategy.dp)
     own, ranks = model.parameters / (strategy.tp * strategy.pp), strategy.dp * strategy.sp
-    gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp)
-    both = gather, gather * GRADIENT_BYTES / WEIGHT_BYTES
+    gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp, model.layers // strategy.pp)
+    both = gather, machine.fabric.gather_s(GRADIENT_BYTES * own, ranks, strategy.tp, model.layers // strategy.pp)
     ways = []
     for again in (False, True) if recompute is None else (recompute,):
         for micros in _cuts(rows) if strategy.pp == 1 else (rows,):
@@ -104,10 +104,11 @@ def _training(
     tokens, squares = micro_rows * load.row_tokens, micro_rows * load.row_squares
     forward = machine.forward_s(model, tokens, squares, tp * sp * pp, tokens / sp)
     forward *= _slowest_stage(model, pp)
-    passes = 4.0 if recompute else 3.0
+    # Backward has twice the matmuls of forward and as many collectives; recomputing adds one forward of both.
+    passes, rounds = (4.0, 3.0) if recompute else (3.0, 2.0)
     block = _block_s(model, tokens, strategy, fabric)
     hops = 2.0 * _stage_transfer_s(model, tokens, strategy, machine)
-    front, back = forward + block, (passes - 1.0) * (forward + block)
+    front, back = forward + block, (passes - 1.0) * forward + (rounds - 1.0) * block
 
     gather, scatter = collectives
     hide = machine.efficiency.overlap
@@ -123,8 +124,8 @@ def _training(
     scale = machine.efficiency.train_scale
     seconds = (
         scale * updates * micros * passes * forward,
-        scale * updates * micros * passes * block,
-        scale * updates * ((slots - micros) * passes * (forward + block) + slots * hops),
+        scale * updates * micros * rounds * block,
+        scale * updates * ((slots - micros) * (front + back) + slots * hops),
         scale * updates * exposed,
         scale * updates * _optimizer_s(model, strategy, machine),
         scale * machine.efficiency.call_s,
@@ -150,7 +151,9 @@ def inference_variants(
     if strategy.pp > 1:
         least = min(rows, max(least, 4 * strategy.pp))
     own, ranks = model.parameters / (strategy.tp * strategy.pp), strategy.dp * strategy.sp
-    gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp) if strategy.zero == 3 else 0.0
+    gather = 0.0
+    if strategy.zero == 3:
+        gather = machine.fabric.gather_s(WEIGHT_BYTES * own, ranks, strategy.tp, model.layers // strategy.pp)
     ways = []
     for micros in (cut for cut in sorted({least, *_cuts(rows)}) if cut >= least):
         cost = _inference(model, load, strategy, machine, rows / micros, micros, trained, gather)
@@ -217,7 +220,7 @@ def _block_s(model: ModelSpec, tokens: float, strategy: Strategy, fabric: Fabric
     if strategy.tp > 1:  # Two all-reduces of the hidden state per layer (Shoeybi et al. 2019).
         return layers * 2.0 * fabric.all_reduce_s(2.0 * tokens * model.hidden, strategy.tp)
     if strategy.sp > 1:  # Queries, keys, values in, attention out: all-to-all each (Jacobs et al. 2023).
-        width = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+        width = (2 * model.heads + 2 * model.expanded_kv_heads) * model.head_dim
         return layers * fabric.all_to_all_s(2.0 * tokens / strategy.sp * width, strategy.sp)
     return 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from rlhf_dist.typed import ConfigError
 CPU_SLOTS = 8
 """Processes at most on a machine without GPUs."""
 NAMES = {"A100": "A100-80G", "H100": "H100", "H200": "H200", "B200": "B200", "L40S": "L40S", "MI300X": "MI300X"}
-"""Part of the name that nvidia-smi gives -> kind."""
+"""Word in the name that nvidia-smi gives -> kind."""
 CPU_EFFICIENCY = Efficiency(
     context_bytes=float(1 << 29), graphs_bytes=0.0, decode_step_s=5e-3, decode_sequence_s=2e-4, call_s=0.01
 )
@@ -65,7 +66,7 @@ def _gpu_names() -> list[str]:
 
 def _gpu_node(listed: list[str]) -> Cluster:
     name, _, mebibytes = listed[0].rpartition(",")
-    kind = next((kind for part, kind in NAMES.items() if part in name.upper()), None)
+    kind = next((kind for part, kind in NAMES.items() if re.search(rf"\b{part}\b", name.upper())), None)
     if kind is None:
         raise ConfigError(
             f"placement=auto: this machine's GPU {name!r} is none of {', '.join(KINDS)}; set placement.cluster to a "

@@ -69,7 +69,7 @@ def activation_bytes_per_token(model: ModelSpec, strategy: Strategy, *, recomput
     width = model.intermediate if not model.experts else 0
     width += model.experts_per_token * model.expert_intermediate + model.shared_intermediate
     dim = model.head_dim
-    layer = 6.0 * model.hidden + 4.0 * model.heads * dim + 4.0 * model.kv_heads * dim + 6.0 * width
+    layer = 6.0 * model.hidden + 4.0 * model.heads * dim + 4.0 * model.expanded_kv_heads * dim + 6.0 * width
     share = strategy.tp * strategy.sp
     # A pipeline's first stage holds pp micro-batches at a time, each with layers / pp layers: the pp cancels.
     kept = model.layers * (2.0 * model.hidden if recompute else layer) / share

@@ -55,6 +55,11 @@ class ModelSpec:
             return self.latent_attention
         return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
+    @property
+    def expanded_kv_heads(self) -> int:
+        """Heads of keys and values while a layer computes: latent ones are expanded for every head."""
+        return self.heads if self.latent else self.kv_heads
+
     @cached_property
     def _matrices(self) -> int:
         return 3 if self.gated else 2
@@ -200,6 +205,8 @@ COUNTS = (
     "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
+UNGATED = frozenset({"gpt_neox", "gptj", "gpt2", "opt", "bloom", "falcon", "phi", "starcoder2", "mpt", "gpt_bigcode"})
+"""`model_type` of decoders whose MLP has two matrices. GPT-2's old names of fields say so, too."""
 OLD_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 
 
@@ -271,7 +278,7 @@ def from_hf_config(settings: Mapping[str, Any], name: str, key: str) -> ModelSpe
         head_dim=latent["head_dim"] if latent else _count(got, "head_dim") or hidden // heads,
         vocabulary=got["vocab_size"],
         tied=bool(got.get("tie_word_embeddings", False)),
-        gated="n_embd" not in text,
+        gated="n_embd" not in text and got.get("model_type") not in UNGATED,
         experts=experts,
         experts_per_token=per_token if experts else 0,
         expert_intermediate=width,

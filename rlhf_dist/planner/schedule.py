@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil, lcm
 
 from rlhf_dist.planner.work import Problem
 
@@ -184,11 +185,13 @@ def simulate_steps(
 
 def step_seconds(graph: Graph, pools: Sequence[tuple[int, ...]], seconds: Sequence[float]) -> float:
     """Seconds of a step once the schedule repeats itself; never below `bound`, which holds for any schedule."""
-    warm = WARM_UP + graph.open_steps + max(graph.after)
     if graph.open_steps == 1 and max(graph.every) == 1:  # Every step is like the first that runs all nodes.
         return simulate_steps(graph.warm, pools, seconds, 1)[1][-1]
-    _, closed = simulate_steps(graph, pools, seconds, warm + MEASURED)
-    return max((closed[-1] - closed[warm - 1]) / MEASURED, bound(graph, pools, seconds))
+    # Whole periods; the last steps that are simulated have nothing after them that competes, so they do not count.
+    period = lcm(*graph.every) * lcm(*(distance for _, _, distance in graph.edges if distance))
+    warm, measured = WARM_UP * graph.open_steps, period * ceil(MEASURED / period)
+    _, closed = simulate_steps(graph.warm, pools, seconds, warm + measured + graph.open_steps + 1)
+    return max((closed[warm + measured - 1] - closed[warm - 1]) / measured, bound(graph, pools, seconds))
 
 
 def bound(graph: Graph, pools: Sequence[tuple[int, ...]], seconds: Sequence[float]) -> float:

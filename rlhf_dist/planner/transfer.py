@@ -39,7 +39,8 @@ def reshard_s(
     if not same_pool:
         # Every node of the target takes in what its GPUs need once; the source sends the model once, in a tree.
         senders = min(source.gpus, node) / node * max(1, source.gpus // node)
-        between = max(wanted / (fabric.network * min(1.0, target.gpus / node)), size / (fabric.network * senders))
+        if machine.cluster.nodes > 1:
+            between = max(wanted / (fabric.network * min(1.0, target.gpus / node)), size / (fabric.network * senders))
     elif source.gpus > node:
         # What one node holds of the training shards: all of it unless they are spread over nodes.
         spread = source.tp * source.pp * (source.dp * source.sp if source.zero == 3 else 1)

@@ -52,11 +52,11 @@ class Lengths:
         return self.values[-1]
 
     def alive(self, rows: int) -> tuple[tuple[float, float, float], ...]:
-        """(first token, steps, share of rows still going) of each stretch in which none of `rows` rows finishes.
+        """(tokens behind, steps, share of rows still going) of each stretch in which none of `rows` rows finishes.
 
-        Steps are expected ones: a length that few rows have may not occur among so many, with F the share of shorter
-        rows it occurs with probability 1 - F^rows. They add up to the expected longest of `rows` rows, and steps
-        times shares to the mean.
+        Tokens behind a row are those in the middle of the stretch. Steps are expected ones: a length that few rows
+        have may not occur among so many, with F the share of shorter rows it occurs with probability 1 - F^rows. They
+        add up to the expected longest of `rows` rows, and steps times shares to the mean.
         """
         return _alive(self, rows)
 
@@ -105,7 +105,7 @@ def _alive(lengths: Lengths, rows: int) -> tuple[tuple[float, float, float], ...
     for value, share in zip(lengths.values, lengths.shares, strict=True):
         occurs = 1.0 - min(shorter, 1.0) ** rows
         if value > before and occurs > 0.0:
-            stretches.append((before, (value - before) * occurs, (1.0 - shorter) / occurs))
+            stretches.append(((before + value) / 2.0, (value - before) * occurs, (1.0 - shorter) / occurs))
             before = value
         shorter += share
     return tuple(stretches)
