@@ -20,7 +20,7 @@ from rlhf_dist.planner.work import Problem
 WARM_UP = 4
 """Steps until a schedule repeats itself."""
 MEASURED = 8
-"""Steps over which the steady step is averaged."""
+"""Steps over which the steady step is averaged, at least; three times as many with staleness above 1."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def step_seconds(graph: Graph, pools: Sequence[tuple[int, ...]], seconds: Sequen
         return simulate_steps(graph.warm, pools, seconds, 1)[1][-1]
     # Whole periods; the last steps that are simulated have nothing after them that competes, so they do not count.
     period = lcm(*graph.every) * lcm(*(distance for _, _, distance in graph.edges if distance))
-    warm, measured = WARM_UP * graph.open_steps, period * ceil(MEASURED / period)
+    warm, measured = WARM_UP * graph.open_steps, period * ceil(MEASURED * (3 if graph.open_steps > 3 else 1) / period)
     _, closed = simulate_steps(graph.warm, pools, seconds, warm + measured + graph.open_steps + 1)
     return max((closed[warm + measured - 1] - closed[warm - 1]) / measured, bound(graph, pools, seconds))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -80,6 +81,26 @@ def test_no_schedule_is_faster_than_the_bound(data: st.DataObject) -> None:
     _, closed = simulate_steps(graph, pools, seconds, steps)
     assert closed[-1] >= least * (steps - 3) * (1 - 1e-9) - 1e-9 or max(graph.after) > 0
     assert step_seconds(graph, pools, seconds) >= least * (1 - 1e-12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_the_steady_step_is_that_of_a_long_run(data: st.DataObject) -> None:
+    staleness = data.draw(st.sampled_from([0, 1]))
+    every, overlap = data.draw(st.sampled_from([1, 2, 3, 5])), bool(staleness) or data.draw(st.booleans())
+    flow = replace(FLOWS[data.draw(st.sampled_from(["ppo", "grpo", "remax"]))], staleness=staleness)
+    nodes = tuple(replace(node, every=every) if node.op == "update_critic" else node for node in flow.nodes)
+    models = {role: BUILT_IN["llama2-7b"] for role, kind in flow.roles.items() if kind != "Prompts"}
+    models = {role: model for role, model in models.items() if role in flow.used_roles}
+    graph = Graph.of(make_problem(replace(flow, nodes=nodes), models, LOAD), overlap=overlap)
+    where = {role: data.draw(st.integers(0, 2)) for role in sorted(flow.roles)}
+    pools = [
+        (3,) if staleness and node.op == "generate_sequences" else (where[node.role],) if node.role in models else ()
+        for node in flow
+    ]
+    seconds = [data.draw(st.integers(0, 9).map(float)) if pool else 0.0 for pool in pools]
+    _, closed = simulate_steps(graph.warm, pools, seconds, 320)
+    assert step_seconds(graph, pools, seconds) == pytest.approx((closed[299] - closed[59]) / 240, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("preset", ["colocate", "split", "standalone"])
