@@ -144,7 +144,6 @@ def _launched(arguments: argparse.Namespace) -> Any:
     from rlhf_dist.planner.case import parse_request
     from rlhf_dist.planner.hardware import parse_cluster
     from rlhf_dist.planner.launch import hardware_of, problem_of
-    from rlhf_dist.planner.machine import usual_efficiency
     from rlhf_dist.planner.plan import Question
     from rlhf_dist.typed import ConfigError
 
@@ -157,11 +156,8 @@ def _launched(arguments: argparse.Namespace) -> Any:
     strategies, ignored = asked_strategies(launch, overrides)
     if ignored:
         print(f"note: the planner does not model {', '.join(ignored)}; this is the plan without", file=sys.stderr)
-    if arguments.cluster is not None:
-        cluster = parse_cluster(arguments.cluster, key="--cluster")
-        efficiency = usual_efficiency(cluster)
-    else:
-        cluster, efficiency = hardware_of(launch)
+    asked = None if arguments.cluster is None else parse_cluster(arguments.cluster, key="--cluster")
+    cluster, efficiency, _ = hardware_of(launch, asked)
     prompt = _lengths(arguments.prompt_tokens, "--prompt-tokens")
     response = _lengths(arguments.response_tokens, "--response-tokens")
     problem = problem_of(launch, prompt, response)

@@ -68,7 +68,8 @@ def write_feedback(
         }
         efficiency = refined(question.efficiency, question.problem.nodes, predicted, measured)
         source = f"run {launch.run.name} of {launch.recipe.name} on {question.cluster.text}"
-        text = calibration_text(efficiency, source, usual=usual_efficiency(question.cluster))
+        _, _, gpu = hardware_of(launch)  # Scales are over what was predicted with these, so they go together.
+        text = calibration_text(efficiency, source, gpu, usual_efficiency(question.cluster))
         (folder / CALIBRATION).write_text(text)
     (folder / REPORT).write_text(json.dumps(report, indent=2))
     return report
@@ -76,7 +77,7 @@ def write_feedback(
 
 def question_of_run(launch: Launch, metrics: Mapping[str, float]) -> Question:
     """The placement a run had as a question: only what its settings leave open is searched."""
-    cluster, efficiency = hardware_of(launch)
+    cluster, efficiency, _ = hardware_of(launch)
     problem = problem_of(launch, *_lengths(launch, metrics))
     placement = launch.run.placement
     devices = {pool.device for pool in placement.pools.values()}

@@ -25,10 +25,11 @@ def partitions(units: Sequence[str]) -> Iterator[Partition]:
 
 
 def pool_sizes(gpus: int, gpus_per_node: int, step: int = 1) -> tuple[int, ...]:
-    """Sizes a pool may have: whole nodes (`step` at a time), or a number of GPUs that divides a node."""
+    """Sizes a pool may have: a number of GPUs that divides a node, or whole nodes; above `step` nodes in such steps."""
     small = [size for size in range(1, gpus_per_node) if gpus_per_node % size == 0]
     nodes = gpus // gpus_per_node
-    return tuple(size for size in [*small, *(gpus_per_node * n for n in range(step, nodes + 1, step))] if size <= gpus)
+    whole = sorted({*range(1, min(step, nodes) + 1), *range(step, nodes + 1, step)})
+    return tuple(size for size in [*small, *(gpus_per_node * n for n in whole)] if size <= gpus)
 
 
 @dataclass(frozen=True)

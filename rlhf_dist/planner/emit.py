@@ -6,11 +6,14 @@ section, the others comments: the file says all of the plan and sets what can be
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import yaml
 
-from rlhf_dist.planner.plan import Plan
+from rlhf_dist.planner.explain import memory_of
+from rlhf_dist.planner.plan import Plan, headroom_bytes
+from rlhf_dist.planner.pools import Pool
 from rlhf_dist.planner.strategy import Generation, Strategy
 
 
@@ -29,7 +32,11 @@ def as_yaml(plan: Plan) -> str:
 
 
 def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    """(settings by section, what no setting says)."""
+    """(settings by section, what no setting says).
+
+    On GPUs that includes what the prediction assumes and the settings' defaults (a laptop's) do not: bfloat16, passes
+    of as many tokens, and a cache of as many bytes.
+    """
     problem = plan.question.problem
     pools: dict[str, dict[str, int]] = {}
     roles: dict[str, str] = {}
@@ -55,9 +62,36 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
                 comments.append(f"{work.name}: {cost.layout.text}, weights copied from the training layout")
             elif work.phase == "train":
                 sections[work.role]["engine"]["activation_checkpointing"] = cost.recompute
+    if plan.question.cluster.gpu.name != "CPU":
+        for pool in plan.best.pools:
+            for role in pool.layouts:
+                sections[role]["engine"] |= _passes(plan, role, pool)
+            for role in pool.generations:
+                sections[role]["rollout"] |= _cache(plan, role, pool)
     if problem.staleness:
         placement["max_staleness"] = problem.staleness
     return sections, list(dict.fromkeys(comments))
+
+
+def _passes(plan: Plan, role: str, pool: Pool) -> dict[str, Any]:
+    """Tokens of the largest forward pass that one rank of a role makes."""
+    load = plan.question.problem.workload
+    rows = [cost.rows for work in plan.question.problem.nodes if (cost := pool.costs.get(work.name)) and cost.passes
+            and work.role == role]  # fmt: skip
+    tokens = max(max(rows, default=1.0) * load.row_tokens, load.longest) / pool.layouts[role].sp
+    return {"dtype": "bfloat16", "micro_batch_tokens": ceil(tokens)}
+
+
+def _cache(plan: Plan, role: str, pool: Pool) -> dict[str, Any]:
+    """Bytes of keys and values on each rank, as the plan has it."""
+    used, usable = memory_of(plan), headroom_bytes(plan.question)
+    sizes = []
+    for work in plan.question.problem.nodes:
+        if work.role == role and work.phase == "generate" and work.name in pool.costs:
+            needed = pool.costs[work.name].memory["kv_cache"]
+            # Rows take whole blocks, so a quarter more where there is room.
+            sizes.append(needed + min(0.25 * needed, usable - sum(used[work.name].values())))
+    return {"dtype": "bfloat16", "kv_cache_bytes": int(max(sizes))}
 
 
 def _engine(sections: dict[str, Any], comments: list[str], role: str, strategy: Strategy, trained: bool) -> None:

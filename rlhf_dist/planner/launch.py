@@ -49,22 +49,21 @@ def problem_of(launch: Launch, prompt: Lengths | None = None, response: Lengths 
     return make_problem(launch.dataflow, models, workload, cuts_of_graph=True)
 
 
-def hardware_of(launch: Launch) -> tuple[Cluster, Efficiency]:
-    """The cluster a launch plans for, with its efficiencies.
+def hardware_of(launch: Launch, cluster: Cluster | None = None) -> tuple[Cluster, Efficiency, dict[str, float]]:
+    """The cluster a launch plans for (or the one given), its efficiencies, and what was measured of its GPU.
 
     Raises ConfigError where it cannot be known: on a cluster elsewhere that `placement.cluster` does not describe.
     """
     placement = launch.run.placement
-    if placement.cluster is None and launch.run.ray.address is not None:
+    if cluster is None and placement.cluster is None and launch.run.ray.address is not None:
         raise ConfigError(
             f"placement=auto cannot see the GPUs of ray.address={launch.run.ray.address}; "
             f"set placement.cluster=NODESxGPUSxKIND, such as 2x8xH100"
         )
-    cluster = parse_cluster(placement.cluster, key="placement.cluster") if placement.cluster else this_machine()
-    if placement.calibration is None:
-        return cluster, usual_efficiency(cluster)
+    if cluster is None:
+        cluster = parse_cluster(placement.cluster, key="placement.cluster") if placement.cluster else this_machine()
     efficiency, measured = load_calibration(placement.calibration, usual_efficiency(cluster))
-    return apply_gpu(cluster, measured), efficiency
+    return apply_gpu(cluster, measured), efficiency, measured
 
 
 def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]
 
     Raises ConfigError if nothing fits.
     """
-    cluster, efficiency = hardware_of(launch)
+    cluster, efficiency, _ = hardware_of(launch)
     problem = problem_of(launch)
     space = runnable_space(cluster)
     strategies, _ = asked_strategies(launch, overrides)

@@ -90,7 +90,9 @@ RoleModel = PolicyModel | ValueModel
 
 
 def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: int, trained: bool) -> RoleModel:
-    """The model of a folder on the CPU in float32, dropout off; the same on every rank.
+    """The model of a folder on the CPU, dropout off; the same on every rank.
+
+    In float32 if it is trained (master weights); a frozen one in the engine's dtype, in which it computes anyway.
 
     A value model from a language model's folder gets a zero head: it says 0 until it is trained. A model that is
     not `trained` needs no gradient; of one with adapters only they (and a value head) do.
@@ -104,6 +106,9 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     # the layers' own flag only switches checkpointing on, and is not passed on to what they contain.
     hf.train(False)
     hf.requires_grad_(trained)
+    if not trained:
+        for parameter in hf.parameters():  # Not buffers: rotary frequencies stay in float32.
+            parameter.data = parameter.data.to(getattr(torch, engine.dtype))
     if engine.lora is not None and trained:
         add_adapters(hf, engine.lora, seed)
     if engine.activation_checkpointing and trained:
