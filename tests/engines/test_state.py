@@ -338,6 +338,25 @@ def test_bfloat16_computes_in_bfloat16_over_float32_master_weights(
         assert kinds == ["torch.float32"]
 
 
+def frozen_and_trained(folder: Path, settings: dict[str, Any]) -> tuple[float, set[str], set[str]]:
+    batch = my_rows(make_batch(), settings)
+    found, kinds = [], []
+    for trained in (False, True):
+        engine = new_engine(folder, trained=trained, dtype="bfloat16", **settings)
+        found.append(engine.forward(batch, ["log_probs"])["log_probs"].values)
+        kinds.append({str(shard.dtype) for shards in engine.local_shards().values() for shard in shards})
+    return float(np.abs(found[0] - found[1]).max()), kinds[0], kinds[1]
+
+
+@every_engine
+def test_a_frozen_model_is_held_in_the_dtype_it_computes_in(world2: World, llama: Path, engine: dict[str, Any]) -> None:
+    """Half the bytes of a reference at rest, and the same log-probs as a trained engine of the same weights."""
+    ranks = world2.run(frozen_and_trained, llama, engine)
+    # Whole copies on every rank are said to be on the first.
+    assert {kind for _, frozen, _ in ranks for kind in frozen} == {"torch.bfloat16"}
+    assert all(trained == {"torch.float32"} and apart == 0.0 for apart, _, trained in ranks)
+
+
 def wrong_outputs(folder: Path) -> None:
     new_engine(folder).step(my_rows(make_batch()), ValueLoss())
 

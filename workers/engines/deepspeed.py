@@ -66,7 +66,7 @@ class DeepSpeedEngine(PackedEngine):
         if optimizer is not None or self._stage == 3:
             self._engine = self._initialize(optimizer)
         else:
-            module.to(device, self._dtype)
+            module.to(device)
 
     def _initialize(self, optimizer: OptimizerConfig | None) -> Any:
         _set_launcher_environment(self._rank, self._world, self._device)
