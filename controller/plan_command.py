@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = ("table", "json", "yaml")
-SLOW_SEARCH_S = 2.0
+SLOW_SEARCH_S = 0.5
 """Searches longer than this are not repeated for other hardware unless asked for."""
 
 

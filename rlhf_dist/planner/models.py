@@ -227,7 +227,10 @@ def model_spec(value: Any, key: str) -> ModelSpec:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         if "/" in value or value.endswith(".json"):
-            raise ConfigError(f"{key}: no config.json at {value!r} (looked for {file.resolve()})")
+            raise ConfigError(
+                f"{key}: no config.json at {value!r} (looked for {file.resolve()}); give a model's folder, or a shape "
+                f"such as {key}=llama3-8b"
+            )
         raise ConfigError(f"{key}: {unknown(value, BUILT_IN, 'model')} A config.json or its folder will do, too")
     try:
         settings = json.loads(file.read_text())
