@@ -193,6 +193,8 @@ def parse_request(value: Any, problem: Problem, gpus: int) -> Request:
         if preset not in ("auto", *PRESETS):
             raise ConfigError(f"placement.preset: {unknown(str(preset), ('auto', *PRESETS), 'placement')}")
         return Request(kind=preset, wanted=_wanted(strategies, problem))
+    if "preset" in value:
+        raise ConfigError("placement has a preset and pools; keep one of them")
     pools = _pools(value, problem, gpus, strategies)
     return Request(kind="pools", pools=pools, wanted=_wanted(strategies, problem))
 

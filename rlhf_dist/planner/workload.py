@@ -144,11 +144,6 @@ class Workload:
         """Mean of the squared length of a row; prompts and responses taken as independent."""
         return self.prompt.mean_square + 2.0 * self.prompt.mean * self.response.mean + self.response.mean_square
 
-    @property
-    def tokens(self) -> float:
-        """Prompt and response tokens of a step."""
-        return self.rows * self.row_tokens
-
 
 KEYS = ("prompts", "samples_per_prompt", "prompt_tokens", "response_tokens", "mini_batches", "epochs")
 
