@@ -37,8 +37,8 @@ def draw_timeline(plan: Plan, path: str | Path) -> None:
             row = len(names) - 1 - pool
             axes.barh(row, seconds, left=slot.start_s, height=0.8, color=colour, edgecolor="white",
                       alpha=1.0 if slot.step % 2 == 0 else 0.6)  # fmt: skip
-            what = name.partition(".")[2] or name
-            if seconds > LETTER * len(what) * end:  # Else the bar has no room for words.
+            what = (name.partition(".")[2] or name).replace("_", "\n")
+            if seconds > LETTER * max(map(len, what.split("\n"))) * end:  # Else the bar has no room for words.
                 text = f"{what}\n{seconds:.3g} s"
                 axes.text(slot.start_s + seconds / 2, row, text, ha="center", va="center", fontsize=7)
     axes.set_yticks(range(len(names)), names[::-1])
