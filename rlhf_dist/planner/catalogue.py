@@ -139,7 +139,7 @@ class Catalogue:
         graphs = self.machine.efficiency.graphs_bytes
         if half:
             rest = min((generation_weights(model, one) + graphs for one in generations), default=self.usable + 1)
-            best = self._best_generation(generating, generations, self.usable)
+            best = self._best_generation(generating, generations, self.usable - graphs)
             return Candidates((), generations, rest, best)
         layouts = undominated(self._layouts(role, gpus, nodes, generations))
         least = min((layout.rest for layout in layouts), default=self.usable + 1)
@@ -182,6 +182,7 @@ class Catalogue:
             if not all(self._allowed(work, strategy) for work in (training or nodes) if work.phase != "generate"):
                 continue
             rest = sum(resting_bytes(model, strategy, trained=trained).values())
+            rest += self.machine.efficiency.graphs_bytes if any(work.phase == "generate" for work in nodes) else 0.0
             host = host_bytes(model, strategy, trained=trained)
             if (rest > self.usable or host > self.usable_host) and not any_size:
                 continue

@@ -45,7 +45,7 @@ def memory_of(plan: Plan) -> dict[str, dict[str, float]]:
     """Node (or `POOL at rest`) -> tensor class -> bytes per GPU, everything that is on the GPU then."""
     problem, found = plan.question.problem, dict[str, dict[str, float]]()
     for name, pool in zip(plan.names, plan.best.pools, strict=True):
-        rest: dict[str, float] = {}
+        rest: dict[str, float] = {"graphs": plan.question.efficiency.graphs_bytes * len(pool.generations)}
         for unit in pool.units:
             role, _, half = unit.partition(".")
             model = problem.models[role]

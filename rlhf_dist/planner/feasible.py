@@ -74,6 +74,7 @@ def _needs(layout: Layout, node: str, model: object, trained: bool) -> dict[str,
 
     assert isinstance(model, ModelSpec), "a role with a layout has a model"
     rest = resting_bytes(model, layout.strategy, trained=trained)
+    rest["graphs"] = layout.rest - sum(rest.values())
     active = layout.variants[node][0][1].memory
     return {name: rest.get(name, 0.0) + active.get(name, 0.0) for name in {**rest, **active}}
 

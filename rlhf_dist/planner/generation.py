@@ -25,9 +25,12 @@ from rlhf_dist.planner.workload import Workload
 def generation_cost(
     model: ModelSpec, work: NodeWork, load: Workload, generation: Generation, machine: Machine, budget: float
 ) -> NodeCost | None:
-    """A node that generates, given `budget` bytes per GPU beside what is at rest; None if no row fits."""
+    """A node that generates, given `budget` bytes per GPU beside what is at rest; None if no row fits.
+
+    CUDA graphs are at rest: an engine that sleeps gives back weights and cache, and keeps them.
+    """
     weights = generation_weights(model, generation)
-    cache = budget - weights - machine.efficiency.graphs_bytes
+    cache = budget - weights
     token_bytes = kv_bytes_per_token(model, generation)
     room = cache / token_bytes  # tokens
     if room < load.longest:
@@ -43,7 +46,7 @@ def generation_cost(
     prefill = _prefill_s(model, work, load, generation, machine, rows)
     parts = {"prefill": prefill, **decode, "call": machine.efficiency.call_s}
     peak = min(cache, token_bytes * running * (load.prompt.mean + response.longest))
-    memory = {"weights": weights, "graphs": machine.efficiency.graphs_bytes, "kv_cache": peak}
+    memory = {"weights": weights, "kv_cache": peak}
     note = f"{running:.0f} of {rows} rows at a time" if running < rows else f"{rows} rows at a time"
     return cost_of(parts, memory, machine.efficiency.generate_scale, text=note)
 

@@ -84,7 +84,7 @@ class PoolSpace:
                 costs |= {name: cheapest(variants, budget) for name, variants in way.variants.items()}
             for work in catalogue.nodes_of(unit):
                 if work.phase == "generate":
-                    own = self._rest(unit, way) if isinstance(way, Generation) else 0.0
+                    own = self._weights(unit, way) if isinstance(way, Generation) else 0.0
                     generation = generations[role]
                     assert isinstance(generation, Generation), "layouts come first, generation strategies after"
                     costs[work.name] = catalogue.generation(work, generation, budget + own)
@@ -101,8 +101,10 @@ class PoolSpace:
     def _rest(self, unit: str, way: Way) -> float:
         if isinstance(way, Layout):
             return way.rest
-        model = self.catalogue.problem.models[unit.partition(".")[0]]
-        return generation_weights(model, way) + self.catalogue.machine.efficiency.graphs_bytes
+        return self._weights(unit, way) + self.catalogue.machine.efficiency.graphs_bytes
+
+    def _weights(self, unit: str, way: Generation) -> float:
+        return generation_weights(self.catalogue.problem.models[unit.partition(".")[0]], way)
 
     def _least_seconds(self, units: tuple[str, ...], gpus: int, decided: Ways) -> Mapping[str, float] | None:
         catalogue = self.catalogue
@@ -155,7 +157,8 @@ class PoolSpace:
         place = len(units) + roles.index(unit) if unit in roles else at
         way = decided[place] if place < len(decided) else None
         asked = [number for number, one in enumerate(every) if way is None or one == way]
-        own = rest if unit not in roles else 0.0  # What generates only has its weights in what rests.
+        # What generates only has its weights in what rests.
+        own = rest - catalogue.machine.efficiency.graphs_bytes if unit not in roles else 0.0
         ways: list[dict[str, float]] = []
         for number in asked:
             way_s = self._way_seconds(nodes, every[number], number, layouts, budget, own)

@@ -137,6 +137,7 @@ class Algorithm1:
         _, costs, strategy = best
         model, usable = self.catalogue.problem.models[role], self.catalogue.usable
         rest = sum(resting_bytes(model, strategy, trained=role in self.catalogue.problem.trained).values())
+        rest += self.catalogue.machine.efficiency.graphs_bytes
         generation: Generation | None = None
         generating = [work for work in nodes if work.phase == "generate"]
         if generating:

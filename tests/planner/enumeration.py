@@ -80,7 +80,7 @@ def _seconds(
                     return None
                 found[name] = cost.seconds
         generation = way if isinstance(way, Generation) else generations.get(role)
-        own = _rest(catalogue, unit, way) if isinstance(way, Generation) else 0.0
+        own = generation_weights(model, way) if isinstance(way, Generation) else 0.0
         for work in problem.nodes:
             if work.role != role or generation is None:
                 continue
