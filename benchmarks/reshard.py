@@ -8,7 +8,8 @@ Each of three ways, from FSDP2 and from real DeepSpeed ZeRO-3, on 4 gloo process
 
 Medians over the rounds, the slowest rank counting. `bytes_received_per_rank` counts payload.
 `peak_extra_bytes_per_rank` is the most that is allocated at one time beside what was there before (the training
-shards and the target weights), by torch's own record of every allocation, in a round of its own.
+shards and the target weights), by torch's own record of every allocation, in a round of its own. `llama_70b` is
+the time of planning at 512 ranks (under 10 s is the aim).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf_dist.reshard.groups import Cut, parallel_layout, rollout_axes, rollout_grid
+from rlhf_dist.reshard.groups import Cut, Parallel, generation_grid, parallel_layout, rollout_axes, rollout_grid
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.plan import lower_bound_bytes, make_plan
 from rlhf_dist.reshard.schedule import schedule
 from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards, flat_shards
 from tests.engines.world import World
-from tests.reshard.models import llama
+from tests.reshard.models import LLAMA_70B, llama
 from workers.reshard.exchange import exchange
 from workers.reshard.link import Link
 from workers.reshard.sync import WeightSync
@@ -268,6 +269,18 @@ def _layout_results(world: World, kind: str, shares: bool) -> dict[str, Any]:
     return found | {"parameters": facts[0]["parameters"]}
 
 
+def planning_seconds() -> dict[str, float]:
+    """CPU seconds of planning a Llama-70B from FSDP2 over 512 ranks to 64 copies at TP=8, and of one rank's own pieces."""
+    parameters = llama(*LLAMA_70B)
+    fsdp = {n: ParameterLayout.from_mesh(c.shape, "bfloat16", np.arange(512), [0]) for n, c in parameters.items()}
+    target = parallel_layout(parameters, generation_grid(Parallel(8, 8, 8, 1, 8), "vanilla"), "bfloat16")
+    started = time.process_time()
+    plan = make_plan(Layout(512, fsdp), target, (np.arange(512) // 8).tolist())
+    planned = time.process_time()
+    schedule(plan, 100, 1 << 30)
+    return {"plan_s": round(planned - started, 2), "own_pieces_s": round(time.process_time() - planned, 2)}
+
+
 def main() -> None:
     """Run both layouts and print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -280,7 +293,8 @@ def main() -> None:
             layouts[kind] = _layout_results(world, kind, given.shares)
         finally:
             world.close()
-    print(json.dumps({"benchmark": "reshard", "bucket_bytes": BUCKET_BYTES, "layouts": layouts}))
+    planning = planning_seconds()
+    print(json.dumps({"benchmark": "reshard", "bucket_bytes": BUCKET_BYTES, "layouts": layouts, "llama_70b": planning}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -167,12 +166,10 @@ def full(world: int, sizes: Parallel) -> Plan:
     return make_plan(Layout(world, source), target, node)
 
 
-def test_llama_70b_on_512_ranks_is_planned_within_ten_seconds() -> None:
-    started = time.process_time()
+def test_llama_70b_on_512_ranks_is_planned() -> None:
+    """How long that takes is measured by `make bench-reshard`."""
     plan = full(512, Parallel(8, 8, 8, 1, 8))
     part = schedule(plan, 100, 1 << 30)
-    # The goal is the issue's; measured 0.4 s for the plan. Ten times as long would be another algorithm.
-    assert time.process_time() - started < 10
     assert part.buffer_bytes <= 1 << 30
     assert (plan.moved == lower_bound_bytes(plan.source, plan.target)).all()
     parameters = llama(*LLAMA_70B)
