@@ -270,7 +270,7 @@ def _layout_results(world: World, kind: str, shares: bool) -> dict[str, Any]:
 
 
 def planning_seconds() -> dict[str, float]:
-    """CPU seconds of planning a Llama-70B from FSDP2 over 512 ranks to 64 copies at TP=8, and of one rank's own pieces."""
+    """CPU seconds of planning a Llama-70B from FSDP2 over 512 ranks to 64 copies at TP=8; of one rank's own pieces."""
     parameters = llama(*LLAMA_70B)
     fsdp = {n: ParameterLayout.from_mesh(c.shape, "bfloat16", np.arange(512), [0]) for n, c in parameters.items()}
     target = parallel_layout(parameters, generation_grid(Parallel(8, 8, 8, 1, 8), "vanilla"), "bfloat16")
