@@ -23,7 +23,7 @@ class TooLarge(Exception):
     """More combinations than a test should try."""
 
 
-def least_step(search: Search, most: int = 60_000) -> float:
+def least_step(search: Search, most: int = 2_000) -> float:
     """Simulates every combination; infinite if nothing fits. Raises TooLarge above `most` combinations."""
     best, tried = INFINITE, 0
     for partition in search.partitions():

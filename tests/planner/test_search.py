@@ -67,7 +67,7 @@ def lengths(data: st.DataObject) -> Lengths:
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(st.data())
 def test_the_search_finds_what_enumeration_finds(data: st.DataObject) -> None:
     """Mixtures, heavy tails, little memory, idle GPUs, staleness, nodes that run every k-th step: gap 0 is gap 0."""
@@ -147,7 +147,7 @@ def test_separate_generation_is_searched_exactly_too() -> None:
         return Search(catalogue, (2, 4, 6))
 
     result = fresh().run()
-    assert result.plans[0].step_s == pytest.approx(least_step(fresh()), rel=1e-9)
+    assert result.plans[0].step_s == pytest.approx(least_step(fresh(), 60_000), rel=1e-9)
     assert not any({"actor", "actor.rollout"} <= set(block) for block in result.plans[0].partition)
 
 
