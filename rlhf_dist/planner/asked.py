@@ -31,6 +31,8 @@ def asked_strategies(launch: Launch, overrides: Sequence[str]) -> tuple[dict[str
     ignored: list[str] = []
     for text in overrides:
         key = text.lstrip("+").partition("=")[0]
+        if key == "model.dtype" and "float32" in text:
+            ignored.append(text)
         role, _, setting = key.partition(".")
         settings = launch.used_roles.get(role)
         if settings is None or settings.model is None:

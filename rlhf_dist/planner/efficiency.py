@@ -1,7 +1,7 @@
 """How much of the datasheet's numbers software reaches, and what it costs beside them: one place, named, with sources.
 
-All of it is typical of public software on the hardware, none is fitted to a published RLHF step time. A
-calibration file (`rlhf-dist profile`, or what a run left behind) overrides any of it: see `calibration.py`.
+All of it is measured of public software on the hardware, part by part (ADR 044); no factor is fitted to the seconds of
+a whole step. A calibration file (`rlhf-dist profile`, or what a run left behind) overrides any: see `calibration.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Efficiency:
     experts_half_width: float = 6144.0
     """Width of an expert at which its matmuls reach half of a dense layer's rate: tokens are permuted, matrices are
     small, loads uneven. Megatron-Core's public recipes on H100 in bf16 reach 24 % of peak for Qwen3-30B-A3B (768 wide),
-    31 % for Qwen3-235B-A22B (1,536), and about 40 % for Mixtral (14,336), where dense models reach 45-50 %."""
+    31 % for Qwen3-235B-A22B (1,536), where dense models reach 45-50 %; RL runs reach a quarter of that."""
     hbm_weights: float = 0.80
     """Share of memory bandwidth when decoding reads weights; GEMV kernels and STREAM reach 80-90 %."""
     hbm_kv: float = 0.65

@@ -75,11 +75,16 @@ def bottleneck(plan: Plan) -> str:
 
     That is a pool without a gap, where steps overlap; else the critical path of one step.
     """
-    best = plan.best
-    loads = [sum(cost.seconds for cost in pool.costs.values()) for pool in best.pools]
-    busiest = max(range(len(loads)), key=lambda at: loads[at])
-    if plan.question.overlap and loads[busiest] > BUSY * best.step_s:
-        return _largest(plan, list(best.pools[busiest].costs), f"in pool {plan.names[busiest]}, which is never idle")
+    graph, _, pools = plan.timeline(1)
+    on_pool: dict[int, list[str]] = {}
+    loads: dict[int, float] = {}
+    for name, every, where in zip(graph.names, graph.every, pools, strict=True):
+        for pool in where:  # A weight sync between two pools is in both.
+            on_pool.setdefault(pool, []).append(name)
+            loads[pool] = loads.get(pool, 0.0) + plan.best.costs[name].seconds / every
+    busiest = max(loads, key=lambda pool: loads[pool])
+    if plan.question.overlap and loads[busiest] > BUSY * plan.best.step_s:
+        return _largest(plan, on_pool[busiest], f"in pool {plan.names[busiest]}, which is never idle")
     return _largest(plan, _critical_path(plan), "on its critical path")
 
 

@@ -84,6 +84,10 @@ def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]
         request=parse_request({"strategies": strategies}, problem, cluster.gpus),
     )
     sections, _ = settings_of(make_plan(question, runners_up=0))
+    if any(text.lstrip("+").startswith("model.dtype=") for text in overrides):  # Said by hand: it comes last.
+        for section in sections.values():
+            for part in ("engine", "rollout"):
+                section.get(part, {}).pop("dtype", None)
     return sections
 
 

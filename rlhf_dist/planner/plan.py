@@ -139,6 +139,9 @@ def make_plan(question: Question, runners_up: int = 3) -> Plan:
     search = searcher(question, keep=max(KEPT, runners_up + 2))
     result = solve(search)
     if not result.plans:
+        pools = min(map(len, search.partitions()), default=1)
+        if pools > search.gpus:
+            raise ConfigError(f"{pools} pools need a GPU each at least, and {question.cluster.text} has {search.gpus}")
         check_layouts(search, question.request.wanted, question.request.pools)
         if question.request.wanted:
             free = replace(question, request=replace(question.request, wanted={}))

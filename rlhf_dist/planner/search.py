@@ -118,9 +118,12 @@ class Search:
                     break
             elif simulated >= MOST_SIMULATED or explored >= MOST_EXPLORED:
                 left = value
-                if not best:
+                while not best:
                     found = self._dived(every[which], what)
                     best |= {} if found is None else {which: found}
+                    if not heap:
+                        break
+                    _, _, _, which, what = heapq.heappop(heap)
                 break
             if not useful(value, which):
                 continue
@@ -152,9 +155,13 @@ class Search:
         """Some plan in a part of the space, always taking the half or the choice with the least bound."""
         if isinstance(what[0][1], int):  # A box.
             while not all(low == high for low, high in what):
-                what = min(self.boxes.halves(what), key=lambda half: self.box_bound(partition, half))
+                what = min(self.boxes.halves(what), key=lambda half: self.box_bound(partition, half), default=None)
+                if what is None:  # No sizes in it add up.
+                    return None
             what = tuple((self.sizes[low], ()) for low, _ in what)
         while (more := self.choices(partition, what)) is not None:
+            if not more:
+                return None
             what = min(more, key=lambda one: self.state_bound(partition, one))
         return self.priced(partition, what) if self.state_bound(partition, what) < INFINITE else None
 

@@ -162,6 +162,17 @@ def test_runners_up_are_near_the_best_of_their_partitions_and_never_faster_than_
         assert alone.best.step_s <= found.step_s <= alone.best.step_s * (1 + NEAR)
 
 
+@pytest.mark.parametrize("looks", [16, 40, 200])
+def test_a_search_that_is_cut_short_has_a_plan_and_says_the_gap(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+    question = paper(32, "llama2-70b")
+    best = searcher(question).run().plans[0].step_s
+    monkeypatch.setattr("rlhf_dist.planner.search.MOST_EXPLORED", looks)
+    result = searcher(question).run()
+    found = result.plans[0].step_s
+    assert found >= best and found * (1.0 - result.certificate.gap) <= best * (1 + 1e-9)
+    assert 0 < result.certificate.gap < 1
+
+
 def test_a_layout_is_dominated_only_by_one_that_is_better_in_any_memory() -> None:
     question = paper(2, "llama2-7b")
     catalogue = searcher(question).catalogue
