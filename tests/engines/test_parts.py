@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
@@ -15,7 +17,7 @@ from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
 from workers.device import backend_for, device_for
 from workers.engines.attention import Packing, packed_attention
-from workers.engines.log_probs import log_probs_and_entropy
+from workers.engines.log_probs import Head, log_probs_and_entropy, log_probs_of_logits
 from workers.engines.packing import micro_batches, pack
 from workers.engines.schedule import learning_rate
 
@@ -80,27 +82,42 @@ def test_a_checksum_sees_one_changed_bit_and_any_two_elements_exchanged() -> Non
 # --- log-probs -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunked_log_probs_have_the_values_and_gradients_of_log_softmax(chunk: int, temperature: float) -> None:
+@pytest.mark.parametrize("scale, softcap, biased", [(1.0, None, False), (0.3, None, True), (2.0, 1.5, True)])
+def test_chunked_log_probs_have_the_values_and_gradients_of_log_softmax(
+    chunk: int, temperature: float, scale: float, softcap: float | None, biased: bool
+) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    leaves = (hidden, weight, bias) if biased else (hidden, weight)
     targets = torch.randint(11, (9,))
     mix, mix_entropy = torch.randn(9), torch.randn(9)
-    log_p = (hidden @ weight.t() / temperature).log_softmax(-1)
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        raw = scale * (hidden @ weight.t() + (0 if bias is None else bias))
+        return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+    log_p = (logits(*leaves) / temperature).log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     chosen = log_p.gather(1, targets[:, None])[:, 0]
-    expected = torch.autograd.grad((chosen * mix + entropy * mix_entropy).sum(), (hidden, weight))
-    single = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    got = log_probs_and_entropy(*single, targets, temperature=temperature, chunk_tokens=chunk, with_entropy=True)
-    torch.testing.assert_close(got, (chosen.float(), entropy.float()), rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad((got[0] * mix + got[1] * mix_entropy).sum(), single)
-    torch.testing.assert_close(grads, tuple(g.float() for g in expected), rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad((chosen * mix + entropy * mix_entropy).sum(), leaves)
+    single = [t.detach().float().requires_grad_() for t in leaves]
+    options: dict[str, Any] = {"temperature": temperature, "chunk_tokens": chunk, "with_entropy": True}
+    head = Head(single[1], single[2] if biased else None, scale, softcap)
+    for got in (
+        log_probs_and_entropy(single[0], head, targets, **options),
+        log_probs_of_logits(single[0], lambda part: logits(part, *single[1:]), targets, **options),
+    ):
+        torch.testing.assert_close(got, (chosen.float(), entropy.float()), rtol=1e-5, atol=1e-5)
+        grads = torch.autograd.grad((got[0] * mix + got[1] * mix_entropy).sum(), single)
+        torch.testing.assert_close(grads, tuple(g.float() for g in expected), rtol=1e-4, atol=1e-5)
 
 
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature must be > 0"):
         log_probs_and_entropy(
-            torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), temperature=0, chunk_tokens=1,
+            torch.ones(1, 2), Head(torch.ones(3, 2)), torch.zeros(1, dtype=torch.int64), temperature=0, chunk_tokens=1,
             with_entropy=False,
         )  # fmt: skip
 

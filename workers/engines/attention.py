@@ -9,20 +9,26 @@ No [N, N] mask is built. Rows are packed in order of length, so rows of equal le
 attention call over a view handles each span. On CUDA in half precision torch's variable-length flash attention
 takes the whole pack in one call. Where ranks hold a piece of the tokens each, they exchange tokens for heads first.
 
-Registered with transformers as the attention implementation `packed`, which it passes `packing` to.
+Registered with transformers as the attention implementation `packed`. Its models make their masks through a registry
+too; ours makes a `RowMask`: which rule the library would have used (causal, window, chunks), and the packing. Layers
+pass it on to attention unseen, so what a family says about masks holds here whatever else it passes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from workers.engines.token_split import heads_for_tokens, tokens_for_heads
 
@@ -88,57 +94,164 @@ class Packing:
         """Tokens of the pack."""
         return sum(span.count * span.length for span in self.spans)
 
+    @cached_property
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """[S, K] int64: the tokens that each sequence sees, its own last, padded on the right with any; and
+
+        [N] int64: where each token of the pack, as its sequence's own, lies in the flattened first.
+        """
+        sequences = [(span.length, span.prefix, span.keys) for span in self.spans for _ in range(span.count)]
+        longest = max(keys for *_, keys in sequences)
+        tokens = np.zeros((len(sequences), longest), np.int64)
+        own, start = [], 0
+        for row, (length, (begin, end), keys) in enumerate(sequences):
+            tokens[row, : end - begin] = np.arange(begin, end)
+            tokens[row, end - begin : keys] = np.arange(start, start + length)
+            own.append(row * longest + np.arange(end - begin, keys))
+            start += length
+        device = self.ends.device
+        return torch.from_numpy(tokens).to(device), torch.from_numpy(np.concatenate(own)).to(device)
+
+
+MaskRule = Callable[[int, int, Tensor | int, Tensor | int], Any]
+"""(row, head, position of the query, position of the key) -> seen?, as transformers writes masks."""
+
+
+@dataclass(frozen=True)
+class RowMask:
+    """Which tokens of its own row each token sees; what the library's layers are given as their attention mask."""
+
+    packing: Packing
+    rule: MaskRule
+    """Over positions within a row, from 0."""
+    local: int | None = None
+    """Keys up to which the rule is plain causal attention; None: at any number, 0: at none."""
+    window: int | None = None
+    """The rule is causal attention to this many tokens, the token's own included."""
+
+    def plain(self, span: Span) -> bool:
+        """Within this span the rule is causal attention."""
+        return self.local is None or span.keys <= self.local
+
+    def seen(self, span: Span, device: torch.device) -> Tensor:
+        """[length, keys] bool, True where attended: token j of a sequence is at position keys - length + j."""
+        keys = torch.arange(span.keys, device=device)
+        queries = keys[span.keys - span.length :, None]
+        seen: Tensor = self.rule(0, 0, queries, keys[None])
+        return seen.expand(span.length, span.keys)
+
+
+def causal(packing: Packing, window: int | None = None) -> RowMask:
+    """Causal attention to `window` tokens, the token's own included; None for all before it."""
+    if window is None:
+        return RowMask(packing, causal_mask_function)
+    return RowMask(packing, lambda _, __, query, key: (key <= query) & (key > query - window), window, window)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over a pack that is going on."""
+
+    packing: Packing
+    windows: set[int]
+    """Local attention that masks or layers have asked for so far, in tokens."""
+
+
+_running: list[Pass] = []
+
+
+@contextmanager
+def running(packing: Packing) -> Iterator[Pass]:
+    """Masks that models make inside are of this packing; models make theirs before the first layer."""
+    _running.append(Pass(packing, set()))
+    try:
+        yield _running[-1]
+    finally:
+        _running.pop()
+
+
+def _row_mask(*, mask_function: MaskRule, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> RowMask:
+    """The library's mask of one forward pass; `mask_function` is its rule for a row alone."""
+    packing = _running[-1].packing
+    if mask_function is causal_mask_function:
+        return RowMask(packing, mask_function)
+    if local_size is None or use_vmap:  # a rule of the model's own
+        return RowMask(packing, mask_function, 0)
+    _running[-1].windows.add(local_size)
+    # A window sees `local_size` tokens back from every token; chunks begin anew at their edges.
+    query, keys = torch.tensor([[local_size]]), torch.tensor([[0, 1]])
+    sliding = mask_function(0, 0, query, keys).tolist() == [[False, True]]
+    return RowMask(packing, mask_function, local_size, local_size if sliding else None)
+
 
 def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: RowMask | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of the pack, as transformers calls it.
+    """Attention within each sequence of the pack, as transformers calls it.
 
-    query [1, Hq, n, D], key and value [1, Hk, n, D] with Hq a multiple of Hk -> [1, n, Hq, D]; n is the rank's piece
-    of the N tokens. Raises ValueError for attention variants that it does not compute.
+    query [1, Hq, n, D], key [1, Hk, n, D] and value [1, Hk, n, Dv] with Hq a multiple of Hk -> [1, n, Hq, Dv]; n is the
+    rank's piece of the N tokens. attention_mask: what `_row_mask` made; for a model that makes none, causal attention
+    over `packing` to `sliding_window` tokens. softcap c: scores become c tanh(score / c). s_aux [Hq]: a score that takes
+    part in the softmax and adds nothing (a sink). Raises ValueError for a mask that is the model's own.
     """
-    if attention_mask is not None or softcap is not None or s_aux is not None:
-        raise ValueError(f"packed attention has no masks, soft caps or sinks, which {type(module).__name__} asks for")
-    if packing.group is not None:
-        query, key, value = (heads_for_tokens(t[0], packing.group).unsqueeze(0) for t in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        attended = _flash(query, key, value, packing, scaling, sliding_window)
+    mask = attention_mask
+    if mask is None and packing is not None:
+        mask = causal(packing, sliding_window)
+        if _running and sliding_window is not None:
+            _running[-1].windows.add(sliding_window)
+    if not isinstance(mask, RowMask):
+        raise ValueError(f"{type(module).__name__} makes attention masks of its own, which do not know about packs")
+    group = mask.packing.group
+    if group is not None:
+        if s_aux is not None:
+            s_aux = s_aux.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
+        query, key, value = (heads_for_tokens(t[0], group).unsqueeze(0) for t in (query, key, value))
+    whole = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == query.shape[-1]
+    if whole and softcap is None and s_aux is None and mask.local == mask.window:
+        attended = _flash(query, key, value, mask.packing, scaling, mask.window)
     else:
-        attended = _sdpa(query, key, value, packing, scaling, sliding_window)
-    if packing.group is not None:
-        attended = tokens_for_heads(attended, packing.group)
+        attended = _by_span(query, key, value, mask, scaling, softcap, s_aux)
+    if group is not None:
+        attended = tokens_for_heads(attended, group)
     return attended.unsqueeze(0), None
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, sliding_window: int | None
+def _by_span(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """[N, Hq, D]."""
+    """[N, Hq, Dv]."""
     outputs, start = [], 0
-    for span in packing.spans:
+    for span in mask.packing.spans:
         part = slice(start, start + span.count * span.length)
         start = part.stop
         q = _sequences(query[0, :, part], span.count)
         k, v = (_after_prefix(tensor[0], part, span) for tensor in (key, value))
-        windowed = sliding_window is not None and span.keys > sliding_window
-        if not windowed and span.keys <= _SHORT and query.dtype == torch.bfloat16:
-            attended = _short(q, k, v, scaling)
+        plain = mask.plain(span)
+        short = plain and span.keys <= _SHORT and query.dtype == torch.bfloat16
+        if short or softcap is not None or sinks is not None:
+            attended = _explicit(q, k, v, mask.seen(span, query.device), scaling, softcap, sinks)
         else:
-            plain = not windowed and span.keys == span.length
-            seen = None if plain else _seen(span, sliding_window if windowed else None, query.device)
+            causal = plain and span.keys == span.length
+            seen = None if causal else mask.seen(span, query.device)
             attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=seen, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
@@ -148,15 +261,31 @@ _SHORT = 256
 """Tokens up to which plain products beat torch's fused CPU kernel in bfloat16 (128 tokens: 21 ms against 59 ms)."""
 
 
-def _short(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention with all scores at once: [n, Hq, L, D] from key and value [n, Hk, K, D], K - L of a prefix."""
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[n, Hq, L, Dv] with all scores at once, from key [n, Hk, K, D] and value [n, Hk, K, Dv]; seen [L, K]."""
     count, heads, length, size = query.shape
-    keys = key.shape[2]
-    together = query.reshape(count, key.shape[1], -1, size)
+    kv_heads, keys = key.shape[1:3]
+    together = query.reshape(count, kv_heads, -1, size)
     scores = (together @ key.transpose(-1, -2)).view(count, heads, length, keys).float()
-    ahead = torch.ones(length, keys, dtype=torch.bool, device=query.device).triu(1 + keys - length)
-    weights = scores.mul_(scaling or size**-0.5).masked_fill_(ahead, -torch.inf).softmax(-1).to(query.dtype)
-    return (weights.view(count, key.shape[1], -1, keys) @ value).view(count, heads, length, size)
+    scores.mul_(size**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill_(~seen, -torch.inf)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sinks.float().view(1, heads, 1, 1).expand(count, heads, length, 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    attended = weights.to(value.dtype).reshape(count, kv_heads, -1, keys) @ value
+    return attended.view(count, heads, length, -1)
 
 
 def _sequences(tensor: Tensor, count: int) -> Tensor:
@@ -172,13 +301,6 @@ def _after_prefix(states: Tensor, part: slice, span: Span) -> Tensor:
         return own
     shared = states[:, slice(*span.prefix)].expand(span.count, -1, -1, -1)
     return torch.cat([shared, own], dim=2)
-
-
-def _seen(span: Span, sliding_window: int | None, device: torch.device) -> Tensor:
-    """[length, keys] bool, True where attended: token j of a sequence is at position keys - length + j."""
-    ahead = span.keys - span.length
-    seen = torch.ones(span.length, span.keys, dtype=torch.bool, device=device).tril(ahead)
-    return seen if sliding_window is None else seen.triu(1 + ahead - sliding_window)
 
 
 def _flash(
@@ -207,3 +329,4 @@ def _flash(
 
 
 AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", _row_mask)

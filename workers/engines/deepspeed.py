@@ -67,6 +67,7 @@ class DeepSpeedEngine(PackedEngine):
             self._engine = self._initialize(optimizer)
         else:
             module.to(device)
+        self._choose_way()
 
     def _initialize(self, optimizer: OptimizerConfig | None) -> Any:
         _set_launcher_environment(self._rank, self._world, self._device)

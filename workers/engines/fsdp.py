@@ -57,6 +57,7 @@ class FsdpEngine(PackedEngine):
         self._parameters = parameters_of(module)
         self._adapters = adapters_of(module, self._parameters)
         self._optimizer = new_optimizer(self._parameters, optimizer) if optimizer else None
+        self._choose_way()
         if engine.compile:
             for layer in layers_of(module):
                 layer.compile(dynamic=True)

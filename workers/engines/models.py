@@ -2,12 +2,14 @@
 
 Each wraps a Hugging Face model in `hf`, so that parameter names are the checkpoint's names after "hf.",
 and does everything inside its own forward: under FSDP the parameters of the root (embedding, final norm,
-head) exist whole only there.
+head) exist whole only there. How rows go through (`ways.py`) comes with the pack.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,61 +20,132 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
-from workers.engines.attention import Packing
-from workers.engines.log_probs import log_probs_and_entropy
+from workers.engines.attention import running
+from workers.engines.heads import library_logits, matrix_head
+from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
 from workers.engines.lora import add_adapters, weight_name
+from workers.engines.mixers import mix_by_row
 from workers.engines.packing import Packed
+from workers.engines.rotary import rotate_by_row, row_lengths
 from workers.engines.token_split import gather_tokens, summed_gradient
 
 Head = Literal["policy", "value"]
 
-# Changes to the logits that log_probs_and_entropy does not make: computing without them would be silently wrong.
-_UNSUPPORTED = {"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": 1.0}
+class RoleModel(nn.Module):
+    """What both kinds of model do alike."""
+
+    outputs: tuple[Output, ...]
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        self._mixers = mix_by_row(hf.base_model)
+        self.alike_up_to = rotate_by_row(hf)
+        """Tokens up to which a row's positions do not depend on its length; None for any."""
+        self.failure: Exception | None = None
+        """What the last trial pass raised."""
+        self.windows: set[int] = set()
+        """Local attention that the last pass over a pack knew of, in tokens."""
+        self._accepts = set(inspect.signature(hf.base_model.forward).parameters)
+
+    def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """`outputs` of the pack's tokens or rows, in the order of its rows. A trial pass that fails gives none."""
+        if not packed.trial:
+            return self.run(packed, outputs, temperature)
+        self.failure = None
+        try:
+            return self.run(packed, outputs, temperature)
+        except Exception as error:  # noqa: BLE001 - whatever the library makes of a way that it was not written for
+            self.failure = error
+            return {}
+
+    def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """See `forward`."""
+        raise NotImplementedError
+
+    def trunk(self, packed: Packed) -> Any:
+        """What the library's trunk returns for the pack."""
+        way = packed.way
+        if self.hf.config._attn_implementation != way.attention:
+            self.hf.config._attn_implementation = way.attention
+        for mixer in self._mixers:
+            mixer.packing = None if way.grid else packed.packing
+        inputs: dict[str, Any] = {"input_ids": packed.input_ids}
+        if "use_cache" in self._accepts:
+            inputs["use_cache"] = False
+        if way.rows == "alone":
+            return self.hf.base_model(**inputs)
+        # Of ones for a pack: without a mask the library looks for packs itself, in positions.
+        inputs["attention_mask"] = packed.mask
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = packed.position_ids
+        if way.grid:
+            with row_lengths(packed.row_tokens):
+                return self.hf.base_model(**inputs)
+        if "kwargs" in self._accepts:
+            inputs["packing"] = packed.packing
+        with running(packed.packing) as one, row_lengths(packed.row_tokens):
+            states = self.hf.base_model(**inputs)
+        self.windows = one.windows
+        return states
 
 
-class PolicyModel(nn.Module):
+class PolicyModel(RoleModel):
     """A causal language model that gives log-probabilities and entropy of response tokens."""
 
     outputs: tuple[Output, ...] = ("log_probs", "entropy")
 
     def __init__(self, hf: PreTrainedModel, logit_chunk_tokens: int) -> None:
-        super().__init__()
-        self.hf = hf
+        super().__init__(hf)
         self.logit_chunk_tokens = logit_chunk_tokens
 
-    def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
         """`outputs` of log_probs [T], entropy [T] (float32, nats, at `temperature`) and hidden [T, H] (float32)."""
         split = packed.split
-        hidden = summed_gradient(_trunk(self.hf, packed), split)[packed.before_token]
         found: dict[str, Tensor] = {}
+        if packed.way.head == "whole":
+            logits = self.hf(input_ids=packed.input_ids).logits.flatten(0, 1)[packed.before_token].float()
+            log_p = (logits / temperature).log_softmax(-1)
+            found["log_probs"] = log_p.gather(-1, packed.targets[:, None]).squeeze(-1)
+            found["entropy"] = -(log_p.exp() * log_p).sum(-1)
+            return {name: found[name] for name in outputs}
+        states = self.trunk(packed)
+        hidden = summed_gradient(states.last_hidden_state.flatten(0, 1), split)[packed.before_token]
         if "hidden" in outputs:
             found["hidden"] = hidden.float()
         if {"log_probs", "entropy"} & set(outputs):
-            found["log_probs"], found["entropy"] = log_probs_and_entropy(
-                hidden,
-                summed_gradient(_weight(self.hf.get_output_embeddings()), split),  # type: ignore[no-untyped-call]
-                packed.targets,
-                temperature=temperature,
-                chunk_tokens=self.logit_chunk_tokens,
-                with_entropy="entropy" in outputs,
-            )
+            found["log_probs"], found["entropy"] = self._log_probs(packed, states, hidden, temperature, outputs)
         return {name: gather_tokens(found[name], packed.token_counts, split) for name in outputs}
 
+    def _log_probs(
+        self, packed: Packed, states: Any, hidden: Tensor, temperature: float, outputs: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        asked: dict[str, Any] = {
+            "temperature": temperature,
+            "chunk_tokens": self.logit_chunk_tokens,
+            "with_entropy": "entropy" in outputs,
+        }
+        if packed.way.head == "matrix":
+            head = matrix_head(self.hf, packed.split)
+            if head is None:
+                raise ValueError(f"{type(self.hf).__name__} has no matrix for a head")
+            return log_probs_and_entropy(hidden, head, packed.targets, **asked)
+        if packed.split.tensor_group is not None:
+            raise ValueError(f"the head of {type(self.hf).__name__} is not one matrix; set tensor_parallel=1")
+        return log_probs_of_logits(hidden, partial(library_logits, self.hf, states), packed.targets, **asked)
 
-class ValueModel(nn.Module):
+
+class ValueModel(RoleModel):
     """A trunk with a linear head: values before each response token, or one score at the end of each row."""
 
     outputs: tuple[Output, ...] = ("values", "scores")
 
-    def __init__(self, hf: PreTrainedModel) -> None:
-        super().__init__()
-        self.hf = hf
-
-    def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
         """`outputs` of values [T], scores [B] and hidden [T, H], float32; the temperature is not used."""
-        hidden = summed_gradient(_trunk(self.hf, packed), packed.split)
+        states = self.trunk(packed)
+        hidden = summed_gradient(states.last_hidden_state.flatten(0, 1), packed.split)
         # The head in float32: bfloat16 has three digits, too few for returns to be fitted.
-        head = summed_gradient(_weight(self.hf.score), packed.split)[0].float()
+        head = summed_gradient(self.hf.score.weight, packed.split)[0].float()
         places = {
             "values": (packed.before_token, packed.token_counts),
             "scores": (packed.last_token, packed.row_counts),
@@ -86,9 +159,6 @@ class ValueModel(nn.Module):
         return found
 
 
-RoleModel = PolicyModel | ValueModel
-
-
 def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: int, trained: bool) -> RoleModel:
     """The model of a folder on the CPU, dropout off; the same on every rank.
 
@@ -96,7 +166,7 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
 
     A value model from a language model's folder gets a zero head: it says 0 until it is trained. A model that is
     not `trained` needs no gradient; of one with adapters only they (and a value head) do.
-    Raises FileNotFoundError without a model there, ValueError for a model whose logits we would get wrong.
+    Raises FileNotFoundError without a model there, ValueError for one that has no such head.
     """
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
@@ -136,7 +206,6 @@ def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init must be pretrained or random, got {init!r}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    _check(config, folder)
     family: Any = AutoModelForCausalLM
     if head == "value":
         family = AutoModelForSequenceClassification
@@ -144,7 +213,8 @@ def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
         if has_head and config.num_labels != 1:
             raise ValueError(f"a value or reward model has one label, got {config.num_labels} in {folder}/config.json")
         config.num_labels = 1
-    options = {"attn_implementation": "packed", "dtype": torch.float32}
+    # Eager, as every family has it; a pass sets its own (`RoleModel.trunk`).
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
     new_head = head == "value"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -158,30 +228,9 @@ def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
             if missing:
                 raise ValueError(f"the weights in {folder} lack {sorted(missing)[:5]}; is the folder complete?")
             new_head = new_head and "score.weight" in info["missing_keys"]
+    if head == "value" and not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise ValueError(f"{type(hf).__name__} has no linear `score` head; use a family that transformers gives one")
     if new_head:
         nn.init.zeros_(hf.score.weight)
     assert isinstance(hf, PreTrainedModel)
     return hf
-
-
-def _check(config: Any, folder: Path) -> None:
-    for name, neutral in _UNSUPPORTED.items():
-        value = getattr(config, name, neutral)
-        if value not in (neutral, None):
-            raise ValueError(f"{folder}: {name} = {value} is not supported (log-probs would be wrong without it)")
-
-
-def _weight(head: Any) -> Tensor:
-    """The weight [out, hidden] of a linear head."""
-    weight: Tensor = head.weight
-    return weight
-
-
-def _trunk(hf: PreTrainedModel, packed: Packed) -> Tensor:
-    """Hidden states [N, H] of the pack."""
-    packing: Packing = packed.packing
-    states = hf.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packing=packing
-    )
-    hidden: Tensor = states.last_hidden_state[0]
-    return hidden

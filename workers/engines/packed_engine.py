@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,11 @@ from workers.engines.lora import Adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
 from workers.engines.models import RoleModel
 from workers.engines.packing import Packed, filler, longest_row, pack
+from workers.engines.probe import configured_windows, probe
 from workers.engines.schedule import learning_rate
+from workers.engines.token_split import WHOLE
 from workers.engines.training import NonFiniteLoss, Term, WeightPart
+from workers.engines.ways import PACKED, Way
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,8 +68,43 @@ class PackedEngine(ABC):
         self._module, self._folder, self._config, self._optimizer_config = module, Path(model.path), engine, optimizer
         self._mesh, self._device, self._seed = mesh, mesh.device, seed
         self._dtype = DTYPES[engine.dtype]
+        self._way = PACKED
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
+
+    def _choose_way(self) -> None:
+        """Find out how rows go through this model; the last thing a constructor does. Collective.
+
+        Raises InexactModel where no way is exact.
+        """
+        config, module = self._module.hf.config, self._module
+        finding = probe(
+            self._trial,
+            vocabulary=int(config.get_text_config().vocab_size),
+            dtype=self._config.dtype,
+            policy="log_probs" in module.outputs,
+            windows=lambda: module.windows,
+            configured=configured_windows(config),
+            whole_rows=self._mesh.tokens.sequence == 1,
+        )
+        self._way = finding.way
+
+    def _trial(self, batch: Batch, way: Way) -> dict[str, npt.NDArray[np.float32]] | Exception:
+        """What the probe asks: outputs of the rows by this way, the same on every rank, or why there are none."""
+        split = WHOLE if way.grid else self._mesh.tokens
+        packed = replace(pack(batch, self._device, way=way, split=split), trial=True)
+        names = ("log_probs", "entropy") if "log_probs" in self._module.outputs else ("hidden",)
+        with torch.no_grad():
+            found = self._run(packed, names, 1.0)
+        self._after_forward()
+        failed = torch.tensor(int(self._module.failure is not None), device=self._device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._mesh.world)
+        if failed:
+            return self._module.failure or RuntimeError("it failed on another rank")
+        for name in names:  # Rounding may differ between ranks; what they choose may not.
+            found[name] = found[name].contiguous()
+            dist.broadcast(found[name], group_src=0, group=self._mesh.world)
+        return {name: found[name].float().cpu().numpy() for name in names}
 
     # --- forward ---------------------------------------------------------------------------------
     def forward(
@@ -92,7 +130,7 @@ class PackedEngine(ABC):
     ) -> dict[str, npt.NDArray[np.float32]]:
         """The named outputs, rows in the order of `batch`."""
         self.before_use()
-        pad_to = 0 if self._config.packing else longest_row(batch)
+        pad_to = longest_row(batch) if self._padded else 0
         cut = even_passes(batch, self._budget, False, pad_to, self._mesh.rows, self._device)
         parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
         with torch.no_grad(), without_adapters(self._module) if base else nullcontext():
@@ -126,7 +164,7 @@ class PackedEngine(ABC):
         passes = Accumulation(
             terms,
             budget_tokens=self._budget,
-            padded=not self._config.packing,
+            padded=self._padded,
             group=self._mesh.rows,
             device=self._device,
         )
@@ -159,14 +197,22 @@ class PackedEngine(ABC):
         return loss + passes.add(term, rows, outputs) if one else loss
 
     def _pack(self, rows: Batch, pad_to: int) -> Packed:
-        # Pieces of a sequence are gathered in the order of its tokens: there each row keeps its own prompt.
-        shares = self._config.share_prompts and not pad_to and self._mesh.tokens.sequence == 1
-        return pack(rows, self._device, pad_to=pad_to, share_prompts=shares, split=self._mesh.tokens)
+        # Pieces of a sequence are gathered in the order of its tokens: there each row keeps its own prompt. So it does
+        # where its positions depend on its own length.
+        limit = self._module.alike_up_to
+        shares = self._config.share_prompts and self._mesh.tokens.sequence == 1
+        shares = shares and (limit is None or longest_row(rows) <= limit)
+        way = self._way if shares else self._way.unshared()
+        return pack(rows, self._device, way=way, pad_to=pad_to, split=self._mesh.tokens)
+
+    @property
+    def _padded(self) -> bool:
+        return not self._config.packing or self._way.grid
 
     @property
     def _budget(self) -> int:
-        """Tokens of one pack: each rank of a sequence holds a share of them."""
-        return self._config.micro_batch_tokens * self._mesh.tokens.sequence
+        """Tokens of one pack: each rank of a sequence holds a share of them. Of one row where rows go alone."""
+        return 1 if self._way.rows == "alone" else self._config.micro_batch_tokens * self._mesh.tokens.sequence
 
     # --- weights and files -------------------------------------------------------------------------
     @property

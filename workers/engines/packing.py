@@ -5,6 +5,7 @@ input_ids  p p p r r p r r r                  one row of N tokens, no padding
 before     . . ^ ^ . ^ ^ ^ .                  token j of a response is predicted from the position before it
 padded     p p p r r p r r r .                every row as long as the longest: what packing saves, kept to compare
 shared     p p p r r r r r                    rows of one prompt: the prompt once, each response sees it and itself
+grid       p p p r r . | p r r r . .          [B, L], for models that only the library's own masks keep exact
 
 With sequence parallelism a rank has a piece of the N tokens, and the outputs at its own positions.
 """
@@ -24,6 +25,7 @@ from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dispatch import balance
 from workers.engines.attention import Packing
 from workers.engines.token_split import WHOLE, TokenSplit
+from workers.engines.ways import PACKED, Way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,14 @@ class Packed:
     Without a token split they are those of the whole pack: n = N, t = T, b = B.
     """
 
+    way: Way
+    """How these rows go through the model."""
     input_ids: Tensor
-    """[1, n] int64."""
+    """[1, n] int64; in a grid [B, L], n = B L in all that follows."""
     position_ids: Tensor
-    """[1, n] int64, from 0 in each row."""
+    """The same shape, from 0 in each row."""
+    row_tokens: Tensor
+    """The same shape: tokens of the row that each token belongs to; 1 where it is no row's."""
     packing: Packing
     """Of the whole pack, N tokens."""
     before_token: Tensor
@@ -52,27 +58,44 @@ class Packed:
     """b of each rank of the split."""
     padding: int
     """Tokens of the pack that are no row's."""
+    trial: bool = False
+    """The model may fail (`RoleModel.failure`): whether it does is the question."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Like input_ids: 1 at tokens of rows; 1 everywhere in a pack."""
+        return (self.position_ids < self.row_tokens).long() if self.way.grid else torch.ones_like(self.input_ids)
 
 
 def pack(
-    batch: Batch, device: torch.device, *, pad_to: int = 0, share_prompts: bool = False, split: TokenSplit = WHOLE
+    batch: Batch, device: torch.device, *, way: Way = PACKED, pad_to: int = 0, split: TokenSplit = WHOLE
 ) -> Packed:
     """All rows of `batch` as one pass; rows should come in order of length (`micro_batches` sees to it).
 
-    `pad_to`: length that every row is padded to; 0 for no padding. `share_prompts`: equal prompts go through the
-    model once. Raises ValueError for a row without a prompt: its first token would have nothing to be predicted from.
+    `pad_to`: length that every row is padded to; 0 for no padding, in a grid the longest row's. Prompts are shared as
+    `way` says, without padding. Raises ValueError for a row without a prompt: its first token would have nothing to be
+    predicted from.
     """
     prompts, responses = batch["prompt_ids"], batch["response_ids"]
     if np.any(prompts.lengths < 1):
         raise ValueError(f"every prompt must have at least one token, row {int(np.argmin(prompts.lengths))} has none")
-    places = _shared_places(batch) if share_prompts else _places(batch, pad_to, split.sequence)
+    if way.grid:
+        pad_to = max(pad_to, longest_row(batch))
+    places = _shared_places(batch) if way.shares and not pad_to else _places(batch, pad_to, split.sequence)
     total = sum(length for length, _ in places.sequences)
     ids, positions = np.zeros((2, total), dtype=np.int64)
+    row_tokens = np.ones_like(ids)
     prompt_at = _within(places.prompts, prompts.lengths)
     response_at = _within(places.responses, responses.lengths)
     ids[prompt_at], ids[response_at] = prompts.values, responses.values
     positions[prompt_at] = _within(np.zeros_like(prompts.lengths), prompts.lengths)
     positions[response_at] = _within(prompts.lengths, responses.lengths)
+    row_lengths = prompts.lengths + responses.lengths
+    row_tokens[prompt_at] = np.repeat(row_lengths, prompts.lengths)
+    row_tokens[response_at] = np.repeat(row_lengths, responses.lengths)
+    if way.grid:
+        positions = np.tile(np.arange(pad_to), batch.num_rows)
+        row_tokens = np.repeat(row_lengths, pad_to)
     last_of_prompt = places.prompts + prompts.lengths - 1
     before = response_at - 1
     firsts = (np.cumsum(responses.lengths) - responses.lengths)[responses.lengths > 0]
@@ -86,9 +109,14 @@ def pack(
     def move(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    def grid(array: npt.NDArray[np.int64]) -> Tensor:
+        return move(array[first : first + piece]).view(batch.num_rows if way.grid else 1, -1)
+
     return Packed(
-        input_ids=move(ids[first : first + piece]).unsqueeze(0),
-        position_ids=move(positions[first : first + piece]).unsqueeze(0),
+        way=way,
+        input_ids=grid(ids),
+        position_ids=grid(positions),
+        row_tokens=grid(row_tokens),
         packing=Packing.of(places.sequences, device, split.sequence_group),
         before_token=move(before[tokens] - first),
         targets=move(responses.values[tokens].astype(np.int64)),

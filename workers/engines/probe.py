@@ -1,0 +1,165 @@
+"""Which way through a model is exact, found by trying on the model itself, as it is sharded, before its first use.
+
+    rows      A, B: one prompt, two responses      C: another prompt      short, of different lengths
+    truth     each row alone through the library's own forward (eager attention, whole logits)
+    tried     the head as a matrix, else the library's own
+              packed rows with shared prompts -> packed -> padded with the library's masks (sdpa, eager) -> row by row
+
+The first that agrees is taken; none: `InexactModel`. Costs five forward passes of a few tokens where the first ways hold.
+
+What short rows cannot show is decided elsewhere: positions that depend on the length of a row (`rotary.py`) and local
+attention (the library's own rule for its masks, `attention.py`); a window that config.json names and no layer of
+the packed pass asked for is a reason against packing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from rlhf_dist.batch import Batch
+from workers.engines.ways import ALONE, Way
+
+logger = logging.getLogger(__name__)
+
+Outputs = Mapping[str, NDArray[np.float32]]
+Try = Callable[[Batch, Way], Outputs | Exception]
+"""Outputs of the rows by a way through the model (`log_probs` and `entropy`, or `hidden`), or why there are none."""
+
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
+"""Largest difference from the truth, in nats, or as a share of the largest hidden state. In bfloat16 rounding alone gave
+up to 0.13 (docs/models.md); another row's tokens give whole nats."""
+
+
+class InexactModel(ValueError):
+    """No way through the model gives what the library's own forward of a row gives."""
+
+
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "window_size")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the probe found."""
+
+    way: Way
+    difference: float
+    """From the truth, as in `TOLERANCE`."""
+    refused: tuple[str, ...]
+    """Ways that were tried before, and why each was not taken."""
+
+
+def probe(
+    trial: Try,
+    *,
+    vocabulary: int,
+    dtype: str,
+    policy: bool,
+    windows: Callable[[], set[int]],
+    configured: set[int],
+    whole_rows: bool,
+) -> Finding:
+    """The fastest way that is exact. Every rank makes the same calls and `trial` gives every rank the same answers.
+
+    windows: local attention that the last packed pass knew of; configured: what config.json names. whole_rows: a rank has
+    whole rows (sequence parallelism cuts them); else packed rows are all there is. Raises InexactModel.
+    """
+    batch = probe_rows(vocabulary)
+    truth = _truth(trial, batch, policy)
+    refused: list[str] = []
+    head = _head(trial, batch, truth, dtype, refused) if policy else "matrix"
+    for way in _ways(head, whole_rows):
+        found = trial(batch, way)
+        wrong = _difference(found, truth)
+        reason = ""
+        if isinstance(found, Exception):
+            reason = f"{type(found).__name__}: {found}"
+        elif not wrong <= TOLERANCE[dtype]:
+            reason = f"{wrong:.2g} off"
+        elif not way.grid and (unseen := configured - windows()):
+            reason = f"config.json names attention windows of {sorted(unseen)} tokens that no layer asked for"
+        if not reason:
+            if refused:
+                logger.warning("the model runs with %s (%s)", way, "; ".join(refused))
+            return Finding(way, wrong, tuple(refused))
+        refused.append(f"{way}: {reason}")
+    raise InexactModel("no way through this model gives the log-probs of the library's own forward; " + "; ".join(refused))
+
+
+def configured_windows(config: PretrainedConfig) -> set[int]:
+    """Sliding windows and attention chunks that the language model's config names for any of its layers, in tokens."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    local = kinds is None or any(word in kind for kind in kinds for word in ("sliding", "chunk", "local"))
+    if not local or getattr(text, "use_sliding_window", True) is False:
+        return set()
+    named = (getattr(text, name, None) for name in _WINDOWS)
+    return {int(size) for size in named if isinstance(size, int) and not isinstance(size, bool) and size > 0}
+
+
+def probe_rows(vocabulary: int) -> Batch:
+    """Three rows: two of one prompt, one of another; token ids spread over the vocabulary."""
+    lengths = ((5, 3), (5, 7), (4, 6))
+    ids = (np.arange(1, 40) * 7919 % max(vocabulary - 3, 1) + 3) % vocabulary
+    prompts = [ids[:5], ids[:5], ids[20:24]]
+    responses = [ids[5:8], ids[8:15], ids[24:30]]
+    assert [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)] == list(lengths)
+    return Batch.of(
+        prompt_ids=[prompt.astype(np.int32) for prompt in prompts],
+        response_ids=[response.astype(np.int32) for response in responses],
+    )
+
+
+def _truth(trial: Try, batch: Batch, policy: bool) -> Outputs:
+    way = ALONE if policy else replace(ALONE, head="matrix")
+    rows = [trial(batch.take(np.array([row])), way) for row in range(batch.num_rows)]
+    for row in rows:
+        if isinstance(row, Exception):
+            raise InexactModel(f"the library's own forward of a short row fails: {type(row).__name__}: {row}") from row
+    found = [row for row in rows if not isinstance(row, Exception)]
+    joined = {name: np.concatenate([row[name] for row in found]) for name in found[0]}
+    if not all(np.isfinite(values).all() for values in joined.values()):
+        raise InexactModel("the library's own forward of a short row gives values that are not finite; are the weights whole?")
+    return joined
+
+
+def _head(trial: Try, batch: Batch, truth: Outputs, dtype: str, refused: list[str]) -> Any:
+    """`matrix` or `library`, on the first row alone."""
+    first = batch.take(np.array([0]))
+    tokens = first["response_ids"].lengths[0]
+    for head in ("matrix", "library"):
+        found = trial(first, Way(rows="alone", attention="eager", head=head))  # type: ignore[arg-type]
+        wrong = _difference(found, {name: values[:tokens] for name, values in truth.items()})
+        if wrong <= TOLERANCE[dtype]:
+            return head
+        why = f"{type(found).__name__}: {found}" if isinstance(found, Exception) else f"{wrong:.2g} off"
+        refused.append(f"the head as {'one matrix' if head == 'matrix' else 'its own code over hidden states'}: {why}")
+    raise InexactModel("the model's logits cannot be computed from its trunk's last states; " + "; ".join(refused))
+
+
+def _ways(head: Any, whole_rows: bool) -> Iterator[Way]:
+    if whole_rows:
+        yield Way(rows="shared", attention="packed", head=head)
+    yield Way(rows="packed", attention="packed", head=head)
+    if whole_rows:
+        yield Way(rows="grid", attention="sdpa", head=head)
+        yield Way(rows="grid", attention="eager", head=head)
+        yield Way(rows="alone", attention="eager", head=head)
+
+
+def _difference(found: Outputs | Exception, truth: Outputs) -> float:
+    """Largest in nats for log-probs and entropy; for hidden states as a share of the largest one."""
+    if isinstance(found, Exception):
+        return float("inf")
+    worst = 0.0
+    for name, values in truth.items():
+        scale = max(float(np.abs(values).max()), 1e-6) if name == "hidden" else 1.0
+        difference = float(np.abs(found[name] - values).max()) / scale
+        worst = max(worst, difference if np.isfinite(difference) else float("inf"))
+    return worst
