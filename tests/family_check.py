@@ -1,6 +1,6 @@
 """One family, held to the library's own forward of each row alone: log-probs, entropy and the gradient of a step.
 
-Runs in a process that has joined a process group of any size (`python -m tests.models_table`, the sweep in tests/engines).
+Runs in a process that has joined a process group of any size, for tests/engines and `python -m tests.models_table`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
-from tests.families import VOCABULARY, tiny_config, tiny_model
 from tests.engines.losses import ENTROPY_BONUS, TokenLoss
+from tests.families import VOCABULARY
 from workers.engines.fsdp import FsdpEngine
 from workers.engines.probe import InexactModel
 
 EXACT = 1e-4
-"""Largest difference in nats, and of gradients as a share of the largest, that is rounding in float32."""
+"""Largest difference in nats that is rounding in float32 (most families: 3e-6)."""
+EXACT_GRADIENT = 5e-4
+"""The same of a gradient, as a share of its largest element (most families: 2e-6)."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,8 @@ def rows(seed: int = 0) -> Batch:
     )
 
 
-def check_training(family: str, folder: Path, config: PretrainedConfig | None = None, **engine: Any) -> Verdict:
-    """Train one step of a tiny model of `family`, saved to `folder`."""
-    model = tiny_model(config or tiny_config(family))
-    model.save_pretrained(folder)
-    return check_folder(family, folder, model, **engine)
-
-
-def check_folder(family: str, folder: Path, model: PreTrainedModel, **engine: Any) -> Verdict:
-    """The same with the model of `folder`, which `model` holds too."""
+def check_training(family: str, folder: Path, model: PreTrainedModel, **engine: Any) -> Verdict:
+    """Train one step of the tiny model of `folder`, which `model` holds too, on the same rows on every rank."""
     batch = rows()
     truth, gradients = _alone(model, batch)
     settings = EngineConfig(**{"micro_batch_tokens": 64, **engine})  # type: ignore[arg-type]
@@ -84,7 +79,7 @@ def check_folder(family: str, folder: Path, model: PreTrainedModel, **engine: An
     trained.step(batch, TokenLoss())
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     slope = max(float((trained.gradients[name] - gradients[name]).abs().max()) for name in gradients) / largest
-    state = "exact" if off < EXACT and slope < EXACT else "wrong"
+    state = "exact" if off < EXACT and slope < EXACT_GRADIENT else "wrong"
     return Verdict(family, state, str(trained._way), off, slope)
 
 
@@ -93,9 +88,12 @@ def _alone(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, np.ndarray[A
     model.zero_grad()
     model.requires_grad_(True)
     tokens = int(batch["response_ids"].lengths.sum())
-    found: dict[str, list[Any]] = {"log_probs": [], "entropy": []}
-    columns = (batch["prompt_ids"].rows(), batch["response_ids"].rows(), batch["advantages"].rows())
-    for prompt, response, advantages in zip(*columns, strict=True):
+    found: dict[str, list[Any]] = {"log_probs": [None] * batch.num_rows, "entropy": [None] * batch.num_rows}
+    # Shortest first: the library's dynamic rotary frequencies stay those of the longest row seen.
+    for row in np.argsort(batch["prompt_ids"].lengths + batch["response_ids"].lengths):
+        prompt, response, advantages = (
+            batch[name].rows()[row] for name in ("prompt_ids", "response_ids", "advantages")
+        )
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         log_p = logits.log_softmax(-1)
@@ -103,8 +101,7 @@ def _alone(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, np.ndarray[A
         entropy = -(log_p.exp() * log_p).sum(-1)
         values = -torch.from_numpy(advantages) * chosen - ENTROPY_BONUS * entropy
         (values.sum() / tokens).backward()
-        found["log_probs"].append(chosen.detach().numpy())
-        found["entropy"].append(entropy.detach().numpy())
+        found["log_probs"][row], found["entropy"][row] = chosen.detach().numpy(), entropy.detach().numpy()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: np.concatenate(values) for name, values in found.items()}, gradients
 
@@ -114,6 +111,8 @@ class _Recorded(FsdpEngine):
 
     def _apply(self, lr: float) -> float:
         self.gradients = {
-            name: parameter.grad.full_tensor().clone() for name, parameter in self._parameters.items() if parameter.grad is not None
+            name: parameter.grad.full_tensor().clone()
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
         }
         return super()._apply(lr)

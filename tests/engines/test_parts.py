@@ -9,6 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
@@ -16,10 +22,11 @@ from rlhf_dist.reshard.checksum import box_checksum, full_checksum, unsigned
 from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
 from workers.device import backend_for, device_for
-from workers.engines.attention import Packing, packed_attention
+from workers.engines.attention import Packing, packed_attention, running
 from workers.engines.log_probs import Head, log_probs_and_entropy, log_probs_of_logits
 from workers.engines.packing import micro_batches, pack
 from workers.engines.schedule import learning_rate
+from workers.engines.ways import Way
 
 CPU = torch.device("cpu")
 
@@ -174,12 +181,64 @@ def test_sequences_behind_a_shared_prefix_see_it_as_their_own(window: int | None
     )
 
 
-def test_packed_attention_refuses_variants_it_does_not_compute() -> None:
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention written out: [1, H, L, D] -> [1, L, H, Dv], scale 0.3."""
+    scores = 0.3 * query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp().view(1, -1, 1, 1))
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return ((weights / total) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("local", ["none", "window", "chunks"])
+def test_masks_soft_caps_and_sinks_are_those_of_each_row_alone(softcap: float | None, sinks: bool, local: str) -> None:
+    torch.manual_seed(0)
+    lengths = [2, 5, 5, 9]
+    packing = Packing.of([(length, (0, 0)) for length in lengths], CPU)
+    inputs = [torch.randn(1, heads, sum(lengths), size, requires_grad=True) for heads, size in ((4, 8), (2, 8), (2, 6))]
+    sink = torch.randn(4, requires_grad=True) if sinks else None
+    config = LlamaConfig(num_hidden_layers=1)
+    config._attn_implementation, config.sliding_window, config.attention_chunk_size = "packed", 3, 4
+    make = {
+        "none": create_causal_mask,
+        "window": create_sliding_window_causal_mask,
+        "chunks": create_chunked_causal_mask,
+    }
+    ones = torch.ones(1, sum(lengths))
+    with running(packing) as one:
+        mask: Any = make[local](config, ones[..., None], ones, None)
+    assert one.windows == {"none": set(), "window": {3}, "chunks": {4}}[local]
+    attended, _ = packed_attention(nn.Identity(), *inputs, mask, scaling=0.3, softcap=softcap, s_aux=sink)
+    alone, start = [], 0
+    for length in lengths:
+        here = torch.arange(length)
+        seen = here <= here[:, None]
+        if local == "window":
+            seen = seen & (here > here[:, None] - 3)
+        if local == "chunks":
+            seen = seen & (here // 4 == here[:, None] // 4)
+        part = [tensor[:, :, start : start + length] for tensor in inputs]
+        alone.append(eager(*part, seen, softcap, sink))  # type: ignore[arg-type]
+        start += length
+    torch.testing.assert_close(attended, torch.cat(alone, dim=1))
+    leaves = inputs + ([sink] if sink is not None else [])
+    mix = torch.randn_like(attended)
+    torch.testing.assert_close(
+        torch.autograd.grad((attended * mix).sum(), leaves),
+        torch.autograd.grad((torch.cat(alone, dim=1) * mix).sum(), leaves),
+    )
+
+
+def test_packed_attention_refuses_a_mask_that_the_model_made_by_itself() -> None:
     tensor = torch.ones(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="soft caps or sinks"):
-        packed_attention(
-            nn.Identity(), tensor, tensor, tensor, None, packing=Packing.of([(2, (0, 0))], CPU), softcap=30.0
-        )
+    with pytest.raises(ValueError, match="Identity makes attention masks of its own"):
+        packed_attention(nn.Identity(), tensor, tensor, tensor, torch.zeros(1, 1, 2, 2))  # type: ignore[arg-type]
 
 
 # --- packing ---------------------------------------------------------------------------------------
@@ -211,7 +270,7 @@ def test_packing_puts_each_token_after_the_position_it_is_predicted_from() -> No
 
 def test_rows_of_one_prompt_share_it() -> None:
     batch = Batch.of(prompt_ids=[[6, 7], [5], [6, 7], [6, 7]], response_ids=[[], [9, 10], [11], [12, 13]])
-    packed = pack(batch, CPU, share_prompts=True)
+    packed = pack(batch, CPU, way=Way(rows="shared", attention="packed"))
     assert packed.input_ids.tolist() == [[5, 9, 10, 6, 7, 11, 12, 13]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 2, 3]]
     assert packed.targets.tolist() == [9, 10, 11, 12, 13]

@@ -200,10 +200,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of the pack, as transformers calls it.
 
-    query [1, Hq, n, D], key [1, Hk, n, D] and value [1, Hk, n, Dv] with Hq a multiple of Hk -> [1, n, Hq, Dv]; n is the
-    rank's piece of the N tokens. attention_mask: what `_row_mask` made; for a model that makes none, causal attention
-    over `packing` to `sliding_window` tokens. softcap c: scores become c tanh(score / c). s_aux [Hq]: a score that takes
-    part in the softmax and adds nothing (a sink). Raises ValueError for a mask that is the model's own.
+    query [1, Hq, n, D], key [1, Hk, n, D] and value [1, Hk, n, Dv] with Hq a multiple of Hk -> [1, n, Hq, Dv]; n is
+    the rank's piece of the N tokens. attention_mask: what `_row_mask` made; for a model that makes none, causal
+    attention over `packing` to `sliding_window` tokens. softcap c: scores become c tanh(score / c). s_aux [Hq]: a score
+    that takes part in the softmax and adds nothing (a sink). Raises ValueError for a mask that is the model's own.
     """
     mask = attention_mask
     if mask is None and packing is not None:

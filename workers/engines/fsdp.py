@@ -67,7 +67,8 @@ class FsdpEngine(PackedEngine):
         on_host = self._config.offload == "all" and self._device.type == "cuda"
         offload = CPUOffloadPolicy() if on_host else OffloadPolicy()
         mesh, resharded = self._mesh.parameters, self._config.zero_stage == 3
-        for module in [*layers_of(self._module), self._module]:
+        # Inner layers first: some families have layers within layers.
+        for module in [*reversed(layers_of(self._module)), self._module]:
             fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=resharded)
             if mesh.size() > 1:
                 # Losses are divided by counts over all ranks, so gradients are summed; gloo has no other operation.

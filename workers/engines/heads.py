@@ -1,8 +1,8 @@
 """Heads of language models: as one matrix where they are that, else the library's own code on hidden states.
 
-    matrix    logits = softcap tanh(scale (h W^T + b) / softcap): most families; chunks without autograd (log_probs.py)
-    library   the model's own forward over a trunk that hands back the hidden states it is given, whatever it does
-              after the trunk: norms, dense layers, multipliers, caps
+matrix    logits = softcap tanh(scale (h W^T + b) / softcap): most families; chunks without autograd (log_probs.py)
+library   the model's own forward over a trunk that hands back the hidden states it is given, whatever it does
+          after the trunk: norms, dense layers, multipliers, caps
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 """Settings that they are divided by (Granite)."""
 _SOFTCAP = "final_logit_softcapping"
+
+
+def trunk_of(hf: PreTrainedModel) -> nn.Module:
+    """The part of a model that ends with hidden states; of some families the library takes the whole model for it."""
+    if hf.base_model is not hf:
+        return hf.base_model
+    return next((child for child in hf.children() if isinstance(child, PreTrainedModel)), hf)
 
 
 def matrix_head(hf: PreTrainedModel, split: TokenSplit) -> Head | None:
@@ -68,8 +75,8 @@ class _Given(nn.Module):
 
 @contextmanager
 def _trunk_replaced(hf: PreTrainedModel, trunk: nn.Module) -> Iterator[None]:
-    name = hf.base_model_prefix
-    original = getattr(hf, name)
+    original = trunk_of(hf)
+    name = next(name for name, child in hf.named_children() if child is original)
     setattr(hf, name, trunk)
     try:
         yield

@@ -6,8 +6,8 @@
                        prompt response
     pack   [1, N, H]   each sequence's own tokens, back in their places
 
-Only the mixing layer sees rows; embeddings, norms, MLPs, experts and the head see the pack. A mixer is found, not listed: it
-takes a cache, nothing inside it does, and it does not go through the attention interface (`attention.py`).
+Only the mixing layer sees rows; embeddings, norms, MLPs, experts and the head see the pack. A mixer is found, not
+listed: it takes a cache, nothing inside it does, and it does not go through the attention interface (`attention.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workers.engines.attention import Packing, RowMask
@@ -39,8 +38,8 @@ def mix_by_row(model: nn.Module) -> list[RowMixer]:
 class RowMixer:
     """A mixer's forward, put in its place.
 
-    `packing` is set before a pass and stays until the next one begins: a pass is recomputed (activation checkpointing) in its
-    own backward pass, which comes first.
+    `packing` is set before a pass and stays until the next one begins: a pass is recomputed (activation checkpointing)
+    in its own backward pass, which comes first.
     """
 
     def __init__(self, mixer: nn.Module) -> None:

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
 from workers.engines.attention import running
-from workers.engines.heads import library_logits, matrix_head
+from workers.engines.heads import library_logits, matrix_head, trunk_of
 from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
 from workers.engines.lora import add_adapters, weight_name
 from workers.engines.mixers import mix_by_row
@@ -31,6 +31,7 @@ from workers.engines.token_split import gather_tokens, summed_gradient
 
 Head = Literal["policy", "value"]
 
+
 class RoleModel(nn.Module):
     """What both kinds of model do alike."""
 
@@ -39,14 +40,14 @@ class RoleModel(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        self._mixers = mix_by_row(hf.base_model)
+        self._mixers = mix_by_row(trunk_of(hf))
         self.alike_up_to = rotate_by_row(hf)
         """Tokens up to which a row's positions do not depend on its length; None for any."""
         self.failure: Exception | None = None
         """What the last trial pass raised."""
         self.windows: set[int] = set()
         """Local attention that the last pass over a pack knew of, in tokens."""
-        self._accepts = set(inspect.signature(hf.base_model.forward).parameters)
+        self._accepts = set(inspect.signature(trunk_of(hf).forward).parameters)
 
     def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
         """`outputs` of the pack's tokens or rows, in the order of its rows. A trial pass that fails gives none."""
@@ -63,29 +64,34 @@ class RoleModel(nn.Module):
         """See `forward`."""
         raise NotImplementedError
 
+    def take(self, packed: Packed) -> None:
+        """Make the library's modules go the way of the pack."""
+        if self.hf.config._attn_implementation != packed.way.attention:
+            self.hf.config._attn_implementation = packed.way.attention
+        for mixer in self._mixers:
+            mixer.packing = None if packed.way.grid else packed.packing
+
     def trunk(self, packed: Packed) -> Any:
         """What the library's trunk returns for the pack."""
+        self.take(packed)
         way = packed.way
-        if self.hf.config._attn_implementation != way.attention:
-            self.hf.config._attn_implementation = way.attention
-        for mixer in self._mixers:
-            mixer.packing = None if way.grid else packed.packing
         inputs: dict[str, Any] = {"input_ids": packed.input_ids}
         if "use_cache" in self._accepts:
             inputs["use_cache"] = False
+        trunk = trunk_of(self.hf)
         if way.rows == "alone":
-            return self.hf.base_model(**inputs)
+            return trunk(**inputs)
         # Of ones for a pack: without a mask the library looks for packs itself, in positions.
         inputs["attention_mask"] = packed.mask
-        if "position_ids" in self._accepts:
-            inputs["position_ids"] = packed.position_ids
         if way.grid:
             with row_lengths(packed.row_tokens):
-                return self.hf.base_model(**inputs)
+                return trunk(**inputs)
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = packed.position_ids
         if "kwargs" in self._accepts:
             inputs["packing"] = packed.packing
         with running(packed.packing) as one, row_lengths(packed.row_tokens):
-            states = self.hf.base_model(**inputs)
+            states = trunk(**inputs)
         self.windows = one.windows
         return states
 
@@ -104,6 +110,7 @@ class PolicyModel(RoleModel):
         split = packed.split
         found: dict[str, Tensor] = {}
         if packed.way.head == "whole":
+            self.take(packed)
             logits = self.hf(input_ids=packed.input_ids).logits.flatten(0, 1)[packed.before_token].float()
             log_p = (logits / temperature).log_softmax(-1)
             found["log_probs"] = log_p.gather(-1, packed.targets[:, None]).squeeze(-1)
@@ -129,7 +136,8 @@ class PolicyModel(RoleModel):
             head = matrix_head(self.hf, packed.split)
             if head is None:
                 raise ValueError(f"{type(self.hf).__name__} has no matrix for a head")
-            return log_probs_and_entropy(hidden, head, packed.targets, **asked)
+            # Of some families the last states are float32 whatever the weights are.
+            return log_probs_and_entropy(hidden.to(head.weight.dtype), head, packed.targets, **asked)
         if packed.split.tensor_group is not None:
             raise ValueError(f"the head of {type(self.hf).__name__} is not one matrix; set tensor_parallel=1")
         return log_probs_of_logits(hidden, partial(library_logits, self.hf, states), packed.targets, **asked)

@@ -22,7 +22,7 @@ class Way:
     attention: str
     """The library's name of the attention implementation."""
     head: Literal["matrix", "library", "whole"] = "matrix"
-    """From hidden states in chunks, as one matrix (`log_probs.Head`) or by the model's own code; or all logits at once."""
+    """Logits in chunks, by one matrix (`log_probs.Head`) or by the model's own code; or all at once."""
 
     @property
     def shares(self) -> bool:
