@@ -19,8 +19,8 @@ WINDOW = 6
 """Tokens of sliding windows and attention chunks, where a family has any."""
 
 _NAMES: dict[str, Any] = {
-    "vocab_size vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size d_model n_embd embed_dim word_embed_proj_dim dim_model lru_width": 64,
+    "vocab_size vocab_size_per_layer_input n_words decoder_vocab_size": VOCABULARY,
+    "hidden_size d_model n_embd embed_dim emb_dim word_embed_proj_dim dim_model lru_width": 64,
     "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size dim_ff block_ff_dim": 96,
     "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size": 32,
     "intermediate_size_mlp moe_shared_expert_intermediate_size dense_intermediate_size": 32,

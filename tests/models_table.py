@@ -1,0 +1,128 @@
+"""Which model families train exactly, under which engines and splits, and how they generate: docs/models.md.
+
+    python -m tests.models_table [FAMILY ...] [--columns fsdp zero tp sp lora]      a JSON line last
+
+Every family is a tiny random model (families.py), tried for real; what a family is refused for is what a user would
+read. The facts are kept in rlhf_dist/model_families.json, from which `rlhf-dist check` says a family's row; families and
+columns that are not asked for stay as they are there, and the page is written anew from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.engines.world import World
+from tests.families import families, tiny_config, tiny_model
+from tests.family_check import Verdict, check_training
+
+ROOT = Path(__file__).parents[1]
+PAGE, FACTS = ROOT / "docs" / "models.md", ROOT / "rlhf_dist" / "model_families.json"
+
+ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp": (1, {}),
+    "zero": (1, {"name": "deepspeed"}),
+    "tp": (2, {"tensor_parallel": 2}),
+    "sp": (2, {"sequence_parallel": 2}),
+    "lora": (1, {"lora": {"rank": 4}}),
+}
+"""Column -> ranks and settings of the engine."""
+
+
+def verdict(family: str, changes: Mapping[str, Any], engine: dict[str, Any]) -> Verdict:
+    """On a rank: one family at tiny size, trained for a step. A family that cannot be built is `untried`."""
+    import torch.distributed as dist
+
+    try:
+        model = tiny_model(tiny_config(family, **changes))
+    except Exception as error:  # noqa: BLE001 - whatever its config class or model makes of small sizes
+        return Verdict(family, "untried", why=f"{type(error).__name__}: {error}".splitlines()[0])
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder)
+        dist.barrier()
+        try:
+            found = check_training(family, Path(shared[0]), model, **engine)
+        except Exception:  # noqa: BLE001 - a riddle is a fault of ours, and named as one
+            found = Verdict(family, "wrong", why=traceback.format_exc(limit=-3))
+        dist.barrier()
+    return found
+
+
+Facts = dict[str, dict[str, dict[str, Any]]]
+"""Family -> column -> state (`exact`, `refused`, `wrong`, `untried`), why, way, nats off."""
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--columns", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    asked = parser.parse_args()
+    facts: Facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
+    worlds = {size: World(size) for size in sorted({ENGINES[column][0] for column in asked.columns})}
+    try:
+        for family in asked.family or families():
+            row = facts.setdefault(family, {})
+            for column in asked.columns:
+                size, engine = ENGINES[column]
+                if column == "fsdp" or row.get("fsdp", {}).get("state") == "exact":
+                    row[column] = worst(worlds[size].run(verdict, family, {}, engine))
+            print(f"{family:24} " + "  ".join(f"{name} {one['state']}" for name, one in row.items()), flush=True)
+            FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    finally:
+        for world in worlds.values():
+            world.close()
+    PAGE.write_text(page(facts))
+    by_state: dict[str, list[str]] = {"exact": [], "refused": [], "wrong": [], "untried": []}
+    for family, row in sorted(facts.items()):
+        wrong = any(one["state"] == "wrong" for one in row.values())
+        by_state["wrong" if wrong else row["fsdp"]["state"]].append(family)
+    print(json.dumps(by_state))
+
+
+def worst(found: list[Verdict]) -> dict[str, Any]:
+    """What the ranks say, as facts: the worst of them."""
+    order = ("exact", "untried", "refused", "wrong")
+    one = max(found, key=lambda verdict: order.index(verdict.state))
+    facts = {"state": one.state, "why": " ".join(one.why.split())[:400], "way": one.way, "off": one.difference}
+    return {name: value for name, value in facts.items() if value}
+
+
+def page(facts: Facts) -> str:
+    """docs/models.md."""
+    lines = [
+        INTRODUCTION.strip(),
+        "",
+        f"| family | rows go | {' | '.join(ENGINES)} | nats off |",
+        "|---" * (len(ENGINES) + 3) + "|",
+    ]
+    for family, row in sorted(facts.items()):
+        if row["fsdp"]["state"] == "exact":
+            states = [row.get(column, {}).get("state", "untried") for column in ENGINES]
+            cells = [{"refused": "no", "untried": ""}.get(state, state) for state in states]
+            lines.append(f"| {family} | {row['fsdp']['way']} | {' | '.join(cells)} | {row['fsdp'].get('off', 0):.0e} |")
+    for state, title in (
+        ("refused", "Refused by name when the engine is built"),
+        ("untried", "Not tried at tiny size"),
+    ):
+        chosen = [
+            (family, row["fsdp"]["why"]) for family, row in sorted(facts.items()) if row["fsdp"]["state"] == state
+        ]
+        lines += ["", f"## {title}", "", *(f"- **{family}**: {why.split('; ')[0]}" for family, why in chosen)]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """
+# Model families
+"""
+
+if __name__ == "__main__":
+    main()
