@@ -96,6 +96,9 @@ class EngineConfig:
     """Ranks that share every linear layer (DTensor; fsdp). Must divide attention and key-value heads."""
     replicas: int = 1
     """Copies of the sharded parameters (hybrid sharding; fsdp): shards within, sums of gradients between them."""
+    router_aux_loss: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, averaged over rows; 0 for none, whatever config.json
+    says. Rows do not share prompts then, and each has its tokens on one rank (no tensor or sequence parallelism)."""
     lora: LoraConfig | None = None
     """Train adapters and leave the model as it is (fsdp); None trains the model."""
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForSequenceClassification
 
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
+from tests.engines.losses import TokenLoss
 from tests.engines.world import World
 from tests.families import tiny_config, tiny_model
-from tests.family_check import Verdict, check_training
+from tests.family_check import Verdict, rows
+from tests.models_table import verdict
 
 MOST_USED = """
     apertus arcee bamba bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 falcon
@@ -48,22 +54,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "soft caps on scores and logits": ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
     "a factor on the logits": ("cohere", {"logit_scale": 0.4}),
 }
-
-
-def verdict(family: str, changes: dict[str, Any], engine: dict[str, Any]) -> Verdict:
-    """On a rank: one family at tiny size."""
-    import torch.distributed as dist
-
-    with tempfile.TemporaryDirectory() as folder:
-        shared = [folder]
-        dist.broadcast_object_list(shared)
-        model = tiny_model(tiny_config(family, **changes))
-        if dist.get_rank() == 0:
-            model.save_pretrained(folder)
-        dist.barrier()
-        found = check_training(family, Path(shared[0]), model, **engine)
-        dist.barrier()
-    return found
 
 
 def sweep(families: list[str], engine: dict[str, Any]) -> list[Verdict]:
@@ -116,3 +106,77 @@ def test_an_encoder_is_refused_by_name(world1: World) -> None:
 def test_layers_with_a_state_need_whole_rows(world2: World) -> None:
     found = world2.run(verdict, "mamba2", {}, {"sequence_parallel": 2})
     assert {one.state for one in found} == {"refused"} and "sequence_parallel must be 1" in found[0].why, found
+
+
+def balanced_step(folder: Path, budget: int) -> tuple[dict[str, np.ndarray], float]:
+    """On a rank: one step on half of the rows with a balance loss; parameters after it, and the loss."""
+    from workers.engines.fsdp import FsdpEngine
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine = FsdpEngine(
+        model=ModelConfig(path=str(folder)),
+        engine=EngineConfig(micro_batch_tokens=budget, router_aux_loss=0.5),
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-3),
+        head="policy",
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    batch = rows()
+    metrics = engine.step(batch.take(np.arange(rank, batch.num_rows, world)), TokenLoss())
+    full = dict(pair for bucket in engine.full_weights(torch.float32, 1 << 30) for pair in bucket)
+    return {name: tensor.numpy() for name, tensor in full.items()}, metrics["router_balance"].value
+
+
+def test_the_balance_loss_of_experts_is_each_rows_own_however_a_batch_is_cut(
+    world1: World, world2: World, tmp_path: Path
+) -> None:
+    model = tiny_model(tiny_config("mixtral"))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = []
+        for prompt, response in zip(rows()["prompt_ids"].rows(), rows()["response_ids"].rows(), strict=True):
+            ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+            wanted.append(float(model(input_ids=ids, output_router_logits=True).aux_loss))
+    results = [world1.run(balanced_step, tmp_path, 10_000)[0], world1.run(balanced_step, tmp_path, 30)[0]]
+    results.append(world2.run(balanced_step, tmp_path, 60)[0])
+    for weights, balance in results:
+        assert balance == pytest.approx(np.mean(wanted), rel=1e-4)
+        for name, values in results[0][0].items():
+            np.testing.assert_allclose(weights[name], values, atol=2e-5, err_msg=name)
+
+
+def test_a_family_without_a_balance_loss_says_so(world1: World) -> None:
+    found = world1.run(verdict, "llama", {}, {"router_aux_loss": 0.1})[0]
+    assert found.state == "refused" and "no load-balancing loss" in found.why
+
+
+def values_of(folder: Path) -> list[np.ndarray]:
+    """On a rank: values of a trunk with a head of ones."""
+    from workers.engines.fsdp import FsdpEngine
+
+    engine = FsdpEngine(
+        model=ModelConfig(path=str(folder)),
+        engine=EngineConfig(micro_batch_tokens=64),
+        optimizer=None,
+        head="value",
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    return engine.forward(rows(), ("values",))["values"].rows()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "phi3", "gpt2", "bloom", "mixtral", "falcon"])
+def test_values_are_those_of_each_row_alone(world1: World, tmp_path: Path, family: str) -> None:
+    config = tiny_config(family)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    model.score.weight.data.fill_(0.3)
+    model.save_pretrained(tmp_path)
+    found = world1.run(values_of, tmp_path)[0]
+    for row, (prompt, response) in enumerate(
+        zip(rows()["prompt_ids"].rows(), rows()["response_ids"].rows(), strict=True)
+    ):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+        np.testing.assert_allclose(found[row], (0.3 * hidden.sum(-1)).detach().numpy(), atol=2e-4)

@@ -21,7 +21,8 @@ CALL_TIMEOUT_S = 150.0
 class World:
     """`size` processes, each a rank of one group on this machine: gloo, or NCCL too where the device is `cuda`."""
 
-    def __init__(self, size: int, device: str = "cpu") -> None:
+    def __init__(self, size: int, device: str = "cpu", call_timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._call_timeout_s = call_timeout_s
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -30,7 +31,9 @@ class World:
         self._processes = []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, device), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, size, port, theirs, device, call_timeout_s), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(mine)
@@ -42,8 +45,8 @@ class World:
             pipe.send((function, args))
         results, errors = [], []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(CALL_TIMEOUT_S):
-                raise TimeoutError(f"rank {rank} did not answer within {CALL_TIMEOUT_S} s")
+            if not pipe.poll(self._call_timeout_s):
+                raise TimeoutError(f"rank {rank} did not answer within {self._call_timeout_s} s")
             done, result = pipe.recv()
             results.append(result)
             if not done:
@@ -62,7 +65,7 @@ class World:
             process.join(5)
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection, device: str) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_timeout_s: float) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -75,7 +78,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str) -> No
         master_addr="127.0.0.1",
         master_port=port,
         device=device_for(rank, device),
-        timeout_s=CALL_TIMEOUT_S / 2,
+        timeout_s=call_timeout_s / 2,
         one_node=True,
     )
     while True:

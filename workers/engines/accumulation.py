@@ -72,7 +72,7 @@ class Accumulation:
             whole_groups = loss.average == "groups"
             cut = even_passes(batch, budget_tokens, whole_groups, self.pad_to, group, device)
             self._passes += [(k, rows) if len(rows) else None for rows in cut]
-        self._padding = np.zeros(2)
+        self._notes: dict[str, npt.NDArray[np.float64]] = {}
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._bad: list[tuple[int, Tensor, IntArray]] = []
 
@@ -89,9 +89,9 @@ class Accumulation:
             _, loss, batch = self.terms[k]
             yield k, batch.select(*dict.fromkeys((*TRAINABLE, *loss.reads))).take(rows)
 
-    def count_padding(self, padding: int, tokens: int) -> None:
-        """Tokens of a pass that are no row's, and all its tokens."""
-        self._padding += (padding, tokens)
+    def note(self, name: str, total: float, count: float) -> None:
+        """Add to a metric that is `total` / `count` over all passes and ranks."""
+        self._notes[name] = self._notes.get(name, np.zeros(2)) + (total, count)
 
     def add(self, term: int, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
         """What one pass adds to the step's loss (a scalar to call backward on); keeps its metrics.
@@ -116,16 +116,20 @@ class Accumulation:
         """
         bad = [(k, int(g)) for k, mask, groups in self._bad for g in np.unique(groups[mask.cpu().numpy()])]
         values = {key: float(value) for key, value in self._sums.items()}
-        mine = (values, bad[:_NAMED_GROUPS], self._padding)
-        gathered: list[tuple[dict[tuple[int, str], float], list[tuple[int, int]], npt.NDArray[np.float64]] | None]
+        mine = (values, bad[:_NAMED_GROUPS], self._notes)
+        gathered: list[
+            tuple[dict[tuple[int, str], float], list[tuple[int, int]], dict[str, npt.NDArray[np.float64]]] | None
+        ]
         gathered = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, mine, group=self._group)
         sums: Metrics = {}
         single = len(self.terms) == 1
-        bad, padding = [], np.zeros(2)
+        bad = []
+        notes: dict[str, npt.NDArray[np.float64]] = {}
         for part in gathered:
             assert part is not None, "all_gather_object fills every rank's place"
-            padding += part[2]
+            for name, numbers in part[2].items():
+                notes[name] = notes.get(name, np.zeros(2)) + numbers
             for (k, name), total in part[0].items():
                 prefix = "" if single else f"{loss_name(self.terms[k][1])}/"
                 old = sums.get(prefix + name, Mean(0.0, self.counts[k]))
@@ -137,7 +141,7 @@ class Accumulation:
         if not single:
             parts = [(weight, sums.get(f"{loss_name(loss)}/loss")) for weight, loss, _ in self.terms]
             sums["loss"] = Mean(sum(weight * part.value for weight, part in parts if part), 1.0)
-        return sums | {"padding_share": Mean(float(padding[0]), float(padding[1]))}
+        return sums | {name: Mean(float(total), float(count)) for name, (total, count) in notes.items()}
 
     def _keep(self, term: int, name: str, total: Tensor) -> None:
         total = total.detach().double()

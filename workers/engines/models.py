@@ -27,6 +27,7 @@ from workers.engines.lora import add_adapters, weight_name
 from workers.engines.mixers import mix_by_row
 from workers.engines.packing import Packed
 from workers.engines.rotary import rotate_by_row, row_lengths
+from workers.engines.router import balance_of_rows
 from workers.engines.token_split import gather_tokens, summed_gradient
 
 Head = Literal["policy", "value"]
@@ -47,6 +48,8 @@ class RoleModel(nn.Module):
         """What the last trial pass raised."""
         self.windows: set[int] = set()
         """Local attention that the last pass over a pack knew of, in tokens."""
+        self.balances = False
+        """Training passes give `router_balance` [B] as well (`router.py`)."""
         self._accepts = set(inspect.signature(trunk_of(hf).forward).parameters)
 
     def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
@@ -78,6 +81,8 @@ class RoleModel(nn.Module):
         inputs: dict[str, Any] = {"input_ids": packed.input_ids}
         if "use_cache" in self._accepts:
             inputs["use_cache"] = False
+        if self.balances:
+            inputs["output_router_logits"] = True
         trunk = trunk_of(self.hf)
         if way.rows == "alone":
             return trunk(**inputs)
@@ -122,7 +127,10 @@ class PolicyModel(RoleModel):
             found["hidden"] = hidden.float()
         if {"log_probs", "entropy"} & set(outputs):
             found["log_probs"], found["entropy"] = self._log_probs(packed, states, hidden, temperature, outputs)
-        return {name: gather_tokens(found[name], packed.token_counts, split) for name in outputs}
+        result = {name: gather_tokens(found[name], packed.token_counts, split) for name in outputs}
+        if self.balances and torch.is_grad_enabled():
+            result["router_balance"] = balance_of_rows(self.hf, states, packed)
+        return result
 
     def _log_probs(
         self, packed: Packed, states: Any, hidden: Tensor, temperature: float, outputs: Sequence[str]

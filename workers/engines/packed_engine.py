@@ -41,6 +41,7 @@ from workers.engines.mesh import TrainingMesh
 from workers.engines.models import RoleModel
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import configured_windows, probe
+from workers.engines.router import check_balance
 from workers.engines.schedule import learning_rate
 from workers.engines.token_split import WHOLE
 from workers.engines.training import NonFiniteLoss, Term, WeightPart
@@ -88,6 +89,13 @@ class PackedEngine(ABC):
             whole_rows=self._mesh.tokens.sequence == 1,
         )
         self._way = finding.way
+        if self._config.router_aux_loss and self._optimizer_config is not None:
+            if self._mesh.tokens.size > 1:
+                raise ValueError(
+                    "engine.router_aux_loss needs whole rows; set tensor_parallel=1 and sequence_parallel=1"
+                )
+            check_balance(module.hf)
+            module.balances = True
 
     def _trial(self, batch: Batch, way: Way) -> dict[str, npt.NDArray[np.float32]] | Exception:
         """What the probe asks: outputs of the rows by this way, the same on every rank, or why there are none."""
@@ -190,17 +198,23 @@ class PackedEngine(ABC):
         term, rows = one if one else (0, filler())
         packed = self._pack(rows, passes.pad_to)
         size = packed.packing.tokens
-        passes.count_padding(packed.padding if one else size, size)
+        passes.note("padding_share", packed.padding if one else size, size)
         outputs = self._run(packed, passes.terms[term][1].outputs, temperature)
         # Gradients are reduced where backward reaches: every output takes part on every rank, with an exact zero.
         loss = sum((output[:0].sum() for output in outputs.values()), torch.zeros((), device=self._device))
-        return loss + passes.add(term, rows, outputs) if one else loss
+        balance = outputs.pop("router_balance", None)
+        if not one:
+            return loss
+        if balance is not None:
+            passes.note("router_balance", float(balance.detach().sum()), rows.num_rows)
+            loss = loss + balance.sum() * (self._config.router_aux_loss / passes.num_rows)
+        return loss + passes.add(term, rows, outputs)
 
     def _pack(self, rows: Batch, pad_to: int) -> Packed:
         # Pieces of a sequence are gathered in the order of its tokens: there each row keeps its own prompt. So it does
         # where its positions depend on its own length.
         limit = self._module.alike_up_to
-        shares = self._config.share_prompts and self._mesh.tokens.sequence == 1
+        shares = self._config.share_prompts and self._mesh.tokens.sequence == 1 and not self._module.balances
         shares = shares and (limit is None or longest_row(rows) <= limit)
         way = self._way if shares else self._way.unshared()
         return pack(rows, self._device, way=way, pad_to=pad_to, split=self._mesh.tokens)
