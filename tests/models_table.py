@@ -22,6 +22,7 @@ from tests.families import families, tiny_config, tiny_model
 from tests.family_check import Verdict, check_training
 
 ROOT = Path(__file__).parents[1]
+MADE = "<!-- made by make models-table from here on -->"
 PAGE, FACTS = ROOT / "docs" / "models.md", ROOT / "rlhf_dist" / "model_families.json"
 
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -99,7 +100,7 @@ def worst(found: list[Verdict]) -> dict[str, Any]:
 
 
 def page(facts: Facts) -> str:
-    """docs/models.md."""
+    """docs/models.md: its prose as it is, and the tables."""
     lines = [
         INTRODUCTION.strip(),
         "",
@@ -121,45 +122,6 @@ def page(facts: Facts) -> str:
         lines += ["", f"## {title}", "", *(f"- **{family}**: {why.split('; ')[0]}" for family, why in chosen)]
     return "\n".join(lines) + "\n"
 
-
-INTRODUCTION = """
-# Model families
-
-Made by `make models-table`: a tiny random model of every causal family of the library (transformers 5.19) is trained
-for a step by our engines and held to the library's own forward (eager attention, whole logits) of each row alone. **exact**
-means log-probs and entropy within 1e-4 nats and the gradient within 5e-4 of its largest element in float32, over rows
-longer than every window, with shared prompts and several passes; most are within 3e-6 and 2e-6. Biases and norms are
-random in these models, so that one that is left out shows.
-
-## How it is made sure in a run
-
-Every engine of every role tries itself when it is built, on the real weights as they are sharded: three short rows,
-packed, with a shared prompt, against the library's own forward of each alone. It takes the first way that agrees (`rows
-go` below), says so when that is not the first choice, and refuses the model by name when none does. In float32 the largest
-difference may be 3e-4 nats, in bfloat16 the mean 0.1: packed rows gave at most 0.04 there, another row's tokens give
-0.5 and more. What short rows cannot show is settled by rule: attention windows and chunks are those of the library's own
-masks, nested configs included, and a window that config.json names but no layer asks for is a reason against packing;
-rotary frequencies that depend on the length of a row (longrope, dynamic NTK) are computed for each row's own length.
-
-- **packed rows, prompts shared**: no padding; equal prompts of a pass go through the model once. Layers that carry a
-  state along a row (Mamba, gated delta nets, short convolutions, linear attention) see rows of their own, padded on the
-  right; everything else sees the pack.
-- **padded rows with the library's attention**: its attention does not go through the library's interface, or its masks
-  are its own. Rows are padded to the longest; sequence parallelism is refused.
-- **the model's own head**: the logits are not one matrix with a bias, a factor and a soft cap; the model's own code runs
-  on chunks of hidden states, and tensor parallelism is refused.
-
-`zero`, `tp`, `sp` and `lora` are DeepSpeed ZeRO-3, two tensor-parallel ranks, two sequence-parallel ranks and adapters of
-rank 4; `no` is refused by name when the engine is built. A family in the table has been tried at tiny size in float32:
-sizes that only large models have (per-layer exceptions, many experts) are what the probe is for.
-
-Mixtures of experts train without the library's load-balancing loss, whatever config.json says: computed over a forward
-pass it would depend on how a batch is cut. `ROLE.engine.router_aux_loss=0.001` adds it row by row, averaged over rows.
-
-Rows beyond `original_max_position_embeddings` of a longrope model (Phi-3, Phi-4 with 128k) have the long frequencies, as
-in the library; vLLM decides by its longest allowed sequence instead, so sampler and trainer differ where only one of the two is
-longer (`rollout_ratio_error` says so).
-"""
 
 if __name__ == "__main__":
     main()
