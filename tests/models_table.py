@@ -102,7 +102,9 @@ def worst(found: list[Verdict]) -> dict[str, Any]:
 def page(facts: Facts) -> str:
     """docs/models.md: its prose as it is, and the tables."""
     lines = [
-        INTRODUCTION.strip(),
+        PAGE.read_text().split(MADE)[0].rstrip(),
+        "",
+        MADE,
         "",
         f"| family | rows go | {' | '.join(ENGINES)} | nats off |",
         "|---" * (len(ENGINES) + 3) + "|",

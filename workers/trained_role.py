@@ -23,6 +23,7 @@ class TrainedRole:
 
     def __init__(self, context: WorkerContext, engine: TrainingEngine, optimizer: OptimizerConfig | None) -> None:
         self.context, self.engine = context, engine
+        self.remarks = engine.remarks
         self.moved = False
         """A step with a gradient was made since this was last set to False."""
         self.nonfinite = optimizer.nonfinite if optimizer else "stop"

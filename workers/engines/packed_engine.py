@@ -70,6 +70,7 @@ class PackedEngine(ABC):
         self._mesh, self._device, self._seed = mesh, mesh.device, seed
         self._dtype = DTYPES[engine.dtype]
         self._way = PACKED
+        self.remarks: tuple[str, ...] = ()
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
 
@@ -89,6 +90,8 @@ class PackedEngine(ABC):
             whole_rows=self._mesh.tokens.sequence == 1,
         )
         self._way = finding.way
+        if finding.refused:
+            self.remarks = (f"{type(module.hf).__name__}: {finding.way} ({'; '.join(finding.refused)})",)
         if self._config.router_aux_loss and self._optimizer_config is not None:
             if self._mesh.tokens.size > 1:
                 raise ValueError(

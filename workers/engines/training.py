@@ -55,6 +55,8 @@ class TrainingEngine(Protocol):
 
     version: int
     """Optimizer steps done."""
+    remarks: tuple[str, ...]
+    """What a user should know about this model here, a sentence each."""
     before_use: Callable[[], None]
     """Called before anything is computed, saved or loaded: brings back what was moved off the device meanwhile."""
 
