@@ -40,7 +40,7 @@ from workers.engines.lora import Adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
 from workers.engines.models import RoleModel
 from workers.engines.packing import Packed, filler, longest_row, pack
-from workers.engines.probe import configured_windows, probe
+from workers.engines.probe import probe
 from workers.engines.router import check_balance
 from workers.engines.schedule import learning_rate
 from workers.engines.token_split import WHOLE
@@ -79,14 +79,13 @@ class PackedEngine(ABC):
 
         Raises InexactModel where no way is exact.
         """
-        config, module = self._module.hf.config, self._module
+        module = self._module
         finding = probe(
             self._trial,
-            vocabulary=int(config.get_text_config().vocab_size),
             dtype=self._config.dtype,
             policy="log_probs" in module.outputs,
             windows=lambda: module.windows,
-            configured=configured_windows(config),
+            config=module.hf.config,
             whole_rows=self._mesh.tokens.sequence == 1,
         )
         self._way = finding.way
