@@ -94,6 +94,11 @@ def check_training(family: str, folder: Path, model: PreTrainedModel, **engine: 
     return Verdict(family, state, str(trained._way), off, slope)
 
 
+def log_probs_alone(model: PreTrainedModel, batch: Batch) -> np.ndarray[Any, Any]:
+    """[tokens] of each row by itself, through the library's own forward."""
+    return _alone(model, batch)[0]["log_probs"]
+
+
 def _alone(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Tensor]]:
     """Log-probs and entropy of each row by itself, and the gradient of `TokenLoss` over all of them."""
     model.zero_grad()

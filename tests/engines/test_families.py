@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from tests.engines.losses import TokenLoss
 from tests.engines.world import World
 from tests.families import tiny_config, tiny_model
-from tests.family_check import Verdict, rows
+from tests.family_check import Verdict, log_probs_alone, rows
 from tests.models_table import verdict
 
 MOST_USED = """
@@ -180,3 +180,29 @@ def test_values_are_those_of_each_row_alone(world1: World, tmp_path: Path, famil
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
         hidden = model.base_model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
         np.testing.assert_allclose(found[row], (0.3 * hidden.sum(-1)).detach().numpy(), atol=2e-4)
+
+
+def bfloat16_log_probs(folder: Path) -> np.ndarray:
+    """On a rank: log-probs of a frozen model that computes in bfloat16."""
+    from workers.engines.fsdp import FsdpEngine
+
+    engine = FsdpEngine(
+        model=ModelConfig(path=str(folder)),
+        engine=EngineConfig(micro_batch_tokens=64, dtype="bfloat16"),
+        optimizer=None,
+        head="policy",
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    return engine.forward(rows(), ("log_probs",))["log_probs"].values
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "minicpm3", "qwen3_5_text", "gpt_oss", "falcon_h1"])
+def test_in_bfloat16_a_family_is_as_far_off_as_the_library_is(world1: World, tmp_path: Path, family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    model.save_pretrained(tmp_path)
+    truth = log_probs_alone(model, rows())
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    found, library = world1.run(bfloat16_log_probs, tmp_path)[0], log_probs_alone(half, rows())
+    assert np.abs(found - library).mean() < 0.08
+    assert np.abs(found - truth).mean() < 2 * np.abs(library - truth).mean() + 1e-3
