@@ -25,7 +25,7 @@ KEY_METRICS: tuple[tuple[str, str], ...] = (
     ("reward", r"(^|/)(reward|rewards)(/mean)?$"),
     ("cost", r"(^|/)(cost|costs)(/mean)?$"),
     ("accuracy", r"(^|/)(accuracy|heldout[^/]*)$"),
-    ("kl", r"(^|/)(ref_kl|kl|approx_kl)(/mean)?$"),
+    ("kl", r"(^|/)(ref_kl|old_kl|kl)(/mean)?$"),
     ("response tokens", r"(^|/)response_(length|tokens)(/mean)?$"),
     ("tokens/s", r"(^|/)tokens_per_s$"),
     ("loss", r"(^|/)loss(/mean)?$"),

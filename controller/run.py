@@ -35,6 +35,7 @@ from controller.metrics import MetricsWriter
 from controller.object_store import ObjectStore
 from controller.plan_feedback import write_feedback
 from controller.session import Session, learning_roles, slots_needed, start_session
+from controller.step_warnings import StepWarnings
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
@@ -62,6 +63,7 @@ class _Progress:
     last: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     timeline: Timeline | None = None
+    warnings: StepWarnings = field(default_factory=StepWarnings)
     steps: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
@@ -95,6 +97,7 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
         "first": progress.first,
         "last": progress.last,
         "evaluations": progress.evaluations,
+        "steps_without_signal": progress.warnings.steps,
     }
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
@@ -171,6 +174,8 @@ class _Run:
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
         self.display.step(report.step, metrics, report.seconds)
+        if said := self.progress.warnings.of(report.step, metrics):
+            self.display.note(said)
         done = report.step + 1
         self._finish_checkpoint(wait=False)
         if self._evaluates_after(report.step):

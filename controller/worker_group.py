@@ -20,6 +20,7 @@ from controller.cluster import Pool
 from controller.outputs import NodeOutput
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dispatch import ROWS, Mesh, TransferProtocol, balance, mini_batch_of_row
 from rlhf_dist.metrics import combine
 from rlhf_dist.wire import Call, Reply
@@ -83,7 +84,7 @@ def cut(node: Node, group: WorkerGroup, batch: BatchRef | None, *, seed: int, st
 def cut_for_host(node: Node, processes: int, batch: BatchRef) -> Shards:
     """Contiguous shards for a host op, cut at group borders where its scope asks for whole groups."""
     total = len(batch.rows)
-    scope = getattr(node.spec, "scope", "batch")
+    scope = node.spec.scope_of(node.kwargs) if isinstance(node.spec, HostOp) else "batch"
     if scope == "batch" or total == 0:
         return Shards(parts=(np.arange(total),), answering=(0,), part_of_answer=(0,))
     count = min(processes, max(1, total // HOST_SHARD_ROWS))
@@ -126,7 +127,7 @@ def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchR
     seconds = max((reply.seconds for reply in replies), default=0.0)
     nbytes = sum(reply.nbytes for reply in answers)
     if node.kind == "reshard" and "sync_bytes" in metrics:
-        nbytes = int(metrics["sync_bytes"].total)
+        nbytes = int(metrics["sync_bytes"].value)
     state = next((reply.state for reply in answers if reply.state is not None), None)
     if not any(reply.stored or reply.parent is not None for reply in answers):
         return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state)

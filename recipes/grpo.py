@@ -21,10 +21,31 @@ class GRPO:
     """Passes over the batch."""
     clip: float = 0.2
     """The probability ratio is cut at 1 - clip and 1 + clip."""
+    clip_high: float | None = None
+    """Cut at 1 + clip_high from above instead (DAPO); None: as below."""
+    ratio: Literal["token", "sequence"] = "token"
+    """One ratio a token, or the geometric mean of a response's (GSPO)."""
+    average: Literal["tokens", "rows", "rows_with_tokens", "groups"] = "tokens"
+    """What the loss is averaged over: all tokens (DAPO), responses (the GRPO paper), responses with a counted token, or
+    prompts."""
+    row_divisor: float = 0.0
+    """With an average over rows: divide each response's sum by this and not by its length (Dr. GRPO); 0 for its length."""
     kl_coef: float = 0.02
     """Weight of the KL estimate in the loss; 0 for none, and then no reference is held."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """Estimator of the KL in the loss."""
+    kl_cap: float = 0.0
+    """Largest KL estimate of a token, nats; a token above it gives no gradient of the KL; 0 for none."""
     scale: bool = True
-    """Divide by the group's standard deviation (False: Dr. GRPO)."""
+    """Divide by the standard deviation of the rewards (False: Dr. GRPO)."""
+    scale_over: Literal["group", "batch"] = "group"
+    """Whose standard deviation: each group's, or that of all rewards of the step."""
+    ddof: Literal[0, 1] = 0
+    """The standard deviation has divisor n - ddof."""
+    eps: float = 1e-6
+    """Added to the standard deviation."""
+    advantage_clip: float = 0.0
+    """Advantages are cut to +-this; 0 for no bound."""
     correction: Literal["none", "token", "sequence", "masked"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
     sequence, masked, or none."""
@@ -42,10 +63,17 @@ def grpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, c
     if cfg.kl_coef:
         batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
-    batch = grpo_advantage(batch, scale=cfg.scale)
+    batch = grpo_advantage(batch, scale=cfg.scale, scale_over=cfg.scale_over, ddof=cfg.ddof, eps=cfg.eps)
     loss = ppo_clip(
         cfg.clip,
+        clip_high=cfg.clip_high,
+        ratio=cfg.ratio,
+        average=cfg.average,
+        row_divisor=cfg.row_divisor,
         kl_coef=cfg.kl_coef,
+        kl_estimator=cfg.kl_estimator,
+        kl_cap=cfg.kl_cap,
+        advantage_clip=cfg.advantage_clip,
         on_policy=one_update,
         correction=cfg.correction,
         correction_cap=cfg.correction_cap,

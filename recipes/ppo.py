@@ -22,13 +22,25 @@ class PPO:
     clip: float = 0.2
     """The probability ratio is cut at 1 - clip and 1 + clip."""
     value_clip: float = 0.2
-    """A new value may move this far from the old one; in reward units."""
+    """A new value may move this far from the old one; in reward units; 0 for any distance."""
+    value_coef: float = 0.5
+    """Factor of the squared error in the critic's loss."""
+    average: Literal["tokens", "rows", "rows_with_tokens", "groups"] = "tokens"
+    """What both losses are averaged over: all tokens, responses, responses with a counted token, or prompts."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
     kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref, added to each token's reward; 0 for none."""
+    """Penalty on the KL estimate, added to each token's reward; 0 for none."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Estimator of the KL in the reward; k1 is log pi - log pi_ref."""
+    kl_cap: float = 0.0
+    """Largest penalised KL estimate of a token, nats; 0 for none."""
+    whiten: bool = True
+    """Bring the advantages of the step to mean 0 and standard deviation 1."""
+    ddof: Literal[0, 1] = 0
+    """That standard deviation has divisor n - ddof."""
     critic_warmup: int = 0
     """Steps in which only the critic learns."""
     correction: Literal["none", "token", "sequence", "masked"] = "none"
@@ -46,9 +58,11 @@ def ppo(prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, re
     batch = critic.compute_values(batch)
     batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
-    batch = gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef)
-    batch = whiten(batch)
+    penalty = {"kl_coef": cfg.kl_coef, "kl_estimator": cfg.kl_estimator, "kl_cap": cfg.kl_cap}
+    batch = gae(batch, gamma=cfg.gamma, lam=cfg.lam, **penalty)
+    if cfg.whiten:
+        batch = whiten(batch, ddof=cfg.ddof)
     cuts = {"mini_batches": cfg.mini_batches, "epochs": cfg.epochs}
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), **cuts)
-    loss = ppo_clip(cfg.clip, correction=cfg.correction, correction_cap=cfg.correction_cap)
+    critic.update_critic(batch, loss=value_clip(cfg.value_clip, coef=cfg.value_coef, average=cfg.average), **cuts)
+    loss = ppo_clip(cfg.clip, average=cfg.average, correction=cfg.correction, correction_cap=cfg.correction_cap)
     actor.update_actor(batch, loss=loss, after=cfg.critic_warmup, **cuts)

@@ -14,7 +14,11 @@ class ReMax:
     """Settings of ReMax."""
 
     kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward; 0 for none, and then no reference is held."""
+    """Penalty on the KL estimate in the reward; 0 for none, and then no reference is held."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Estimator of the KL in the reward; k1 is log pi - log pi_ref."""
+    kl_cap: float = 0.0
+    """Largest penalised KL estimate of a token, nats; 0 for none."""
     correction: Literal["none", "token", "sequence", "masked"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
     sequence, masked, or none."""
@@ -33,6 +37,6 @@ def remax(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, 
     batch = reward.compute_reward(batch)
     greedy = reward.compute_reward(greedy)
     batch = batch.join(greedy, baseline_rewards="rewards")
-    batch = remax_advantage(batch, kl_coef=cfg.kl_coef)
+    batch = remax_advantage(batch, kl_coef=cfg.kl_coef, kl_estimator=cfg.kl_estimator, kl_cap=cfg.kl_cap)
     loss = policy_gradient(correction=cfg.correction, correction_cap=cfg.correction_cap)
     actor.update_actor(batch, loss=loss)

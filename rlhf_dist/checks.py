@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.model_folder import ModelShape, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
@@ -48,6 +49,7 @@ def check_launch(launch: Launch) -> list[str]:
     _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
+    _check_groups(launch)
     _check_mini_batches(launch, rows)
     _check_sources(launch)
     return _plan(launch, pools, sizes, rows)
@@ -249,6 +251,25 @@ def rows_of_nodes(launch: Launch) -> dict[str, tuple[int, bool]]:
             count *= _times(node)
         rows[node.name] = (count, dropped or node.rows == "drop")
     return rows
+
+
+def _check_groups(launch: Launch) -> None:
+    """Refuse an op that compares the rows of a group where a group has too few of them."""
+    size: dict[str, int] = {}
+    for node in launch.dataflow:
+        if not node.inputs:
+            size[node.name] = 2 if node.kind == "source" and launch.run.data.train.rows == "preferences" else 1
+            continue
+        size[node.name] = size[node.inputs[0].rows] * (_times(node) if node.rows == "expand" else 1)
+        least = node.spec.least_group if isinstance(node.spec, HostOp) else 1
+        if size[node.name] < least:
+            setting = "algorithm.samples_per_prompt"
+            named = hasattr(launch.algorithm, "samples_per_prompt")
+            raise ConfigError(
+                f"{node.line}: {node.op} compares the responses to a prompt with each other, which needs at least "
+                f"{least} of them, got {size[node.name]}: it would never teach anything; set "
+                f"{setting if named else 'n of generate_sequences in the recipe'} to {least} or more"
+            )
 
 
 def _times(node: Node) -> int:

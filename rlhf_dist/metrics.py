@@ -1,9 +1,25 @@
-"""Metrics that add up: a mean is carried as (total, count), so shards and ranks combine exactly."""
+"""Metrics that add up: each is carried so that shards and ranks combine to what the whole batch would give."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Metric(Protocol):
+    """A number over some things that combines with the same number over others by `+`."""
+
+    def __add__(self, other: Any, /) -> Any: ...
+
+    @property
+    def value(self) -> float:
+        """What is reported."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,13 +38,62 @@ class Mean:
         return self.total / self.count if self.count else self.total
 
 
-Metrics = dict[str, Mean]
+@dataclass(frozen=True)
+class Largest:
+    """The largest of some numbers."""
+
+    value: float
+
+    def __add__(self, other: Largest) -> Largest:
+        return Largest(max(self.value, other.value))
 
 
-def combine(parts: Iterable[Mapping[str, Mean]]) -> Metrics:
-    """Sum each metric over shards, in the order given."""
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation with divisor n: count, mean and summed squared distances from it, which combine without the
+    cancellation of a sum of squares (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+
+    count: float
+    mean: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: npt.NDArray[Any]) -> Spread:
+        """Of the values of one shard; 0 for none."""
+        if not len(values):
+            return cls(0.0, 0.0, 0.0)
+        mean = float(values.mean(dtype=np.float64))
+        return cls(float(len(values)), mean, float(np.square(values.astype(np.float64) - mean).sum()))
+
+    def __add__(self, other: Spread) -> Spread:
+        count = self.count + other.count
+        if not count:
+            return self
+        apart = other.mean - self.mean
+        squares = self.squares + other.squares + apart**2 * self.count * other.count / count
+        return Spread(count, self.mean + apart * other.count / count, squares)
+
+    @property
+    def value(self) -> float:
+        """The standard deviation; 0 of nothing."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+Metrics = dict[str, Metric]
+
+
+def combine(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
+    """Combine each metric over shards, in the order given."""
     out: Metrics = {}
     for part in parts:
-        for name, mean in part.items():
-            out[name] = out[name] + mean if name in out else mean
+        for name, metric in part.items():
+            out[name] = out[name] + metric if name in out else metric
     return out
+
+
+def reward_metrics(rewards: npt.NDArray[Any]) -> Metrics:
+    """`reward` and `reward_std` (divisor n) of rows [B]: what every reward role reports."""
+    return {
+        "reward": Mean(float(rewards.sum(dtype=np.float64)), float(len(rewards))),
+        "reward_std": Spread.of(rewards),
+    }

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rlhf_dist.algorithms.contract import Loss
-from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
+from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import ActorConfig
@@ -62,7 +62,7 @@ class ActorWorker(TrainedRole):
         """Old log-probs and entropy under the training engine, at the sampling temperature."""
         found = self.engine.forward(batch, ("log_probs", "entropy"), self.temperature)
         entropy = found["entropy"].values
-        metrics = {"entropy": Mean(float(entropy.sum(dtype=np.float64)), float(len(entropy)))}
+        metrics: Metrics = {"entropy": Mean(float(entropy.sum(dtype=np.float64)), float(len(entropy)))}
         if "rollout_log_probs" in batch:
             metrics |= _mismatch(found["log_probs"].values, batch["rollout_log_probs"].values)
             self._check_ratio(metrics)
@@ -121,9 +121,11 @@ class ActorWorker(TrainedRole):
 def _mismatch(log_probs: FloatArray, rollout_log_probs: FloatArray) -> Metrics:
     """How far recomputed log-probs [T] are from sampled ones: see `losses/correction.py`."""
     log_rho = log_probs.astype(np.float64) - rollout_log_probs
-    ratio, tokens = np.exp(log_rho.clip(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)), float(len(log_rho))
-    return {
-        "rollout_mismatch": Mean(float(np.abs(log_rho).sum()), tokens),
-        "rollout_ratio": Mean(float(ratio.sum()), tokens),
-        "rollout_ratio_error": Mean(float(np.abs(ratio - 1).sum()), tokens),
+    ratio = np.exp(log_rho.clip(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    per_token = {
+        "rollout_mismatch": np.abs(log_rho),
+        "rollout_ratio": ratio,
+        "rollout_ratio_error": np.abs(ratio - 1),
+        **named_kl("rollout_kl", rollout_log_probs.astype(np.float64), log_probs.astype(np.float64)),
     }
+    return {name: Mean(float(values.sum()), float(len(values))) for name, values in per_token.items()}

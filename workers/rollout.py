@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ActorConfig
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import Largest, Mean, Metrics
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
@@ -120,6 +120,7 @@ class RolloutWorker:
             tokens=tokens,
             metrics={
                 "response_tokens": Mean(float(lengths.sum()), rows),
+                "longest_response": Largest(float(lengths.max(initial=0))),
                 "finished": Mean(float(columns["finished"].values.sum()), rows),
                 "empty_responses": Mean(float((lengths == 0).sum()), 0),
                 "rows": Mean(rows, 0),
@@ -145,7 +146,7 @@ class RolloutWorker:
         self.engine.close()
 
 
-def sync_metrics(report: SyncReport) -> dict[str, Mean]:
+def sync_metrics(report: SyncReport) -> Metrics:
     """What a weight sync reports; one rank of the receiving end does."""
     return {
         "sync_seconds": Mean(report.seconds, 1),

@@ -45,7 +45,7 @@ class TrainedRole:
         if skipped:
             metrics["skipped_steps"] = Mean(float(len(skipped)), 0)
         # A step on a zero gradient, or at rate zero, need not change a bit.
-        self.moved |= self.engine.version > before and metrics["grad_norm"].total > 0 and metrics["lr"].total > 0
+        self.moved |= self.engine.version > before and metrics["grad_norm"].value > 0 and metrics["lr"].value > 0
         metrics["optimizer_steps"] = Mean(float(self.engine.version - before), 0)
         metrics["version"] = Mean(float(self.engine.version), 0)
         # Every rank knows the same numbers: one of them reports.

@@ -7,7 +7,7 @@ import numpy as np
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import Mean, reward_metrics
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
 from workers.trained_role import TrainedRole
@@ -48,7 +48,7 @@ class RewardModelWorker(ValueModelWorker):
         scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))
         return OpResult(
             columns=Batch({"rewards": Column(scores)}, batch.num_rows),
-            metrics={"reward": Mean(float(scores.sum(dtype=np.float64)), float(len(scores)))},
+            metrics=reward_metrics(scores),
         )
 
     def update_reward_model(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:

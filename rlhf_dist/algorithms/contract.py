@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-Average = Literal["tokens", "rows", "groups"]
+Average = Literal["tokens", "rows", "rows_with_tokens", "groups"]
+"""Counted tokens, all rows, rows with a counted token, or groups."""
 Output = Literal["log_probs", "entropy", "values", "scores"]
 
 
@@ -68,7 +69,9 @@ class Rows:
 
     def sum_tokens(self, per_token: Tensor) -> Tensor:
         """[T] -> [B]: sum over the counted tokens of each row."""
-        return (per_token * self.mask).new_zeros(self.num_rows).index_add(0, self.row_of_token, per_token * self.mask)
+        # Tokens that do not count may hold anything, and NaN times 0 is NaN.
+        counted = per_token.where(self.mask > 0, 0.0) * self.mask
+        return counted.new_zeros(self.num_rows).index_add(0, self.row_of_token, counted)
 
     def mean_tokens(self, per_token: Tensor) -> Tensor:
         """[T] -> [B]: mean over the counted tokens of each row; 0 for a row without any."""
@@ -95,12 +98,13 @@ class Loss(Protocol):
 
     @property
     def average(self) -> Average:
-        """What its value is averaged over: counted tokens, rows, or groups."""
+        """What its value is averaged over: counted tokens, rows (all, or those with a counted token), or groups."""
         ...
 
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """The unreduced loss ([T], [B] or [G] as `average` says) and metrics of that same shape.
 
-        The engine masks token losses with `rows.mask` before it sums; metrics are averaged the same way.
+        The engine masks token losses with `rows.mask` before it sums; metrics are averaged the same way. A row
+        without a counted token must have loss 0 where it is not counted (`rows_with_tokens`).
         """
         ...

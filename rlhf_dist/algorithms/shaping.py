@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_dist.algorithms.kl import k1
+from rlhf_dist.algorithms.kl import KlEstimator, kl
 from rlhf_dist.algorithms.ragged import FloatArray, last_counted
 from rlhf_dist.batch import IntArray
 
@@ -23,12 +23,20 @@ def place_terminal(rewards: FloatArray, offsets: IntArray, mask: npt.NDArray[Any
     return placed
 
 
-def kl_penalty(log_probs: FloatArray, ref_log_probs: FloatArray, mask: npt.NDArray[Any], kl_coef: float) -> FloatArray:
-    """-kl_coef * (log pi - log pi_ref) for each counted token [N], 0 for the others.
+def kl_penalty(
+    log_probs: FloatArray,
+    ref_log_probs: FloatArray,
+    mask: npt.NDArray[Any],
+    kl_coef: float,
+    estimator: KlEstimator = "k1",
+    cap: float = 0.0,
+) -> FloatArray:
+    """-kl_coef * KL estimate (k1: log pi - log pi_ref) for each counted token [N], 0 for the others.
 
-    The reward r_t = -beta log(pi/pi_ref) of Ziegler et al. 2019 (arXiv 1909.08593), given token by token.
+    With k1 the reward r_t = -beta log(pi/pi_ref) of Ziegler et al. 2019 (arXiv 1909.08593), given token by token.
     """
-    penalty: FloatArray = np.where(mask > 0, -kl_coef * k1(log_probs, ref_log_probs), 0.0).astype(np.float32)
+    estimate = kl(log_probs, ref_log_probs, estimator, cap)
+    penalty: FloatArray = np.where(mask > 0, -kl_coef * estimate, 0.0).astype(np.float32)
     return penalty
 
 

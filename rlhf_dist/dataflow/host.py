@@ -48,8 +48,11 @@ class HostOp(Generic[P, R]):
     name: str
     reads: Columns
     writes: Columns
-    scope: Scope
+    scope: Scope | Callable[[Mapping[str, Any]], Scope]
+    """What a shard must hold whole, or a function of the keyword arguments that says so."""
     drops_rows: bool
+    least_group: int = 1
+    """Fewest rows of one group that the op can tell anything from; a recipe that gives it fewer is refused."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Batch) and hasattr(args[0], "apply_host_op"):
@@ -61,24 +64,42 @@ class HostOp(Generic[P, R]):
         # ops travel by name; a user's op travels by value, since workers cannot import the user's file.
         if self.function.__module__.startswith("rlhf_dist."):
             return _import_op, (self.function.__module__, self.function.__qualname__)
-        return HostOp, (self.function, self.name, self.reads, self.writes, self.scope, self.drops_rows)
+        return HostOp, (
+            self.function,
+            self.name,
+            self.reads,
+            self.writes,
+            self.scope,
+            self.drops_rows,
+            self.least_group,
+        )
 
     def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Column names for these arguments (a declaration may depend on them)."""
         return which(kwargs) if callable(which) else which
 
+    def scope_of(self, kwargs: Mapping[str, Any]) -> Scope:
+        """What a shard must hold whole, for these arguments."""
+        return self.scope(kwargs) if callable(self.scope) else self.scope
+
 
 def host_op(
-    *, reads: Columns, writes: Columns = (), scope: Scope = "rows", drops_rows: bool = False
+    *,
+    reads: Columns,
+    writes: Columns = (),
+    scope: Scope | Callable[[Mapping[str, Any]], Scope] = "rows",
+    drops_rows: bool = False,
+    least_group: int = 1,
 ) -> Callable[[Callable[P, R]], HostOp[P, R]]:
     """Declare a pure function `(batch, **parameters) -> Batch | HostResult` as a host op.
 
     `reads` and `writes` are column names, or a function of the keyword arguments where they depend on
-    them. With `drops_rows` the function returns a `HostResult` with `keep`.
+    them; `scope` may be one, too. `least_group`: fewest rows of a group the op makes sense for. With
+    `drops_rows` the function returns a `HostResult` with `keep`.
     """
 
     def wrap(function: Callable[P, R]) -> HostOp[P, R]:
-        op = HostOp(function, function.__name__, reads, writes, scope, drops_rows)
+        op = HostOp(function, function.__name__, reads, writes, scope, drops_rows, least_group)
         object.__setattr__(op, "__doc__", function.__doc__)
         object.__setattr__(op, "__wrapped__", function)
         return op

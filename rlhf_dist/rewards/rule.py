@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import Mean, Metrics, reward_metrics
 
 RuleReward = Callable[[str, str, str], "float | dict[str, float]"]
 
@@ -58,11 +58,12 @@ def rule_rewards(function: RuleReward, batch: Batch) -> HostResult:
     """
     scored = score_rows(function, batch["prompt"].rows(), batch["response"].rows(), batch["answer"].rows())
     rewards = Column(np.asarray(scored["reward"], dtype=np.float32))
-    metrics = {
-        name if name == "reward" else f"score/{name}": Mean(math.fsum(values), batch.num_rows)
-        for name, values in scored.items()
+    scores: Metrics = {
+        f"score/{name}": Mean(math.fsum(values), batch.num_rows) for name, values in scored.items() if name != "reward"
     }
-    return HostResult(columns=Batch({"rewards": rewards}, batch.num_rows), metrics=metrics)
+    return HostResult(
+        columns=Batch({"rewards": rewards}, batch.num_rows), metrics=reward_metrics(rewards.values) | scores
+    )
 
 
 def _finite(value: object, name: str, where: str) -> float:

@@ -6,10 +6,12 @@ from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
 from rlhf_dist.transforms.remax_advantage import remax_advantage
 from rlhf_dist.transforms.rloo_advantage import rloo_advantage
 from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, keep_best_and_worst
+from rlhf_dist.transforms.shape_rewards import clip_rewards, whiten_rewards
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
     "best_of_group",
+    "clip_rewards",
     "drop_equal_groups",
     "gae",
     "grpo_advantage",
@@ -18,4 +20,5 @@ __all__ = [
     "remax_advantage",
     "rloo_advantage",
     "whiten",
+    "whiten_rewards",
 ]

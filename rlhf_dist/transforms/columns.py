@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rlhf_dist.algorithms.kl import KlEstimator, named_kl
 from rlhf_dist.algorithms.ragged import FloatArray, row_of_token, sum_rows
+from rlhf_dist.algorithms.shaping import kl_penalty
 from rlhf_dist.batch import Batch, IntArray
+from rlhf_dist.metrics import Mean
 
 
 def numbers(batch: Batch, name: str) -> FloatArray:
@@ -56,11 +59,38 @@ def groups(batch: Batch) -> IntArray:
     return np.unique(batch["group_id"].values, return_inverse=True)[1].astype(np.int64)
 
 
-def penalised_rewards(batch: Batch, kl_coef: float) -> FloatArray:
-    """[B]: rewards - kl_coef * (log pi(y) - log pi_ref(y)), the log-probs summed over counted tokens."""
-    rewards = numbers(batch, "rewards")
+def penalty_and_metrics(
+    batch: Batch, kl_coef: float, estimator: KlEstimator, cap: float
+) -> tuple[FloatArray, dict[str, Mean]]:
+    """[N] -kl_coef * KL estimate of (pi_old, pi_ref) at each counted token, and ref_kl, ref_kl_k3 over them.
+
+    Zeros and no metrics without a coefficient: no reference is held then.
+    """
+    mask, _ = mask_and_offsets(batch)
     if not kl_coef:
-        return rewards
-    mask, offsets = mask_and_offsets(batch)
-    log_ratio = np.where(mask > 0, tokens(batch, "old_log_probs") - tokens(batch, "ref_log_probs"), 0.0)
-    return (rewards - kl_coef * sum_rows(log_ratio, offsets)).astype(np.float32)
+        return np.zeros(len(mask), dtype=np.float32), {}
+    log_probs, ref_log_probs = tokens(batch, "old_log_probs"), tokens(batch, "ref_log_probs")
+    penalty = kl_penalty(log_probs, ref_log_probs, mask, kl_coef, estimator, cap)
+    counted = mask > 0
+    named = named_kl("ref_kl", log_probs[counted], ref_log_probs[counted], cap)
+    return penalty, {name: mean_of(values) for name, values in named.items()}
+
+
+def penalised_rewards(
+    batch: Batch, kl_coef: float, estimator: KlEstimator, cap: float
+) -> tuple[FloatArray, dict[str, Mean]]:
+    """[B] rewards - kl_coef * KL estimate, summed over counted tokens (k1: log pi(y) - log pi_ref(y)), and metrics."""
+    penalty, metrics = penalty_and_metrics(batch, kl_coef, estimator, cap)
+    _, offsets = mask_and_offsets(batch)
+    return (numbers(batch, "rewards") + sum_rows(penalty, offsets)).astype(np.float32), metrics
+
+
+def mean_of(values: npt.NDArray[Any]) -> Mean:
+    """The metric of some numbers."""
+    return Mean(float(np.sum(values, dtype=np.float64)), float(len(values)))
+
+
+def group_metrics(equal: npt.NDArray[np.bool_]) -> dict[str, Mean]:
+    """`zero_variance_groups`: share of the groups [G] whose rewards are all equal, and how many groups there are."""
+    size = float(len(equal))
+    return {"groups": Mean(size, 0), "zero_variance_groups": Mean(float(equal.sum()), size)}

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 from rlhf_dist.algorithms.advantages.baselines import all_equal, group_relative
 from rlhf_dist.algorithms.ragged import spread
 from rlhf_dist.batch import Batch, Column
-from rlhf_dist.dataflow.host import HostResult, host_op
-from rlhf_dist.metrics import Mean
-from rlhf_dist.transforms.columns import groups, mask_and_offsets, numbers
+from rlhf_dist.dataflow.host import HostResult, Scope, host_op
+from rlhf_dist.transforms.columns import group_metrics, groups, mask_and_offsets, mean_of, numbers
 
 
-@host_op(reads=("rewards", "group_id", "response_mask"), writes=("advantages",), scope="groups")
-def grpo_advantage(batch: Batch, *, scale: bool = True, eps: float = 1e-6) -> HostResult:
+def _scope(arguments: Mapping[str, Any]) -> Scope:
+    return "batch" if arguments.get("scale_over") == "batch" else "groups"
+
+
+@host_op(reads=("rewards", "group_id", "response_mask"), writes=("advantages",), scope=_scope, least_group=2)
+def grpo_advantage(
+    batch: Batch,
+    *,
+    scale: bool = True,
+    eps: float = 1e-6,
+    ddof: Literal[0, 1] = 0,
+    scale_over: Literal["group", "batch"] = "group",
+) -> HostResult:
     """(reward - group mean) / (group std + eps) at every counted token; `scale=False` (Dr. GRPO) without the std.
 
-    Groups whose rewards are all equal get 0 and are counted: they teach nothing.
+    The std has divisor n - ddof, and is that of all rewards of the batch with `scale_over="batch"`. Groups whose
+    rewards are all equal get 0 and are counted: they teach nothing.
     """
     mask, offsets = mask_and_offsets(batch)
     rewards, group = numbers(batch, "rewards"), groups(batch)
-    advantages = spread(group_relative(rewards, group, scale=scale, eps=eps), offsets, mask)
-    equal = all_equal(rewards, group)
+    relative = group_relative(rewards, group, scale=scale, eps=eps, ddof=ddof, scale_over=scale_over)
     return HostResult(
-        columns=Batch({"advantages": Column(advantages, offsets)}, batch.num_rows),
-        metrics={
-            "reward": Mean(float(rewards.sum(dtype="float64")), batch.num_rows),
-            "groups": Mean(float(len(equal)), 0),
-            "groups_all_equal": Mean(float(equal.sum()), 0),
-        },
+        columns=Batch({"advantages": Column(spread(relative, offsets, mask), offsets)}, batch.num_rows),
+        metrics={"reward": mean_of(rewards), **group_metrics(all_equal(rewards, group))},
     )

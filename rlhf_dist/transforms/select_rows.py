@@ -9,10 +9,10 @@ from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostResult, host_op
 from rlhf_dist.metrics import Mean
-from rlhf_dist.transforms.columns import groups, numbers
+from rlhf_dist.transforms.columns import group_metrics, groups, mean_of, numbers
 
 
-@host_op(reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", drops_rows=True)
+@host_op(reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", drops_rows=True, least_group=2)
 def keep_best_and_worst(batch: Batch) -> HostResult:
     """Each group's row with the highest reward (label +1) and with the lowest (label -1); margin: their gap.
 
@@ -31,13 +31,13 @@ def keep_best_and_worst(batch: Batch) -> HostResult:
         keep=keep,
         metrics={
             "pairs": Mean(float(len(best)), 0),
-            "groups_all_equal": Mean(float((~unequal).sum()), 0),
-            "pair_margin": Mean(float((rewards[best] - rewards[worst]).sum(dtype="float64")), float(len(best))),
+            **group_metrics(~unequal),
+            "pair_margin": mean_of(rewards[best] - rewards[worst]),
         },
     )
 
 
-@host_op(reads=("rewards", "group_id"), scope="groups", drops_rows=True)
+@host_op(reads=("rewards", "group_id"), scope="groups", drops_rows=True, least_group=2)
 def drop_equal_groups(batch: Batch) -> HostResult:
     """Drops every group whose rewards are all equal.
 
@@ -46,7 +46,7 @@ def drop_equal_groups(batch: Batch) -> HostResult:
     """
     rewards, group = numbers(batch, "rewards"), groups(batch)
     equal = all_equal(rewards, group)
-    return _kept(np.flatnonzero(~equal[group]), {"groups_all_equal": Mean(float(equal.sum()), 0)})
+    return _kept(np.flatnonzero(~equal[group]), group_metrics(equal))
 
 
 @host_op(reads=("rewards", "group_id"), scope="groups", drops_rows=True)
@@ -54,7 +54,7 @@ def best_of_group(batch: Batch) -> HostResult:
     """Keeps each group's first row with the highest reward: RAFT (Dong et al. 2023, 2304.06767)."""
     rewards = numbers(batch, "rewards")
     keep = np.sort(_first_of_largest(rewards, groups(batch)))
-    return _kept(keep, {"best_reward": Mean(float(rewards[keep].sum(dtype="float64")), float(len(keep)))})
+    return _kept(keep, {"best_reward": mean_of(rewards[keep])})
 
 
 def _first_of_largest(scores: FloatArray, group: IntArray) -> IntArray:
@@ -65,4 +65,4 @@ def _first_of_largest(scores: FloatArray, group: IntArray) -> IntArray:
 
 
 def _kept(keep: IntArray, metrics: dict[str, Mean]) -> HostResult:
-    return HostResult(columns=Batch({}, len(keep)), keep=keep, metrics=metrics)
+    return HostResult(columns=Batch({}, len(keep)), keep=keep, metrics={**metrics})

@@ -147,7 +147,8 @@ def test_rule_rewards_is_a_column_and_the_mean_of_every_named_score() -> None:
     result = rule_rewards(scored, rows_of("", "bb"))
     assert result.columns["rewards"].values.tolist() == [0, 2]
     assert result.columns["rewards"].values.dtype == np.float32
-    assert {name: mean.value for name, mean in result.metrics.items()} == {"reward": 1.0, "score/format": 0.5}
+    found = {name: metric.value for name, metric in result.metrics.items()}
+    assert found == {"reward": 1.0, "reward_std": 1.0, "score/format": 0.5}
     assert rule_rewards(scored, rows_of()).columns.num_rows == 0
 
 

@@ -158,7 +158,7 @@ def test_adapters_train_beside_a_base_that_the_reference_shares(launch: Launch, 
     rows = read_metrics(tmp_path / "grpo")
     # The sampler follows the adapters: what vLLM sampled with is what the trainer computes with.
     assert all(row["actor/rollout_mismatch"] < 1e-4 for row in rows)
-    assert rows[0]["actor/ref_kl"] < 1e-6 < rows[-1]["actor/ref_kl"], (
+    assert rows[0]["actor/ref_kl_k3"] < 1e-6 < rows[-1]["actor/ref_kl_k3"], (
         "the reference is the base, whatever the adapters do"
     )
     merged, base = weights(tmp_path / "grpo/models/actor"), weights(model)

@@ -79,7 +79,7 @@ def test_gae_puts_kl_and_terminal_reward_where_they_belong() -> None:
     np.testing.assert_allclose(result.columns["returns"].values, [2.05, 2.1, 0], rtol=1e-6)
     np.testing.assert_allclose(result.columns["advantages"].values, [1.55, 1.1, 0], rtol=1e-6)
     assert result.columns["returns"].lengths.tolist() == [3, 0]
-    assert result.metrics["kl"] == Mean(-0.5, 2.0)
+    assert result.metrics["ref_kl"] == Mean(-0.5, 2.0)
     assert result.metrics["reward"] == Mean(7.0, 2.0)
     assert result.metrics["rows_without_tokens"].value == 1
 
@@ -172,7 +172,7 @@ def test_group_advantages_by_hand() -> None:
     )
     grpo = as_result(grpo_advantage(batch, scale=False))
     assert grpo.columns["advantages"].values.tolist() == [0.5, 0.5, -0.5, 0, 0]
-    assert grpo.metrics["groups_all_equal"] == Mean(1.0, 0)
+    assert grpo.metrics["zero_variance_groups"] == Mean(1.0, 2.0)
     assert as_result(rloo_advantage(batch)).columns["advantages"].values.tolist() == [1, 1, -1, 0, 0]
     assert as_result(remax_advantage(batch)).columns["advantages"].values.tolist() == [0.5, 0.5, -0.5, 0, 0]
 

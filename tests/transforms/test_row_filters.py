@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import as_result
+from rlhf_dist.metrics import Mean
 from rlhf_dist.transforms import best_of_group, drop_equal_groups, keep_best_and_worst
 
 
@@ -26,7 +27,7 @@ def test_keep_best_and_worst_makes_one_pair_of_each_group_that_has_a_preference(
     assert result.columns["label"].values.dtype == np.int8
     assert result.columns["margin"].values.tolist() == [3, 3]
     assert result.metrics["pairs"].value == 1
-    assert result.metrics["groups_all_equal"].value == 2
+    assert result.metrics["zero_variance_groups"] == Mean(2.0, 3.0)
     assert result.metrics["pair_margin"].value == 3
 
 
@@ -39,7 +40,7 @@ def test_the_first_row_wins_a_tie() -> None:
 def test_drop_equal_groups_keeps_what_can_teach() -> None:
     result = as_result(drop_equal_groups(BATCH))
     assert result.keep is not None and result.keep.tolist() == [0, 2, 4]
-    assert result.metrics["groups_all_equal"].value == 2
+    assert result.metrics["zero_variance_groups"] == Mean(2.0, 3.0)
 
 
 def test_best_of_group_keeps_one_row_of_every_group() -> None:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows
-from rlhf_dist.batch import Batch, IntArray
+from rlhf_dist.algorithms.ragged import last_counted
+from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.schema import TRAINABLE
 from workers.engines.packing import longest_row, micro_batches, rows_of
@@ -122,7 +123,7 @@ class Accumulation:
         ]
         gathered = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, mine, group=self._group)
-        sums: Metrics = {}
+        sums: dict[str, Mean] = {}
         single = len(self.terms) == 1
         bad = []
         notes: dict[str, npt.NDArray[np.float64]] = {}
@@ -141,7 +142,7 @@ class Accumulation:
         if not single:
             parts = [(weight, sums.get(f"{loss_name(loss)}/loss")) for weight, loss, _ in self.terms]
             sums["loss"] = Mean(sum(weight * part.value for weight, part in parts if part), 1.0)
-        return sums | {name: Mean(float(total), float(count)) for name, (total, count) in notes.items()}
+        return {**sums, **{name: Mean(float(total), float(count)) for name, (total, count) in notes.items()}}
 
     def _keep(self, term: int, name: str, total: Tensor) -> None:
         total = total.detach().double()
@@ -154,7 +155,15 @@ def _count(loss: Loss, batch: Batch) -> int:
         return _tokens(batch)
     if loss.average == "groups":
         return len(np.unique(batch["group_id"].values)) if batch.num_rows else 0
+    if loss.average == "rows_with_tokens":
+        mask = batch["response_mask"]
+        return int((last_counted(_offsets(mask), mask.values) >= 0).sum()) if batch.num_rows else 0
     return batch.num_rows
+
+
+def _offsets(column: Column) -> IntArray:
+    assert column.offsets is not None, "the mask is ragged"
+    return column.offsets
 
 
 def _tokens(batch: Batch) -> int:
@@ -162,7 +171,7 @@ def _tokens(batch: Batch) -> int:
 
 
 def _total(loss: Loss, what: str, values: Tensor, rows: Rows) -> Tensor:
-    size = {"tokens": len(rows.mask), "rows": rows.num_rows, "groups": rows.num_groups}[loss.average]
+    size = {"tokens": len(rows.mask), "groups": rows.num_groups}.get(loss.average, rows.num_rows)
     if tuple(values.shape) != (size,):
         raise ValueError(
             f"{loss_name(loss)} averages over {loss.average}, so {what} must have shape [{size}] here, "

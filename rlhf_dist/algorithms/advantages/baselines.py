@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,16 +14,28 @@ from rlhf_dist.algorithms.ragged import Float64Array, FloatArray
 from rlhf_dist.batch import IntArray
 
 
-def group_relative(rewards: FloatArray, groups: IntArray, *, scale: bool = True, eps: float = 1e-6) -> FloatArray:
+def group_relative(
+    rewards: FloatArray,
+    groups: IntArray,
+    *,
+    scale: bool = True,
+    eps: float = 1e-6,
+    ddof: Literal[0, 1] = 0,
+    scale_over: Literal["group", "batch"] = "group",
+) -> FloatArray:
     """(r - mean) / (std + eps) over the group, std with divisor n: GRPO (Shao et al. 2024, arXiv 2402.03300, 4.1.2).
 
-    `scale=False` leaves the std out, as Dr. GRPO does (Liu et al. 2025, arXiv 2503.20783). Exactly 0 in a
-    group whose rewards are all equal.
+    `scale=False` leaves the std out, as Dr. GRPO does (Liu et al. 2025, arXiv 2503.20783). `ddof=1` takes the std with
+    divisor n - 1. `scale_over="batch"` divides by the std of all rewards given, instead of each group's. Exactly 0 in
+    a group whose rewards are all equal.
     """
     count, total = _count_and_total(rewards, groups)
-    centred = np.where(all_equal(rewards, groups)[groups], 0.0, rewards - (total / count)[groups])
-    if scale:
-        variance = np.bincount(groups, weights=centred**2, minlength=len(count)) / count
+    equal = all_equal(rewards, groups)
+    centred = np.where(equal[groups], 0.0, rewards - (total / count)[groups])
+    if scale and scale_over == "batch" and len(rewards) > ddof:
+        centred = centred / (rewards.std(dtype=np.float64, ddof=ddof) + eps)
+    elif scale:
+        variance = np.bincount(groups, weights=centred**2, minlength=len(count)) / np.maximum(count - ddof, 1)
         centred = centred / (np.sqrt(variance) + eps)[groups]
     return centred.astype(np.float32)
 

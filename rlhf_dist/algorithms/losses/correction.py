@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.algorithms.contract import Rows
-from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
+from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,12 @@ def corrected(
     # Tokens that do not count may hold anything: 0 keeps them from overflowing before they are masked.
     log_rho = (old_log_probs.detach() - rows["rollout_log_probs"]).masked_fill(rows.mask == 0, 0.0)
     rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    report = {"rollout_mismatch": log_rho.abs(), "rollout_ratio": rho, "rollout_ratio_error": (rho - 1).abs()}
+    report = {
+        "rollout_mismatch": log_rho.abs(),
+        "rollout_ratio": rho,
+        "rollout_ratio_error": (rho - 1).abs(),
+        **named_kl("rollout_kl", log_rho.new_zeros(()), log_rho),
+    }
     if correction == "none":
         return policy_loss, report
     weight = importance_weight(log_rho, rows, correction, cap)

@@ -4,6 +4,8 @@ h(y)  = log pi(y) - log pi_ref(y), summed over the response;   delta = h(chosen)
 
 dpo    -(1 - e) log sigma(beta delta) - e log sigma(-beta delta)
        Rafailov et al. 2023, 2305.18290, eq. 7; label smoothing e: Mitchell 2023, "cDPO"
+robust (-(1 - e) log sigma(beta delta) + e log sigma(-beta delta)) / (1 - 2 e)
+       Chowdhury et al. 2024, 2403.00409, eq. 12: unbiased where a share e of the labels is flipped
 ipo    (delta - 1 / (2 tau))^2                             Azar et al. 2023, 2310.12036, eq. 17
 simpo  -log sigma(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma)
        Meng et al. 2024, 2405.14734, eq. 6: no reference
@@ -12,7 +14,7 @@ simpo  -log sigma(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.algorithms.contract import Average, ModelOutput, Output, Rows
 from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
@@ -46,6 +48,8 @@ class Dpo(_PairLoss):
     """Strength of the pull to the reference."""
     label_smoothing: float = 0.0
     """Share of labels believed to be flipped, in [0, 0.5)."""
+    smoothing: Literal["conservative", "robust"] = "conservative"
+    """What is done about them: cDPO, or the unbiased loss of robust DPO (which is not bounded from below)."""
     length_normalised: bool = False
     """Mean instead of sum over the response's tokens (Tulu 3, 2411.15124)."""
 
@@ -53,15 +57,19 @@ class Dpo(_PairLoss):
         _check_positive("beta", self.beta)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.smoothing not in ("conservative", "robust"):
+            raise ValueError(f"smoothing must be 'conservative' or 'robust', got {self.smoothing!r}")
 
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         from torch.nn.functional import logsigmoid
 
-        log_ratio = _log_ratio(model, rows)
-        per_row = rows.mean_tokens(log_ratio) if self.length_normalised else rows.sum_tokens(log_ratio)
+        per_row = _log_ratio(model, rows, self.length_normalised)
         chosen, rejected = chosen_and_rejected(self.beta * per_row, rows)
-        margin = chosen - rejected
-        loss = -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)
+        margin, flipped = chosen - rejected, self.label_smoothing
+        if self.smoothing == "robust":
+            loss = (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
+        else:
+            loss = -(1 - flipped) * logsigmoid(margin) - flipped * logsigmoid(-margin)
         return loss, _metrics(loss, chosen, rejected)
 
 
@@ -71,12 +79,14 @@ class Ipo(_PairLoss):
 
     tau: float = 0.1
     """Strength of the pull to the reference: the log-ratios are drawn 1 / (2 tau) apart."""
+    length_normalised: bool = False
+    """Mean instead of sum over the response's tokens."""
 
     def __post_init__(self) -> None:
         _check_positive("tau", self.tau)
 
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = chosen_and_rejected(rows.sum_tokens(_log_ratio(model, rows)), rows)
+        chosen, rejected = chosen_and_rejected(_log_ratio(model, rows, self.length_normalised), rows)
         loss = (chosen - rejected - 1 / (2 * self.tau)) ** 2
         return loss, _metrics(loss, self.tau * chosen, self.tau * rejected)
 
@@ -106,14 +116,20 @@ class SimPo(_PairLoss):
         return loss, _metrics(loss, chosen, rejected)
 
 
-def dpo(beta: float = 0.1, *, label_smoothing: float = 0.0, length_normalised: bool = False) -> Dpo:
+def dpo(
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 0.0,
+    smoothing: Literal["conservative", "robust"] = "conservative",
+    length_normalised: bool = False,
+) -> Dpo:
     """`dpo(0.1)`."""
-    return Dpo(beta=beta, label_smoothing=label_smoothing, length_normalised=length_normalised)
+    return Dpo(beta=beta, label_smoothing=label_smoothing, smoothing=smoothing, length_normalised=length_normalised)
 
 
-def ipo(tau: float = 0.1) -> Ipo:
+def ipo(tau: float = 0.1, *, length_normalised: bool = False) -> Ipo:
     """`ipo(0.1)`."""
-    return Ipo(tau=tau)
+    return Ipo(tau=tau, length_normalised=length_normalised)
 
 
 def simpo(beta: float = 2.0, gamma: float = 1.0) -> SimPo:
@@ -121,9 +137,11 @@ def simpo(beta: float = 2.0, gamma: float = 1.0) -> SimPo:
     return SimPo(beta=beta, gamma=gamma)
 
 
-def _log_ratio(model: ModelOutput, rows: Rows) -> Tensor:
+def _log_ratio(model: ModelOutput, rows: Rows, length_normalised: bool) -> Tensor:
+    """[B] h(y); its mean over the response's tokens where it is length-normalised."""
     assert model.log_probs is not None, "the loss asked for log_probs"
-    return model.log_probs - rows["ref_log_probs"]
+    per_token = model.log_probs - rows["ref_log_probs"]
+    return rows.mean_tokens(per_token) if length_normalised else rows.sum_tokens(per_token)
 
 
 def _metrics(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

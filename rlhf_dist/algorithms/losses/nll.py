@@ -19,10 +19,10 @@ class Nll:
     weighted: bool = False
     """Multiply each row's loss by its `weight`; the count it is averaged over stays that of the tokens."""
     average: TokenAverage = "tokens"
-    """tokens, or rows (see average.py)."""
+    """tokens, rows, rows_with_tokens or groups (see average.py)."""
 
     def __post_init__(self) -> None:
-        check_average(self.average, 0.0)
+        check_average(self.average)
 
     @property
     def reads(self) -> tuple[str, ...]:

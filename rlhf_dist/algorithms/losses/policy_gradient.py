@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
+from rlhf_dist.algorithms.losses.advantage_clip import check_advantage_clip, clipped_advantages
 from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
 from rlhf_dist.algorithms.losses.correction import Correction, check_correction, corrected
 
@@ -23,10 +24,12 @@ class PolicyGradient:
 
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 for none."""
+    advantage_clip: float = 0.0
+    """Advantages are cut to +-this; 0 for no bound."""
     average: TokenAverage = "tokens"
-    """tokens, or rows (see average.py)."""
+    """tokens, rows, rows_with_tokens or groups (see average.py)."""
     row_divisor: float = 0.0
-    """With average="rows": a constant to divide each row's sum by; 0 for the row's own token count."""
+    """With an average over rows: a constant to divide each row's sum by; 0 for the row's own token count."""
     correction: Correction = "none"
     """Weight of a token by how likely the current policy would have sampled it (see correction.py)."""
     correction_cap: float = 2.0
@@ -35,6 +38,7 @@ class PolicyGradient:
     def __post_init__(self) -> None:
         check_average(self.average, self.row_divisor)
         check_correction(self.correction, self.correction_cap)
+        check_advantage_clip(self.advantage_clip)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -46,7 +50,7 @@ class PolicyGradient:
 
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         assert model.log_probs is not None, "policy_gradient asked for log_probs"
-        loss = -rows["advantages"] * model.log_probs
+        loss = -clipped_advantages(rows["advantages"], self.advantage_clip) * model.log_probs
         off_policy: dict[str, Tensor] = {}
         if self.correction != "none":
             loss, off_policy = corrected(loss, model.log_probs, rows, self.correction, self.correction_cap)
@@ -62,6 +66,7 @@ class PolicyGradient:
 def policy_gradient(
     *,
     entropy_coef: float = 0.0,
+    advantage_clip: float = 0.0,
     average: TokenAverage = "tokens",
     row_divisor: float = 0.0,
     correction: Correction = "none",
@@ -70,6 +75,7 @@ def policy_gradient(
     """`policy_gradient(average="rows", row_divisor=1)` is REINFORCE over whole responses."""
     return PolicyGradient(
         entropy_coef=entropy_coef,
+        advantage_clip=advantage_clip,
         average=average,
         row_divisor=row_divisor,
         correction=correction,
