@@ -29,7 +29,7 @@ class GRPO:
     """What the loss is averaged over: all tokens (DAPO), responses (the GRPO paper), responses with a counted token, or
     prompts."""
     row_divisor: float = 0.0
-    """With an average over rows: divide each response's sum by this and not by its length (Dr. GRPO); 0 for its length."""
+    """With an average over rows: divide each response's sum by this (Dr. GRPO); 0 for its own length."""
     kl_coef: float = 0.02
     """Weight of the KL estimate in the loss; 0 for none, and then no reference is held."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"

@@ -164,6 +164,33 @@ def test_a_mistake_in_the_batch_names_the_recipes_line(model: Path) -> None:
     assert failure("ppo", model, "algorithm.mini_batches=3").startswith("ppo.py:")
 
 
+@pytest.mark.parametrize(("recipe", "op"), [("grpo", "grpo_advantage"), ("iterative_dpo", "keep_best_and_worst")])
+def test_a_group_of_one_is_refused_where_groups_are_compared(model: Path, recipe: str, op: str) -> None:
+    text = failure(recipe, model, "algorithm.samples_per_prompt=1")
+    assert text.startswith(f"{recipe}.py:") and f"{op} compares the responses to a prompt" in text
+    assert text.endswith("got 1: it would never teach anything; set algorithm.samples_per_prompt to 2 or more")
+    assert plan(recipe, model, "algorithm.samples_per_prompt=2") and plan("ppo", model)
+
+
+GROUPS_OF_ONE = """
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Prompts, Reward
+from rlhf_dist.algorithms import policy_gradient
+from rlhf_dist.transforms import rloo_advantage
+
+@recipe
+def rloo(prompts: Prompts, actor: Actor, reward: Reward) -> None:
+    batch = rloo_advantage(reward.compute_reward(actor.generate_sequences(prompts)))
+    actor.update_actor(batch, loss=policy_gradient())
+"""
+
+
+def test_a_group_of_one_in_a_users_recipe_names_the_argument(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rloo.py").write_text(GROUPS_OF_ONE)
+    text = failure("rloo.py", model)
+    assert "rloo_advantage compares" in text and "set n of generate_sequences in the recipe to 2 or more" in text
+
+
 # --- placement -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("overrides", "expected"),

@@ -24,6 +24,7 @@ token may add; it is off unless set, since what is cut gives no gradient.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -97,8 +98,10 @@ def adapted_kl_coef(coef: float, kl: float, *, target: float, gain: float = 0.1,
     """The next KL coefficient: larger when the measured KL is above `target` (nats per row), smaller when below.
 
     coef * (1 + gain * clip(kl / target - 1, -largest_error, largest_error)); Ziegler et al. 2019
-    (arXiv 1909.08593), section 2.2. Raises ValueError if target is not positive.
+    (arXiv 1909.08593), section 2.2. Raises ValueError if target is not positive or the measured KL not finite.
     """
+    if not math.isfinite(kl):
+        raise ValueError(f"the measured KL must be a finite number of nats, got {kl}; look at the log-probs")
     if target <= 0:
         raise ValueError(f"the KL target must be > 0 nats, got {target}")
     error = min(max(kl / target - 1.0, -largest_error), largest_error)

@@ -17,10 +17,12 @@ from rlhf_dist.metrics import Mean
 def numbers(batch: Batch, name: str) -> FloatArray:
     """The column's values as float32: [B] or flat [N].
 
-    Raises ValueError naming the column and the rows where a value is NaN or infinite.
+    Raises ValueError naming the column and the rows where a value is NaN, or infinite as float32.
     """
     column = batch[name]
-    finite = np.isfinite(column.values)
+    with np.errstate(over="ignore"):  # said below, with the rows
+        values = np.asarray(column.values, dtype=np.float32)
+    finite = np.isfinite(values)
     if not finite.all():
         where = np.flatnonzero(~finite)
         rows = np.unique(where if column.offsets is None else row_of_token(column.offsets)[where])
@@ -29,7 +31,7 @@ def numbers(batch: Batch, name: str) -> FloatArray:
             f"column {name!r} must hold finite numbers, got {column.values[where[0]]} in {len(rows)} of "
             f"{batch.num_rows} rows (row {shown}); look at the op that wrote {name!r}"
         )
-    return np.asarray(column.values, dtype=np.float32)
+    return values
 
 
 def tokens(batch: Batch, name: str) -> FloatArray:

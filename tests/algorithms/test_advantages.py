@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,6 +76,18 @@ def test_gae_equals_the_loop_of_the_paper(rows, gamma: float, lam: float) -> Non
 GROUPS = np.array([0, 1, 0, 1, 0])
 
 
+def test_group_relative_takes_the_other_standard_deviations() -> None:
+    rewards = f32(1, 5, 2, 5, 3)
+    # Group 0 is 1, 2, 3: squares 2, over n - 1 = 2; group 1 is equal.
+    np.testing.assert_allclose(group_relative(rewards, GROUPS, ddof=1), [-1, 0, 0, 0, 1], rtol=1e-5)
+    # All rewards: mean 3.2, squares 4.84 + 3.24 + 1.44 + 3.24 + 0.04 = 12.8, over n = 5 or n - 1 = 4.
+    for ddof, variance in ((0, 12.8 / 5), (1, 12.8 / 4)):
+        found = group_relative(rewards, GROUPS, scale_over="batch", ddof=ddof)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, np.array([-1, 0, 0, 0, 1]) / math.sqrt(variance), rtol=1e-5)
+    assert not group_relative(f32(4), np.array([0]), ddof=1).any(), "a group of one is 0, not NaN"
+    assert not group_relative(f32(4), np.array([0]), ddof=1, scale_over="batch").any()
+
+
 def test_group_relative_with_and_without_the_standard_deviation() -> None:
     rewards = f32(1, 5, 2, 5, 3)
     std = np.sqrt(2 / 3)
@@ -101,6 +115,20 @@ def test_whiten_counts_only_counted_tokens() -> None:
     whitened = whiten(f32(1, 100, 3), np.array([1, 0, 1]))
     np.testing.assert_allclose(whitened, [-1, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(whiten(f32(1, 100, 3), np.array([1, 0, 1]), centre=False), [1, 0, 3], rtol=1e-6)
+
+
+def test_whiten_without_centring_leaves_the_mean_where_it_is() -> None:
+    # Mean 2.5, distances +-1.5 and +-0.5, variance 1.25: 2.5 -+ 1.5 / sqrt(1.25) and 2.5 -+ 0.5 / sqrt(1.25).
+    kept = whiten(f32(1, 2, 3, 4, 99), np.array([1, 1, 1, 1, 0]), centre=False)
+    np.testing.assert_allclose(kept, [1.1583592, 2.0527864, 2.9472136, 3.8416408, 0], rtol=1e-6)
+    np.testing.assert_allclose([kept[:4].mean(), kept[:4].std()], [2.5, 1], rtol=1e-6)
+
+
+def test_whiten_with_divisor_n_minus_1() -> None:
+    # Squares 2.25 + 0.25 + 0.25 + 2.25 = 5; 5 / 3 in place of 5 / 4.
+    expected = np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(5 / 3)
+    np.testing.assert_allclose(whiten(f32(1, 2, 3, 4), np.ones(4), ddof=1), expected, rtol=1e-6)
+    assert whiten(f32(7, 9), np.array([1, 0]), ddof=1).tolist() == [0, 0], "one entry has no spread, and no NaN"
 
 
 @pytest.mark.parametrize("values", [[], [0.1, 0.1, 0.1], [5.0]])

@@ -33,6 +33,14 @@ LOSSES: list[Loss] = [
     ppo_clip(average="rows", row_divisor=7.0),
     ppo_clip(correction="sequence", correction_cap=1.5),
     ppo_clip(on_policy=True, correction="masked"),
+    ppo_clip(average="groups", kl_coef=0.1, kl_estimator="abs", kl_cap=0.5, advantage_clip=0.7),
+    ppo_clip(average="rows_with_tokens", old="sampled"),
+    policy_gradient(average="groups", advantage_clip=0.5),
+    value_clip(0.2, coef=1.0, average="rows_with_tokens"),
+    value_clip(0.2, average="groups"),
+    nll(weighted=True, average="groups"),
+    dpo(0.3, label_smoothing=0.1, smoothing="robust", length_normalised=True),
+    ipo(0.2, length_normalised=True),
     policy_gradient(entropy_coef=0.1),
     policy_gradient(correction="token"),
     policy_gradient(average="rows", row_divisor=1.0),
@@ -92,8 +100,10 @@ def summed(
         **{name: outputs[name][first:last] if name in PER_ROW else outputs[name][begin:end] for name in loss.outputs}
     )
     value, metrics = loss(model, rows)
-    sizes = {"tokens": end - begin, "rows": last - first, "groups": len(set(groups))}
-    assert value.shape == (sizes[loss.average],)
+    sizes = {"tokens": end - begin, "groups": len(set(groups))}
+    assert value.shape == (sizes.get(loss.average, last - first),)
+    if loss.average == "rows_with_tokens":
+        assert not value[rows.sum_tokens(rows.mask) == 0].any(), "what is not counted must not weigh"
     assert all(metric.shape == value.shape and not metric.requires_grad for metric in metrics.values())
     weight = rows.mask if loss.average == "tokens" else torch.ones_like(value)
     return (value * weight).sum(), {name: (metric * weight).sum() for name, metric in metrics.items()}

@@ -191,3 +191,78 @@ def test_a_group_that_is_no_pair_is_an_error() -> None:
 def test_impossible_settings_are_refused(build) -> None:
     with pytest.raises(ValueError, match="must be|got"):
         build()
+
+
+def test_averages_over_groups_and_over_rows_with_tokens() -> None:
+    # Group 0: rows of 2 and 1 counted tokens, group 1: a row of 1 and one without any.
+    rows = make_rows([2, 2, 1, 1], [0, 0, 1, 1], tokens(1, 1, 1, 0, 1, 0), {"advantages": tokens(1, 3, 5, 99, 7, 99)})
+    output = model(log_probs=tokens(*[-1.0] * 6))
+    # The loss of a token is its advantage here.
+    groups, _ = policy_gradient(average="groups")(output, rows)
+    torch.testing.assert_close(groups, tokens((1 + 3 + 5) / 3, 7))
+    with_tokens, _ = policy_gradient(average="rows_with_tokens")(output, rows)
+    torch.testing.assert_close(with_tokens, tokens(2, 5, 7, 0))
+    with pytest.raises(ValueError, match="an average over rows"):
+        policy_gradient(average="groups", row_divisor=2)
+
+
+def test_sums_over_tokens_never_see_what_does_not_count() -> None:
+    rows = make_rows([2, 1], [0, 1], tokens(1, 0, 1), {})
+    absurd = tokens(2, math.nan, 5)
+    torch.testing.assert_close(rows.sum_tokens(absurd), tokens(2, 5))
+    torch.testing.assert_close(rows.mean_tokens(absurd), tokens(2, 5))
+
+
+def test_ppo_clip_cuts_advantages() -> None:
+    output, rows = ratio_rows([1.0, 1.0, 1.0], [5, -5, 1])
+    torch.testing.assert_close(ppo_clip(advantage_clip=2.0)(output, rows)[0], tokens(-2, 2, -1))
+
+
+def test_ppo_clip_may_take_the_ratio_to_the_policy_as_sampled() -> None:
+    output, rows = ratio_rows([1.5, 0.5], [1, 1], rollout_log_probs=tokens(math.log(1.5), math.log(0.25)))
+    loss_function = ppo_clip(old="sampled")
+    assert loss_function.reads == ("rollout_log_probs", "advantages")
+    loss, metrics = loss_function(output, rows)
+    torch.testing.assert_close(loss, tokens(-1.0, -1.2))  # ratios 1 and 2, the second clipped
+    torch.testing.assert_close(metrics["ratio"], tokens(1, 2))
+    for wrong in ({"on_policy": True}, {"correction": "token"}):
+        with pytest.raises(ValueError, match="it would count twice"):
+            ppo_clip(old="sampled", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_kl_cap_bounds_loss_and_metric_and_the_mean_log_ratio_stands_beside() -> None:
+    # pi is 20 nats below the reference at the first token, equal at the second.
+    output, rows = ratio_rows([1.0, 1.0], [0, 0], ref_log_probs=tokens(20.0, 0.0))
+    plain, reported = ppo_clip(kl_coef=1.0)(output, rows)
+    assert plain[0] > 4.8e8 and reported["ref_kl_k3"][0] > 4.8e8
+    torch.testing.assert_close(reported["ref_kl"], tokens(-20.0, 0.0))
+    capped, metrics = ppo_clip(kl_coef=1.0, kl_cap=10.0)(output, rows)
+    torch.testing.assert_close(capped, tokens(10.0, 0.0))
+    torch.testing.assert_close(metrics["ref_kl_k3"], tokens(10.0, 0.0))
+    torch.testing.assert_close(metrics["ref_kl"], tokens(-20.0, 0.0))
+
+
+def test_value_loss_with_another_factor_and_average() -> None:
+    rows = make_rows([2, 1], [0, 1], tokens(1, 1, 1), {"returns": tokens(1, 3, 2)})
+    output = model(values=tokens(0, 0, 0))
+    torch.testing.assert_close(value_clip(0, coef=1.0)(output, rows)[0], tokens(1, 9, 4))
+    torch.testing.assert_close(value_clip(0, average="rows")(output, rows)[0], tokens(2.5, 2))
+
+
+def test_ipo_over_mean_log_ratios() -> None:
+    # Mean log-ratios of the rows: 0.5, -0.25, 0, 1; delta 0.75 and 1; drawn 1 / (2 * 0.5) = 1 apart.
+    loss, _ = ipo(0.5, length_normalised=True)(model(log_probs=PAIR_LOG_PROBS), pair_rows(ref_log_probs=PAIR_REF))
+    torch.testing.assert_close(loss, tokens(0.0625, 0.0))
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
+    rows, output = pair_rows(ref_log_probs=PAIR_REF), model(log_probs=PAIR_LOG_PROBS)
+    robust = dpo(0.4, label_smoothing=0.1, smoothing="robust")
+    loss, _ = robust(output, rows)
+    expected = (0.9 * sigmoid_loss(0.4) - 0.1 * sigmoid_loss(-0.4)) / 0.8
+    torch.testing.assert_close(loss[1], tokens(expected)[0])
+    # A label flipped one time in ten: the mean is the loss of the right label.
+    flipped_label = (0.9 * sigmoid_loss(-0.4) - 0.1 * sigmoid_loss(0.4)) / 0.8
+    assert 0.9 * expected + 0.1 * flipped_label == pytest.approx(sigmoid_loss(0.4))
+    with pytest.raises(ValueError, match="'conservative' or 'robust'"):
+        dpo(smoothing="hard")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.algorithms import bradley_terry, dpo, nll, policy_gradient, ppo_clip, value_clip
+from rlhf_dist.algorithms import bradley_terry, dpo, ipo, nll, policy_gradient, ppo_clip, value_clip
 from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows
 from rlhf_dist.batch import Batch, Column
 from tests.engines.losses import make_batch
@@ -101,6 +101,8 @@ def plain_mean(loss: Loss, batch: Batch, outputs: ModelOutput) -> Tensor:
         num_groups=len(set(groups.tolist())),
     )
     values, _ = loss(outputs, rows)
+    if loss.average == "rows_with_tokens":
+        return values.sum() / (rows.sum_tokens(rows.mask) > 0).sum()
     return (values * rows.mask).sum() / rows.mask.sum() if loss.average == "tokens" else values.mean()
 
 
@@ -150,6 +152,12 @@ LOSSES: dict[str, tuple[Loss, Plain | None]] = {
     "policy_gradient rows": (policy_gradient(average="rows", row_divisor=1), None),
     "value_clip": (value_clip(0.2), None),
     "bradley_terry": (bradley_terry(), None),
+    "ppo_clip groups capped": (
+        ppo_clip(average="groups", kl_coef=0.1, kl_cap=0.2, advantage_clip=1.0, old="recomputed"),
+        None,
+    ),
+    "value_clip rows with tokens": (value_clip(0.2, coef=1.0, average="rows_with_tokens"), None),
+    "ipo mean": (ipo(0.5, length_normalised=True), None),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from rlhf_dist.dataflow.host import HostOp, as_result
 from rlhf_dist.metrics import Mean
 from rlhf_dist.transforms import (
     best_of_group,
+    clip_rewards,
     drop_equal_groups,
     gae,
     grpo_advantage,
@@ -24,13 +26,18 @@ from rlhf_dist.transforms import (
     remax_advantage,
     rloo_advantage,
     whiten,
+    whiten_rewards,
 )
 
 CALLS: dict[str, tuple[HostOp[Any, Any], dict[str, Any]]] = {
     "gae": (gae, {"gamma": 0.9, "lam": 0.95}),
     "gae with everything": (gae, {"gamma": 0.9, "lam": 0.95, "kl_coef": 0.1, "dense": True}),
     "whiten": (whiten, {}),
+    "whiten as a peer does": (whiten, {"centre": False, "ddof": 1}),
+    "whiten_rewards": (whiten_rewards, {}),
+    "clip_rewards": (clip_rewards, {"low": -0.5, "high": 0.5}),
     "grpo_advantage": (grpo_advantage, {}),
+    "grpo_advantage over the batch": (grpo_advantage, {"scale_over": "batch", "ddof": 1}),
     "rloo_advantage": (rloo_advantage, {"kl_coef": 0.1}),
     "remax_advantage": (remax_advantage, {"kl_coef": 0.1}),
     "lagrangian_advantage": (lagrangian_advantage, {"lam": 0.5}),
@@ -80,6 +87,11 @@ def test_gae_puts_kl_and_terminal_reward_where_they_belong() -> None:
     np.testing.assert_allclose(result.columns["advantages"].values, [1.55, 1.1, 0], rtol=1e-6)
     assert result.columns["returns"].lengths.tolist() == [3, 0]
     assert result.metrics["ref_kl"] == Mean(-0.5, 2.0)
+    k3 = (math.exp(-0.5) - 0.5) + (math.e - 2)
+    assert result.metrics["ref_kl_k3"].value == pytest.approx(k3 / 2)
+    # Squared: -0.1 * 0.125 and -0.1 * 0.5, the second cut to 0.25 nats.
+    squared = as_result(gae(batch, gamma=1.0, lam=0.0, kl_coef=0.1, kl_estimator="k2", kl_cap=0.25))
+    np.testing.assert_allclose(squared.columns["returns"].values, [1 - 0.0125, 2 - 0.025, 0], rtol=1e-6)
     assert result.metrics["reward"] == Mean(7.0, 2.0)
     assert result.metrics["rows_without_tokens"].value == 1
 
@@ -145,7 +157,7 @@ def test_a_column_cut_otherwise_than_the_responses_is_an_error() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), pairs=st.integers(1, 5), cut=st.integers(0, 5))
-@pytest.mark.parametrize("name", [name for name, (op, _) in CALLS.items() if op.scope != "batch"])
+@pytest.mark.parametrize("name", [name for name, (op, arguments) in CALLS.items() if op.scope_of(arguments) != "batch"])
 def test_cutting_by_rows_or_groups_does_not_change_the_result(name: str, seed: int, pairs: int, cut: int) -> None:
     op, arguments = CALLS[name]
     lengths = np.random.default_rng(seed).integers(0, 4, 2 * pairs).tolist()
@@ -192,12 +204,35 @@ def test_rloo_and_remax_take_the_kl_of_the_whole_response_off_the_reward() -> No
     np.testing.assert_allclose(remax, [0.7, 0.7, 0, 1], rtol=1e-6)
     rloo = as_result(rloo_advantage(batch, kl_coef=0.1)).columns["advantages"].values
     np.testing.assert_allclose(rloo, [-0.3, -0.3, 0, 0.3], rtol=1e-6)
+    # Log-ratios 1, 2 and 0 over the counted tokens: k2 is 0.5 + 2 in the first row.
+    result = as_result(remax_advantage(batch, kl_coef=0.1, kl_estimator="k2"))
+    np.testing.assert_allclose(result.columns["advantages"].values, [0.75, 0.75, 0, 1], rtol=1e-6)
+    assert result.metrics["ref_kl"] == Mean(3.0, 3.0)
+    assert as_result(rloo_advantage(batch, kl_coef=0.1)).metrics["ref_kl"] == Mean(3.0, 3.0)
+
+
+def test_rewards_cut_and_brought_to_one_scale() -> None:
+    batch = Batch({"rewards": Column.dense([1, 2, 3, 4], np.float32)})
+    cut = as_result(clip_rewards(batch, low=1.5, high=3))
+    assert cut.columns["rewards"].values.tolist() == [1.5, 2, 3, 3]
+    assert cut.metrics["clipped_rewards"] == Mean(2.0, 4.0)
+    kept = as_result(whiten_rewards(batch)).columns["rewards"].values
+    np.testing.assert_allclose(kept, [1.1583592, 2.0527864, 2.9472136, 3.8416408], rtol=1e-6)
+    centred = as_result(whiten_rewards(batch, centre=True, ddof=1)).columns["rewards"].values
+    np.testing.assert_allclose(centred, np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(5 / 3), rtol=1e-6)
+
+
+def test_a_number_that_float32_cannot_hold_is_an_error() -> None:
+    batch = Batch({"rewards": Column.dense([1.0, 1e300], np.float64)})
+    with pytest.raises(ValueError, match=r"column 'rewards' must hold finite numbers, got 1e\+300 in 1 of 2 rows"):
+        clip_rewards(batch, low=0, high=1)
 
 
 def test_whiten_covers_the_whole_batch() -> None:
     batch = random_batch([4, 0, 5], seed=3)
     whitened = as_result(whiten(batch)).columns["advantages"].values[batch["response_mask"].values > 0]
-    assert whiten.scope == "batch"
+    assert whiten.scope_of({}) == grpo_advantage.scope_of({"scale_over": "batch"}) == "batch"
+    assert grpo_advantage.scope_of({}) == "groups"
     np.testing.assert_allclose([whitened.mean(), whitened.std()], [0, 1], atol=1e-6)
 
 
