@@ -23,17 +23,19 @@ class GRPO:
     """The probability ratio is cut at 1 - clip and 1 + clip."""
     clip_high: float | None = None
     """Cut at 1 + clip_high from above instead (DAPO); None: as below."""
-    ratio: Literal["token", "sequence"] = "token"
-    """One ratio a token, or the geometric mean of a response's (GSPO)."""
+    ratio: Literal["token", "sequence", "sequence_token"] = "token"
+    """One ratio a token, or the geometric mean of a response's (GSPO; GSPO-token)."""
     average: Literal["tokens", "rows", "rows_with_tokens", "groups"] = "tokens"
     """What the loss is averaged over: all tokens (DAPO), responses (the GRPO paper), responses with a counted token, or
     prompts."""
     row_divisor: float = 0.0
     """With an average over rows: divide each response's sum by this (Dr. GRPO); 0 for its own length."""
     kl_coef: float = 0.02
-    """Weight of the KL estimate in the loss; 0 for none, and then no reference is held."""
+    """Weight of the KL estimate; 0 for none, and then no reference is held."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL estimate is put: into the loss of each token, or summed over the response into its reward."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
-    """Estimator of the KL in the loss."""
+    """Estimator of the KL. In the loss k2 or k3 (the gradient of k1 is 0 in expectation), in the reward k1."""
     kl_cap: float = 0.0
     """Largest KL estimate of a token, nats; a token above it gives no gradient of the KL; 0 for none."""
     scale: bool = True
@@ -44,6 +46,8 @@ class GRPO:
     """The standard deviation has divisor n - ddof."""
     eps: float = 1e-6
     """Added to the standard deviation."""
+    old: Literal["recomputed", "sampled"] = "recomputed"
+    """The policy below the ratio: as the trainer computes it before the updates, or as the sampler drew with."""
     advantage_clip: float = 0.0
     """Advantages are cut to +-this; 0 for no bound."""
     correction: Literal["none", "token", "sequence", "masked"] = "none"
@@ -58,23 +62,27 @@ def grpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, c
     """GRPO with a KL term towards the reference."""
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
     one_update = cfg.mini_batches * cfg.epochs == 1
-    if not one_update:
+    in_loss, in_reward = (cfg.kl_coef, 0.0) if cfg.kl_in == "loss" else (0.0, cfg.kl_coef)
+    if in_reward or (cfg.old == "recomputed" and not one_update):
         batch = actor.compute_log_prob(batch)
     if cfg.kl_coef:
         batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
-    batch = grpo_advantage(batch, scale=cfg.scale, scale_over=cfg.scale_over, ddof=cfg.ddof, eps=cfg.eps)
+    estimate = {"kl_estimator": cfg.kl_estimator, "kl_cap": cfg.kl_cap}
+    deviation = {"scale": cfg.scale, "scale_over": cfg.scale_over, "ddof": cfg.ddof, "eps": cfg.eps}
+    batch = grpo_advantage(batch, kl_coef=in_reward, **estimate, **deviation)
     loss = ppo_clip(
         cfg.clip,
         clip_high=cfg.clip_high,
         ratio=cfg.ratio,
         average=cfg.average,
         row_divisor=cfg.row_divisor,
-        kl_coef=cfg.kl_coef,
+        kl_coef=in_loss,
         kl_estimator=cfg.kl_estimator,
         kl_cap=cfg.kl_cap,
         advantage_clip=cfg.advantage_clip,
-        on_policy=one_update,
+        old=cfg.old,
+        on_policy=one_update and cfg.old == "recomputed",
         correction=cfg.correction,
         correction_cap=cfg.correction_cap,
     )

@@ -56,6 +56,19 @@ def test_sequence_ratio_is_the_geometric_mean_of_the_row() -> None:
     torch.testing.assert_close(metrics["ratio"], tokens(1.0, 1.1**1.5))
 
 
+def test_a_sequence_ratio_may_keep_each_tokens_own_gradient() -> None:
+    # Ratios 2 and 0.5: geometric mean 1. A_1 = 3, A_2 = 5: the mean's gradient is shared, -(3 + 5) / 2 each.
+    gradients = []
+    for ratio in ("sequence", "sequence_token"):
+        output, rows = ratio_rows([2.0, 0.5], [3, 5])
+        assert output.log_probs is not None
+        loss, _ = ppo_clip(ratio=ratio)(model(log_probs=output.log_probs.requires_grad_()), rows)  # type: ignore[arg-type]
+        gradients += torch.autograd.grad(loss.sum(), output.log_probs)
+    shared, own = gradients
+    torch.testing.assert_close(shared, tokens(-4, -4))
+    torch.testing.assert_close(own, tokens(-3, -5))
+
+
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.3), ("k2", 0.045), ("k3", math.exp(-0.3) - 1 + 0.3)])
 def test_ppo_clip_adds_kl_and_takes_off_entropy(estimator: str, expected: float) -> None:
     loss_function = ppo_clip(kl_coef=0.1, kl_estimator=estimator, entropy_coef=0.01)  # type: ignore[arg-type]

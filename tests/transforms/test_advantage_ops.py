@@ -208,7 +208,12 @@ def test_rloo_and_remax_take_the_kl_of_the_whole_response_off_the_reward() -> No
     result = as_result(remax_advantage(batch, kl_coef=0.1, kl_estimator="k2"))
     np.testing.assert_allclose(result.columns["advantages"].values, [0.75, 0.75, 0, 1], rtol=1e-6)
     assert result.metrics["ref_kl"] == Mean(3.0, 3.0)
-    assert as_result(rloo_advantage(batch, kl_coef=0.1)).metrics["ref_kl"] == Mean(3.0, 3.0)
+    result = as_result(rloo_advantage(batch, kl_coef=0.1))
+    assert result.metrics["ref_kl"] == Mean(3.0, 3.0)
+    assert result.metrics["zero_variance_groups"] == Mean(1.0, 1.0), "the rewards are equal, whatever the penalty"
+    # Rewards 0.7 and 1 less their mean.
+    grpo = as_result(grpo_advantage(batch, kl_coef=0.1, scale=False))
+    np.testing.assert_allclose(grpo.columns["advantages"].values, [-0.15, -0.15, 0, 0.15], rtol=1e-5)
 
 
 def test_rewards_cut_and_brought_to_one_scale() -> None:

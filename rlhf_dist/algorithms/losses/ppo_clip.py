@@ -6,6 +6,7 @@
     clip_high > clip_low   "clip higher"                                        DAPO, 2503.14476, eq. 10
     dual_clip = c          where A_t < 0:  L_t = min(L_t, -c A_t)               Ye et al. 2020, 1912.09729, eq. 5
     ratio = "sequence"     rho_t = exp(mean over the row of log rho), all t     GSPO, 2507.18071, eq. 7
+    "sequence_token"       the same number, but token t's gradient is its own   GSPO-token, eqs. 13, 14
     kl_coef = beta         L_t + beta * KL estimate of (pi, pi_ref)             GRPO, 2402.03300, eqs. 3, 4 (k3)
     kl_cap = c             the estimate is cut to [-c, c] for each token, which then gives no gradient of the KL
     entropy_coef = c       L_t - c * H_t                                        PPO, eq. 9
@@ -29,6 +30,9 @@ from rlhf_dist.algorithms.losses.correction import Correction, check_correction,
 if TYPE_CHECKING:
     from torch import Tensor
 
+Ratio = Literal["token", "sequence", "sequence_token"]
+RATIOS: tuple[str, ...] = ("token", "sequence", "sequence_token")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PpoClip:
@@ -41,8 +45,9 @@ class PpoClip:
     """The ratio is cut at 1 + clip_high from above."""
     dual_clip: float = 0.0
     """Largest ratio that counts where the advantage is negative, > 1; 0 for no such bound."""
-    ratio: Literal["token", "sequence"] = "token"
-    """One ratio per token, or the geometric mean of a row's ratios for all its tokens."""
+    ratio: Ratio = "token"
+    """One ratio per token, or the geometric mean of a row's ratios for all its tokens: with the gradient of that mean,
+    or of each token by itself (the same sum where a row's advantages are one number)."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss; 0 for none."""
     kl_estimator: KlEstimator = "k3"
@@ -72,8 +77,8 @@ class PpoClip:
             raise ValueError(f"clip_low must be in (0, 1] and clip_high > 0, got {self.clip_low} and {self.clip_high}")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError(f"dual_clip must be > 1, or 0 for none, got {self.dual_clip}")
-        if self.ratio not in ("token", "sequence"):
-            raise ValueError(f"ratio must be 'token' or 'sequence', got {self.ratio!r}")
+        if self.ratio not in RATIOS:
+            raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {self.ratio!r}")
         check_average(self.average, self.row_divisor)
         check_correction(self.correction, self.correction_cap)
         check_kl(self.kl_estimator, self.kl_cap)
@@ -139,8 +144,9 @@ class PpoClip:
 
     def _ratio(self, log_probs: Tensor, old_log_probs: Tensor, rows: Rows) -> Tensor:
         log_ratio = log_probs - old_log_probs
-        if self.ratio == "sequence":
-            log_ratio = rows.mean_tokens(log_ratio)[rows.row_of_token]
+        if self.ratio != "token":
+            mean = rows.mean_tokens(log_ratio)[rows.row_of_token]
+            log_ratio = mean if self.ratio == "sequence" else mean.detach() + log_probs - log_probs.detach()
         return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
@@ -154,7 +160,7 @@ def ppo_clip(
     *,
     clip_high: float | None = None,
     dual_clip: float = 0.0,
-    ratio: Literal["token", "sequence"] = "token",
+    ratio: Ratio = "token",
     kl_coef: float = 0.0,
     kl_estimator: KlEstimator = "k3",
     kl_cap: float = 0.0,
