@@ -22,6 +22,9 @@ COST = f"{Path(__file__).parent}/digit_reward.py:letters"
 ROLLOUT = ("actor.rollout.max_response_tokens=8", f"reward.function={REWARD}", "actor.optimizer.lr=1e-3")
 TRANSFORMERS = ("actor.rollout.engine=transformers", *ROLLOUT)
 
+GENERATING = {"reward/reward", "reward/reward_std", "actor/response_tokens", "actor/longest_response"}
+"""What every recipe that generates reports."""
+
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
@@ -70,6 +73,8 @@ def test_ppo_through_vllm(launch: Launch, tmp_path: Path, model: Path) -> None:
     settings = ("algorithm.samples_per_prompt=2", "algorithm.mini_batches=2", "output.rollouts_every=1")
     summary = launch("ppo", *ROLLOUT, *settings)
     assert finite(summary)
+    assert GENERATING | {"gae/ref_kl", "gae/ref_kl_k3", "actor/old_kl", "actor/old_kl_k3"} <= summary["last"].keys()
+    assert 0 < summary["last"]["actor/response_tokens"] <= summary["last"]["actor/longest_response"] <= 8
     assert moved(tmp_path / "ppo/models/actor", model) and moved(tmp_path / "ppo/models/critic", model)
     dump = Batch.read_parquet(tmp_path / "ppo/rollouts/step_000001.parquet")
     assert dump.num_rows == 8 and {"prompt", "response", "rewards", "policy_version"} <= set(dump)
@@ -86,7 +91,8 @@ def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(laun
 
 def test_remax_subtracts_the_greedy_response(launch: Launch) -> None:
     summary = launch("remax", *TRANSFORMERS)
-    assert finite(summary) and "remax_advantage/baseline_reward" in summary["last"]
+    assert finite(summary)
+    assert GENERATING | {"remax_advantage/baseline_reward", "remax_advantage/ref_kl"} <= summary["last"].keys()
 
 
 def test_iterative_dpo_makes_pairs_of_its_own_responses(launch: Launch) -> None:
