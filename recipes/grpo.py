@@ -6,7 +6,7 @@ from typing import Literal
 from rlhf_dist.algorithms import ppo_clip
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
-from rlhf_dist.transforms import grpo_advantage
+from rlhf_dist.transforms import grpo_advantage, mask_cut_responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class GRPO:
     """The policy below the ratio: as the trainer computes it before the updates, or as the sampler drew with."""
     advantage_clip: float = 0.0
     """Advantages are cut to +-this; 0 for no bound."""
+    mask_cut: bool = False
+    """Responses that the token limit cut have no loss; average=rows_with_tokens leaves them out of the count, too."""
     correction: Literal["none", "token", "sequence", "masked"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
     sequence, masked, or none."""
@@ -68,6 +70,8 @@ def grpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, c
     if cfg.kl_coef:
         batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
+    if cfg.mask_cut:
+        batch = mask_cut_responses(batch)
     estimate = {"kl_estimator": cfg.kl_estimator, "kl_cap": cfg.kl_cap}
     deviation = {"scale": cfg.scale, "scale_over": cfg.scale_over, "ddof": cfg.ddof, "eps": cfg.eps}
     batch = grpo_advantage(batch, kl_coef=in_reward, **estimate, **deviation)

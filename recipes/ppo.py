@@ -6,7 +6,7 @@ from typing import Literal
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
-from rlhf_dist.transforms import gae, whiten
+from rlhf_dist.transforms import gae, penalise_cut_responses, whiten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class PPO:
     """Bring the advantages of the step to mean 0 and standard deviation 1."""
     ddof: Literal[0, 1] = 0
     """That standard deviation has divisor n - ddof."""
+    cut_penalty: float = 0.0
+    """Taken off the reward of a response that the token limit cut, reward units; 0 for none."""
     critic_warmup: int = 0
     """Steps in which only the critic learns."""
     correction: Literal["none", "token", "sequence", "masked"] = "none"
@@ -58,6 +60,8 @@ def ppo(prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, re
     batch = critic.compute_values(batch)
     batch = reference.compute_ref_log_prob(batch)
     batch = reward.compute_reward(batch)
+    if cfg.cut_penalty:
+        batch = penalise_cut_responses(batch, penalty=cfg.cut_penalty)
     penalty = {"kl_coef": cfg.kl_coef, "kl_estimator": cfg.kl_estimator, "kl_cap": cfg.kl_cap}
     batch = gae(batch, gamma=cfg.gamma, lam=cfg.lam, **penalty)
     if cfg.whiten:

@@ -1,5 +1,6 @@
 """Host ops that recipes use between roles: advantages, whitening, pairs and filters. Nothing here imports torch."""
 
+from rlhf_dist.transforms.cut_responses import mask_cut_responses, penalise_cut_responses
 from rlhf_dist.transforms.gae import gae
 from rlhf_dist.transforms.grpo_advantage import grpo_advantage
 from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
@@ -17,6 +18,8 @@ __all__ = [
     "grpo_advantage",
     "keep_best_and_worst",
     "lagrangian_advantage",
+    "mask_cut_responses",
+    "penalise_cut_responses",
     "remax_advantage",
     "rloo_advantage",
     "whiten",

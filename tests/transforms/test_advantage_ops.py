@@ -23,6 +23,8 @@ from rlhf_dist.transforms import (
     grpo_advantage,
     keep_best_and_worst,
     lagrangian_advantage,
+    mask_cut_responses,
+    penalise_cut_responses,
     remax_advantage,
     rloo_advantage,
     whiten,
@@ -36,6 +38,8 @@ CALLS: dict[str, tuple[HostOp[Any, Any], dict[str, Any]]] = {
     "whiten as a peer does": (whiten, {"centre": False, "ddof": 1}),
     "whiten_rewards": (whiten_rewards, {}),
     "clip_rewards": (clip_rewards, {"low": -0.5, "high": 0.5}),
+    "mask_cut_responses": (mask_cut_responses, {}),
+    "penalise_cut_responses": (penalise_cut_responses, {"penalty": 1.0}),
     "grpo_advantage": (grpo_advantage, {}),
     "grpo_advantage over the batch": (grpo_advantage, {"scale_over": "batch", "ddof": 1}),
     "rloo_advantage": (rloo_advantage, {"kl_coef": 0.1}),
@@ -67,6 +71,7 @@ def random_batch(lengths: list[int], seed: int = 0, group: int = 2) -> Batch:
     columns = {name: Column(random.normal(size=offsets[-1]).astype(np.float32), offsets) for name in PER_TOKEN}
     columns |= {name: Column(random.normal(size=rows).astype(np.float32)) for name in PER_ROW}
     columns["response_mask"] = Column(random.integers(0, 2, offsets[-1]).astype(np.uint8), offsets)
+    columns["finished"] = Column(random.integers(0, 2, rows).astype(np.uint8))
     columns["group_id"] = Column(np.arange(rows, dtype=np.int64) // group)
     return Batch(columns)
 
@@ -138,7 +143,7 @@ def test_what_is_no_number_is_an_error_that_names_column_and_row(name: str, bad:
     op, arguments = CALLS[name]
     batch = random_batch([2, 2, 2, 2])
     for column in op.columns(op.reads, arguments):
-        if column in ("response_mask", "group_id"):
+        if column in ("response_mask", "group_id", "finished"):
             continue
         values = batch[column].values.copy()
         values[-1] = bad
@@ -225,6 +230,23 @@ def test_rewards_cut_and_brought_to_one_scale() -> None:
     np.testing.assert_allclose(kept, [1.1583592, 2.0527864, 2.9472136, 3.8416408], rtol=1e-6)
     centred = as_result(whiten_rewards(batch, centre=True, ddof=1)).columns["rewards"].values
     np.testing.assert_allclose(centred, np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(5 / 3), rtol=1e-6)
+
+
+def test_responses_that_were_cut_have_no_loss_or_pay_for_it() -> None:
+    batch = Batch(
+        {
+            "finished": Column.dense([1, 0, 0], np.uint8),
+            "response_mask": ragged([[1, 0], [1, 1], []], "uint8"),
+            "rewards": Column.dense([3, 3, 1], np.float32),
+        }
+    )
+    masked = as_result(mask_cut_responses(batch)).columns["response_mask"]
+    assert masked.values.tolist() == [1, 0, 0, 0] and masked.values.dtype == np.uint8
+    charged = as_result(penalise_cut_responses(batch, penalty=0.5))
+    assert charged.columns["rewards"].values.tolist() == [3, 2.5, 0.5]
+    assert charged.metrics["penalised"] == Mean(2.0, 3.0)
+    with pytest.raises(ValueError, match="must be >= 0, got -1"):
+        penalise_cut_responses(batch, penalty=-1)
 
 
 def test_a_number_that_float32_cannot_hold_is_an_error() -> None:
