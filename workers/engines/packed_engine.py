@@ -145,7 +145,7 @@ class PackedEngine(ABC):
         parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
         with torch.no_grad(), without_adapters(self._module) if base else nullcontext():
             for rows in cut:
-                chosen = batch.select(*SEQUENCE).take(rows) if len(rows) else filler()
+                chosen = batch.select(*SEQUENCE).take(rows) if len(rows) else self._filler()
                 result = self._run(self._pack(chosen, pad_to), names, temperature)
                 for name in names if len(rows) else ():
                     parts[name].append(result[name].float().cpu().numpy())
@@ -197,7 +197,7 @@ class PackedEngine(ABC):
         return metrics | {"grad_norm": Mean(norm), "lr": Mean(lr), "tokens": Mean(float(passes.tokens), 0.0)}
 
     def _loss(self, passes: Accumulation, one: tuple[int, Batch] | None, temperature: float) -> Tensor:
-        term, rows = one if one else (0, filler())
+        term, rows = one if one else (0, self._filler())
         packed = self._pack(rows, passes.pad_to)
         size = packed.packing.tokens
         passes.note("padding_share", packed.padding if one else size, size)
@@ -220,6 +220,9 @@ class PackedEngine(ABC):
         shares = shares and (limit is None or longest_row(rows) <= limit)
         way = self._way if shares else self._way.unshared()
         return pack(rows, self._device, way=way, pad_to=pad_to, split=self._mesh.tokens)
+
+    def _filler(self) -> Batch:
+        return filler(0 if self._module.hf.config.get_text_config().pad_token_id != 0 else 1)
 
     @property
     def _padded(self) -> bool:
