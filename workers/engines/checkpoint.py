@@ -61,9 +61,11 @@ class ModelCard:
     source: str
     """The model folder training started from; base of adapters."""
     shapes: Mapping[str, Sequence[int]]
-    """Of every parameter of the model, adapters included, by checkpoint name."""
+    """Of every parameter (and buffer) of the model, adapters included, by its name in memory."""
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """`FileTensors.as_json`: what an export calls them, and how it cuts them."""
     adapters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Weight -> names of A and B, and the scale of their product."""
+    """Weight -> names of A and B, the scale of their product, and whether it is transposed."""
     lora: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the adapters."""
     version: int = 0

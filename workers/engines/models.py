@@ -1,6 +1,6 @@
 """Models as the training engines run them: packed rows in, numbers about response tokens out.
 
-Each wraps a Hugging Face model in `hf`, so that parameter names are the checkpoint's names after "hf.",
+Each wraps a Hugging Face model in `hf`, so that parameter names are that model's names after "hf.",
 and does everything inside its own forward: under FSDP the parameters of the root (embedding, final norm,
 head) exist whole only there. How rows go through (`ways.py`) comes with the pack.
 """
@@ -211,7 +211,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their name in a Hugging Face checkpoint; tied parameters once, as the embedding.
+    """Parameters by their name in transformers' model (`file_tensors.py` has those of its files); tied ones once.
 
     Adapters come under the names of `lora.py`, beside the weights they change.
     """

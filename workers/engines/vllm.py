@@ -241,7 +241,7 @@ class VllmEngine(SyncedEngine):
         vllm_weights.invalidate(self._model)
 
     def _install(self, bucket: Bucket) -> None:
-        self._model.load_weights(vllm_trace.as_checkpoint(bucket))
+        self._model.load_weights(bucket)
 
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
         if names := vllm_weights.unwritten(self._model):

@@ -12,7 +12,7 @@ What a window cannot express (a copy of something computed from a probe, an elem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_dist.reshard.layout import Box
+from workers.engines.file_tensors import box_of
 from workers.engines.generation import Untraceable
 
 
@@ -69,29 +70,16 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
     watch = _Watch(dict(model.named_parameters()), probes)
     try:
         with torch.no_grad(), watch:
-            model.load_weights(as_checkpoint(probes.items()))
+            model.load_weights(iter(probes.items()))
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(f"vLLM's loader cannot run on tensors without data: {error!r}") from error
     watch.check_complete()
-    return _tracing(watch)
-
-
-def as_checkpoint(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters as checkpoints name them: experts that transformers stacks in one tensor, one by one (views)."""
-    for name, tensor in weights:
-        stem, _, last = name.rpartition(".")
-        if tensor.ndim == 3 and stem.endswith(".experts") and last in ("gate_up_proj", "down_proj"):
-            for k, expert in enumerate(tensor):
-                if last == "down_proj":
-                    yield f"{stem}.{k}.down_proj.weight", expert
-                else:
-                    half = len(expert) // 2
-                    yield f"{stem}.{k}.gate_proj.weight", expert[:half]
-                    yield f"{stem}.{k}.up_proj.weight", expert[half:]
-        else:
-            yield name, tensor
+    try:
+        return _tracing(watch)
+    except ValueError as error:
+        raise Untraceable(str(error)) from error
 
 
 @dataclass
@@ -156,7 +144,7 @@ def _tracing(watch: _Watch) -> Tracing:
         name, size, stride, offset = write.source
         if not prod(size):
             continue
-        box, order = _box_of(name, watch.shapes[name], size, stride, offset)
+        box, order = box_of(name, watch.shapes[name], size, stride, offset)
         w = write.window
         # The window's dims in the order of the parameter's; dims of one element have no stride of their own.
         window = Window(
@@ -171,27 +159,3 @@ def _tracing(watch: _Watch) -> Tracing:
         else:
             places[box] = window
     return Tracing({name: list(places.items()) for name, places in found.items()}, copies, constants)
-
-
-def _box_of(
-    name: str, shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...], offset: int
-) -> tuple[Box, list[int | None]]:
-    """The box that a view of a contiguous tensor covers, and which dim of the view runs along each of its dims."""
-    lengths = [1] * len(shape)
-    order: list[int | None] = [None] * len(shape)
-    steps = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    for k, (length, step) in enumerate(zip(size, stride, strict=True)):
-        if length == 1:
-            continue
-        dims = [dim for dim in range(len(shape)) if steps[dim] == step and shape[dim] > 1 and order[dim] is None]
-        if not dims:
-            raise Untraceable(f"{name} of shape {list(shape)} is loaded through a view of strides {list(stride)}")
-        lengths[dims[0]], order[dims[0]] = length, k
-    start = []
-    for step in steps:
-        start.append(offset // step)
-        offset %= step
-    box = tuple((a, a + n) for a, n in zip(start, lengths, strict=True))
-    if any(b > limit for (_, b), limit in zip(box, shape, strict=True)):
-        raise Untraceable(f"{name} of shape {list(shape)} is loaded through a view across its rows")
-    return box, order
