@@ -59,7 +59,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
 
-from workers.engines import vllm_trace, vllm_weights  # noqa: E402
+from workers.engines import vllm_classes, vllm_trace, vllm_weights  # noqa: E402
 from workers.engines.vllm_sampler import FullVocabularySampler  # noqa: E402
 
 _MAX_REQUESTS = 1024
@@ -104,7 +104,8 @@ class VllmEngine(SyncedEngine):
         name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
         order = [rank for group in copies for rank in group] if copies else list(range(world))
-        with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order):
+        kept = vllm_classes.classes_kept()
+        with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order), kept as decorated:
             vllm_config = _engine_args(model_path, rollout, device).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
                 vllm_config,
@@ -118,6 +119,7 @@ class VllmEngine(SyncedEngine):
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         runner.sampler = FullVocabularySampler()
         self._model: torch.nn.Module = runner.model
+        vllm_classes.move(self._model, decorated)
 
     def generate(
         self,
@@ -314,7 +316,8 @@ def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) 
     where: dict[str, Any] = (
         {"block_size": _CPU_BLOCK_TOKENS}
         if cpu
-        else {"gpu_memory_utilization": rollout.gpu_memory_share, "enable_sleep_mode": True}
+        # Triton's kernels take experts as they are loaded; the others rearrange them, and a sync would not.
+        else {"gpu_memory_utilization": rollout.gpu_memory_share, "enable_sleep_mode": True, "moe_backend": "triton"}
     )
     return EngineArgs(
         model=model_path,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_dist.reshard.layout import Box
+from workers.engines import vllm_weights
 from workers.engines.file_tensors import box_of
 from workers.engines.generation import Untraceable
 
@@ -67,7 +68,7 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
     Raises Untraceable with the reason.
     """
     probes = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in shapes.items()}
-    watch = _Watch(dict(model.named_parameters()), probes)
+    watch = _Watch(model, probes)
     try:
         with torch.no_grad(), watch:
             model.load_weights(iter(probes.items()))
@@ -93,16 +94,24 @@ class _Write:
 class _Watch(TorchDispatchMode):
     """Records what is written into parameters, and lets nothing be written."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], probes: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, probes: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._parameters = {_memory(tensor): (name, tensor) for name, tensor in parameters.items()}
+        self._model = model
+        self._find_parameters()
         self._probes = {_memory(probe): name for name, probe in probes.items()}
         self._keep = list(probes.values())
         self.shapes = {name: tuple(probe.shape) for name, probe in probes.items()}
         self.writes: list[_Write] = []
 
+    def _find_parameters(self) -> None:
+        self._parameters: dict[int, tuple[str, Tensor]] = {}
+        for name, parameter in vllm_weights.loaded_parameters(self._model):
+            self._parameters[_memory(parameter)] = (name, parameter)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         into = args[0] if args and isinstance(args[0], Tensor) and func._schema.is_mutable else None
+        if into is not None and _memory(into) not in self._parameters and _memory(args[-1]) in self._probes:
+            self._find_parameters()  # some loaders add a parameter (a head's bias) when its weight comes
         if into is None or _memory(into) not in self._parameters:
             return func(*args, **(kwargs or {}))
         name, parameter = self._parameters[_memory(into)]
@@ -130,8 +139,8 @@ class _Watch(TorchDispatchMode):
                 raise Untraceable(f"{written.get(name, 0)} of {parameter.numel()} elements of {name} are loaded")
 
 
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _memory(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else 0
 
 
 def _tracing(watch: _Watch) -> Tracing:

@@ -1,0 +1,182 @@
+"""What a model family can do beside its trainer: be exported, generate in vLLM, and be synced, tried on a tiny model.
+
+    load ─> train a step ─> sync ─> generate ─> the log-probs of what was drawn are the trainer's
+                       └──> export ─> transformers and vLLM read the folder ─> so are theirs
+
+One process, one rank, no cluster: about 5 s a family. `make models-table` calls it for each; so do the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from rlhf_dist.algorithms.losses.nll import nll
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.wire import WorkerContext
+from workers.engines.build import new_generation_engine, new_training_engine
+from workers.engines.generation import Response
+from workers.engines.training import TrainingEngine
+from workers.reshard.colocated import ColocatedSync
+
+Runs = Literal["native", "transformers backend", "none"]
+Syncs = Literal["pieces", "whole", "refused"]
+TOLERANCE = 5e-4
+"""Largest difference of two log-probs in float32, nats."""
+
+_PROMPTS = [np.array(tokens, np.int32) for tokens in ([5, 9, 4], [7], [4, 4, 8, 20, 11, 30, 12])]
+_ROLLOUT = RolloutConfig(max_prompt_tokens=64, max_response_tokens=12, kv_cache_bytes=16 << 20, bucket_bytes=1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSupport:
+    """One family; `ok` or why not, in one line."""
+
+    trains: str
+    """Its log-probs after a step are those of transformers reading what was exported."""
+    export: str
+    vllm: Runs
+    sync: Syncs
+    why: str = ""
+    """Why vLLM does not run it, why whole tensors are sent, or what differs."""
+    differences: tuple[float, ...] = ()
+    """Largest log-prob differences from the trainer, nats: transformers on the export, vLLM after each of two syncs,
+    vLLM on the export."""
+
+
+def model_support(folder: Path, out: Path, engine: EngineConfig | None = None) -> ModelSupport:
+    """Try the tiny model in `folder`; `out` is a new folder, for its export.
+
+    The default process group has this one rank. The model has at least 40 tokens and heads of 32 or more (vLLM's CPU
+    attention). Nothing is raised for a family that cannot: the answer says so.
+    """
+    context = WorkerContext(role="actor", rank=0, world=1, device="cpu", seed=0)
+    try:
+        trainer = new_training_engine(
+            ModelConfig(path=str(folder)), engine or EngineConfig(), OptimizerConfig(lr=1e-2), "policy", context
+        )
+        trainer.step(_batch(_PROMPTS, [np.array([6, 13, 21], np.int32)] * len(_PROMPTS)), nll())
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        return ModelSupport(trains=_line(error), export="not tried", vllm="none", sync="refused")
+    found = ModelSupport(trains="ok", export="ok", vllm="none", sync="refused")
+    try:
+        trainer.export(out)
+        read = _transformers_difference(trainer, out)
+        found = replace(found, trains=_verdict(read), differences=(read,))
+    except Exception as error:  # noqa: BLE001
+        found = replace(found, export=_line(error))
+    return _generation(trainer, folder, out if found.export == "ok" else None, context, found)
+
+
+def _generation(
+    trainer: TrainingEngine, folder: Path, out: Path | None, context: WorkerContext, found: ModelSupport
+) -> ModelSupport:
+    try:
+        generating = new_generation_engine(str(folder), _ROLLOUT, context, [[0]])
+    except Exception as error:  # noqa: BLE001
+        return replace(found, why=_line(error))
+    try:
+        model: Any = generating._model  # type: ignore[attr-defined]
+        backend = type(model).__module__.startswith("vllm.model_executor.models.transformers")
+        found = replace(found, vllm="transformers backend" if backend else "native")
+        sync = ColocatedSync(trainer, generating, replace(_ROLLOUT, sleeps=False), context)
+        found = replace(found, sync="whole" if sync.fallback else "pieces", why=sync.fallback or "")
+        for moved in (False, True):
+            if moved:
+                trainer.step(_batch(_PROMPTS, [np.array([8, 5], np.int32)] * len(_PROMPTS)), nll())
+            sync.run(must_change=moved)
+            found = _with(found, _vllm_difference(trainer, generating))
+        if out is not None:
+            trainer.export(out.with_name(f"{out.name}-later"))
+            _read_files(generating, out.with_name(f"{out.name}-later"))
+            found = _with(found, _vllm_difference(trainer, generating))
+    except Exception as error:  # noqa: BLE001
+        return replace(found, sync="refused", why=_line(error))
+    finally:
+        generating.close()
+    if (worst := max(found.differences[1:])) > TOLERANCE:
+        return replace(found, sync="refused", why=f"vLLM's log-probs differ from the trainer's by {worst:.2g} nats")
+    return found
+
+
+def _read_files(generating: Any, folder: Path) -> None:
+    """Give vLLM's model the weights of `folder` the way vLLM reads a folder: its own loader, from the files."""
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from workers.engines import vllm_weights
+
+    model = generating._model
+    vllm_weights.invalidate(model)
+    loader = DefaultModelLoader(LoadConfig())
+    source = DefaultModelLoader.Source(str(folder), revision=None)
+    model.load_weights(loader._get_weights_iterator(source))
+    if names := vllm_weights.unwritten(model):
+        raise ValueError(f"vLLM finds no {names[0]} in the exported folder")
+    generating._make_ready(generating.weights_version)
+
+
+def _vllm_difference(trainer: TrainingEngine, generating: Any) -> float:
+    sampling = Sampling(n=2, temperature=1.0, max_tokens=_ROLLOUT.max_response_tokens)
+    prompts = [prompt for prompt in _PROMPTS for _ in range(2)]
+    drawn: list[Response] = generating.generate(_PROMPTS, sampling, list(range(len(prompts))))
+    trained = _log_probs(trainer, prompts, [one.token_ids for one in drawn])
+    return _largest([a - one.log_probs for a, one in zip(trained, drawn, strict=True)])
+
+
+def _transformers_difference(trainer: TrainingEngine, folder: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    responses = [np.array([10, 4, 6, 30, 8], np.int32)] * len(_PROMPTS)
+    trained = _log_probs(trainer, _PROMPTS, responses)
+    differences = []
+    for prompt, response, ours in zip(_PROMPTS, responses, trained, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
+        theirs = logits.log_softmax(-1).gather(-1, torch.tensor(response, dtype=torch.int64)[:, None])[:, 0]
+        differences.append(ours - theirs.numpy())
+    return _largest(differences)
+
+
+def _log_probs(
+    trainer: TrainingEngine, prompts: Sequence[NDArray[np.int32]], responses: Sequence[NDArray[np.int32]]
+) -> list[NDArray[np.float32]]:
+    column = trainer.forward(_batch(prompts, responses), ["log_probs"])["log_probs"]
+    return [column.row(k) for k in range(len(prompts))]
+
+
+def _batch(prompts: Sequence[NDArray[np.int32]], responses: Sequence[NDArray[np.int32]]) -> Batch:
+    ids = Column.ragged(responses, dtype=np.int32)
+    columns = {
+        "prompt_ids": Column.ragged(prompts, dtype=np.int32),
+        "response_ids": ids,
+        "response_mask": Column(np.ones(len(ids.values), np.uint8), ids.offsets),
+        "group_id": Column.dense(range(len(prompts)), dtype=np.int64),
+    }
+    return Batch(columns, len(prompts))
+
+
+def _with(found: ModelSupport, difference: float) -> ModelSupport:
+    return replace(found, differences=(*found.differences, difference))
+
+
+def _largest(differences: Sequence[NDArray[np.float32]]) -> float:
+    largest = max(float(np.abs(one).max()) for one in differences)
+    return largest if largest == largest else float("inf")
+
+
+def _verdict(difference: float) -> str:
+    return "ok" if difference <= TOLERANCE else f"log-probs differ from transformers' by {difference:.2g} nats"
+
+
+def _line(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    return " ".join(text.split())[:300]
