@@ -97,7 +97,7 @@ def _generation(
             found = _with(found, _vllm_difference(trainer, generating))
         if out is not None:
             trainer.export(out.with_name(f"{out.name}-later"))
-            _read_files(generating, out.with_name(f"{out.name}-later"))
+            generating.read_folder(out.with_name(f"{out.name}-later"))  # type: ignore[attr-defined]
             found = _with(found, _vllm_difference(trainer, generating))
     except Exception as error:  # noqa: BLE001
         return replace(found, sync="refused", why=_line(error))
@@ -106,23 +106,6 @@ def _generation(
     if (worst := max(found.differences[1:])) > TOLERANCE:
         return replace(found, sync="refused", why=f"vLLM's log-probs differ from the trainer's by {worst:.2g} nats")
     return found
-
-
-def _read_files(generating: Any, folder: Path) -> None:
-    """Give vLLM's model the weights of `folder` the way vLLM reads a folder: its own loader, from the files."""
-    from vllm.config import LoadConfig
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    from workers.engines import vllm_weights
-
-    model = generating._model
-    vllm_weights.invalidate(model)
-    loader = DefaultModelLoader(LoadConfig())
-    source = DefaultModelLoader.Source(str(folder), revision=None)
-    model.load_weights(loader._get_weights_iterator(source))
-    if names := vllm_weights.unwritten(model):
-        raise ValueError(f"vLLM finds no {names[0]} in the exported folder")
-    generating._make_ready(generating.weights_version)
 
 
 def _vllm_difference(trainer: TrainingEngine, generating: Any) -> float:

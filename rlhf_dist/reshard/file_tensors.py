@@ -67,15 +67,6 @@ class FileTensor:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
-    @cached_property
-    def whole(self) -> str | None:
-        """The parameter that it is as it stands; None for one that is cut, joined or turned."""
-        if len(self.parts) != 1:
-            return None
-        [part] = self.parts
-        same = part.dims == tuple(range(len(self.shape))) and part.box == part.file_box == whole_box(self.shape)
-        return part.parameter if same else None
-
 
 class FileTensors(Mapping[str, FileTensor]):
     """The tensors of a model's files by name, and how they lie in its parameters."""
@@ -100,9 +91,13 @@ class FileTensors(Mapping[str, FileTensor]):
         return len(self._tensors)
 
     @cached_property
-    def file_of(self) -> dict[str, str]:
-        """Parameter -> file tensor, where the one is the other as it stands."""
-        return {tensor.whole: name for name, tensor in self._tensors.items() if tensor.whole is not None}
+    def same(self) -> dict[str, str]:
+        """File tensor -> parameter, where the one is the other as it stands: neither cut, joined nor turned."""
+        return {
+            name: tensor.parts[0].parameter
+            for name, tensor in self._tensors.items()
+            if tensor == as_it_stands(first := tensor.parts[0].parameter, self.shapes[first])
+        }
 
     @cached_property
     def groups(self) -> list[tuple[list[str], list[str]]]:
@@ -127,11 +122,12 @@ class FileTensors(Mapping[str, FileTensor]):
 
     def layout(self, parameters: Layout) -> Layout:
         """What the ranks hold of the file tensors."""
-        return Layout(parameters.world, {name: self._layout(tensor, parameters) for name, tensor in self.items()})
+        return Layout(parameters.world, {name: self._layout(name, parameters) for name in self})
 
-    def _layout(self, tensor: FileTensor, parameters: Layout) -> ParameterLayout:
-        if tensor.whole is not None:
-            return parameters.parameters[tensor.whole]
+    def _layout(self, name: str, parameters: Layout) -> ParameterLayout:
+        if name in self.same:
+            return parameters.parameters[self.same[name]]
+        tensor = self._tensors[name]
         pieces = []
         for part in tensor.parts:
             held = parameters.parameters[part.parameter]
@@ -146,8 +142,8 @@ class FileTensors(Mapping[str, FileTensor]):
         corners: dict[str, tuple[Ints, Ints]] = {}
         found: dict[str, list[Tensor]] = {}
         for name, tensor in self.items():
-            if tensor.whole is not None:
-                found[name] = list(shards[tensor.whole])
+            if name in self.same:
+                found[name] = list(shards[self.same[name]])
                 continue
             found[name] = []
             for part in tensor.parts:
@@ -171,8 +167,8 @@ class FileTensors(Mapping[str, FileTensor]):
     def read(self, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
         """One whole file tensor from whole parameters; a parameter itself where they are the same."""
         tensor = self._tensors[name]
-        if tensor.whole is not None:
-            return parameters[tensor.whole]
+        if name in self.same:
+            return parameters[self.same[name]]
         whole = parameters[tensor.parts[0].parameter].new_empty(tensor.shape)
         for box, view in self.views(name, parameters):
             whole[tuple(slice(*edges) for edges in box)] = view
@@ -188,7 +184,7 @@ class FileTensors(Mapping[str, FileTensor]):
         return {
             name: [list(t.shape), [[p.file_box, p.parameter, p.box, p.dims] for p in t.parts]]
             for name, t in self.items()
-            if t.whole != name
+            if self.same.get(name) != name
         }
 
     @classmethod

@@ -38,7 +38,7 @@ SAVE_TIMEOUT_S = 3600.0
 
 HF_FILES = (
     *("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "generation_config.json"),
+    *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
 )
 """What belongs to a model folder besides config and weights."""
 
@@ -166,7 +166,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy what belongs to a model folder besides config and weights."""
     for pattern in HF_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            if file.is_file():
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 def crc_of(file: Path) -> int:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoConfig
 
+from rlhf_dist.model_folder import end_token_ids
 from rlhf_dist.reshard.file_tensors import FileTensors, whole_box
 from workers.engines.checkpoint import BrokenCheckpoint, ModelCard, copy_tokenizer, read_card
 from workers.engines.lora import Adapter, is_adapter
@@ -51,6 +52,17 @@ def write_model(folder: Path, buckets: Buckets, config: Any, source: Path, model
     config.dtype = dtype
     config.save_pretrained(folder)
     copy_tokenizer(source, folder)
+    if not model.endswith("ForSequenceClassification"):
+        _write_generation_config(source, folder)
+
+
+def _write_generation_config(source: Path, folder: Path) -> None:
+    """The source's defaults of sampling, with every token that ends a response here: whoever serves it stops there."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {"_from_model_config": True}
+    if ends := end_token_ids(source):
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_adapters(folder: Path, adapters: Mapping[str, Tensor], card: ModelCard) -> None:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
+from rlhf_dist.model_folder import head_problem
 from workers.engines.attention import running
 from workers.engines.heads import library_logits, matrix_head, trunk_of
 from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
@@ -187,7 +188,7 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
-    hf = _load(folder, config.init, head, seed)
+    hf = _load(folder, config.init, head, seed, trained)
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off;
     # the layers' own flag only switches checkpointing on, and is not passed on to what they contain.
     hf.train(False)
@@ -218,7 +219,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {weight_name(name.removeprefix("hf.")): parameter for name, parameter in model.named_parameters()}
 
 
-def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
+def _load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> PreTrainedModel:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init must be pretrained or random, got {init!r}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -244,6 +245,9 @@ def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
             if missing:
                 raise ValueError(f"the weights in {folder} lack {sorted(missing)[:5]}; is the folder complete?")
             new_head = new_head and "score.weight" in info["missing_keys"]
+            held = {*info["unexpected_keys"], *(() if new_head else ("score.weight",))}
+            if head == "value" and (problem := head_problem(held, needed=not trained)):
+                raise ValueError(f"{folder} {problem}")
     if head == "value" and not isinstance(getattr(hf, "score", None), nn.Linear):
         raise ValueError(f"{type(hf).__name__} has no linear `score` head; use a family that transformers gives one")
     if new_head:

@@ -240,7 +240,7 @@ class PackedEngine(ABC):
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """See `TrainingEngine.adapters`."""
-        file_of = self._files.file_of
+        file_of = {parameter: name for name, parameter in self._files.same.items()}
         return (
             {file_of[name]: a for name, a in self._adapters.items()} if self._adapters.keys() <= file_of.keys() else {}
         )

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rlhf_dist.config import RolloutConfig
+from rlhf_dist.model_folder import end_token_ids
 from rlhf_dist.reshard.checks import check_tensor_parallel
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
@@ -40,7 +41,6 @@ from workers.engines.generation import (
     WeightSyncError,
     check_request,
     continued,
-    end_token_ids,
     resumed_seed,
     stream_seed,
 )
@@ -54,7 +54,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import EngineArgs, SamplingParams  # noqa: E402
+from vllm.config import LoadConfig  # noqa: E402
 from vllm.distributed import parallel_state  # noqa: E402
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
@@ -285,6 +287,18 @@ class VllmEngine(SyncedEngine):
         assert self._tracing is not None, "trace() comes before receive_shards()"
         self._tracing.complete(self._model)
         self._make_ready(version)
+
+    def read_folder(self, folder: Path) -> None:
+        """Take the weights of a model folder the way vLLM reads one; the version held stays what it was.
+
+        Raises ValueError for a parameter that vLLM does not find in it.
+        """
+        self._begin_install()
+        source = DefaultModelLoader.Source(str(folder), revision=None)
+        self._model.load_weights(DefaultModelLoader(LoadConfig())._get_weights_iterator(source))
+        if names := vllm_weights.unwritten(self._model):
+            raise ValueError(f"{folder} must hold every parameter of vLLM's model, and lacks {', '.join(names[:3])}")
+        self._make_ready(self._version)
 
     def _failures_of_peers(self, failure: str | None) -> list[str]:
         if self._engine is None or self._rollout.tensor_parallel == 1:
