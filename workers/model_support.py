@@ -1,7 +1,8 @@
 """What a model family can do beside its trainer: be exported, generate in vLLM, and be synced, tried on a tiny model.
 
-    load ─> train a step ─> sync ─> generate ─> the log-probs of what was drawn are the trainer's
-                       └──> export ─> transformers and vLLM read the folder ─> so are theirs
+    load ─> train a step ─> sync ─> generate: the log-probs of what was drawn are the trainer's
+    train another ────────> sync ─> generate: so they are
+    export ───────────────> transformers and vLLM read the folder: so are theirs
 
 One process, one rank, no cluster: about 5 s a family. `make models-table` calls it for each; so do the tests.
 """
@@ -49,7 +50,7 @@ class ModelSupport:
     why: str = ""
     """Why vLLM does not run it, why whole tensors are sent, or what differs."""
     differences: tuple[float, ...] = ()
-    """Largest log-prob differences from the trainer, nats: transformers on the export, vLLM after each of two syncs,
+    """Largest log-prob differences from the trainer, nats: vLLM after each of two syncs, transformers on the export,
     vLLM on the export."""
 
 
@@ -69,43 +70,50 @@ def model_support(folder: Path, out: Path, engine: EngineConfig | None = None) -
         return ModelSupport(trains=_line(error), export="not tried", vllm="none", sync="refused")
     found = ModelSupport(trains="ok", export="ok", vllm="none", sync="refused")
     try:
-        trainer.export(out)
-        read = _transformers_difference(trainer, out)
-        found = replace(found, trains=_verdict(read), differences=(read,))
-    except Exception as error:  # noqa: BLE001
-        found = replace(found, export=_line(error))
-    return _generation(trainer, folder, out if found.export == "ok" else None, context, found)
-
-
-def _generation(
-    trainer: TrainingEngine, folder: Path, out: Path | None, context: WorkerContext, found: ModelSupport
-) -> ModelSupport:
-    try:
         generating = new_generation_engine(str(folder), _ROLLOUT, context, [[0]])
     except Exception as error:  # noqa: BLE001
-        return replace(found, why=_line(error))
+        return _exported(trainer, out, replace(found, why=_line(error)))
     try:
-        model: Any = generating._model  # type: ignore[attr-defined]
-        backend = type(model).__module__.startswith("vllm.model_executor.models.transformers")
-        found = replace(found, vllm="transformers backend" if backend else "native")
+        return _exported(trainer, out, _synced(trainer, generating, context, found), generating)
+    finally:
+        generating.close()
+
+
+def _synced(trainer: TrainingEngine, generating: Any, context: WorkerContext, found: ModelSupport) -> ModelSupport:
+    """Two syncs with a step between them, and what is generated after each."""
+    backend = type(generating._model).__module__.startswith("vllm.model_executor.models.transformers")
+    found = replace(found, vllm="transformers backend" if backend else "native")
+    try:
         sync = ColocatedSync(trainer, generating, replace(_ROLLOUT, sleeps=False), context)
-        found = replace(found, sync="whole" if sync.fallback else "pieces", why=sync.fallback or "")
         for moved in (False, True):
             if moved:
                 trainer.step(_batch(_PROMPTS, [np.array([8, 5], np.int32)] * len(_PROMPTS)), nll())
             sync.run(must_change=moved)
             found = _with(found, _vllm_difference(trainer, generating))
-        if out is not None:
-            trainer.export(out.with_name(f"{out.name}-later"))
-            generating.read_folder(out.with_name(f"{out.name}-later"))  # type: ignore[attr-defined]
-            found = _with(found, _vllm_difference(trainer, generating))
     except Exception as error:  # noqa: BLE001
-        return replace(found, sync="refused", why=_line(error))
-    finally:
-        generating.close()
-    if (worst := max(found.differences[1:])) > TOLERANCE:
-        return replace(found, sync="refused", why=f"vLLM's log-probs differ from the trainer's by {worst:.2g} nats")
+        return replace(found, why=_line(error))
+    return _judged(replace(found, sync="whole" if sync.fallback else "pieces", why=sync.fallback or ""), 2)
+
+
+def _exported(trainer: TrainingEngine, out: Path, found: ModelSupport, generating: Any = None) -> ModelSupport:
+    """The export as transformers reads it, and as vLLM does where it generates what was synced."""
+    try:
+        trainer.export(out)
+        read = _transformers_difference(trainer, out)
+        found = replace(_with(found, read), trains=_verdict(read))
+        if generating is not None and found.sync != "refused":
+            generating.read_folder(out)
+            found = _judged(_with(found, _vllm_difference(trainer, generating)), 1)
+    except Exception as error:  # noqa: BLE001
+        return replace(found, export=_line(error))
     return found
+
+
+def _judged(found: ModelSupport, last: int) -> ModelSupport:
+    """Refused where one of the last differences is too large."""
+    if (worst := max(found.differences[-last:])) <= TOLERANCE:
+        return found
+    return replace(found, sync="refused", why=f"vLLM's log-probs differ from the trainer's by {worst:.2g} nats")
 
 
 def _vllm_difference(trainer: TrainingEngine, generating: Any) -> float:
