@@ -9,7 +9,7 @@ parameters is a layout of file tensors too, and shards of one are views of shard
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -66,6 +66,10 @@ class FileTensor:
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+
+
+Cut = tuple[Part, int, tuple[slice, ...]]
+"""A part, which of the rank's shards of its parameter, and where in that shard."""
 
 
 class FileTensors(Mapping[str, FileTensor]):
@@ -137,13 +141,12 @@ class FileTensors(Mapping[str, FileTensor]):
         rank, start, stop = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
         return ParameterLayout(tensor.shape, dtype, rank, start, stop)
 
-    def shards(self, parameters: Layout, shards: Shards, rank: int) -> dict[str, list[Tensor]]:
-        """One rank's shards of `layout(parameters)`: views of its shards of the parameters."""
+    def cuts(self, parameters: Layout, rank: int) -> dict[str, list[Cut]]:
+        """How `shards` makes one rank's shards of `layout(parameters)`: the same for every version of the weights."""
         corners: dict[str, tuple[Ints, Ints]] = {}
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Cut]] = {}
         for name, tensor in self.items():
             if name in self.same:
-                found[name] = list(shards[self.same[name]])
                 continue
             found[name] = []
             for part in tensor.parts:
@@ -154,8 +157,17 @@ class FileTensors(Mapping[str, FileTensor]):
                 start, stop = corners[part.parameter]
                 for k, low, high in zip(*part.meet(start, stop), strict=True):
                     inside = tuple(slice(a, b) for a, b in zip(low - start[k], high - start[k], strict=True))
-                    found[name].append(part.view(shards[part.parameter][k][inside]))
+                    found[name].append((part, int(k), inside))
         return found
+
+    def shards(self, cuts: Mapping[str, Sequence[Cut]], parameters: Shards) -> dict[str, list[Tensor]]:
+        """Shards of the file tensors: views of the rank's shards of the parameters."""
+        return {
+            name: list(parameters[self.same[name]])
+            if name in self.same
+            else [part.view(parameters[part.parameter][k][inside]) for part, k, inside in cuts[name]]
+            for name in self
+        }
 
     def views(self, name: str, parameters: Mapping[str, Tensor]) -> list[tuple[Box, Tensor]]:
         """The boxes of one file tensor, as views of whole parameters."""

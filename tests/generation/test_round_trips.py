@@ -16,7 +16,9 @@ from safetensors import safe_open
 
 from rlhf_dist.config import EngineConfig, LoraConfig
 from tests.engines.world import World
+from tests.generation import rank
 from tests.generation.families import save_family
+from tests.generation.test_engines import SAMPLING, SEEDS, SHORT
 from tests.tiny import save_tokenizer
 from workers.model_support import TOLERANCE, ModelSupport, model_support
 
@@ -74,3 +76,15 @@ def _weights(folder: Path) -> dict[str, Any]:
         with safe_open(file, "pt") as weights:
             found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}
     return found
+
+
+def test_the_embedded_engine_takes_fused_experts_by_pieces_and_whole(world: World, tmp_path: Path) -> None:
+    world.run(rank.open_engine, "transformers", save_family(tmp_path, "mixtral"))
+    [report] = world.run(rank.reshard, 1, 5)
+    assert report["fallback"] is None
+    for seed in (5, 6):
+        if seed == 6:
+            assert world.run(rank.sync, 2, seed)[0]["version"] == 2
+        [answers] = world.run(rank.generate, SHORT, SAMPLING, SEEDS)
+        assert world.run(rank.largest_difference, seed, SHORT, answers, SAMPLING)[0] < 1e-4
+    world.run(rank.close_engine)

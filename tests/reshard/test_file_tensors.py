@@ -77,11 +77,11 @@ def test_shards_of_files_are_views_of_shards_of_parameters(family: str, cut: str
                 flat = weight.reshape(-1)[begin:end]
                 shards[rank][name] = flat_shards(flat, weight.shape, begin, end)
     held = Layout(world, layouts)
-    layout = files.layout(held).check()
+    layout, cuts = files.layout(held).check(), [files.cuts(held, rank) for rank in range(world)]
     for name, tensor in files.items():
         whole = torch.full(tensor.shape, torch.nan)
         for rank in range(world):
-            parts = files.shards(held, shards[rank], rank)[name]
+            parts = files.shards(cuts[rank], shards[rank])[name]
             for box, part in zip(layout.parameters[name].boxes_of(rank), parts, strict=True):
                 whole[tuple(slice(*edges) for edges in box)] = part
         assert torch.equal(whole, files.read(name, weights)), name

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.checksum import box_checksum, unsigned
+from rlhf_dist.reshard.file_tensors import Cut
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name
 from rlhf_dist.schema import SEQUENCE
@@ -249,16 +251,23 @@ class PackedEngine(ABC):
         """See `TrainingEngine.layout`."""
         if part == "adapters":
             return self._held(adapters=True)
-        return self._files.layout(self._held(adapters=False))
+        return self._file_layout
 
     def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
-        held = self._held(adapters=part == "adapters")
         shards = self._parameter_shards(part)
         if part == "adapters":
             return shards
         buffers = {name: [buffer] for name, buffer in kept_buffers(self._module.hf).items()}
-        return self._files.shards(held, {**shards, **buffers}, dist.get_rank(self._mesh.world))
+        return self._files.shards(self._cuts, {**shards, **buffers})
+
+    @cached_property
+    def _file_layout(self) -> Layout:
+        return self._files.layout(self._held(adapters=False))
+
+    @cached_property
+    def _cuts(self) -> Mapping[str, Sequence[Cut]]:
+        return self._files.cuts(self._held(adapters=False), dist.get_rank(self._mesh.world))
 
     def _held(self, *, adapters: bool) -> Layout:
         """What each rank holds, by names in memory."""
