@@ -130,7 +130,10 @@ def end_token_ids(folder: str | Path) -> list[int]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not JSON ({error}); copy it again") from error
     return settings if isinstance(settings, dict) else {}
 
 
