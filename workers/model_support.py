@@ -125,7 +125,8 @@ def _vllm_difference(trainer: TrainingEngine, generating: Any) -> float:
 
 
 def _transformers_difference(trainer: TrainingEngine, folder: Path) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Eager: the library's other attentions leave out what some families have (soft caps, sinks).
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     responses = [np.array([10, 4, 6, 30, 8], np.int32)] * len(_PROMPTS)
     trained = _log_probs(trainer, _PROMPTS, responses)
     differences = []
