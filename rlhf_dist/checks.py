@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_dist.compose import Launch, RoleConfig
-from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
+from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
-from rlhf_dist.model_folder import ModelShape, read_shape
+from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.typed import ConfigError
 
@@ -36,6 +36,7 @@ def check_launch(launch: Launch) -> list[str]:
         for role, settings in launch.used_roles.items()
         if (model := _model(settings)) is not None
     }
+    _check_heads(launch)
     generating = launch.dataflow.generating
     pools = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, generating)
     check_staleness(launch.run.placement, pools, generating)
@@ -185,6 +186,15 @@ def visible_gpus() -> int:
     count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return count if visible is None else min(count, len([entry for entry in visible.split(",") if entry.strip()]))
+
+
+def _check_heads(launch: Launch) -> None:
+    trained = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
+    for role, settings in launch.used_roles.items():
+        model = _model(settings)
+        if isinstance(settings, CriticConfig | RewardConfig) and model is not None and model.init == "pretrained":
+            needed = isinstance(settings, RewardConfig) and role not in trained
+            check_head(model.path, f"{role}.model.path", needed=needed)
 
 
 def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[str, str], sizes: dict[str, int]) -> None:

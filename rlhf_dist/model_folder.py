@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ PREPARED_BY = {"models/smollm2": "make smollm2", "runs/demo/model": "make demo"}
 """Folders that are made, not downloaded, and the command that makes them."""
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+HEAD = "score.weight"
+"""The one tensor of a value head, [1, hidden], as transformers' sequence classifiers have it."""
+_HEADS = ("score.", "v_head.", "value_head.", "classifier.", "reward_head.", "regression_head.", "rm_head.")
+"""How heads of reward and value models begin, here and elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +55,8 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
         raise ConfigError(f"{key}: {file} is not JSON ({error}); {hint}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{key}: {file} must hold a JSON object; {hint}")
-    if weights and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        init = key.replace(".path", ".init")
-        raise ConfigError(f"{key}: {path!r} has no weights (*.safetensors); {hint}, or set {init}=random")
+    if weights:
+        _check_weights(folder, path, key, hint, settings)
     text = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
     heads = _number(text, "num_attention_heads", "n_head")
     labels = settings.get("id2label")
@@ -62,6 +67,99 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
         vocabulary=_number(text, "vocab_size"),
         labels=len(labels) if isinstance(labels, dict) else int(settings.get("num_labels", 2)),
     )
+
+
+def check_head(path: str, key: str, *, needed: bool) -> None:
+    """Raises ConfigError if the model at `path` has another value head than ours, or `needed` and none at all."""
+    if problem := head_problem(weight_names(Path(path).expanduser()), needed=needed):
+        raise ConfigError(f"{key}: {path!r} {problem}")
+
+
+def head_problem(names: Iterable[str], *, needed: bool) -> str | None:
+    """What is wrong with the value head among the weights `names`, said of their folder; None if nothing is."""
+    found = sorted(name for name in names if name.startswith(_HEADS))
+    if found and found != [HEAD]:
+        return (
+            f"has {', '.join(found)}, and a value head here is {HEAD} alone, without a bias; save it as a sequence "
+            "classifier of transformers with one label"
+        )
+    if needed and not found:
+        return (
+            f"has no {HEAD}: it is no reward model, and every reward would be 0; give a sequence classifier of "
+            "transformers with one label (rlhf-dist run reward_model trains one)"
+        )
+    return None
+
+
+def weight_names(folder: Path) -> set[str]:
+    """The tensors of a folder's safetensors files, from their headers. Raises ConfigError for a file that is cut."""
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            try:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            except (json.JSONDecodeError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+                raise ConfigError(f"{file} is no safetensors file, or is cut; copy it again") from error
+        names |= header.keys() - {"__metadata__"}
+    return names
+
+
+def end_token_ids(folder: str | Path) -> list[int]:
+    """The tokens that end a response: all that generation_config.json, config.json and the tokenizer name; may be none.
+
+    Their makers disagree at times, and a response that ends as the tokenizer's examples do has ended.
+    """
+    found: dict[int, None] = {}
+    for name in ("generation_config.json", "config.json"):
+        settings = _read(Path(folder) / name)
+        text = settings.get("text_config")
+        for where in (settings, text if isinstance(text, dict) else {}):
+            ids = where.get("eos_token_id")
+            found |= dict.fromkeys(
+                int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None
+            )
+    token = _read(Path(folder) / "tokenizer_config.json").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if text:
+        tokenizer = _read(Path(folder) / "tokenizer.json")
+        ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
+        vocabulary = (tokenizer.get("model") or {}).get("vocab")
+        known = ids.get(text, vocabulary.get(text) if isinstance(vocabulary, dict) else None)
+        found |= {} if known is None else {int(known): None}
+    return list(found)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not JSON ({error}); copy it again") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _check_weights(folder: Path, path: str, key: str, hint: str, settings: dict[str, Any]) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        init = key.replace(".path", ".init")
+        raise ConfigError(f"{key}: {path!r} has no weights (*.safetensors); {hint}, or set {init}=random")
+    if not any(folder.glob("*.safetensors")):
+        kind = next(iter(settings.get("architectures") or ()), "AutoModelForCausalLM")
+        raise ConfigError(
+            f"{key}: {path!r} has pytorch_model.bin only, a pickle, which is not read; convert it once: python -c "
+            f"\"from transformers import {kind} as M; M.from_pretrained('{path}').save_pretrained('NEW')\", and copy "
+            "the tokenizer's files to NEW"
+        )
+    if (quantised := settings.get("quantization_config")) is not None:
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+        raise ConfigError(
+            f"{key}: {path!r} holds weights quantised by {method} (quantization_config in config.json), which are "
+            "neither trained nor computed with here; give the model in bfloat16 or float32 (transformers' "
+            "model.dequantize() makes one where the method has it)"
+        )
+    index = _read(folder / "model.safetensors.index.json").get("weight_map") or {}
+    if missing := sorted({file for file in index.values() if not (folder / file).is_file()}):
+        raise ConfigError(
+            f"{key}: {path!r} lacks {', '.join(missing[:3])}, which its index names; copy the folder again"
+        )
 
 
 def _number(settings: dict[str, Any], *names: str) -> int | None:

@@ -11,7 +11,7 @@ from rlhf_dist.checks import check_launch, max_row_tokens, rows_of_nodes, visibl
 from rlhf_dist.compose import compose
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.typed import ConfigError
-from tests.tiny import save_llama, save_tokenizer
+from tests.tiny import save_classifier, save_llama, save_tokenizer
 
 CHECKED = [
     "task=gcd",
@@ -120,11 +120,12 @@ def test_a_row_must_fit_the_models_positions(model: Path) -> None:
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------
-def test_a_reward_is_a_function_or_a_model(model: Path) -> None:
+def test_a_reward_is_a_function_or_a_model(model: Path, tmp_path: Path) -> None:
     assert "reward has neither a function nor a model" in failure("ppo", model, "reward.function=null")
     assert "reward has both" in failure("ppo", model, f"reward.model.path={model}")
     assert "cost has neither" in failure("safe_rlhf", model)
-    lines = plan("ppo", model, "reward.function=null", f"reward.model.path={model}")
+    scorer = save_classifier(tmp_path / "scorer")
+    lines = plan("ppo", model, "reward.function=null", f"reward.model.path={scorer}")
     assert any("for actor, critic, reference, reward" in line for line in lines)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,19 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.checksum import box_checksum, unsigned
-from rlhf_dist.reshard.layout import Layout
-from rlhf_dist.reshard.shards import Shards
+from rlhf_dist.reshard.file_tensors import Cut
+from rlhf_dist.reshard.layout import Layout, ParameterLayout
+from rlhf_dist.reshard.shards import Shards, dtype_name
 from rlhf_dist.schema import SEQUENCE
 from workers.engines import checkpoint
 from workers.engines.accumulation import Accumulation, even_passes, loss_name
 from workers.engines.checkpoint import CheckpointWriter, ModelCard
 from workers.engines.export import FILE_BYTES, write_model
+from workers.engines.file_tensors import file_tensors, kept_buffers
 from workers.engines.gather import full_tensors
-from workers.engines.lora import Adapter, without_adapters
+from workers.engines.lora import Adapter, is_adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
-from workers.engines.models import RoleModel
+from workers.engines.models import RoleModel, parameters_of
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import probe
 from workers.engines.router import check_balance
@@ -73,6 +76,11 @@ class PackedEngine(ABC):
         self.remarks: tuple[str, ...] = ()
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
+        self._layouts: dict[bool, Layout] = {}
+        """Of the adapters, and of everything else: nothing moves from rank to rank."""
+        held = {name: parameter for name, parameter in parameters_of(module).items() if not is_adapter(name)}
+        held_shapes = {name: tensor.shape for name, tensor in (held | kept_buffers(module.hf)).items()}
+        self._files = file_tensors(module.hf, held_shapes)
 
     def _choose_way(self) -> None:
         """Find out how rows go through this model; the last thing a constructor does. Collective.
@@ -237,7 +245,45 @@ class PackedEngine(ABC):
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """See `TrainingEngine.adapters`."""
-        return self._adapters
+        file_of = {parameter: name for name, parameter in self._files.same.items()}
+        return (
+            {file_of[name]: a for name, a in self._adapters.items()} if self._adapters.keys() <= file_of.keys() else {}
+        )
+
+    def layout(self, part: WeightPart = "merged") -> Layout:
+        """See `TrainingEngine.layout`."""
+        if part == "adapters":
+            return self._held(adapters=True)
+        return self._file_layout
+
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
+        """See `TrainingEngine.local_shards`."""
+        shards = self._parameter_shards(part)
+        if part == "adapters":
+            return shards
+        buffers = {name: [buffer] for name, buffer in kept_buffers(self._module.hf).items()}
+        return self._files.shards(self._cuts, {**shards, **buffers})
+
+    @cached_property
+    def _file_layout(self) -> Layout:
+        return self._files.layout(self._held(adapters=False))
+
+    @cached_property
+    def _cuts(self) -> Mapping[str, Sequence[Cut]]:
+        return self._files.cuts(self._held(adapters=False), dist.get_rank(self._mesh.world))
+
+    def _held(self, *, adapters: bool) -> Layout:
+        """What each rank holds, by names in memory."""
+        if adapters not in self._layouts:
+            held = self._parameter_layout(adapters=adapters)
+            buffers = {} if adapters else kept_buffers(self._module.hf)
+            ranks = np.arange(held.world)
+            copies = {
+                name: ParameterLayout.from_mesh(tuple(buffer.shape), dtype_name(buffer), ranks, [None])
+                for name, buffer in buffers.items()
+            }
+            self._layouts[adapters] = Layout(held.world, {**held.parameters, **copies})
+        return self._layouts[adapters]
 
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """See `TrainingEngine.full_weights`."""
@@ -259,13 +305,16 @@ class PackedEngine(ABC):
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
         self.before_use()
-        return self._writer.save(folder, self._state(), self._card(), self._module.hf.config, self._folder)
+        return self._writer.save(folder, self._with_buffers(), self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
         self.before_use()
-        self.version = checkpoint.load(folder, self._state(), self._card(), self._mesh.world)
+        self.version = checkpoint.load(folder, self._with_buffers(), self._card(), self._mesh.world)
         self._loaded()
+
+    def _with_buffers(self) -> checkpoint.State:
+        return {**self._state(), **{f"model.{name}": b for name, b in kept_buffers(self._module.hf).items()}}
 
     def export(self, folder: Path) -> None:
         """See `TrainingEngine.export`; weights are written in `engine.dtype`."""
@@ -284,8 +333,9 @@ class PackedEngine(ABC):
             model=type(self._module.hf).__name__,
             dtype=self._config.dtype,
             source=str(self._folder.resolve()),
-            shapes={name: list(shape) for name, shape in self._shapes().items()},
-            adapters={name: [a.down, a.up, a.scale] for name, a in self._adapters.items()},
+            shapes={name: list(shape) for name, shape in {**self._files.shapes, **self._shapes()}.items()},
+            files=self._files.as_json(),
+            adapters={name: [a.down, a.up, a.scale, a.transposed] for name, a in self._adapters.items()},
             lora=asdict(lora) if lora is not None and self._adapters else {},
             version=self.version,
         )
@@ -325,12 +375,12 @@ class PackedEngine(ABC):
         """Drop the gradients of a step that is not made."""
 
     @abstractmethod
-    def layout(self, part: WeightPart = "merged") -> Layout:
-        """See `TrainingEngine.layout`."""
+    def _parameter_layout(self, *, adapters: bool) -> Layout:
+        """What each rank holds of the adapters, or of the other parameters, by names in memory. Collective."""
 
     @abstractmethod
-    def local_shards(self, part: WeightPart = "merged") -> Shards:
-        """See `TrainingEngine.local_shards`."""
+    def _parameter_shards(self, part: WeightPart) -> Shards:
+        """This rank's boxes of it."""
 
     @abstractmethod
     def _shapes(self) -> Mapping[str, Sequence[int]]:
