@@ -22,7 +22,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from controller.failure_text import explained
 from rlhf_dist.config import PoolConfig, RayConfig
+from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.placement.roles import HOST_POOL
 
 SIGNALS = "signals"
@@ -49,11 +51,17 @@ class Pool:
     pids: tuple[int, ...] = ()
     leads: tuple[tuple[int, ...], ...] = ()
     """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
+    logs: tuple[str, ...] = ()
+    """File of each rank that has everything it prints, tracebacks among it; empty where they are not kept."""
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.processes)
+
+    def log(self, rank: int) -> str | None:
+        """The log of a rank; None where none is kept."""
+        return self.logs[rank] if self.logs else None
 
     @property
     def teams(self) -> tuple[tuple[int, ...], ...]:
@@ -149,7 +157,15 @@ class Cluster:
             waiting + 60,
         )
         leads = self._introduce(name, processes, node_ids)
-        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts), leads)
+        made = Pool(
+            name,
+            tuple(processes),
+            tuple(devices),
+            node_ids,
+            tuple(pid for pid, _ in whereabouts),
+            leads,
+            self._logs(name, len(processes)),
+        )
         self.pools[name] = made
         return made
 
@@ -158,7 +174,8 @@ class Cluster:
         group = self._reserve(HOST_POOL, [{"CPU": 1.0}] * self.host_processes)
         processes = self._start(HOST_POOL, self.host_processes, group, gpus=0)
         whereabouts = self._get(HOST_POOL, [process.pid.remote() for process in processes], self.config.ready_timeout_s)
-        made = Pool(HOST_POOL, tuple(processes), pids=tuple(pid for pid, _ in whereabouts))
+        pids, logs = tuple(pid for pid, _ in whereabouts), self._logs(HOST_POOL, len(processes))
+        made = Pool(HOST_POOL, tuple(processes), pids=pids, logs=logs)
         self.pools[HOST_POOL] = made
         return made
 
@@ -206,12 +223,17 @@ class Cluster:
             )
         return group
 
+    def _logs(self, pool: str, count: int) -> tuple[str, ...]:
+        if self.log_folder is None:
+            return ()
+        return tuple(str((self.log_folder / f"{pool}-{rank}.log").resolve()) for rank in range(count))
+
     def _start(self, pool: str, count: int, group: Any, gpus: int, per_bundle: int = 1) -> list[Any]:
         import importlib
 
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
-        logs = self.log_folder
+        logs = self._logs(pool, count)
         return [
             remote.options(
                 num_cpus=1,
@@ -221,7 +243,7 @@ class Cluster:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // per_bundle
                 ),
-            ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
+            ).remote(pool, rank, count, logs[rank] if logs else None)
             for rank in range(count)
         ]
 
@@ -236,12 +258,20 @@ class Cluster:
         return leads
 
     def _get(self, pool: str, refs: list[Any], timeout_s: float) -> list[Any]:
+        logs = f"; its log is in {self.log_folder}" if self.log_folder else ""
         try:
-            return list(ray.get(refs, timeout=timeout_s))
+            found = list(ray.get(refs, timeout=timeout_s))
         except ray.exceptions.GetTimeoutError:
-            raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s") from None
-        except ray.exceptions.RayActorError as died:
-            raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
+            raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s{logs}") from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"a process of pool {pool!r} did not start: {failure_of_call(error).text}{logs}"
+            ) from error
+        for rank, answer in enumerate(found):
+            if isinstance(answer, Failure):
+                log = self._logs(pool, len(found))[rank] if self.log_folder else None
+                raise ClusterError(f"pool {pool!r}, rank {rank}, did not start: {explained(answer, log)}")
+        return found
 
 
 def worker_actor(kind: type) -> Any:

@@ -97,15 +97,6 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why there is no reply of a rank."""
-
-    lost: bool
-    """The process died or does not answer; False: the op raised."""
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerContext:
     """Where a role worker finds itself."""
 
