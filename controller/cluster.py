@@ -23,8 +23,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from controller.failure_text import explained
+from controller.ray_address import address_to_join, prepare_own
 from rlhf_dist.config import PoolConfig, RayConfig
-from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
 
 SIGNALS = "signals"
@@ -90,37 +91,67 @@ class Cluster:
     host_processes: int
     log_folder: Path | None = None
     pools: dict[str, Pool] = field(default_factory=dict)
+    about: str = ""
+    """Which cluster it is, once entered."""
     _groups: list[Any] = field(default_factory=list)
     _started: bool = False
+    _own: bool = False
+    _set_aside: str | None = None
+    """RAY_ADDRESS, while a cluster of its own runs."""
 
     def __enter__(self) -> Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if ray.is_initialized():
+            self.about = "in the Ray cluster that this process is connected to"
             return self
+        logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if self.config.address:
-            ray.init(address=self.config.address, **options)
-        else:
-            ray.init(
-                num_cpus=self.slots + self.host_processes + 1,
-                object_store_memory=self.config.object_store_bytes,
-                include_dashboard=False,
-                **options,
-            )
-        self._started = True
-        if self.config.address:
-            self._check_size()
+        address = address_to_join(self.config.address)
+        if address is not None:
+            self._init(f"could not join the cluster at {address}", address=address, **options)
+            self.about = f"in the Ray cluster at {address}"
+            self._check_size(address)
+            return self
+        self._own, self._set_aside = True, prepare_own()
+        self._init(
+            "could not start a cluster on this machine",
+            address="local",
+            num_cpus=self.slots + self.host_processes + 1,
+            object_store_memory=self.config.object_store_bytes,
+            include_dashboard=False,
+            **options,
+        )
+        aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
+        self.about = f"in a Ray cluster of its own{aside}"
         return self
 
-    def _check_size(self) -> None:
+    def _init(self, failing: str, **options: Any) -> None:
+        # Ray puts its own debugger into the environment: in this process breakpoint() stays what it was.
+        debugger = os.environ.get("PYTHONBREAKPOINT")
+        try:
+            ray.init(**options)
+        except Exception as error:
+            self._restore_address()
+            raise ClusterError(f"Ray {failing}: {text_of(error)}") from error
+        finally:
+            os.environ.pop("PYTHONBREAKPOINT", None)
+            if debugger is not None:
+                os.environ["PYTHONBREAKPOINT"] = debugger
+        self._started = True
+
+    def _restore_address(self) -> None:
+        if self._set_aside is not None:
+            os.environ["RAY_ADDRESS"] = self._set_aside
+
+    def _check_size(self, address: str) -> None:
         """Raise ClusterError where the whole cluster is too small, before anything starts on it."""
         needed, there = self.slots + self.host_processes, ray.cluster_resources().get("CPU", 0)
         if there < needed:
             ray.shutdown()
             raise ClusterError(
                 f"the placement needs {self.slots} slots and {self.host_processes} host processes, a CPU each, and the "
-                f"cluster at {self.config.address} has {there:g} CPU in all; use fewer slots (placement.pools.*.slots, "
+                f"cluster at {address} has {there:g} CPU in all; use fewer slots (placement.pools.*.slots, "
                 f"placement.host_processes), or add nodes first"
             )
 
@@ -196,6 +227,7 @@ class Cluster:
         self._groups.clear()
         if self._started:
             ray.shutdown()
+        self._restore_address()
 
     def _gpus_per_slot(self, pool: PoolConfig) -> int:
         if pool.device == "cpu":
@@ -208,7 +240,7 @@ class Cluster:
     @property
     def _threads(self) -> int:
         """Threads of a rank: the cores of this machine divided among all slots, or 1 on a cluster we did not start."""
-        return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self.config.address is None else 1
+        return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self._own else 1
 
     def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
         group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")

@@ -167,6 +167,15 @@ def test_without_lines_of_the_user_a_bug_shows_its_place_and_an_error_of_ours_it
     assert ours.text.startswith("WeightSyncError: weight sync of version 1 failed") and not ours.frames
 
 
+def test_breakpoint_in_a_worker_says_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.process import WorkerProcess
+
+    monkeypatch.setattr(sys, "breakpointhook", sys.breakpointhook)
+    WorkerProcess("main", 0, 1, None)
+    with pytest.raises(RuntimeError, match="needs a terminal, and a worker has none.*--eager"):
+        breakpoint()
+
+
 def test_which_files_are_the_users() -> None:
     assert not any(map(is_users, (ast.__file__, pytest.__file__, "<string>", str(ROOT / "workers" / "process.py"))))
     assert is_users(str(ROOT / "recipes" / "ppo.py")) and is_users(__file__)
