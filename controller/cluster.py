@@ -96,6 +96,7 @@ class Cluster:
     _groups: list[Any] = field(default_factory=list)
     _started: bool = False
     _own: bool = False
+    """Nobody else's: its ranks may use all cores."""
     _set_aside: str | None = None
     """RAY_ADDRESS, while a cluster of its own runs."""
 
@@ -104,6 +105,7 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if ray.is_initialized():
             self.about = "in the Ray cluster that this process is connected to"
+            self._own = self.config.address is None
             return self
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

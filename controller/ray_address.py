@@ -35,9 +35,12 @@ def address_to_join(configured: str | None) -> str | None:
     """
     if configured is None and IN_A_JOB not in os.environ:
         return None
-    source = "ray.address=auto" if configured in (None, "auto") else f"ray.address={configured}"
-    address = configured if configured not in (None, "auto") else _found(source)
-    _check_form(address, f"{source} (from {ADDRESS})" if os.environ.get(ADDRESS) == address else source)
+    wanted = configured or "auto"
+    source = f"ray.address={wanted}"
+    address = _found(source) if wanted == "auto" else wanted
+    if wanted == "auto" and address == os.environ.get(ADDRESS):
+        source += f" with {ADDRESS}={address}"
+    _check_form(address, source)
     _use_token()
     _check_listening(address, source)
     _check_cluster(address, source)
@@ -93,7 +96,7 @@ def _check_listening(address: str, source: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        left = " (left by a cluster that is gone?)" if source.endswith("auto") else ""
+        left = " (left by a cluster that is gone?)" if "auto" in source else ""
         raise AddressError(
             f"nothing listens at {address}, which {source} names{left}: {error}; is the cluster up, and is this its "
             f"port (6379, not the dashboard's 8265)?"
@@ -107,10 +110,11 @@ def _check_cluster(address: str, source: str) -> None:
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+    messages: Any = gcs_service_pb2  # made at run time, without types
     channel: Any = init_grpc_channel(address)
     try:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        reply = stub.GetAllNodeInfo(gcs_service_pb2.GetAllNodeInfoRequest(), timeout=ANSWER_S)
+        reply = stub.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=ANSWER_S)
     except grpc.RpcError as error:
         code = error.code()
         if code == grpc.StatusCode.UNAUTHENTICATED:

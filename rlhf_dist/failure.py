@@ -40,13 +40,14 @@ def text_of(error: BaseException) -> str:
 
 def failure_of_call(error: Exception) -> Failure:
     """What an error of Ray says about a remote call: the call raised (before its method could catch it), what it
-    raised cannot be unpickled here, or the process is gone.
+    raised cannot be unpickled here, the process could not be made, or it is gone.
 
     Told apart by attribute and name: this package knows nothing of Ray.
     """
     cause = getattr(error, "cause", None)
     name = type(error).__name__
-    if name == "UnserializableException" or "isn't serializable" in str(cause):
+    in_text = name == "UnserializableException" or "isn't serializable" in str(cause)
+    if in_text or "raised in its creation task" in str(error):
         # Ray's text ends with the traceback, whose last line is the exception's own.
         return Failure(lost=False, text=str(cause or error).strip().splitlines()[-1])
     if cause is not None:
