@@ -9,6 +9,7 @@ Exceptions themselves never travel: a user's class may not unpickle, and its tex
 from __future__ import annotations
 
 import functools
+import linecache
 import site
 import sys
 import sysconfig
@@ -63,8 +64,8 @@ def failure_of(error: BaseException) -> Failure:
 def _frames(error: BaseException) -> tuple[Frame, ...]:
     """Where in the user's files it was raised, outermost first: of the deepest cause that has such frames.
 
-    For a library's error, or a bug of ours, without any: the innermost frame, unless the error is one of our
-    own classes, whose text says what is wrong.
+    For a library's error, or a bug of ours, without any: the innermost frame. None for an error that a `raise` of
+    ours made: its text says what is wrong.
     """
     chain: list[BaseException] = []
     at: BaseException | None = error
@@ -74,8 +75,11 @@ def _frames(error: BaseException) -> tuple[Frame, ...]:
     for cause in reversed(chain):
         if users := tuple(frame for frame in _traceback(cause) if is_users(frame.file)):
             return users
-    explains_itself = type(error).__module__.split(".")[0] in ("rlhf_dist", "workers")
-    return () if explains_itself else _traceback(error)[-1:]
+    last = _traceback(error)[-1:]
+    says = any(
+        f.file.startswith(OURS) and linecache.getline(f.file, f.line).lstrip().startswith("raise ") for f in last
+    )
+    return () if says else last
 
 
 def _traceback(error: BaseException) -> tuple[Frame, ...]:

@@ -45,6 +45,7 @@ class WorkerProcess:
         self.device = "cpu"
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
+        self._phase = ""
         sys.breakpointhook = refuse_breakpoint
         if log_file:
             _redirect_output(Path(log_file))
@@ -81,12 +82,21 @@ class WorkerProcess:
     @reported
     def host_role(self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]) -> None:
         """Build the worker of `role`: `worker_path` is `package.module:Class`."""
+
+        def phase(text: str) -> None:
+            self._phase = f"{role}: {text}"
+
+        phase("importing")
         module, name = worker_path.split(":")
         worker = getattr(importlib.import_module(module), name)
         where = WorkerContext(
-            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, **context
+            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, phase=phase, **context
         )
         self._roles[role] = worker(context=where, **settings)
+
+    def phase(self) -> str:
+        """What is being started. Called in a concurrency group of its own, beside `host_role`."""
+        return self._phase
 
     @reported
     def connect(self, role: str, bridge: Bridge) -> None:
