@@ -82,12 +82,12 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     started = time.perf_counter()
     folder = Path(launch.run.output.root) / launch.run.name
     first_step = _prepare_folder(launch, folder)
-    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml})
+    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
     cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
     display.phase("Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker) as writer:
+    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
         counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
         display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
