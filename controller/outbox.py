@@ -23,8 +23,8 @@ Row = tuple[int, dict[str, float]]
 
 RETRY_S = 60.0
 """Between two attempts at a tracker that failed; rows in between are kept without asking it."""
-CLOSE_S = 20.0
-"""Longest wait for a row to be delivered when the run ends; longer than a request of ours may take."""
+CLOSE_S = 60.0
+"""Longest wait for a row to be delivered when the run ends: a tracker's first one loads a library, may start a service."""
 
 
 class Tracker(Protocol):
