@@ -24,7 +24,7 @@ Row = tuple[int, dict[str, float]]
 RETRY_S = 60.0
 """Between two attempts at a tracker that failed; rows in between are kept without asking it."""
 CLOSE_S = 60.0
-"""Longest wait for a row to be delivered when the run ends: a tracker's first one loads a library, may start a service."""
+"""Longest wait for a row to be delivered when the run ends; the first one loads a tracker's library."""
 
 
 class Tracker(Protocol):
