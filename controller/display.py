@@ -42,8 +42,17 @@ HISTORY = 24
 class Display:
     """Progress of a run; a context manager. Never raises for a metric it does not know."""
 
-    def __init__(self, run_name: str, total_steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
-        self._name, self._total, self._quiet = run_name, total_steps, quiet
+    def __init__(
+        self,
+        run_name: str,
+        total_steps: int,
+        *,
+        quiet: bool = False,
+        lines: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        """lines: a line a step on a terminal too, which leaves it to whoever asks at a prompt there."""
+        self._name, self._total, self._quiet, self._lines = run_name, total_steps, quiet, lines
         self._console = console or Console()
         self._live: Live | None = None
         self._history: dict[str, list[float]] = {}
@@ -57,7 +66,7 @@ class Display:
     @property
     def live(self) -> bool:
         """Whether a table is redrawn in place: on a terminal, and not under CI."""
-        return not self._quiet and self._console.is_terminal and not os.environ.get("CI")
+        return not (self._quiet or self._lines) and self._console.is_terminal and not os.environ.get("CI")
 
     def __enter__(self) -> Display:
         self._started_s = time.monotonic()

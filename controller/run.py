@@ -135,7 +135,8 @@ class _Run:
             every=output.rollouts_every,
         )
         numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
-        self.runner = session.runner(self.dataflow, numbers)
+        # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        self.runner = session.runner(None if eager else self.dataflow, numbers)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.evaluation = Evaluation(session)
         self.store = ObjectStore()

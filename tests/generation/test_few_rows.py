@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_works_on_ranks_without_rows(worlds: dict[int, World], folder: Path, case: str) -> None:
     ranks, engine, rollout = ENGINES[case]
     world = worlds.get(ranks) or worlds.setdefault(ranks, World(ranks))
-    nothing, one = zip(*world.run(every_op, str(folder), engine, rollout), strict=True)
+    world.run(build_trainers, str(folder), engine, rollout)  # in parts: a call to a world is bounded
+    world.run(build_actor)
+    nothing, one = world.run(every_op, 0), world.run(every_op, 1)
+    world.run(close)
     called = {op.split(".")[1] for op, _, _ in nothing[0]}
     for interface in (Actor, Critic, Reference, RewardModel, Reward):
         assert set(ops_of(interface)) <= called, "an op that this test does not know"
@@ -83,43 +85,56 @@ def _no_split(engine: dict[str, Any]) -> bool:
     return bool(engine.get("tensor_parallel", 1) * engine.get("sequence_parallel", 1) == 4)
 
 
-def every_op(folder: str, engine: dict[str, Any], rollout: dict[str, Any]) -> tuple[list[Answer], list[Answer]]:
-    """On a rank: all ops in turn, first without a row anywhere, then with one in the last part."""
+_config: ActorConfig
+_workers: dict[str, Any] = {}
+
+
+def _context() -> WorkerContext:
     import torch.distributed as dist
 
-    from workers.actor import ActorWorker
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return WorkerContext(role="actor", rank=rank, world=world, device="cpu", seed=0, generates=True)
+
+
+def build_trainers(folder: str, engine: dict[str, Any], rollout: dict[str, Any]) -> None:
+    """On a rank: all roles that do not generate."""
+    global _config
     from workers.reference import ReferenceWorker
     from workers.value_model import CriticWorker, RewardModelWorker
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    os.environ["LOCAL_RANK"] = str(rank)
-    config = ActorConfig(
+    _config = ActorConfig(
         model=ModelConfig(path=folder),
         engine=EngineConfig(**engine),
         rollout=RolloutConfig(max_prompt_tokens=16, max_response_tokens=4, kv_cache_bytes=16 << 20, **rollout),
         optimizer=OptimizerConfig(lr=1e-3),
     )
-    context = WorkerContext(role="actor", rank=rank, world=world, device="cpu", seed=0, generates=True)
-    shared: Any = (config.model, config.engine, config.optimizer)
-    workers: dict[str, Any] = {
-        "actor": ActorWorker(context, config),
-        "critic": CriticWorker(context, *shared),
-        "reward_model": RewardModelWorker(context, *shared),
-        "reference": ReferenceWorker(context, ReferenceConfig(model=config.model, engine=config.engine)),
+    shared: Any = (_config.model, _config.engine, _config.optimizer)
+    _workers["critic"] = CriticWorker(_context(), *shared)
+    _workers["reward_model"] = RewardModelWorker(_context(), *shared)
+    _workers["reference"] = ReferenceWorker(_context(), ReferenceConfig(model=_config.model, engine=_config.engine))
+
+
+def build_actor() -> None:
+    """On a rank: the actor, after all others as in a pool whose processes they share."""
+    from workers.actor import ActorWorker
+
+    _workers["actor"] = ActorWorker(_context(), _config)
+
+
+def close() -> None:
+    _workers.pop("actor").close()
+    _workers.clear()
+
+
+def every_op(rows: int) -> list[Answer]:
+    """On a rank: all ops in turn, with no row at all, or with one, which the last part has."""
+    context, workers = _context(), _workers
+    split = _config.engine.tensor_parallel * _config.engine.sequence_parallel
+    axes = {"sp": _config.engine.sequence_parallel, "tp": _config.engine.tensor_parallel}
+    meshes = {
+        "train": Mesh({"dp": context.world // split, **axes}),
+        "rollout": Mesh(colocated_axes(_config, (0,) * context.world)),
     }
-    split = config.engine.tensor_parallel * config.engine.sequence_parallel
-    train = Mesh({"dp": world // split, "sp": config.engine.sequence_parallel, "tp": config.engine.tensor_parallel})
-    generation = Mesh(colocated_axes(config, (0,) * world))
-    try:
-        return (
-            _run_all(workers, {"train": train, "rollout": generation}, rank, 0),
-            _run_all(workers, {"train": train, "rollout": generation}, rank, 1),
-        )
-    finally:
-        workers["actor"].close()
-
-
-def _run_all(workers: dict[str, Any], meshes: dict[str, Mesh], rank: int, rows: int) -> list[Answer]:
     answers: list[Answer] = []
     workers["actor"].reshard(Batch({}, 0), _call(0))
     interfaces = {"actor": Actor, "critic": Critic, "reward_model": RewardModel, "reference": Reference}
@@ -127,7 +142,7 @@ def _run_all(workers: dict[str, Any], meshes: dict[str, Mesh], rank: int, rows: 
     for role, interface in interfaces.items():
         for name, spec in ops_of(interface).items():
             mesh = meshes[spec.mesh]
-            last = spec.dispatch.part_of(mesh, rank) == spec.dispatch.parts(mesh) - 1
+            last = spec.dispatch.part_of(mesh, context.rank) == spec.dispatch.parts(mesh) - 1
             batch = Batch.of(**ROW) if rows and last else Batch.of(**ROW).take([])
             settings: dict[str, Any] = {"n": 2} if name == "generate_sequences" else {}
             if name in losses:
