@@ -117,9 +117,8 @@ class Outbox:
         if not self._told:
             self._told = True
             reason = " ".join(why.split())
-            self._tell(
-                f"{self._name} fails: {reason[:300]}; the run goes on, what {self._name} misses is in {self._missed}"
-            )
+            misses = f"what {self._name} misses is kept in {self._missed}"
+            self._tell(f"{self._name} fails: {reason[:300]}; the run goes on, {misses}")
 
 
 def _drained(rows: queue.Queue[Row | None]) -> list[Row | None]:

@@ -22,9 +22,12 @@ class WandbTracker:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        quiet = wandb.Settings(silent=True, console="off")
+        # Without limits wandb waits 90 s at the start and for ever at the end; what is not sent stays in its folder.
+        bounds = wandb.Settings(
+            silent=True, console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True
+        )
         self._run = wandb.init(
-            project="rlhf-dist", name=name, dir=str(folder), mode=mode, config=dict(settings), settings=quiet
+            project="rlhf-dist", name=name, dir=str(folder), mode=mode, config=dict(settings), settings=bounds
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

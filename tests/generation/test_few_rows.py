@@ -56,7 +56,7 @@ def worlds() -> Iterator[dict[int, World]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128, kv_heads=4)
 
 
 @pytest.mark.parametrize("case", ENGINES)
