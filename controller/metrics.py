@@ -10,10 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from controller.outbox import Outbox, Tracker
+from controller.outbox import Outbox
 from controller.tracking import TensorBoard
 
 NAME = "metrics.jsonl"
+INTERRUPTED_S = 3.0
+"""Longest wait for each tracker after Ctrl-C."""
 
 
 class MetricsWriter:
@@ -27,7 +29,7 @@ class MetricsWriter:
         self,
         folder: str | Path,
         first_step: int = 0,
-        tracker: Tracker | None = None,
+        tracker: Outbox | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         """tell: shows people a line, where TensorBoard's files cannot be written."""
@@ -37,7 +39,7 @@ class MetricsWriter:
         _drop_lines(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         board = Outbox("tensorboard", lambda: TensorBoard(self._folder / "tensorboard", first_step), self._folder, tell)
-        self._trackers: list[Tracker] = [board] if tracker is None else [board, tracker]
+        self._trackers = [board] if tracker is None else [board, tracker]
 
     def write(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float] | None = None) -> None:
         """One step; `node_seconds` becomes `time_s/NODE`.
@@ -60,11 +62,11 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.log(step, finite)
 
-    def close(self) -> None:
-        """Flush and close all; calling it again does nothing."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Flush and close all, as `Outbox.close`; calling it again does nothing."""
         self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(wait_s)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -72,7 +74,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(INTERRUPTED_S if kind is KeyboardInterrupt else None)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

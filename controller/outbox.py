@@ -60,14 +60,16 @@ class Outbox:
         """See Tracker; returns at once."""
         self._rows.put((step, dict(metrics)))
 
-    def close(self) -> None:
-        """Wait for what is on its way; what does not arrive is kept. Calling it again does nothing."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Wait for what is on its way, `wait_s` (None: CLOSE_S) at most for the next row; what does not arrive is
+        kept. Calling it again does nothing."""
+        wait_s = CLOSE_S if wait_s is None else wait_s
         if self._closed:
             return
         self._closed = True
         self._rows.put(None)
         self._progress_s = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - self._progress_s < CLOSE_S:
+        while self._thread.is_alive() and time.monotonic() - self._progress_s < wait_s:
             self._thread.join(0.2)
         with self._lock:
             self._left = True
@@ -76,7 +78,7 @@ class Outbox:
         for row in kept:
             self._keep(row)
         if kept:
-            self._say(f"no answer within {CLOSE_S:g} s")
+            self._say(f"no answer within {wait_s:g} s")
 
     def _deliver(self) -> None:
         while (row := self._rows.get()) is not None:
