@@ -135,13 +135,15 @@ class Display:
             f"{_duration(self._left())} left" if self._ended_s else f"{phase} {_duration(time.monotonic() - since)}",
         )
         metrics = Table.grid(padding=(0, 2))
-        for label, name in _chosen(self._history):
-            past = self._history[name]
+        # Copies: the table is drawn from a thread of its own, while steps come in.
+        history, seconds = dict(self._history), dict(self._seconds)
+        for label, name in _chosen(history):
+            past = list(history[name])
             metrics.add_row(
                 f"  {label}", Text(_number(past[-1]), style="bold"), f"first {_number(past[0])}", sparkline(past)
             )
         shares = Table.grid(padding=(0, 2))
-        for name, share in _shares(self._seconds):
+        for name, share in _shares(seconds):
             bar = ProgressBar(total=1.0, completed=share, width=24)
             shares.add_row(f"  {name}", bar, f"{share:.0%}")
         return Group(head, metrics, shares)
