@@ -126,13 +126,13 @@ class Display:
         return "  ".join([*parts, f"left {_duration(self._left())}"])
 
     def _table(self) -> Group:
-        phase, since = self._phase
+        (phase, since), now = self._phase, time.monotonic()
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self._name, style="bold"),
             f"step {self._done}/{self._total}",
             ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
-            f"{_duration(self._left())} left" if self._ended_s else f"{phase} {_duration(time.monotonic() - since)}",
+            Text(f"{_duration(self._left())} left" if self._ended_s else f"{phase} {_duration(now - since)}"),
         )
         metrics = Table.grid(padding=(0, 2))
         # Copies: the table is drawn from a thread of its own, while steps come in.
