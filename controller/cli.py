@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from bdb import BdbQuit
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rlhf-dist graph ppo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BdbQuit):  # Ctrl-C, or `q` at a breakpoint
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -90,13 +92,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    launch, plan = _prepared(arguments)
+    from rlhf_dist.dataflow.trace import rehearsal
+
+    with rehearsal() if arguments.eager else nullcontext():
+        launch, plan = _prepared(arguments)
     if not arguments.quiet:
         print("\n".join(plan), flush=True)
     from controller.display import Display
     from controller.run import run
 
-    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet) as display:
+    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet, lines=arguments.eager) as display:
         summary = run(launch, display=display, eager=arguments.eager)
         display.summary(_for_people(summary))
     return 0

@@ -50,6 +50,10 @@ class StepDisplay(Protocol):
         """A step is finished."""
         ...
 
+    def phase(self, text: str) -> None:
+        """Something of the start-up begins."""
+        ...
+
     def note(self, text: str) -> None:
         """Something worth a line happened."""
         ...
@@ -78,13 +82,15 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     started = time.perf_counter()
     folder = Path(launch.run.output.root) / launch.run.name
     first_step = _prepare_folder(launch, folder)
-    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml})
+    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
     cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
+    display.phase("Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker) as writer:
-        display.note(f"starting {slots_needed(launch)} slots and {cluster.host_processes} host processes")
-        session = start_session(launch, cluster)
+    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+        counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
+        display.phase(f"processes: {counts}, {cluster.about}")
+        session = start_session(launch, cluster, display.phase)
         _Run(launch, session, folder, writer, display, progress, eager).execute(first_step)
     summary = {
         "name": launch.run.name,
@@ -129,7 +135,8 @@ class _Run:
             every=output.rollouts_every,
         )
         numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
-        self.runner = session.runner(self.dataflow, numbers)
+        # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        self.runner = session.runner(None if eager else self.dataflow, numbers)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.evaluation = Evaluation(session)
         self.store = ObjectStore()
@@ -139,10 +146,16 @@ class _Run:
     def execute(self, first_step: int) -> None:
         run = self.launch.run
         if first_step:
+            self.display.phase("checkpoint")
             self._resume(first_step)
+        if self.launch.dataflow.generating:
+            self.display.phase("first weight sync")
         self.session.sync(first_step)
         if first_step < run.steps:
+            if self.evaluation.possible:
+                self.display.phase("evaluation")
             self._evaluate(first_step)
+            self.display.phase("first step")
         self.closed_s = time.perf_counter()
         if self.eager:
             run_eagerly(

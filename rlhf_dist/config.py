@@ -277,7 +277,8 @@ class RayConfig:
     """How the controller reaches Ray."""
 
     address: str | None = None
-    """`auto` or host:port of a running cluster; None starts one on this machine and ends it with the run."""
+    """`auto` or host:port of a running cluster that this machine is a node of; None starts one on this machine,
+    whatever RAY_ADDRESS says, and ends it with the run."""
     object_store_bytes: int = 512 << 20
     """Object store of a cluster started here."""
     ready_timeout_s: float = 120.0

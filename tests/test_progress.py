@@ -89,6 +89,34 @@ def test_on_a_terminal_the_table_shows_trend_and_shares(monkeypatch: object) -> 
     assert "step 4/10" in text and "▁▃▅█" in text and "first 0" in text and "1,234" in text and "50%" in text
 
 
+def test_startup_is_a_line_a_phase_and_does_not_count_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=100)
+    with Display("demo", 1000, console=console) as display:
+        display.phase("Ray")
+        now[0] = 40.0
+        display.phase("first step")
+        for step in range(3):
+            now[0] = 50.0 + 0.5 * step
+            display.step(step, {"reward": 0.5}, {})
+    lines = shown(console).splitlines()
+    assert lines[:2] == ["   0.0 s  Ray", "  40.0 s  first step"]
+    assert lines[2].endswith("left --:--"), "start-up and the first step, which warms up, are no pace"
+    assert lines[4].startswith("step 3/1000") and lines[4].endswith("left 8:18"), "997 steps of 0.5 s"
+
+
+def test_on_a_terminal_the_head_shows_what_is_starting_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    display = Display("demo", 10, console=console)
+    display.phase("actor: vllm engine for generation")
+    now[0] = 65.0
+    console.print(display._table())
+    assert "actor: vllm engine for generation 1:05" in shown(console)
+
+
 def test_a_quiet_display_still_ends_with_the_summary() -> None:
     console = Console(file=io.StringIO(), width=80)
     with Display("demo", 1, quiet=True, console=console) as display:

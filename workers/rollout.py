@@ -108,8 +108,9 @@ class RolloutWorker:
             return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = response_columns(responses, versions)
+        # One by one: the tokenizer's batch of no rows is one empty text, and a rank may have no rows.
         columns["response"] = Column.strings(
-            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
+            [self.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in responses]
         )
         lengths = columns["response_ids"].lengths
         tokens = batch["prompt_ids"].lengths[parent] + lengths

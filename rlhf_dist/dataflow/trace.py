@@ -11,9 +11,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from io import StringIO
 from typing import Any, NoReturn, cast
+
+import numpy as np
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
@@ -354,6 +359,41 @@ def run_traced(recipe: Recipe, cfg: Any, on_node: OnNode | None = None, fetch: F
     return tracer
 
 
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Recipes traced inside will be called line by line later (`--eager`), and may look at their data.
+
+    While they are traced there is none: `fetch` gives one made-up row, `breakpoint()` does not stop, and what
+    they print is not shown.
+    """
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
+
+
+def _rehearsed(recipe: Recipe, cfg: Any) -> Tracer:
+    hook, sys.breakpointhook = sys.breakpointhook, lambda *args, **kwargs: None
+    try:
+        with redirect_stdout(StringIO()):
+            return run_traced(recipe, cfg, fetch=_made_up)
+    finally:
+        sys.breakpointhook = hook
+
+
+def _made_up(node: str, column: str) -> Any:
+    """One row of a column's kind; a user's own column is a number."""
+    spec = COLUMNS.get(column)
+    if spec is not None and spec.dtype == "text":
+        return [""]
+    zeros = np.zeros(1, spec.dtype if spec is not None else "float32")
+    return [zeros if spec is not None and spec.shape != "[B]" else zeros[0]]
+
+
 def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     """The recipe's graph for settings `cfg` (default: the recipe's own defaults), reshard nodes inserted.
 
@@ -363,7 +403,7 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
 
     if cfg is None and recipe.config is not None:
         cfg = recipe.config()
-    tracer = run_traced(recipe, cfg)
+    tracer = _rehearsed(recipe, cfg) if _rehearsing.get() else run_traced(recipe, cfg)
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
     return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))
@@ -402,4 +442,4 @@ def _check_keywords(line: str, op: str, function: Callable[..., Any], kwargs: Ma
             raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
 
 
-__all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "run_traced", "trace"]
+__all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "rehearsal", "run_traced", "trace"]

@@ -72,10 +72,14 @@ class WeightSyncError(RuntimeError):
 
     def __init__(self, version: int, rule: str, parameters: Iterable[str] = ()) -> None:
         self.version, self.rule, self.parameters = version, rule, tuple(sorted(parameters))
+        # What the class is called with: an exception is unpickled by calling its class with these.
+        super().__init__(version, rule, self.parameters)
+
+    def __str__(self) -> str:
         shown = ", ".join(self.parameters[:5]) + (", ..." if len(self.parameters) > 5 else "")
         which = f" ({len(self.parameters)} parameters: {shown})" if self.parameters else ""
-        super().__init__(
-            f"weight sync of version {version} failed: {rule}{which}; "
+        return (
+            f"weight sync of version {self.version} failed: {self.rule}{which}; "
             "this engine generates nothing until a sync completes"
         )
 
