@@ -74,6 +74,10 @@ def _check_numbers(launch: Launch) -> None:
     for role, settings in launch.roles.items():
         at_least[f"{role}.engine.micro_batch_tokens"] = (settings.engine.micro_batch_tokens, 1)
         at_least[f"{role}.engine.logit_chunk_tokens"] = (settings.engine.logit_chunk_tokens, 1)
+        if isinstance(settings, RewardConfig):
+            above_zero[f"{role}.timeout_s"] = settings.timeout_s
+            at_least[f"{role}.concurrency"] = (settings.concurrency, 1)
+            at_least[f"{role}.memory_bytes"] = (settings.memory_bytes, 256 << 20)  # Python with numpy takes 100 MiB.
         optimizer = getattr(settings, "optimizer", None)
         if optimizer is not None:
             for name in ("lr", "warmup_steps", "total_steps", "min_lr_ratio", "weight_decay", "grad_clip"):
@@ -124,7 +128,7 @@ def _check_tracker(launch: Launch) -> None:
 
 
 def _check_rewards(launch: Launch) -> None:
-    from rlhf_dist.rewards.load import load_function
+    from rlhf_dist.rewards.load import load_reward
 
     for role, settings in launch.used_roles.items():
         if not isinstance(settings, RewardConfig):
@@ -141,7 +145,7 @@ def _check_rewards(launch: Launch) -> None:
             )
         if settings.function is not None:
             try:
-                load_function(settings.function, launch.recipe.file)
+                load_reward(settings.function, launch.recipe.file)
             except Exception as error:  # the user's file may raise anything when it is executed
                 name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 raise ConfigError(f"{role}.function: {name}{error}") from error
