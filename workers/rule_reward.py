@@ -18,7 +18,7 @@ class RuleRewardWorker:
     ) -> None:
         """`failed_reward`: of a row whose call failed; None: that is an error naming function and row."""
         self.function, self.failed_reward = function, failed_reward
-        self.process = ScoringProcess(function.payload, function.signature, limits, context.role)
+        self.process = ScoringProcess(function, limits, context.role)
 
     def compute_reward(self, batch: Batch, call: Call) -> OpResult:
         """The reward of every row."""

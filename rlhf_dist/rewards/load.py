@@ -12,7 +12,7 @@ from typing import Any
 
 import cloudpickle
 
-from rlhf_dist.python_files import load_file
+from rlhf_dist.python_files import load_file, user_folders
 from rlhf_dist.rewards.signature import Signature, signature_of
 
 
@@ -23,6 +23,8 @@ class LoadedReward:
     payload: bytes
     """Pickled, by value where it comes from a user's file."""
     signature: Signature
+    folders: tuple[str, ...] = ()
+    """Folders of user files, for what they import when they are called."""
 
 
 def load_reward(spec: str, default_file: str | Path | None = None) -> LoadedReward:
@@ -33,7 +35,7 @@ def load_reward(spec: str, default_file: str | Path | None = None) -> LoadedRewa
     function = load_function(spec, default_file)
     signature = signature_of(function)
     try:
-        return LoadedReward(cloudpickle.dumps(function), signature)
+        return LoadedReward(cloudpickle.dumps(function), signature, tuple(user_folders()))
     except Exception as error:  # an object of the user's may raise anything
         raise ValueError(
             f"{spec!r} cannot be sent to the process that computes rewards ({type(error).__name__}: {error}); "

@@ -30,8 +30,8 @@ import psutil
 
 from rlhf_dist.rewards.calls import Outcome, Rows
 from rlhf_dist.rewards.child import Limits, Report, Task
+from rlhf_dist.rewards.load import LoadedReward
 from rlhf_dist.rewards.rule import RewardFunctionError
-from rlhf_dist.rewards.signature import Signature
 
 START_S = 300.0
 """Longest that a function's imports and constructor may take."""
@@ -51,9 +51,9 @@ BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlhf_dist.
 class ScoringProcess:
     """A reward function in a process of its own."""
 
-    def __init__(self, payload: bytes, signature: Signature, limits: Limits, role: str = "reward") -> None:
-        """`payload`: the function, pickled. Raises RewardFunctionError if its process does not come up."""
-        self._payload, self._signature, self._limits, self._role = payload, signature, limits, role
+    def __init__(self, function: LoadedReward, limits: Limits, role: str = "reward") -> None:
+        """Raises RewardFunctionError if the function's process does not come up."""
+        self._function, self._signature, self._limits, self._role = function, function.signature, limits, role
         self._table = tempfile.TemporaryFile()
         self._child: _Child | None = None
         self._ready()
@@ -96,7 +96,7 @@ class ScoringProcess:
     def _ready(self) -> _Child:
         if self._child is None or self._child.process.poll() is not None:
             self.close()
-            self._child = _Child(self._table.fileno(), (self._payload, self._signature, self._limits))
+            self._child = _Child(self._table.fileno(), self._function, self._limits)
             failure = self._child.wait_until_ready()
             if failure is not None:
                 self.close()
@@ -151,9 +151,14 @@ class _Failure:
 
 
 class _Child:
-    def __init__(self, table: int, job: tuple[bytes, Signature, Limits]) -> None:
+    def __init__(self, table: int, function: LoadedReward, limits: Limits) -> None:
         self.connection, theirs = Pipe()
-        command = [sys.executable, "-c", BOOT.format(theirs.fileno(), table), json.dumps(sys.path)]
+        command = [
+            sys.executable,
+            "-c",
+            BOOT.format(theirs.fileno(), table),
+            json.dumps([*sys.path, *function.folders]),
+        ]
         # What tells our own processes to keep freed memory (controller/cluster.py) is wrong for a bounded one.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         self.process = subprocess.Popen(
@@ -168,7 +173,7 @@ class _Child:
         theirs.close()
         assert self.process.stdout is not None, "it is a pipe"
         self.output = _Output(self.process.stdout)
-        self.connection.send(job)
+        self.connection.send((function.payload, function.signature, limits))
 
     def wait_until_ready(self) -> str | None:
         """Why it is not ready, or None."""

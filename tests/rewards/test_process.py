@@ -79,7 +79,7 @@ def scoring(tmp_path: Path) -> object:
     ) -> Iterator[object]:
         loaded = load_reward(f"{file}:{name}")
         limits = Limits(timeout_s=timeout_s, memory_bytes=memory_bytes)
-        process = ScoringProcess(loaded.payload, loaded.signature, limits, role)
+        process = ScoringProcess(loaded, limits, role)
 
         def score(*responses: str, stop: bool = True) -> list[Outcome]:
             return process.score({"response": list(responses)}, len(responses), stop=stop)
