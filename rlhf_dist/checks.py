@@ -51,6 +51,7 @@ def check_launch(launch: Launch) -> list[str]:
     rows = rows_of_nodes(launch)
     _check_groups(launch)
     _check_mini_batches(launch, rows)
+    _check_vocabularies(launch)
     _check_sources(launch)
     return _plan(launch, pools, sizes, rows)
 
@@ -323,6 +324,17 @@ def _check_sources(launch: Launch) -> None:
         except Exception as error:  # a generator of the user's may raise anything
             name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
             raise ConfigError(f"{name}{error}") from error
+
+
+def _check_vocabularies(launch: Launch) -> None:
+    """All models read the ids of one tokenizer: the one that `_tokenizer` gives the source."""
+    from rlhf_dist.data.vocabulary import check_vocabulary
+
+    models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
+    base = next(iter(models), None)
+    for role, model in models.items():
+        if base is not None and role != base:
+            check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
 
 
 def _tokenizer(launch: Launch) -> str | None:
