@@ -81,7 +81,7 @@ def test_a_mistake_is_raised_before_anything_starts(model: Path, data: Path, tmp
         launch("grpo", settings={"model.path": model, "actor.lr": 1e-5})
     with pytest.raises(ConfigError, match="no recipe|did you mean|recipe"):
         launch("grpoo")
-    with pytest.raises(ConfigError, match="reward.function: .*<lambda> has no name of its own"):
+    with pytest.raises(ConfigError, match="reward.function: .*<lambda>. has no name of its own"):
         launch("grpo", settings={"reward.function": lambda response: 0.0})
 
 
