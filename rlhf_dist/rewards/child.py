@@ -73,10 +73,11 @@ def main(requests: int, table: int) -> None:
     faulthandler.enable()
     for descriptor in (requests, table):
         os.set_inheritable(descriptor, False)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what was printed before a hang is seen
     connection = Connection(requests)
     try:
         payload, signature, limits = connection.recv()
-        resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_bytes, limits.memory_bytes))
+        _limit_memory(limits.memory_bytes)
         calls = _load(payload, signature, limits)
     except BaseException as error:
         traceback.print_exception(error)
@@ -114,6 +115,13 @@ def _serve(calls: Calls, task: Task, started: Any, connection: Connection) -> No
             ended, sent = [], now
     sys.stdout.flush()
     connection.send(Report(ended, over=True))
+
+
+def _limit_memory(count: int) -> None:
+    """Allocations beyond `count` bytes fail: a MemoryError in the row that asks for them."""
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    count = count if most == resource.RLIM_INFINITY else min(count, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (count, count))
 
 
 def _follow_parent() -> None:
