@@ -19,6 +19,7 @@ from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.model_folder import ModelShape, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
+from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.typed import ConfigError
 
 CPU_SLOTS = 8
@@ -30,7 +31,7 @@ def check_launch(launch: Launch) -> list[str]:
     _check_numbers(launch)
     _check_folder(launch)
     _check_tracker(launch)
-    _check_rewards(launch)
+    check_rewards(launch)
     shapes = {
         role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
         for role, settings in launch.used_roles.items()
@@ -126,30 +127,6 @@ def _check_tracker(launch: Launch) -> None:
             f"output.tracker={package} needs a package that is not installed; run pip install 'rlhf-dist[tracking]', "
             f"or set output.tracker=none"
         )
-
-
-def _check_rewards(launch: Launch) -> None:
-    from rlhf_dist.rewards.load import load_reward
-
-    for role, settings in launch.used_roles.items():
-        if not isinstance(settings, RewardConfig):
-            continue
-        if settings.function is not None and settings.model is not None:
-            raise ConfigError(
-                f"{role} has both a function ({settings.function}) and a model ({settings.model.path}); exactly one is "
-                f"needed: set {role}.function=null or {role}.model=null"
-            )
-        if settings.function is None and settings.model is None:
-            raise ConfigError(
-                f"{role} has neither a function nor a model; set {role}.function=FUNCTION (or choose a task=...), "
-                f"or {role}.model.path=FOLDER"
-            )
-        if settings.function is not None:
-            try:
-                load_reward(settings.function, launch.recipe.file)
-            except Exception as error:  # the user's file may raise anything when it is executed
-                name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ConfigError(f"{role}.function: {name}{error}") from error
 
 
 # --- settings against the machine and the model --------------------------------------------------------------

@@ -93,7 +93,7 @@ class Signature:
             elif needed and not (parameter == EXTRA_INFO and not self.batched):
                 raise ValueError(
                     f"{self.name} asks for {parameter!r}, and there is no column "
-                    f"{self.columns.get(parameter, parameter)!r}; there is {', '.join(sorted({*columns, *extras}))}. "
+                    f"{self.columns.get(parameter, parameter)!r}; there is {', '.join(sorted({*columns, *extras}))}; "
                     f"{RULE}; for other names: adapt(function, {parameter}=COLUMN)"
                 )
         if self.rest:
