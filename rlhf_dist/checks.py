@@ -304,13 +304,13 @@ def _check_sources(launch: Launch) -> None:
 
 
 def _check_vocabularies(launch: Launch) -> None:
-    """All models read the ids of one tokenizer: the one that `_tokenizer` gives the source."""
+    """All models read the ids of one tokenizer, the first model's; one that starts at random may learn any."""
     from rlhf_dist.data.vocabulary import check_vocabulary
 
     models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
     base = next(iter(models), None)
     for role, model in models.items():
-        if base is not None and role != base:
+        if base is not None and role != base and model.init == "pretrained":
             check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
 
 

@@ -117,6 +117,8 @@ class Calls:
 
     def _finished(self, call: int, returned: Any, num_rows: int) -> Finished:
         if inspect.isawaitable(returned):
+            if inspect.iscoroutine(returned):
+                returned.close()
             raise TypeError("it returned something to await; write `async def`, or await it in the function")
         if not self._signature.batched:
             return Finished(call, [self._outcome(returned)])

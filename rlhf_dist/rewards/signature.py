@@ -46,6 +46,10 @@ class Adapted:
     def __init__(self, function: Callable[..., Any], batched: bool | None, columns: Mapping[str, str]) -> None:
         self.function, self.batched, self.columns = function, batched, dict(columns)
 
+    def __call__(self, *values: Any, **named: Any) -> Any:
+        """The function as it is."""
+        return self.function(*values, **named)
+
 
 def adapt(function: Callable[..., Any], *, batched: bool | None = None, **columns: str) -> Any:
     """`function` as a reward: `adapt(theirs, text="response", gold="answer")` gives `text` the response column.

@@ -1,4 +1,4 @@
-"""The graph carries the columns that a reward function names, and a name that is no column is found before the start."""
+"""The graph carries the columns that a reward function names; a name that is no column is found before the start."""
 
 from __future__ import annotations
 
