@@ -123,10 +123,8 @@ def test_verl_s_extra_info_is_empty_where_the_data_has_none() -> None:
 
 
 def test_named_scores_of_batched_functions_and_verl_s_score_are_metrics() -> None:
-    assert {name: mean.value for name, mean in rule_rewards(columns_in, ROWS).metrics.items()} == {
-        "reward": 1.5,
-        "score/length": 1.5,
-    }
+    found = {name: metric.value for name, metric in rule_rewards(columns_in, ROWS).metrics.items()}
+    assert found == {"reward": 1.5, "reward_std": 0.5, "score/length": 1.5}
     assert rule_rewards(compute_score, ROWS).metrics["score/index"].value == 4.5
 
 
