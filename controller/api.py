@@ -58,9 +58,9 @@ def launch(
     overrides: as on the command line, `key=value`. settings: key -> Python value, before them; where a function is
     named, the function itself will do. quiet: no progress. eager: line by line.
 
-    Raises ConfigError (a ValueError) for what the settings, the recipe or the data cannot be, before anything starts;
-    NodeError, WorkerLost or ClusterError for what failed. KeyboardInterrupt passes through. In all cases every process
-    that was started has ended, and another launch may follow.
+    Raises ConfigError or GraphError (ValueErrors) for what the settings, the recipe or the data cannot be, before
+    anything starts; NodeError, WorkerLost or ClusterError for what failed. KeyboardInterrupt passes through. In all
+    cases every process that was started has ended, and another launch may follow.
     """
     from controller.display import Display
     from controller.run import run

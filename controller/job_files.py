@@ -24,6 +24,7 @@ from rlhf_dist.typed import ConfigError
 
 MOST_BYTES = 100 << 20
 """What a job may bring along; more belongs on storage that the cluster sees."""
+MOST_FILES = 10_000
 IGNORE_FILES = (".gitignore", ".rayignore")
 ALWAYS_LEFT_OUT = ("__pycache__", "node_modules")
 PATH_KEYS = ("path", "function", "reward", "generator", "calibration", "placement")
@@ -119,7 +120,7 @@ def _add_folder(files: dict[Path, Path], folder: Path, where: Path) -> int:
     left_out = 0
     for root, folders, names in os.walk(folder):
         here = Path(root)
-        lines = [line for name in IGNORE_FILES if name in names for line in (here / name).read_text().splitlines()]
+        lines = [line for name in IGNORE_FILES if name in names for line in _lines(here / name)]
         specs[here] = pathspec.GitIgnoreSpec.from_lines(lines)
 
         def ignored(path: Path, suffix: str = "") -> bool:
@@ -139,7 +140,16 @@ def _add_folder(files: dict[Path, Path], folder: Path, where: Path) -> int:
                 left_out += name not in IGNORE_FILES
             elif (here / name).is_file():
                 files[Path(os.path.normpath(where / (here / name).relative_to(folder)))] = here / name
+        if len(files) > MOST_FILES:
+            raise ConfigError(
+                f"{folder} has more than {MOST_FILES} files, too many for a job; name what it does not need in a "
+                f".rayignore file, or give the recipe a folder of its own"
+            )
     return left_out
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(errors="replace").splitlines()
 
 
 def _check_size(files: Mapping[Path, Path]) -> None:

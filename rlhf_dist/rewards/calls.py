@@ -22,6 +22,8 @@ from rlhf_dist.rewards.signature import Adapted, Signature
 
 Scores = dict[str, float]
 Outcome = Scores | str
+NOT_CALLED = "was not called: another row failed"
+"""Outcome of a row that nothing is known of."""
 Rows = Mapping[str, Sequence[Any]]
 """Parameter (or column) -> its value in each row: text, numbers, or lists of numbers."""
 
@@ -45,8 +47,9 @@ class Finished:
 class Calls:
     """A reward function, ready to be called."""
 
-    def __init__(self, function: Any, signature: Signature, *, timeout_s: float, concurrency: int) -> None:
-        """Makes the instance of a class. `timeout_s` ends an async call; who calls ends the others."""
+    def __init__(self, function: Any, signature: Signature, *, timeout_s: float, concurrency: int, alone: bool) -> None:
+        """Makes the instance of a class. `timeout_s` ends an async call; who calls ends the others. `alone`: nothing
+        else runs in this process, so that alarms and copies of it that a call leaves are the call's, and ended."""
         function = function.function if isinstance(function, Adapted) else function
         self._function: Callable[..., Any] = function() if inspect.isclass(function) else function
         self._signature, self._timeout_s, self.concurrency = signature, timeout_s, concurrency
@@ -54,6 +57,7 @@ class Calls:
             type(self._function).__call__
         )
         self._runner: asyncio.Runner | None = None
+        self._alone = alone
 
     def run(self, rows: Rows, num_rows: int, started: Started) -> Iterator[Finished]:
         """The outcome of each call, as it ends. `rows`: the arguments."""
@@ -72,7 +76,7 @@ class Calls:
         finally:
             running.cancel()
             loop.run_until_complete(asyncio.gather(running, return_exceptions=True))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._clean_up(os.getpid())
 
     def _arguments(self, rows: Rows, num_rows: int) -> list[dict[str, Any]]:
         """`rows` are the columns of the parameters, under the parameters' names."""
@@ -91,10 +95,14 @@ class Calls:
         except BaseException as error:
             return self._failed(call, error, num_rows)
         finally:
-            if os.getpid() != process:  # the function forked and came back twice: this is the copy
-                os._exit(0)
-            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm it left must not ring in the next row
+            self._clean_up(process)
             started[call] = 0.0
+
+    def _clean_up(self, process: int) -> None:
+        if self._alone and os.getpid() != process:  # the function forked and came back twice: this is the copy
+            os._exit(0)
+        if self._alone:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm it left must not ring in the next row
 
     async def _call_together(
         self, arguments: list[dict[str, Any]], num_rows: int, started: Started, ended: asyncio.Queue[Finished]

@@ -97,7 +97,7 @@ def main(requests: int, table: int) -> None:
 
 def _load(payload: bytes, signature: Signature, limits: Limits) -> Calls:
     function = pickle.loads(payload)
-    return Calls(function, signature, timeout_s=limits.timeout_s, concurrency=limits.concurrency)
+    return Calls(function, signature, timeout_s=limits.timeout_s, concurrency=limits.concurrency, alone=True)
 
 
 def _serve(calls: Calls, task: Task, started: Any, connection: Connection) -> None:

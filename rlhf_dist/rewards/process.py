@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 import psutil
 
-from rlhf_dist.rewards.calls import Outcome, Rows
+from rlhf_dist.rewards.calls import NOT_CALLED, Outcome, Rows
 from rlhf_dist.rewards.child import Limits, Report, Task
 from rlhf_dist.rewards.load import LoadedReward
 from rlhf_dist.rewards.rule import RewardFunctionError
@@ -44,7 +44,6 @@ ATTEMPTS = 3
 """Times that the process may end while nothing is under way."""
 OUTPUT_BYTES = 256 << 10
 """What is kept of the output of one `score`."""
-NOT_CALLED = "was not called: another row failed"
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlhf_dist.rewards.child import main; main({}, {})"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult
 from rlhf_dist.metrics import Mean, reward_metrics
-from rlhf_dist.rewards.calls import Calls, Outcome, Scores, short
+from rlhf_dist.rewards.calls import NOT_CALLED, Calls, Outcome, Scores, short
 from rlhf_dist.rewards.signature import Signature, signature_of
 from rlhf_dist.schema import COLUMNS
 
@@ -36,7 +36,7 @@ def rule_rewards(function: Any, batch: Batch) -> HostResult:
     Raises RewardFunctionError naming the function and the row, with the row's texts.
     """
     signature, outcomes = signature_of(function), list[Outcome]()
-    calls = Calls(function, signature, timeout_s=math.inf, concurrency=1)
+    calls = Calls(function, signature, timeout_s=math.inf, concurrency=1, alone=False)
     if batch.num_rows:
         for finished in calls.run(arguments(signature, batch), batch.num_rows, [0.0] * batch.num_rows):
             outcomes += finished.outcomes
@@ -61,12 +61,15 @@ def reward_columns(name: str, batch: Batch, outcomes: Sequence[Outcome], failed:
 
     `failed`: the reward of rows without scores, which are counted; None: they raise RewardFunctionError.
     """
+    failures = [(row, outcome) for row, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+    if failures and failed is None:
+        row, text = min(failures, key=lambda failure: failure[1] == NOT_CALLED)
+        raise RewardFunctionError(f"{_where(name, batch, row)} {text}")
     scored: dict[str, list[float]] = {}
     rewards, seen = list[float](), list[Scores]()
     for row, outcome in enumerate(outcomes):
         if isinstance(outcome, str):
-            if failed is None:
-                raise RewardFunctionError(f"{_where(name, batch, row)} {outcome}")
+            assert failed is not None, "raised above"
             rewards.append(failed)
             continue
         if seen and outcome.keys() != seen[0].keys():

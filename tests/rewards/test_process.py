@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf_dist.batch import Batch, Column
 from rlhf_dist.rewards.calls import Outcome
 from rlhf_dist.rewards.child import Limits
 from rlhf_dist.rewards.load import load_reward
 from rlhf_dist.rewards.process import OUTPUT_BYTES, ScoringProcess
-from rlhf_dist.rewards.rule import RewardFunctionError
+from rlhf_dist.rewards.rule import RewardFunctionError, reward_columns
 
 SOURCE = """
 import asyncio, os, signal, sys, time
@@ -50,6 +51,7 @@ async def waits(response):
     await asyncio.sleep(0.2)
     if response == "exit": os._exit(7)
     if response == "hang": await asyncio.sleep(1e6)
+    if response == "raise": raise KeyError("nope")
     return 1.0
 
 def process(response):
@@ -149,6 +151,9 @@ def test_async_calls_wait_together_and_one_that_ends_the_process_is_found(scorin
         assert outcomes[0] == outcomes[2] == {"reward": 1.0}
         assert outcomes[1] == "did not return within 1 s" and "exit code 7" in str(outcomes[3])
         assert "as one of rows" in str(score("exit", "fine")[0])
+        rows = Batch({"response": Column.strings(["hang", "raise"])})
+        with pytest.raises(RewardFunctionError, match="for row 1 .*nope"):  # not the one that had to be left
+            reward_columns("waits", rows, score("hang", "raise"))
 
 
 def test_memory_of_what_it_forks_counts(scoring) -> None:  # type: ignore[no-untyped-def]
