@@ -142,7 +142,8 @@ class Calls:
             text = f"called sys.exit({error.code!r})"
         else:
             text = f"raised {type(error).__name__}: {error}{_place(error)}"
-            traceback.print_exception(error)  # to the log
+            if not isinstance(error, asyncio.CancelledError):  # we left it, since another row failed
+                traceback.print_exception(error)  # to the log
         rows = num_rows if self._signature.batched else 1
         return Finished(call, [text] * rows, out_of_memory=isinstance(error, MemoryError))
 
