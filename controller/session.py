@@ -210,9 +210,7 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
     interface: Any = launch.recipe.roles[role]
     trains = _is_trained(launch, role)
     if isinstance(config, RewardConfig) and config.function is not None:
-        from rlhf_dist.rewards import load_function
-
-        return interface.rule_worker, {"function": load_function(config.function, launch.recipe.file)}
+        return interface.rule_worker, _rule_settings(config, launch.recipe.file)
     if isinstance(config, ActorConfig):
         on_policy = launch.run.placement.max_staleness == 0
         where = {"generates_here": not rollout_apart, "on_policy": on_policy}
@@ -227,6 +225,18 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
         "model": config.model,
         "engine": config.engine,
         "optimizer": config.optimizer if trains else None,
+    }
+
+
+def _rule_settings(config: RewardConfig, recipe_file: Path) -> dict[str, Any]:
+    from rlhf_dist.rewards.child import Limits
+    from rlhf_dist.rewards.load import load_reward
+
+    assert config.function is not None, "a rule is a function"
+    return {
+        "function": load_reward(config.function, recipe_file),
+        "limits": Limits(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes, concurrency=config.concurrency),
+        "failed_reward": config.failed_reward,
     }
 
 

@@ -19,6 +19,7 @@ from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
+from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.typed import ConfigError
 
 CPU_SLOTS = 8
@@ -30,7 +31,7 @@ def check_launch(launch: Launch) -> list[str]:
     _check_numbers(launch)
     _check_folder(launch)
     _check_tracker(launch)
-    _check_rewards(launch)
+    check_rewards(launch)
     shapes = {
         role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
         for role, settings in launch.used_roles.items()
@@ -52,6 +53,7 @@ def check_launch(launch: Launch) -> list[str]:
     rows = rows_of_nodes(launch)
     _check_groups(launch)
     _check_mini_batches(launch, rows)
+    _check_vocabularies(launch)
     _check_sources(launch)
     return _plan(launch, pools, sizes, rows)
 
@@ -75,6 +77,10 @@ def _check_numbers(launch: Launch) -> None:
     for role, settings in launch.roles.items():
         at_least[f"{role}.engine.micro_batch_tokens"] = (settings.engine.micro_batch_tokens, 1)
         at_least[f"{role}.engine.logit_chunk_tokens"] = (settings.engine.logit_chunk_tokens, 1)
+        if isinstance(settings, RewardConfig):
+            above_zero[f"{role}.timeout_s"] = settings.timeout_s
+            at_least[f"{role}.concurrency"] = (settings.concurrency, 1)
+            at_least[f"{role}.memory_bytes"] = (settings.memory_bytes, 256 << 20)  # Python with numpy takes 100 MiB.
         optimizer = getattr(settings, "optimizer", None)
         if optimizer is not None:
             for name in ("lr", "warmup_steps", "total_steps", "min_lr_ratio", "weight_decay", "grad_clip"):
@@ -122,30 +128,6 @@ def _check_tracker(launch: Launch) -> None:
             f"output.tracker={package} needs a package that is not installed; run pip install 'rlhf-dist[tracking]', "
             f"or set output.tracker=none"
         )
-
-
-def _check_rewards(launch: Launch) -> None:
-    from rlhf_dist.rewards.load import load_function
-
-    for role, settings in launch.used_roles.items():
-        if not isinstance(settings, RewardConfig):
-            continue
-        if settings.function is not None and settings.model is not None:
-            raise ConfigError(
-                f"{role} has both a function ({settings.function}) and a model ({settings.model.path}); exactly one is "
-                f"needed: set {role}.function=null or {role}.model=null"
-            )
-        if settings.function is None and settings.model is None:
-            raise ConfigError(
-                f"{role} has neither a function nor a model; set {role}.function=FUNCTION (or choose a task=...), "
-                f"or {role}.model.path=FOLDER"
-            )
-        if settings.function is not None:
-            try:
-                load_function(settings.function, launch.recipe.file)
-            except Exception as error:  # the user's file may raise anything when it is executed
-                name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ConfigError(f"{role}.function: {name}{error}") from error
 
 
 # --- settings against the machine and the model --------------------------------------------------------------
@@ -329,6 +311,17 @@ def _check_sources(launch: Launch) -> None:
         except Exception as error:  # a generator of the user's may raise anything
             name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
             raise ConfigError(f"{name}{error}") from error
+
+
+def _check_vocabularies(launch: Launch) -> None:
+    """All models read the ids of one tokenizer, the first model's; one that starts at random may learn any."""
+    from rlhf_dist.data.vocabulary import check_vocabulary
+
+    models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
+    base = next(iter(models), None)
+    for role, model in models.items():
+        if base is not None and role != base and model.init == "pretrained":
+            check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
 
 
 def _tokenizer(launch: Launch) -> str | None:

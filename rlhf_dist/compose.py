@@ -13,7 +13,7 @@ Hydra's own structured configs cannot be frozen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any]) -> 
     dataflow = trace(recipe, algorithm)
     settings = _build(root, composed, recipe.roles.keys() - dataflow.used_roles)
     _check_rows(recipe, settings)
+    recipe = replace(recipe, reads=_reward_columns(recipe, settings))
+    dataflow = trace(recipe, algorithm) if recipe.reads else dataflow
     run = RunConfig(**{item.name: getattr(settings, item.name) for item in fields(RunConfig)})
     return Launch(
         recipe=recipe,
@@ -226,6 +228,20 @@ def _check_rows(recipe: Recipe, settings: Any) -> None:
                 f"data.train.rows must be {wanted}, because recipe {recipe.name} takes {kind.__name__} as {name!r}; "
                 f"got {got!r}; leave it unset"
             )
+
+
+def _reward_columns(recipe: Recipe, settings: Any) -> dict[str, tuple[str, ...]]:
+    """Role -> columns its reward function names; nothing where it cannot be loaded, which `check_launch` explains."""
+    from rlhf_dist.rewards.load import load_function
+    from rlhf_dist.rewards.signature import signature_of
+
+    found = {}
+    for role in recipe.roles:
+        spec = getattr(getattr(settings, role), "function", None)
+        if spec is not None:
+            with suppress(Exception):
+                found[role] = signature_of(load_function(spec, recipe.file)).named
+    return found
 
 
 # --- Hydra -----------------------------------------------------------------------------------------------

@@ -181,6 +181,15 @@ class RewardConfig:
 
     function: str | None = None
     """`package.module:name`, `file.py:name`, or a name in the recipe's own file. None: use `model`."""
+    timeout_s: float = 60.0
+    """Longest that one call of the function may take, seconds; its process is ended then."""
+    memory_bytes: int = 4 << 30
+    """Most memory of the process that calls the function, with all that it starts."""
+    concurrency: int = 16
+    """Calls of an `async def` function under way at one time, in each of placement.host_processes."""
+    failed_reward: float | None = None
+    """Reward of a row whose call raised, hung or ended its process; such rows are counted (`failed_rows`). None: the
+    run ends, naming function and row."""
     model: ModelConfig | None = None
     """A sequence-classification folder with one label. None: use `function`."""
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -280,15 +280,14 @@ class RoleHandle:
             raise GraphError(f"{self._tracer.line()}: {where} takes a batch first, got {type(batch).__name__}")
         _check_keywords(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
         settings = {**_defaults(getattr(self._interface, spec.name)), **kwargs}
+        needed = spec.columns(spec.reads, settings)
+        more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))
         node = batch._record(
             name=where,
             role=self._role,
             op=spec.name,
             kind="op",
-            reads=(
-                *spec.columns(spec.reads, settings),
-                *(name for name in spec.optional if name in batch.origins),
-            ),
+            reads=(*needed, *(name for name in more if name in batch.origins and name not in needed)),
             writes=spec.columns(spec.writes, settings),
             rows=spec.rows,
             kwargs=settings,

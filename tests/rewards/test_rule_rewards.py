@@ -19,7 +19,6 @@ from rlhf_dist.rewards import (
     reasoning_gym,
     reasoning_gym_solved,
     rule_rewards,
-    score_rows,
 )
 from rlhf_dist.rewards.reasoning_gym import answer_json, final_answer
 from rlhf_dist.rewards.time_limit import OutOfTime, time_limit
@@ -168,7 +167,7 @@ def test_a_reward_that_is_no_number_is_an_error_that_names_the_row(returned: obj
         return 1.0 if response == "fine" else returned
 
     with pytest.raises(RewardFunctionError, match=message) as caught:
-        score_rows(faulty, ["p", "p"], ["fine", "other"], ["a", "a"])  # type: ignore[arg-type]
+        rule_rewards(faulty, rows_of("fine", "other"))
     assert "faulty for row 1 (prompt 'p', response 'other', answer 'a')" in str(caught.value)
 
 
