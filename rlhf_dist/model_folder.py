@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from rlhf_dist.typed import ConfigError
 
 PREPARED_BY = {"models/smollm2": "make smollm2", "runs/demo/model": "make demo"}
 """Folders that are made, not downloaded, and the command that makes them."""
+
+HUB_ID = r"(?!models/|runs/)[A-Za-z0-9][\w.-]*/[\w.-]+"
+"""What `organisation/name` looks like."""
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -33,11 +37,13 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
 
     Raises ConfigError if the folder, its config.json, or (with `weights`) its weights are missing.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     how = PREPARED_BY.get(folder.as_posix())
     hint = (
         f"run `{how}` to make it" if how else "give a Hugging Face model folder, or choose model=demo or model=smollm2"
     )
+    if re.fullmatch(HUB_ID, path) and not folder.parent.is_dir():
+        hint = no_download(path, key)
     if not folder.is_dir():
         raise ConfigError(f"{key}: no folder {path!r} (looked for {folder.resolve()}); {hint}")
     file = folder / "config.json"
@@ -61,6 +67,15 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
         max_tokens=_number(text, "max_position_embeddings", "n_positions"),
         vocabulary=_number(text, "vocab_size"),
         labels=len(labels) if isinstance(labels, dict) else int(settings.get("num_labels", 2)),
+    )
+
+
+def no_download(hub_id: str, key: str = "model.path") -> str:
+    """What to do with a model that is named as on a hub."""
+    folder = f"models/{hub_id.rpartition('/')[2]}"
+    return (
+        f"nothing is downloaded here: fetch {hub_id} first, with `hf download {hub_id} --local-dir {folder}`, and set "
+        f"{key}={folder}"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,14 @@ class Recipe:
     def source_columns(self) -> dict[str, tuple[str, ...]]:
         """Source parameter -> columns it emits."""
         return {name: cast(Any, kind).columns for name, kind in self.sources.items()}
+
+
+def follows(key: str) -> Any:
+    """Default of a field of a recipe's dataclass that has the value of another setting unless it is set itself.
+
+    max_tokens: int = follows("actor.rollout.max_response_tokens")
+    """
+    return field(default=f"${{{key}}}")
 
 
 def recipe(function: Callable[..., None]) -> Recipe:
