@@ -28,7 +28,7 @@ CPU_SLOTS = 8
 def check_launch(launch: Launch) -> list[str]:
     """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run."""
     _check_numbers(launch)
-    _check_folder(launch)
+    _check_name(launch)
     _check_tracker(launch)
     _check_rewards(launch)
     shapes = {
@@ -102,16 +102,10 @@ def _check_numbers(launch: Launch) -> None:
             raise ConfigError(f"{key} must be above 0, got {value:g}")
 
 
-def _check_folder(launch: Launch) -> None:
+def _check_name(launch: Launch) -> None:
     name = launch.run.name
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(f"name must be a plain folder name, got {name!r}")
-    folder = Path(launch.run.output.root) / name
-    if launch.run.resume == "never" and folder.exists():
-        raise ConfigError(
-            f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
-            f"or another name=..."
-        )
 
 
 def _check_tracker(launch: Launch) -> None:

@@ -89,6 +89,12 @@ class Launch:
         """Roles that the dataflow uses, with their settings; only these are started and need a model."""
         return {role: settings for role, settings in self.roles.items() if role in self.dataflow.used_roles}
 
+    @property
+    def learning_roles(self) -> list[str]:
+        """Roles whose weights some node of the graph writes."""
+        written = {state.split(".")[0] for node in self.dataflow for state in node.weights_written}
+        return [role for role in self.used_roles if role in written]
+
 
 def compose(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.

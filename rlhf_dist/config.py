@@ -295,8 +295,8 @@ class OutputConfig:
 
     root: PathText = "runs"
     """Folder of all runs; this run writes to root/name."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 for none but the last."""
+    checkpoint_every: int | None = 0
+    """Steps between checkpoints, and one after the last step; 0 for the last one only, null for none at all."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted once a new one is complete; 0 keeps all."""
     save_model: bool = True
@@ -322,7 +322,8 @@ class RunConfig:
     seed: int = 0
     """Of everything random: data order, initial heads, sampling."""
     resume: str = "never"
-    """`never` (an earlier run of this name is an error), `auto` (continue it if it is there), `overwrite`."""
+    """`never` (an earlier run of this name is an error), `auto` (continue from its last checkpoint; a run without one
+    is kept under another name), `overwrite` (delete it)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rows in."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)

@@ -41,7 +41,7 @@ def read_primary(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_defaults(content: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the `defaults` list Hydra wants: the schema first, an option of each group, the file itself last."""
+    """Settings with the `defaults` list Hydra wants: schema first, an option of each group, the file last."""
     node = _named_engines(content, keys)
     given = list(node.pop("defaults", []))
     chosen = {group: node.pop(group) for group in GROUPS if isinstance(node.get(group), str)}
