@@ -25,7 +25,7 @@ class Evaluation:
     """Evaluates a session's actor, where it has an actor that generates, a reward and held-out rows."""
 
     def __init__(self, session: Session, rollouts: Path | None = None) -> None:
-        """rollouts: the folder that gets every response, in `heldout/step_N.parquet` after N steps; None: none is kept."""
+        """rollouts: the folder that gets all responses after N steps, in heldout/step_N.parquet; None keeps none."""
         roles = session.launch.recipe.roles
         self.possible = HELDOUT in session.groups and all(name in roles for name in evaluate.roles)
         self._session = session

@@ -148,6 +148,13 @@ def root_type(recipe: Recipe) -> type:
     return _root(recipe)
 
 
+def option_names(group: str, spec: str = "") -> list[str]:
+    """Options of a config group: ours, and those in a folder of that name beside the user's recipe."""
+    file = parse_spec(spec)
+    folders = [_conf(), *([file.path.parent] if file else [])]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
 # --- the schema of a recipe ------------------------------------------------------------------------------
 def _root(recipe: Recipe) -> type:
     sections: list[tuple[str, Any, Any]] = [
@@ -203,7 +210,7 @@ def _build(root: type, composed: DictConfig, unused_roles: Set[str]) -> Any:
             OmegaConf.update(composed, f"{role}.model.path", "")  # Never started: it needs no model.
     followed = "${model.path}" in _leaves(OmegaConf.to_container(composed, resolve=False))
     if followed and OmegaConf.is_missing(composed.model, "path"):
-        choices = ", ".join(f"model={name}" for name in _options("model", [_conf()]) if name != "none")
+        choices = ", ".join(f"model={name}" for name in option_names("model") if name != "none")
         raise ConfigError(f"model.path has no value and needs one; set model.path=FOLDER, or choose {choices}")
     settings = _resolved(composed)
     if not followed:
@@ -246,11 +253,10 @@ def _compose(
     config: str | None,
 ) -> DictConfig:
     """Files, groups, the --config file, a plan and overrides put together, in this order; `${...}` not yet resolved."""
-    file, keys = parse_spec(spec), typed.keys(root)
-    folders = [_conf(), *([file.path.parent] if file else [])]
+    keys = typed.keys(root)
 
     def options(group: str) -> list[str]:
-        return _options(group, folders)
+        return option_names(group, spec)
 
     groups, values = read_overrides(overrides, keys, options)
     chosen, settings = ({}, []) if config is None else read_settings(config, keys, options)
@@ -299,11 +305,6 @@ def _hydra_message(error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     first = str(cause).strip().splitlines()[0]
     return f"{key}: {first}" if key else first
-
-
-def _options(group: str, folders: Sequence[Path]) -> list[str]:
-    """Options of a config group: ours, and those in a folder of that name beside the user's recipe."""
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 __all__ = ["ConfigError", "Launch", "compose", "compose_dataflow", "list_recipes", "load_recipe", "root_type"]

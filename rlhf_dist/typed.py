@@ -216,6 +216,17 @@ def _is_words(kind: Any) -> bool:
     return typing.get_origin(kind) is typing.Literal and all(isinstance(word, str) for word in typing.get_args(kind))
 
 
+def allowed_words(cls: type, key: str) -> list[str]:
+    """The words that the text setting `key` of a tree of dataclasses may be; none where any text will do."""
+    first, _, rest = key.partition(".")
+    kind = _hints(cls).get(first)
+    if not rest:
+        found = (ALLOWED[base, first] for base in cls.__mro__ if (base, first) in ALLOWED)
+        return [str(word) for words in found for word in words if word is not None]
+    inner = next((k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and is_dataclass(k)), None)
+    return allowed_words(inner, rest) if inner else []
+
+
 def is_open(kind: Any) -> bool:
     """Whether the setting is a mapping with keys of the user's choice."""
     return kind is dict or typing.get_origin(kind) is dict

@@ -228,12 +228,5 @@ def test_more_slots_than_the_machine_are_named_unless_a_cluster_is_asked(
     assert plan("ppo", model, many, "ray.address=auto")
 
 
-# --- folders ---------------------------------------------------------------------------------------------------
-def test_an_earlier_run_of_the_name_is_not_overwritten_by_chance(model: Path) -> None:
-    Path("runs/ppo").mkdir(parents=True)
-    assert "runs/ppo holds an earlier run; set resume=auto" in failure("ppo", model)
-    assert plan("ppo", model, "resume=auto") and plan("ppo", model, "resume=overwrite")
-
-
 def test_graph_errors_are_errors_of_the_user_too() -> None:
     assert issubclass(GraphError, ValueError) and issubclass(ConfigError, ValueError)
