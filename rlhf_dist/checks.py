@@ -21,6 +21,8 @@ from rlhf_dist.model_folder import ModelShape, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.typed import ConfigError
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
 CPU_SLOTS = 8
 """Processes that a machine without GPUs may always have, however few cores it has."""
 
@@ -191,6 +193,14 @@ def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[st
         if slots % size:
             raise ConfigError(f"{key} must divide the {slots} slots of pool {pool!r}, got {size}")
         shape = shapes[role]
+        device = launch.run.placement.pools[pool].device
+        on_cpu = device == "cpu" or (device == "auto" and launch.run.ray.address is None and not visible_gpus())
+        if on_cpu and settings.rollout.engine == "vllm" and shape.head_size not in (None, *CPU_HEAD_SIZES):
+            raise ConfigError(
+                f"{role}.rollout.engine=vllm cannot generate with {settings.model.path} without a GPU: its attention "
+                f"heads are {shape.head_size} wide, and vLLM takes {', '.join(map(str, CPU_HEAD_SIZES))} on a CPU; set "
+                f"{role}.rollout.engine=transformers"
+            )
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
             if count is not None and count % size:
                 raise ConfigError(

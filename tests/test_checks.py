@@ -25,7 +25,7 @@ TEXT = '{"prompt": "1+1=", "answer": "2"}\n'
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"))  # 4 heads, 2 key-value heads, 512 positions
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)  # 4 heads, 2 key-value heads, 512 positions
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_missing_data_is_named_with_its_key(model: Path) -> None:
 
 
 def test_chat_data_needs_a_template(model: Path, tmp_path: Path) -> None:
-    plain = save_llama(tmp_path / "plain")
+    plain = save_llama(tmp_path / "plain", hidden=128)
     settings = json.loads((plain / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (plain / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -210,7 +210,7 @@ def test_placements_that_cannot_be_are_named(model: Path, overrides: list[str], 
 
 
 def test_tensor_parallel_names_the_sizes_that_fit(model: Path, tmp_path: Path) -> None:
-    odd = save_llama(tmp_path / "odd")
+    odd = save_llama(tmp_path / "odd", hidden=128)
     settings = json.loads((odd / "config.json").read_text()) | {"num_attention_heads": 9, "num_key_value_heads": 3}
     (odd / "config.json").write_text(json.dumps(settings))
     text = failure("ppo", odd, "actor.rollout.tensor_parallel=2")

@@ -115,7 +115,7 @@ def test_a_job_that_fails_fails_here_with_its_log(cluster: RunningCluster, tmp_p
 
 
 def test_a_users_recipe_runs_as_a_job_with_live_logs(cluster: RunningCluster, tmp_path: Path) -> None:
-    model = save_llama(tmp_path / "model")
+    model = save_llama(tmp_path / "model", hidden=128)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n' * 8)
     (tmp_path / "mine.py").write_text(
         "from rlhf_dist.algorithms import nll\n"

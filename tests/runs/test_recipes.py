@@ -131,8 +131,10 @@ def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch: Launch, tm
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
-    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2", "output.checkpoint_every=2")
-    straight = launch("safe_rlhf", *settings, "steps=4", root=tmp_path / "straight")
+    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2")
+    every_2 = "output.checkpoint_every=2"
+    straight = launch("safe_rlhf", *settings, every_2, "steps=4", root=tmp_path / "straight")
+    # Without a cadence a run ends with a checkpoint, and more steps continue it.
     launch("safe_rlhf", *settings, "steps=2", root=tmp_path / "resumed")
     resumed = launch("safe_rlhf", *settings, "steps=4", "resume=auto", root=tmp_path / "resumed")
     for role in ("actor", "critic", "cost_critic"):
