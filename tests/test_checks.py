@@ -230,3 +230,41 @@ def test_more_slots_than_the_machine_are_named_unless_a_cluster_is_asked(
 
 def test_graph_errors_are_errors_of_the_user_too() -> None:
     assert issubclass(GraphError, ValueError) and issubclass(ConfigError, ValueError)
+
+
+# --- models that would only fail in a worker -------------------------------------------------------------------
+def test_weights_that_are_cut_missing_or_no_weights_name_their_file(model: Path, tmp_path: Path) -> None:
+    broken = save_llama(tmp_path / "broken", hidden=128)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    for content, expected in (
+        (whole[:-1], "is damaged: it has"),
+        (whole[:100], "is cut short or no safetensors file"),
+        (b"version 1 of git-lfs.spec\noid sha256:1\n", "is a Git LFS pointer, not weights"),
+        (b"", "is cut short or no safetensors file (0 bytes)"),
+        (b"\x05" + bytes(7) + b"hello", "has no safetensors header"),
+    ):
+        weights.write_bytes(content)
+        text = failure("ppo", model, f"critic.model.path={broken}")
+        assert text.startswith(f"critic.model.path: {weights} ") and expected in text
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": weights.name, "b": "model-00002.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002.safetensors is missing" in failure("ppo", model, f"critic.model.path={broken}")
+
+
+def test_a_head_size_vllm_refuses_on_a_cpu_names_the_other_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    narrow = save_llama(tmp_path / "narrow")
+    text = failure("grpo", narrow)
+    assert "attention heads are 8 wide" in text and text.endswith("set actor.rollout.engine=transformers")
+    assert plan("grpo", narrow, "actor.rollout.engine=transformers")
+    assert "8 wide" in failure("grpo", narrow, "ray.address=auto", "placement.pools.main.device=cpu")
+
+
+def test_a_hub_id_is_not_downloaded_and_says_what_to_do(model: Path) -> None:
+    text = failure("grpo", model, "actor.model.path=meta-llama/Llama-3-8B")
+    assert "nothing is downloaded here" in text
+    assert text.endswith("--local-dir models/Llama-3-8B`, and set actor.model.path=models/Llama-3-8B")
