@@ -316,6 +316,11 @@ def _check_sources(launch: Launch) -> None:
     for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
         if source is None:
             continue
+        if source.path is not None and source.generator is not None:
+            raise ConfigError(
+                f"{where} has both a path ({source.path}) and a generator ({source.generator}), which a task sets; "
+                f"set task=none to leave the task's rows and reward out, or {where}.generator=null"
+            )
         try:
             check_source(source, where, tokenizer=tokenizer, seed=launch.run.seed)
         except ConfigError:

@@ -66,7 +66,10 @@ def read_settings(path: str, keys: Mapping[str, Any], options: Options) -> tuple
     try:
         return groups, list(_leaves(content, "", keys))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        # A run's config.yaml begins with the command that it belongs to.
+        written_for = re.match(r"# rlhf-dist run (\S+) ", file.read_text(encoding="utf-8"))
+        of = f" (of recipe {written_for[1]})" if written_for else ""
+        raise ConfigError(f"{path}{of}: {error}") from error
 
 
 def without(settings: list[Setting], groups: Mapping[str, str]) -> list[Setting]:

@@ -103,6 +103,11 @@ def test_missing_data_is_named_with_its_key(model: Path) -> None:
     assert "basic_arithmetic" in failure("ppo", model, "data.train.generator=basic_arithmetc")
 
 
+def test_rows_of_a_task_and_of_ones_own_name_the_way_out(model: Path) -> None:
+    text = failure("ppo", model, "data.train.path=mine.jsonl")
+    assert "both a path (mine.jsonl) and a generator (gcd)" in text and "set task=none" in text
+
+
 def test_chat_data_needs_a_template(model: Path, tmp_path: Path) -> None:
     plain = save_llama(tmp_path / "plain", hidden=128)
     settings = json.loads((plain / "tokenizer_config.json").read_text())

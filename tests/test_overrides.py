@@ -210,6 +210,11 @@ def test_a_mistake_in_a_settings_file_names_the_file(tmp_path: Path, text: str, 
     assert "no such file" in failure(config="gone.yaml")
 
 
+def test_the_config_of_another_recipe_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# rlhf-dist run grpo --config x name=y\nalgorithm: {scale: true}\n")
+    assert "c.yaml (of recipe grpo): unknown key algorithm.scale" in failure(config=str(tmp_path / "c.yaml"))
+
+
 MINE = '''
 from dataclasses import dataclass
 from rlhf_dist.dataflow.recipe import follows, recipe
