@@ -1,4 +1,4 @@
-"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, columns, export, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, columns, ops, export, plan, profile.
 
 Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
@@ -185,6 +185,13 @@ def _columns(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ops(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.vocabulary import describe_ops
+
+    print(describe_ops())
+    return 0
+
+
 def _completion(arguments: argparse.Namespace) -> int:
     print(shell_code(arguments.shell))
     return 0
@@ -233,6 +240,7 @@ COMMANDS = {
     "config": _config,
     "recipes": _recipes,
     "columns": _columns,
+    "ops": _ops,
     "completion": _completion,
     "plan": _plan,
     "profile": _profile,
@@ -289,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--plain", action="store_true", help="without the explanations")
     commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
     commands.add_parser("columns", parents=[common], help="list the columns of a batch, with shape and meaning")
+    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
     completion = commands.add_parser("completion", parents=[common], help="make the shell complete: eval its output")
     completion.add_argument("shell", choices=SHELLS)
     export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")

@@ -42,7 +42,7 @@ def read_primary(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_defaults(content: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with the `defaults` list Hydra wants: schema first, an option of each group, the file last."""
-    node = _named_engines(content, keys)
+    node = _nested(content, keys)
     given = list(node.pop("defaults", []))
     chosen = {group: node.pop(group) for group in GROUPS if isinstance(node.get(group), str)}
     listed = {name for entry in given if isinstance(entry, Mapping) for name in entry}
@@ -57,13 +57,13 @@ def read_settings(path: str, keys: Mapping[str, Any], options: Options) -> tuple
     file = Path(typed.expanded(path, "--config"))
     if not file.is_file():
         raise ConfigError(f"--config {path}: no such file (looked for {file.resolve()})")
-    content = _named_engines(_load(file), keys)
-    groups = {
-        group: check_option(group, content.pop(group), options)
-        for group in GROUPS
-        if isinstance(content.get(group), str)
-    }
     try:
+        content = _nested(_load(file), keys)
+        groups = {
+            group: check_option(group, content.pop(group), options)
+            for group in GROUPS
+            if isinstance(content.get(group), str)
+        }
         return groups, list(_leaves(content, "", keys))
     except ConfigError as error:
         # A run's config.yaml begins with the command that it belongs to.
@@ -106,17 +106,28 @@ def _leaves(content: Mapping[str, Any], prefix: str, keys: Mapping[str, Any]) ->
             yield Setting(key=key, value=value, literal=literal, replaces=typed.is_open(kind))
 
 
-def _named_engines(content: Mapping[str, Any], keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A word where a section with a `name` is becomes that name."""
+def _nested(content: Mapping[str, Any], keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys as sections, and a word where a section with a `name` is as that name."""
     out: dict[str, Any] = {}
     for name, value in content.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            value = _named_engines(value, keys, f"{key}.")
+        first, _, rest = str(name).partition(".")
+        key = f"{prefix}{first}"
+        if rest:
+            value = {rest: value}
+        if isinstance(value, Mapping) and not typed.is_open(keys.get(key)):
+            value = _nested(value, keys, f"{key}.")
         elif isinstance(value, str) and f"{key}.name" in keys:
             value = {"name": value}
-        out[str(name)] = value
+        out[first] = _joined(out[first], value, key) if first in out else value
     return out
+
+
+def _joined(one: Any, other: Any, key: str) -> Any:
+    """Two values of one key, given dotted and nested: sections are put together, anything else is there twice."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        raise ConfigError(f"{key} is there twice")
+    both = one.keys() & other.keys()
+    return {**one, **other, **{name: _joined(one[name], other[name], f"{key}.{name}") for name in both}}
 
 
 class _Loader(yaml.SafeLoader):

@@ -197,6 +197,7 @@ def test_a_file_is_written_as_one_writes_overrides(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("steps: 1\nsteps: 2\n", "steps is there twice"),
+        ("data: {prompts_per_step: 1}\ndata.prompts_per_step: 2\n", "data.prompts_per_step is there twice"),
         ("actor: {optimiser: {lr: 1}}\n", "did you mean actor.optimizer?"),
         ("- a\n", "must hold settings as key: value, got list"),
         ("a: [", "is not YAML"),
@@ -206,7 +207,7 @@ def test_a_file_is_written_as_one_writes_overrides(tmp_path: Path) -> None:
 def test_a_mistake_in_a_settings_file_names_the_file(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     found = failure(config=str(tmp_path / "mine.yaml"))
-    assert expected in found and ("mine.yaml" in found or "qwen" in found)
+    assert expected in found and "mine.yaml" in found
     assert "no such file" in failure(config="gone.yaml")
 
 
