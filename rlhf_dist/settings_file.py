@@ -37,7 +37,11 @@ DECIDED_BY = {
 
 def read_primary(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's YAML with a whole `defaults` list. Raises ConfigError for what is no mapping."""
-    return with_defaults(_load(path), keys)
+    content = _load(path)
+    try:
+        return with_defaults(content, keys)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def with_defaults(content: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +61,9 @@ def read_settings(path: str, keys: Mapping[str, Any], options: Options) -> tuple
     file = Path(typed.expanded(path, "--config"))
     if not file.is_file():
         raise ConfigError(f"--config {path}: no such file (looked for {file.resolve()})")
+    content = _load(file)
     try:
-        content = _nested(_load(file), keys)
+        content = _nested(content, keys)
         groups = {
             group: check_option(group, content.pop(group), options)
             for group in GROUPS

@@ -89,8 +89,10 @@ def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(laun
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
 
 
-def test_remax_subtracts_the_greedy_response(launch: Launch) -> None:
-    summary = launch("remax", *TRANSFORMERS)
+def test_remax_subtracts_the_greedy_response(launch: Launch, data: Path, tmp_path: Path) -> None:
+    summary = launch("remax", *TRANSFORMERS, f"data.heldout.path={data}")
+    heldout = Batch.read_parquet(tmp_path / "remax/rollouts/heldout/step_000002.parquet")
+    assert heldout.num_rows == 100 and {"prompt", "response", "rewards"} <= set(heldout), "all of them are kept"
     assert finite(summary)
     assert GENERATING | {"remax_advantage/baseline_reward", "remax_advantage/ref_kl"} <= summary["last"].keys()
 
