@@ -22,6 +22,7 @@ import yaml
 
 from rlhf_dist import typed
 from rlhf_dist.overrides import GROUPS, Options, Setting, check_key, check_option
+from rlhf_dist.placement.file import AUTO
 from rlhf_dist.typed import ConfigError
 
 GROUP_DEFAULTS = {"model": "none", "task": "none", "placement": "colocate"}
@@ -64,6 +65,8 @@ def read_settings(path: str, keys: Mapping[str, Any], options: Options) -> tuple
     content = _load(file)
     try:
         content = _nested(content, keys)
+        if content.get("placement") == AUTO:
+            raise ConfigError("a plan is asked for on the command line, as placement=auto")
         groups = {
             group: check_option(group, content.pop(group), options)
             for group in GROUPS

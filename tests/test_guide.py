@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,4 +70,3 @@ def test_the_list_of_ops_has_all_there_are(capsys: pytest.CaptureFixture[str]) -
     listed = {line.strip() for line in capsys.readouterr().out.splitlines()}
     assert {*host_ops, "Actor.update_actor", "ppo_clip", "value_clip"} <= listed
     assert "rewards, values, response_mask -> advantages, returns" in listed
-    assert "torch" in sys.modules, "only because this test imports it"

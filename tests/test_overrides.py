@@ -201,6 +201,7 @@ def test_a_file_is_written_as_one_writes_overrides(tmp_path: Path) -> None:
         ("actor: {optimiser: {lr: 1}}\n", "did you mean actor.optimizer?"),
         ("- a\n", "must hold settings as key: value, got list"),
         ("a: [", "is not YAML"),
+        ("placement: auto\n", "on the command line, as placement=auto"),
         ("model: qwen\n", "model=qwen does not exist"),
     ],
 )

@@ -242,7 +242,7 @@ class TracedBatch:
         self._no_data(f"reading column {name!r}", "write a host op (rlhf_dist.dataflow.host_op) that reads it")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy, pickle and inspect ask of every object
+        if name.startswith("_"):  # what copy, pickle and people's displays ask of every object
             raise AttributeError(name)
         near = difflib.get_close_matches(name, [n for n in dir(TracedBatch) if not n.startswith("_")], n=1)
         instead = f"did you mean {near[0]}()?" if near else "write a host op (rlhf_dist.dataflow.host_op) that sees it"
