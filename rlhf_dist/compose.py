@@ -49,7 +49,7 @@ CONFIG_OF: dict[type, type] = {
 }
 """Role interface -> its settings; an interface of a user's own takes those of the nearest base."""
 
-PRIMARY = "primary"
+PRIMARY = "rlhf_dist_primary"
 """Name under which Hydra finds the recipe's own YAML."""
 
 
