@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from controller.completion import SHELLS, complete, overrides, recipes, shell_code
 
 if TYPE_CHECKING:
+    from controller.run_folder import Beginning
     from rlhf_dist.compose import Launch
 
 EPILOG = """examples:
@@ -90,30 +91,28 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if type(error).__module__.startswith("controller.") else None
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str]]:
-    """The launch and its plan; any ValueError here is about what the user wrote."""
+def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginning]:
+    """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
     from controller.run_folder import find_beginning
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
 
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
-        plan = check_launch(launch)
-        beginning = find_beginning(launch)
-        return launch, [*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]
+        return launch, check_launch(launch), find_beginning(launch)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    _, plan = _prepared(arguments)
-    print("\n".join(plan))
+    _, plan, beginning = _prepared(arguments)
+    print("\n".join([*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]))
     print("ok: settings, graph and batch arithmetic fit together")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    launch, plan = _prepared(arguments)
+    launch, plan, _ = _prepared(arguments)
     if not arguments.quiet:
         print("\n".join(plan), flush=True)
     from controller.display import Display
