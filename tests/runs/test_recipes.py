@@ -89,10 +89,12 @@ def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(laun
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
 
 
-def test_remax_subtracts_the_greedy_response(launch: Launch, data: Path, tmp_path: Path) -> None:
-    summary = launch("remax", *TRANSFORMERS, f"data.heldout.path={data}")
+def test_remax_subtracts_the_greedy_response(launch: Launch, tmp_path: Path) -> None:
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+3=", "answer": str(n + 3)}) + "\n" for n in range(10, 15)))
+    summary = launch("remax", *TRANSFORMERS, f"data.heldout.path={rows}")
     heldout = Batch.read_parquet(tmp_path / "remax/rollouts/heldout/step_000002.parquet")
-    assert heldout.num_rows == 100 and {"prompt", "response", "rewards"} <= set(heldout), "all of them are kept"
+    assert heldout.num_rows == 5 and {"prompt", "response", "rewards"} <= set(heldout), "all of them are kept"
     assert finite(summary)
     assert GENERATING | {"remax_advantage/baseline_reward", "remax_advantage/ref_kl"} <= summary["last"].keys()
 
