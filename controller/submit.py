@@ -29,6 +29,8 @@ from rlhf_dist.compose import Launch
 REQUEST_S = 60.0
 POLL_S = 1.0
 STOP_S = 30.0
+SETTINGS = "rlhf-dist-settings.yaml"
+"""Name under which the --config file travels."""
 LOST_S = 120.0
 """Longest time without any answer of the cluster before the job is given up (it goes on there)."""
 
@@ -37,9 +39,10 @@ class SubmitError(RuntimeError):
     """The job could not be sent, or was lost; the message says what to do."""
 
 
-def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str) -> int:
+def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str, config: str | None = None) -> int:
     """Run recipe `spec` on the cluster whose dashboard is at `address`; returns 0 if the job succeeded, else 1.
 
+    config: a file of settings, which travels too.
     Raises SubmitError if the cluster cannot be reached or refuses the token, ConfigError for what cannot travel.
     """
     taken = job_files(spec, launch.yaml, overrides, Path.cwd())
@@ -48,7 +51,7 @@ def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str) ->
     _use_token_if_given()
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="rlhf-dist-submit-") as folder:
-        entrypoint, runtime_env = _package(taken, overrides, Path(folder))
+        entrypoint, runtime_env = _package(taken, overrides, Path(folder), config)
         _note(f"job entrypoint: {entrypoint}")
         if not Path(launch.run.output.root).is_absolute():
             _note(
@@ -119,16 +122,22 @@ def _asked(address: str, call: Any, *arguments: Any, **settings: Any) -> Any:
         raise SubmitError(f"the cluster at {address} refused: {error}") from error
 
 
-def _package(taken: JobFiles, overrides: Sequence[str], folder: Path) -> tuple[str, dict[str, Any]]:
+def _package(
+    taken: JobFiles, overrides: Sequence[str], folder: Path, config: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """The job's command, and the runtime environment with a copy of the user's files in `folder`."""
     runtime_env = dict[str, Any]()
     for path, file in taken.files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, folder / path)
         runtime_env["working_dir"] = str(folder)
+    options: list[str] = []
+    if config is not None:
+        shutil.copy(Path(config).expanduser(), folder / SETTINGS)
+        runtime_env["working_dir"], options = str(folder), ["--config", SETTINGS]
     if not any(override.lstrip("+").startswith("ray.address=") for override in overrides):
         overrides = [*overrides, "ray.address=auto"]
-    return shlex.join(["rlhf-dist", "run", taken.spec, *overrides]), runtime_env
+    return shlex.join(["rlhf-dist", "run", taken.spec, *options, *overrides]), runtime_env
 
 
 async def _follow(client: Any, job: str) -> str:

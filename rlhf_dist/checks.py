@@ -22,6 +22,8 @@ from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles,
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.typed import ConfigError
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
 CPU_SLOTS = 8
 """Processes that a machine without GPUs may always have, however few cores it has."""
 
@@ -29,7 +31,7 @@ CPU_SLOTS = 8
 def check_launch(launch: Launch) -> list[str]:
     """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run."""
     _check_numbers(launch)
-    _check_folder(launch)
+    _check_name(launch)
     _check_tracker(launch)
     check_rewards(launch)
     shapes = {
@@ -109,16 +111,10 @@ def _check_numbers(launch: Launch) -> None:
             raise ConfigError(f"{key} must be above 0, got {value:g}")
 
 
-def _check_folder(launch: Launch) -> None:
+def _check_name(launch: Launch) -> None:
     name = launch.run.name
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(f"name must be a plain folder name, got {name!r}")
-    folder = Path(launch.run.output.root) / name
-    if launch.run.resume == "never" and folder.exists():
-        raise ConfigError(
-            f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
-            f"or another name=..."
-        )
 
 
 def _check_tracker(launch: Launch) -> None:
@@ -189,6 +185,14 @@ def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[st
         if slots % size:
             raise ConfigError(f"{key} must divide the {slots} slots of pool {pool!r}, got {size}")
         shape = shapes[role]
+        device = launch.run.placement.pools[pool].device
+        on_cpu = device == "cpu" or (device == "auto" and launch.run.ray.address is None and not visible_gpus())
+        if on_cpu and settings.rollout.engine == "vllm" and shape.head_size not in (None, *CPU_HEAD_SIZES):
+            raise ConfigError(
+                f"{role}.rollout.engine=vllm cannot generate with {settings.model.path} without a GPU: its attention "
+                f"heads are {shape.head_size} wide, and vLLM takes {', '.join(map(str, CPU_HEAD_SIZES))} on a CPU; set "
+                f"{role}.rollout.engine=transformers"
+            )
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
             if count is not None and count % size:
                 raise ConfigError(
@@ -304,6 +308,11 @@ def _check_sources(launch: Launch) -> None:
     for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
         if source is None:
             continue
+        if source.path is not None and source.generator is not None:
+            raise ConfigError(
+                f"{where} has both a path ({source.path}) and a generator ({source.generator}), which a task sets; "
+                f"set task=none to leave the task's rows and reward out, or {where}.generator=null"
+            )
         try:
             check_source(source, where, tokenizer=tokenizer, seed=launch.run.seed)
         except ConfigError:

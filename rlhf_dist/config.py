@@ -7,16 +7,19 @@ at the constructor of what it configures; nothing deeper reads it, nothing chang
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 MISSING: Any = "???"
+"""Value of a setting that somebody must give."""
+PathText = Annotated[str, "path"]
+"""Text that names a file or folder: a `~` in front and `$NAME` are put in when the settings are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Hugging Face model folder."""
 
-    path: str = MISSING
+    path: PathText = MISSING
     """Folder with config.json, weights and tokenizer; relative paths are taken from where the command runs."""
     init: str = "pretrained"
     """`pretrained` loads the weights; `random` builds them from config.json and the run's seed."""
@@ -202,7 +205,7 @@ class RewardConfig:
 class SourceConfig:
     """Where rows come from: exactly one of `path` and `generator`."""
 
-    path: str | None = None
+    path: PathText | None = None
     """A Parquet or JSONL file."""
     generator: str | None = None
     """A reasoning-gym data set's name, e.g. `basic_arithmetic`, or `file.py:name` of a function (index) -> row dict."""
@@ -275,7 +278,7 @@ class PlacementConfig:
     """Slots that pools with a `share` divide; 0 where none has one."""
     cluster: str | None = None
     """Cluster that placement=auto plans for, e.g. 2x8xH100; None: this machine."""
-    calibration: str | None = None
+    calibration: PathText | None = None
     """File of `rlhf-dist profile` that placement=auto plans with; None: typical efficiencies."""
     host_processes: int = 1
     """CPU processes for sources, rule rewards and host ops."""
@@ -300,10 +303,10 @@ class RayConfig:
 class OutputConfig:
     """What the run leaves behind."""
 
-    root: str = "runs"
+    root: PathText = "runs"
     """Folder of all runs; this run writes to root/name."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 for none but the last."""
+    checkpoint_every: int | None = 0
+    """Steps between checkpoints, and one after the last step; 0 for the last one only, null for none at all."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted once a new one is complete; 0 keeps all."""
     save_model: bool = True
@@ -329,7 +332,8 @@ class RunConfig:
     seed: int = 0
     """Of everything random: data order, initial heads, sampling."""
     resume: str = "never"
-    """`never` (an earlier run of this name is an error), `auto` (continue it if it is there), `overwrite`."""
+    """`never` (an earlier run of this name is an error), `auto` (continue from its last checkpoint; a run without one
+    is kept under another name), `overwrite` (delete it)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rows in."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)

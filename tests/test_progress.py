@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from controller.display import Display, sparkline
+from controller.display import Display, key_metrics, sparkline
 from controller.metrics import MetricsWriter, read_metrics
 from controller.tracking import new_tracker
 
@@ -125,6 +125,14 @@ def test_a_quiet_display_still_ends_with_the_summary() -> None:
         assert shown(console) == ""
         display.summary({"reward": "0 -> 1"})
     assert "0 -> 1" in shown(console)
+
+
+def test_a_number_that_two_nodes_report_is_one_row() -> None:
+    reported = {"reward/reward": 0.5, "grpo_advantage/reward": 0.5, "actor/loss": 0.1, "critic/loss": 0.2}
+    assert key_metrics(reported) == [
+        ("reward", "reward/reward"), ("actor/loss", "actor/loss"), ("critic/loss", "critic/loss")
+    ]  # fmt: skip
+    assert len(key_metrics(reported | {"grpo_advantage/reward": 0.4})) == 4, "two numbers are two rows"
 
 
 def test_sparkline_is_the_shape_of_the_last_values() -> None:

@@ -45,6 +45,14 @@ class Recipe:
         return {name: cast(Any, kind).columns for name, kind in self.sources.items()}
 
 
+def follows(key: str) -> Any:
+    """Default of a field of a recipe's dataclass that has the value of another setting unless it is set itself.
+
+    max_tokens: int = follows("actor.rollout.max_response_tokens")
+    """
+    return field(default=f"${{{key}}}")
+
+
 def recipe(function: Callable[..., None]) -> Recipe:
     """Make a recipe of a function. Raises GraphError for a parameter whose type says nothing."""
     hints = typing.get_type_hints(function)

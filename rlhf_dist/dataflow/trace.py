@@ -246,6 +246,13 @@ class TracedBatch:
     def __getitem__(self, name: str) -> Any:
         self._no_data(f"reading column {name!r}", "write a host op (rlhf_dist.dataflow.host_op) that reads it")
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copy, pickle and people's displays ask of every object
+            raise AttributeError(name)
+        near = difflib.get_close_matches(name, [n for n in dir(TracedBatch) if not n.startswith("_")], n=1)
+        instead = f"did you mean {near[0]}()?" if near else "write a host op (rlhf_dist.dataflow.host_op) that sees it"
+        self._no_data(f"batch.{name}", instead)
+
     def item(self) -> Any:
         """Not possible on a traced batch."""
         self._no_data(".item()", "compute the number in a host op and report it as a metric, or keep it in a State")

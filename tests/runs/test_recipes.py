@@ -89,8 +89,12 @@ def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(laun
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
 
 
-def test_remax_subtracts_the_greedy_response(launch: Launch) -> None:
-    summary = launch("remax", *TRANSFORMERS)
+def test_remax_subtracts_the_greedy_response(launch: Launch, tmp_path: Path) -> None:
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+3=", "answer": str(n + 3)}) + "\n" for n in range(10, 15)))
+    summary = launch("remax", *TRANSFORMERS, f"data.heldout.path={rows}")
+    heldout = Batch.read_parquet(tmp_path / "remax/rollouts/heldout/step_000002.parquet")
+    assert heldout.num_rows == 5 and {"prompt", "response", "rewards"} <= set(heldout), "all of them are kept"
     assert finite(summary)
     assert GENERATING | {"remax_advantage/baseline_reward", "remax_advantage/ref_kl"} <= summary["last"].keys()
 
@@ -131,8 +135,10 @@ def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch: Launch, tm
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
-    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2", "output.checkpoint_every=2")
-    straight = launch("safe_rlhf", *settings, "steps=4", root=tmp_path / "straight")
+    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2")
+    every_2 = "output.checkpoint_every=2"
+    straight = launch("safe_rlhf", *settings, every_2, "steps=4", root=tmp_path / "straight")
+    # Without a cadence a run ends with a checkpoint, and more steps continue it.
     launch("safe_rlhf", *settings, "steps=2", root=tmp_path / "resumed")
     resumed = launch("safe_rlhf", *settings, "steps=4", "resume=auto", root=tmp_path / "resumed")
     for role in ("actor", "critic", "cost_critic"):
