@@ -100,7 +100,7 @@ class EngineConfig:
     """Weight of the load-balancing loss of a mixture of experts, averaged over rows; 0 for none, whatever config.json
     says. Rows do not share prompts then, and each has its tokens on one rank (no tensor or sequence parallelism)."""
     export_dtype: str | None = None
-    """Dtype of exported models: `float32` or `bfloat16`. None: that of the weights in the folder training started from."""
+    """Dtype of exported weights: `float32` or `bfloat16`. None: that of the folder training started from."""
     lora: LoraConfig | None = None
     """Train adapters and leave the model as it is (fsdp); None trains the model."""
 

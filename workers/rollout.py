@@ -108,9 +108,9 @@ class RolloutWorker:
             return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = response_columns(responses, versions)
-        columns["response"] = Column.strings(
-            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        )
+        for name, skips in (("response", True), ("raw_response", False)):
+            texts = self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=skips)
+            columns[name] = Column.strings(texts)
         lengths = columns["response_ids"].lengths
         tokens = batch["prompt_ids"].lengths[parent] + lengths
         rows = float(len(responses))

@@ -20,6 +20,8 @@ USUAL = {
     "answer": ("answer", "reward_model.ground_truth"),
 }
 """Names that are looked for where a key is None, the first that is there."""
+MARGIN = "margin"
+"""Field with the strength of a preference."""
 READ = {
     "prompts": ("prompt", "answer"),
     "examples": ("prompt", "response", "answer"),
@@ -38,7 +40,6 @@ class Fields:
     chosen: str | None
     rejected: str | None
     answer: str | None
-    margin: str = "margin"
 
     @property
     def conversation(self) -> bool:
@@ -48,7 +49,7 @@ class Fields:
 
     def names(self) -> set[str]:
         """Outermost fields that are used."""
-        used = (self.prompt, self.response, self.chosen, self.rejected, self.answer)
+        used = (self.prompt, self.response, self.chosen, self.rejected, self.answer, MARGIN)
         return {name.partition(".")[0] for name in used if name} | {name for name in used if name}
 
 

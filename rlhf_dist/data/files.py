@@ -1,9 +1,9 @@
 """Rows of data files, each with the place it was read from: Parquet, JSON lines, JSON lists and Arrow.
 
-    data/train.parquet            a file
-    data                          a folder: its data files, in the order of their names
-    data/train-*.parquet          a pattern
-    a.jsonl,more/*.jsonl.gz       several of these
+data/train.parquet            a file
+data                          a folder: its data files, in the order of their names
+data/train-*.parquet          a pattern
+a.jsonl,more/*.jsonl.gz       several of these
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_dist.config import SourceConfig
-from rlhf_dist.data.fields import CONVERSATIONS, Fields, value_of
+from rlhf_dist.data.fields import CONVERSATIONS, MARGIN, Fields, value_of
 from rlhf_dist.data.files import RawRow
 from rlhf_dist.data.messages import Messages, as_text, clean, first_answer, is_conversation, last_answer, without_nulls
 
@@ -48,16 +48,14 @@ def item_of(row: RawRow, fields: Fields, config: SourceConfig) -> Item:
     if not isinstance(prompt, str):
         system: Messages = [{"role": "system", "content": config.system}] if config.system is not None else []
         prompt = [*system, *prompt]
-        responses = tuple(
-            [{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in responses
-        )
-    answer, used = value_of(row, fields.answer), {*fields.names(), fields.margin, "data_source", "tools"}
+        responses = tuple([{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in responses)
+    answer, used = value_of(row, fields.answer), {*fields.names(), "data_source", "tools"}
     tools = row.get("tools")
     return Item(
         prompt=prompt,
         responses=responses,
         answer=None if answer is None else as_text(answer),
-        margin=_number(row.get(fields.margin), fields.margin),
+        margin=_number(row.get(MARGIN), MARGIN),
         source=row["data_source"] if isinstance(row.get("data_source"), str) else None,
         extra={name: value for name, value in row.items() if name not in used},
         tools=without_nulls(tools) if isinstance(tools, list) and tools else None,

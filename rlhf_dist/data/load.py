@@ -161,7 +161,10 @@ def _columns(rows: Sequence[_Row], part: Part, limits: Limits, counts: Counts) -
         "fields": [json.dumps(row.item.extra, default=str) for row in rows],
     }
     once = Batch({name: Column.strings(values) for name, values in texts.items()})
-    columns = {"prompt_ids": Column.ragged([each.given for each in flat], dtype=np.int32), **once.repeat(rows_per_item(kind))}
+    columns = {
+        "prompt_ids": Column.ragged([each.given for each in flat], dtype=np.int32),
+        **once.repeat(rows_per_item(kind)),
+    }
     if kind != "prompts":
         limit = limits.response_tokens or None
         counts.cut += sum(len(each.follows) > limit for each in flat) if limit else 0

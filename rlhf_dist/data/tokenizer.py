@@ -80,9 +80,7 @@ class TextTokenizer:
         if self._template is None:
             raise ValueError(missing_template(self.folder))
         try:
-            return render(
-                self._template, messages, generation_prompt=generation_prompt, tools=tools, **self._arguments
-            )
+            return render(self._template, messages, generation_prompt=generation_prompt, tools=tools, **self._arguments)
         except Exception as error:  # a template may raise anything on messages it was not written for
             raise ValueError(
                 f"the chat template of {self.folder} refuses {_short(messages)}: {type(error).__name__}: {error}"

@@ -2,14 +2,16 @@
 
     def my_reward(prompt: str, response: str, answer: str) -> float: ...
 
-A function may return a dict of finite numbers instead: its `reward` is the reward, the others are named
+A function that has a parameter named after one of ASKED gets that column too: `raw_response` is the response with its
+special tokens, for format tags that are such tokens. A function may return a dict of finite numbers instead: its `reward` is the reward, the others are named
 scores that are reported beside it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +19,9 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult
 from rlhf_dist.metrics import Mean, Metrics, reward_metrics
 
-RuleReward = Callable[[str, str, str], "float | dict[str, float]"]
+RuleReward = Callable[..., "float | dict[str, float]"]
+ASKED = ("raw_response", "source", "fields")
+"""Columns that a function is given where it has a parameter of that name."""
 
 
 class RewardFunctionError(RuntimeError):
@@ -25,9 +29,13 @@ class RewardFunctionError(RuntimeError):
 
 
 def score_rows(
-    function: RuleReward, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
+    function: RuleReward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    answers: Sequence[str],
+    asked: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[float]]:
-    """`reward` and any named scores, each one number per row.
+    """`reward` and any named scores, each one number per row. asked: more columns, passed by name.
 
     Raises RewardFunctionError naming the function and the row, with the row's texts.
     """
@@ -35,7 +43,7 @@ def score_rows(
     for row, (prompt, response, answer) in enumerate(zip(prompts, responses, answers, strict=True)):
         where = _where(function, row, prompt, response, answer)
         try:
-            returned = function(prompt, response, answer)
+            returned = function(prompt, response, answer, **{name: one[row] for name, one in (asked or {}).items()})
         except Exception as error:
             raise RewardFunctionError(f"{where} raised {type(error).__name__}: {error}") from error
         scores = returned if isinstance(returned, dict) else {"reward": returned}
@@ -56,7 +64,9 @@ def rule_rewards(function: RuleReward, batch: Batch) -> HostResult:
 
     Raises RewardFunctionError as `score_rows` does.
     """
-    scored = score_rows(function, batch["prompt"].rows(), batch["response"].rows(), batch["answer"].rows())
+    texts = [batch[name].rows() for name in ("prompt", "response", "answer")]
+    asked = {name: batch[name].rows() for name in ASKED if name in inspect.signature(function).parameters}
+    scored = score_rows(function, *texts, asked)
     rewards = Column(np.asarray(scored["reward"], dtype=np.float32))
     scores: Metrics = {
         f"score/{name}": Mean(math.fsum(values), batch.num_rows) for name, values in scored.items() if name != "reward"
