@@ -29,7 +29,7 @@ NODES = {
 
 
 def endless(model: Path, folder: Path) -> Path:
-    """A copy of `model` (weights linked) that no token ends a response of; without its chat template, which names one."""
+    """A copy of `model` (weights linked) in which no token ends a response, hence without its chat template."""
     folder.mkdir()
     unsaid = {"eos_token_id": None, "eos_token": None, "chat_template": None}
     for file in model.iterdir():

@@ -74,9 +74,10 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str]]:
     """The launch and its plan; any ValueError here is about what the user wrote."""
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
+    from rlhf_dist.data import with_steps_of_epochs
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
+        launch = with_steps_of_epochs(compose(arguments.recipe, arguments.overrides))
         return launch, check_launch(launch)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -252,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
     export.add_argument("--role", help="whose model, where the checkpoint has several, e.g. actor")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the engine computed in")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: that of the model it was trained from"
+    )
     export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as peft and vLLM load them")
     from controller.plan_command import add_plan_parsers
 

@@ -39,6 +39,7 @@ from controller.step_warnings import StepWarnings
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
+from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.typed import ConfigError
 
@@ -76,6 +77,7 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     every process that was started has ended.
     """
     started = time.perf_counter()
+    launch = with_steps_of_epochs(launch)
     folder = Path(launch.run.output.root) / launch.run.name
     first_step = _prepare_folder(launch, folder)
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml})

@@ -22,6 +22,7 @@ from controller.user_files import send_user_files_by_value
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
+from rlhf_dist.data.of_launch import tokenizer_of
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
@@ -116,7 +117,9 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
     first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
-    tokenizer = _tokenizer_of(launch)
+    tokenizer = tokenizer_of(launch)
+    if tokenizer is None:
+        raise ClusterError("no role has a model, so there is no tokenizer for the source")
     starting: list[tuple[str, list[Any]]] = []
     for name in launch.recipe.sources:
         groups[name] = WorkerGroup(name, first_host)
@@ -178,14 +181,6 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> 
         process.connect.remote(group.role, bridge) for group in (sending, receiving) for process in group.pool.processes
     ]
     _await_roles([(f"{sending.role} and {receiving.role}", joining)], timeout_s)
-
-
-def _tokenizer_of(launch: Launch) -> str:
-    for config in launch.roles.values():
-        model = getattr(config, "model", None)
-        if model is not None:
-            return str(Path(model.path).resolve())
-    raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
 def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:

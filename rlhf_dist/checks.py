@@ -17,6 +17,7 @@ from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
+from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.model_folder import ModelShape, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.typed import ConfigError
@@ -51,8 +52,8 @@ def check_launch(launch: Launch) -> list[str]:
     rows = rows_of_nodes(launch)
     _check_groups(launch)
     _check_mini_batches(launch, rows)
-    _check_sources(launch)
-    return _plan(launch, pools, sizes, rows)
+    sources = _check_sources(launch)
+    return _plan(launch, pools, sizes, rows, sources)
 
 
 # --- settings by themselves --------------------------------------------------------------------------------
@@ -63,6 +64,7 @@ def _check_numbers(launch: Launch) -> None:
         "data.prompts_per_step": (run.data.prompts_per_step, 1),
         "data.max_prompt_tokens": (run.data.max_prompt_tokens, 1),
         "data.max_response_tokens": (run.data.max_response_tokens, 1),
+        "data.epochs": (run.data.epochs, 0),
         "placement.host_processes": (run.placement.host_processes, 1),
         "placement.slots": (run.placement.slots, 0),
         "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
@@ -300,30 +302,34 @@ def _check_mini_batches(launch: Launch, rows: dict[str, tuple[int, bool]]) -> No
             )
 
 
-def _check_sources(launch: Launch) -> None:
-    from rlhf_dist.data.check import check_source
+def _check_sources(launch: Launch) -> list[str]:
+    """Lines for people about the data."""
+    from rlhf_dist.data import check_source, tokenizer_of
 
-    tokenizer = _tokenizer(launch)
+    data, tokenizer, lines = launch.run.data, tokenizer_of(launch), list[str]()
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
         raise ConfigError(
             f"{tokenizer} has no tokenizer.json, which the source needs; save it with "
             f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which converts older formats"
         )
-    for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
+    for where, source in (("data.train", data.train), ("data.heldout", data.heldout)):
         if source is None:
             continue
         try:
-            check_source(source, where, tokenizer=tokenizer, seed=launch.run.seed)
+            lines += check_source(
+                source,
+                where,
+                tokenizer=tokenizer,
+                seed=launch.run.seed,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_response_tokens=data.max_response_tokens,
+            )
         except ConfigError:
             raise
         except Exception as error:  # a generator of the user's may raise anything
             name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
             raise ConfigError(f"{name}{error}") from error
-
-
-def _tokenizer(launch: Launch) -> str | None:
-    models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
-    return models[0].path if models else None
+    return lines
 
 
 def _model(settings: RoleConfig) -> ModelConfig | None:
@@ -335,7 +341,13 @@ def _generates(launch: Launch, role: str) -> bool:
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
-def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: dict[str, tuple[int, bool]]) -> list[str]:
+def _plan(
+    launch: Launch,
+    pools: dict[str, str],
+    sizes: dict[str, int],
+    rows: dict[str, tuple[int, bool]],
+    sources: list[str],
+) -> list[str]:
     run = launch.run
     tokens, _ = max_row_tokens(launch)
     most = max((count for count, _ in rows.values()), default=0)
@@ -344,6 +356,9 @@ def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: di
         f"run       {run.name}: {run.steps} steps of {launch.recipe.name}, seed {run.seed}",
         f"step      {run.data.prompts_per_step} {what} -> {most} rows, at most {most * tokens:,} tokens "
         f"({tokens} a row)",
+        *epoch_lines(launch),
+        *(f"data      {line}" for line in sources),
+        *model_lines(launch),
     ]
     for node, mini_batches, epochs in _updates(launch):
         lines.append(

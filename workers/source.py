@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import DataConfig, SourceConfig
-from rlhf_dist.data import PromptSource
+from rlhf_dist.data.of_launch import open_source
 from rlhf_dist.metrics import Mean
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 
@@ -25,18 +25,7 @@ class SourceWorker:
         heldout: SourceConfig | None = None,
     ) -> None:
         """`tokenizer`: a model folder. `heldout`: rows whose prompts must not be emitted."""
-
-        def source(rows: SourceConfig, exclude: frozenset[str] = frozenset()) -> PromptSource:
-            return PromptSource(
-                rows,
-                tokenizer=tokenizer,
-                seed=context.seed,
-                max_prompt_tokens=data.max_prompt_tokens,
-                max_response_tokens=data.max_response_tokens,
-                exclude=exclude,
-            )
-
-        self.source = source(config, source(heldout).prompts if heldout else frozenset())
+        self.source = open_source(config, data, tokenizer=tokenizer, seed=context.seed, heldout=heldout)
 
     def next_batch(self, batch: Batch, call: Call, *, rows: int) -> OpResult:
         """The rows of step `call.step`; with rows = 0 every row once, whatever the step."""

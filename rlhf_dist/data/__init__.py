@@ -2,7 +2,19 @@
 
 from rlhf_dist.data.check import check_source
 from rlhf_dist.data.ends import end_token_ids
+from rlhf_dist.data.of_launch import open_source, tokenizer_of, training_source, with_steps_of_epochs
 from rlhf_dist.data.source import PromptSource, emitted_columns
 from rlhf_dist.data.tokenizer import TextTokenizer, has_chat_template
 
-__all__ = ["PromptSource", "TextTokenizer", "check_source", "emitted_columns", "end_token_ids", "has_chat_template"]
+__all__ = [
+    "PromptSource",
+    "TextTokenizer",
+    "check_source",
+    "emitted_columns",
+    "end_token_ids",
+    "has_chat_template",
+    "open_source",
+    "tokenizer_of",
+    "training_source",
+    "with_steps_of_epochs",
+]

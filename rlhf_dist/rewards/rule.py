@@ -2,9 +2,9 @@
 
     def my_reward(prompt: str, response: str, answer: str) -> float: ...
 
-A function that has a parameter named after one of ASKED gets that column too: `raw_response` is the response with its
-special tokens, for format tags that are such tokens. A function may return a dict of finite numbers instead: its `reward` is the reward, the others are named
-scores that are reported beside it.
+A function may return a dict of finite numbers instead: its `reward` is the reward, the others are named
+scores that are reported beside it. A function with a parameter named as one of ASKED gets that column too:
+`raw_response` is the response with its special tokens, for format tags that are such tokens.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ def rule_rewards(function: RuleReward, batch: Batch) -> HostResult:
 
     Raises RewardFunctionError as `score_rows` does.
     """
-    texts = [batch[name].rows() for name in ("prompt", "response", "answer")]
     asked = {name: batch[name].rows() for name in ASKED if name in inspect.signature(function).parameters}
-    scored = score_rows(function, *texts, asked)
+    scored = score_rows(function, batch["prompt"].rows(), batch["response"].rows(), batch["answer"].rows(), asked)
     rewards = Column(np.asarray(scored["reward"], dtype=np.float32))
     scores: Metrics = {
         f"score/{name}": Mean(math.fsum(values), batch.num_rows) for name, values in scored.items() if name != "reward"

@@ -192,7 +192,10 @@ def test_a_users_generator(tmp_path: Path, tokenizer: Path) -> None:
         ({"path": "{folder}/list.jsonl"}, "list.jsonl, line 1 must be an object"),
         ({"path": "{folder}/good.jsonl", "rows": "prompt"}, "rows must be one of .*; did you mean 'prompts'"),
         ({"path": "{folder}/good.jsonl", "prompt_key": "promt"}, "'promt'.*did you mean 'prompt'"),
-        ({"path": "{folder}/good.jsonl", "rows": "examples"}, "line 1 has nothing under 'response' or 'completion', .*it has prompt; set response_key"),
+        (
+            {"path": "{folder}/good.jsonl", "rows": "examples"},
+            "line 1 has nothing under 'response' or 'completion', .*it has prompt; set response_key",
+        ),
         ({"generator": "chain_sums"}, "no reasoning-gym data set 'chain_sums'; did you mean 'chain_sum'"),
         ({"generator": "chain_sum", "generator_args": {"digits": 3}}, "refuses generator_args .*digits"),
         ({"generator": "chain_sum", "generator_args": {"min_terms": -1}}, "refuses generator_args"),

@@ -75,7 +75,7 @@ def write_adapters(folder: Path, adapters: Mapping[str, Tensor], card: ModelCard
 def export_checkpoint(checkpoint: Path, folder: Path, *, dtype: str | None, adapter: bool) -> None:
     """A role's checkpoint folder as a Hugging Face folder, in this process alone, at most FILE_BYTES at a time.
 
-    dtype: `float32` or `bfloat16`; None for what the engine computed in. `adapter`: the adapters alone; otherwise
+    dtype: `float32` or `bfloat16`; None for what `model.json` says. `adapter`: the adapters alone; otherwise
     they are merged into the weights of the folder training started from. Raises FileNotFoundError or
     BrokenCheckpoint for what is no complete checkpoint, FileExistsError if `folder` is there already.
     """
