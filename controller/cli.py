@@ -1,6 +1,6 @@
-"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, export, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, data, graph, timeline, config, recipes, export, plan, profile.
 
-Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
+Nothing heavy is imported before it is needed: `graph`, `check`, `data`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where it was found.
 
@@ -22,6 +22,7 @@ EPILOG = """examples:
   rlhf-dist recipes
   rlhf-dist config ppo model=smollm2 task=chain_sum
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
+  rlhf-dist data sft model=smollm2 data.train.path=chats.jsonl --rows 5
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
   rlhf-dist graph ppo --format mermaid
   rlhf-dist timeline runs/ppo --steps 3-5
@@ -192,6 +193,15 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    from controller.data_command import data_command
+
+    try:
+        return data_command(arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _profile(arguments: argparse.Namespace) -> int:
     from controller.plan_command import profile_command
 
@@ -210,6 +220,7 @@ COMMANDS = {
     "run": _run,
     "submit": _submit,
     "check": _check,
+    "data": _data,
     "graph": _graph,
     "timeline": _timeline,
     "config": _config,
@@ -238,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
     commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    from controller.data_command import add_data_parser
+
+    add_data_parser(commands, launch)
     graph = commands.add_parser("graph", parents=[launch], help="draw the recipe's dataflow")
     graph.add_argument("--format", choices=("text", "mermaid", "dot", "json"), default="text")
     timeline = commands.add_parser("timeline", parents=[common], help="draw what a run's pools did when, as PNG")

@@ -2,7 +2,7 @@
 
 from rlhf_dist.data.check import check_source
 from rlhf_dist.data.ends import end_token_ids
-from rlhf_dist.data.of_launch import open_source, tokenizer_of, training_source, with_steps_of_epochs
+from rlhf_dist.data.of_launch import heldout_source, open_source, tokenizer_of, training_source, with_steps_of_epochs
 from rlhf_dist.data.source import PromptSource, emitted_columns
 from rlhf_dist.data.tokenizer import TextTokenizer, has_chat_template
 
@@ -13,6 +13,7 @@ __all__ = [
     "emitted_columns",
     "end_token_ids",
     "has_chat_template",
+    "heldout_source",
     "open_source",
     "tokenizer_of",
     "training_source",

@@ -11,18 +11,13 @@ from rlhf_dist.rewards.load import load_function
 from rlhf_dist.rewards.reasoning_gym import answer_json
 
 
-def is_reasoning_gym(config: SourceConfig) -> bool:
-    """Whether the generator is a name of reasoning-gym, whose rows have fields of fixed names."""
-    return config.generator is not None and ":" not in config.generator
-
-
 def generate(config: SourceConfig, seed: int) -> Iterator[Placed]:
     """`config.size` rows. Generators draw from generator_args.seed, else from `seed`.
 
     Raises ValueError for an unknown generator, and arguments it refuses.
     """
     assert config.generator is not None, "only called for generators"
-    if is_reasoning_gym(config):
+    if ":" not in config.generator:
         yield from _reasoning_gym(config, seed)
         return
     function = load_function(config.generator)

@@ -40,13 +40,14 @@ def open_source(
 
 def training_source(launch: Launch) -> PromptSource:
     """The training rows of a launch, all of them, as its workers see them. Raises ValueError for faulty data."""
-    tokenizer, run = tokenizer_of(launch), launch.run
-    if tokenizer is None:
-        raise ValueError("no role has a model, so there is no tokenizer for the data")
-    try:
-        return open_source(run.data.train, run.data, tokenizer=tokenizer, seed=run.seed, heldout=run.data.heldout)
-    except ValueError as error:
-        raise ValueError(f"data.train: {error}") from error
+    return _source(launch, launch.run.data.train, "data.train", launch.run.data.heldout)
+
+
+def heldout_source(launch: Launch) -> PromptSource:
+    """The held-out rows of a launch. Raises ValueError for faulty data, and where there are none."""
+    if launch.run.data.heldout is None:
+        raise ValueError("data.heldout is not set, so there are no held-out rows")
+    return _source(launch, launch.run.data.heldout, "data.heldout", None)
 
 
 def with_steps_of_epochs(launch: Launch) -> Launch:
@@ -60,3 +61,13 @@ def with_steps_of_epochs(launch: Launch) -> Launch:
     size = training_source(launch).size
     steps = -(-data.epochs * size // data.prompts_per_step)
     return replace(launch, run=replace(launch.run, steps=steps), epoch_rows=size)
+
+
+def _source(launch: Launch, config: SourceConfig, where: str, heldout: SourceConfig | None) -> PromptSource:
+    tokenizer, run = tokenizer_of(launch), launch.run
+    if tokenizer is None:
+        raise ValueError("no role has a model, so there is no tokenizer for the data")
+    try:
+        return open_source(config, run.data, tokenizer=tokenizer, seed=run.seed, heldout=heldout)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_dist.config import PartConfig, SourceConfig
 from rlhf_dist.data.fields import Fields, find_fields, near
 from rlhf_dist.data.files import Placed, data_files, read_files
-from rlhf_dist.data.generate import generate, is_reasoning_gym
+from rlhf_dist.data.generate import generate
 
 ROW_KINDS = ("prompts", "examples", "preferences")
 FIRST = 64
@@ -85,9 +85,6 @@ def read(config: SourceConfig, seed: int, limit: int | None = None) -> Raw:
         raise failure
     if not first:
         raise ValueError(f"{config.path or config.generator} has no rows")
-    if is_reasoning_gym(config):
-        usual = SourceConfig(rows=config.rows, generator=config.generator)
-        return Raw(find_fields(usual, first), _again(first, rows, failure))
     return Raw(find_fields(config, first), _again(first, rows, failure))
 
 

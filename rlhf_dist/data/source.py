@@ -102,6 +102,10 @@ class PromptSource:
         if step < 0 or rows < 1:
             raise ValueError(f"a source emits rows >= 1 for a step >= 0, got step {step} and {rows} rows")
         position = step * rows + np.arange(rows, dtype=np.int64)
+        return self.take(position)
+
+    def take(self, position: IntArray) -> Batch:
+        """The items at these positions of the run; group_id is the position."""
         return self._batch(self.items_at(position), position)
 
     def every(self) -> Batch:
