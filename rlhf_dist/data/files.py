@@ -12,6 +12,7 @@ import glob
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def read_files(files: list[Path]) -> Iterator[Placed]:
     for file in files:
         try:
             yield from _reader(file)
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
 
 
