@@ -248,9 +248,7 @@ def test_what_is_corrupt_is_named(name: str, content: bytes, message: str, tmp_p
 
 
 def test_a_parquet_file_cut_in_the_middle_is_named(tmp_path: Path, tokenizer: Path) -> None:
-    pq.write_table(
-        pa.table({"prompt": [str(n) * 20 for n in range(5000)]}), tmp_path / "a.parquet", row_group_size=1000
-    )
+    pq.write_table(pa.table({"prompt": [str(n) * 20 for n in range(1500)]}), tmp_path / "a.parquet", row_group_size=300)
     whole = bytearray((tmp_path / "a.parquet").read_bytes())
     whole[len(whole) // 2 : len(whole) // 2 + 400] = bytes(400)
     (tmp_path / "a.parquet").write_bytes(bytes(whole))
@@ -278,8 +276,8 @@ def test_parts_without_weights_are_one_set_of_rows(tmp_path: Path, tokenizer: Pa
 def test_weights_give_every_step_its_shares_and_every_part_its_epochs(tmp_path: Path, tokenizer: Path) -> None:
     config = mixed(tmp_path, a=3, b=1)
     made, again = source(config, tokenizer), source(config, tokenizer)
-    steps = [made.emit(step, 8)["prompt"].rows() for step in range(1500)]
-    assert steps[1499] == again.emit(1499, 8)["prompt"].rows()  # no state: a resumed run goes on as it was
+    steps = [made.emit(step, 8)["prompt"].rows() for step in range(300)]
+    assert steps[299] == again.emit(299, 8)["prompt"].rows()  # no state: a resumed run goes on as it was
     for drawn in steps:
         assert sum(one[0] == "a" for one in drawn) == 6
     flat = [one for drawn in steps for one in drawn]
@@ -287,7 +285,7 @@ def test_weights_give_every_step_its_shares_and_every_part_its_epochs(tmp_path: 
         rows = [one for one in flat if one[0] == name]
         for begin in range(0, len(rows) - size, size):
             assert len(set(rows[begin : begin + size])) == size
-    assert made.epochs(8 * 1500) == {"epoch": 2400, "epoch_a": 4500, "epoch_b": 1000}
+    assert made.epochs(8 * 300) == {"epoch": 480, "epoch_a": 900, "epoch_b": 200}
 
 
 def test_odd_weights_hold_over_a_cycle(tmp_path: Path, tokenizer: Path) -> None:
