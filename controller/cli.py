@@ -78,8 +78,10 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str]]:
     from rlhf_dist.data import with_steps_of_epochs
 
     try:
-        launch = with_steps_of_epochs(compose(arguments.recipe, arguments.overrides))
-        return launch, check_launch(launch)
+        launch = compose(arguments.recipe, arguments.overrides)
+        plan = check_launch(launch)
+        counted = with_steps_of_epochs(launch)  # Reads all rows, so only of a launch that is right otherwise.
+        return counted, plan if counted is launch else check_launch(counted)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -45,6 +45,21 @@ def ends_of(folder: str | Path, tokenizer: TextTokenizer | None) -> Ends:
     return Ends(ids, own if own is not None else next(iter(ids), None))
 
 
+def say_ends(folder: Path) -> None:
+    """Have generation_config.json of a language model's folder name all of its ends, as `end_token_ids` finds them.
+
+    Other programs stop at what that file says, or config.json where it is not there.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or "CausalLM" not in config.read_text(encoding="utf-8"):
+        return
+    file, ids = folder / "generation_config.json", end_token_ids(folder)
+    said = _configured(folder, "generation_config.json") or _configured(folder, "config.json")
+    if set(ids) - set(said):
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps(settings | {"eos_token_id": ids}, indent=2))
+
+
 def _configured(folder: Path, name: str) -> list[int]:
     file = folder / name
     if not file.is_file():

@@ -7,6 +7,7 @@ preferences   prompt, chosen, rejected | chosen and rejected with the prompt ins
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,6 @@ def item_of(row: RawRow, fields: Fields, config: SourceConfig) -> Item:
         prompt = [*system, *prompt]
         responses = tuple([{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in responses)
     answer, used = value_of(row, fields.answer), {*fields.names(), "data_source", "tools"}
-    tools = row.get("tools")
     return Item(
         prompt=prompt,
         responses=responses,
@@ -58,7 +58,7 @@ def item_of(row: RawRow, fields: Fields, config: SourceConfig) -> Item:
         margin=_number(row.get(MARGIN), MARGIN),
         source=row["data_source"] if isinstance(row.get("data_source"), str) else None,
         extra={name: value for name, value in row.items() if name not in used},
-        tools=without_nulls(tools) if isinstance(tools, list) and tools else None,
+        tools=_tools(row.get("tools")),
     )
 
 
@@ -192,6 +192,18 @@ def _value(row: RawRow, name: str) -> Any:
     if not isinstance(value, (str, list)) or value == []:
         raise ValueError(f"{name!r} must be text or a list of messages, got {str(value)[:80]!r}")
     return value
+
+
+def _tools(value: Any) -> Any:
+    """JSON schemas of tools, given as a list or as the text of one; None for none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'tools' is text, but not JSON: {error}") from error
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"'tools' must be a list of JSON schemas, got {str(value)[:80]!r}")
+    return without_nulls(value) or None
 
 
 def _number(value: Any, name: str) -> float:

@@ -70,9 +70,7 @@ class Loaded:
 
     part: Part
     items: Batch | None = None
-    """Usable rows, `rows_per_item` for each item; None where there are none."""
-    places: list[str] = field(default_factory=list)
-    """Where each item was read."""
+    """Usable rows, `rows_per_item` for each item, with the column `place`: where it was read; None for no rows."""
     counts: Counts = field(default_factory=Counts)
     chat: bool = False
     """Some row is chat messages under the template."""
@@ -116,6 +114,7 @@ class _Talked:
 
 @dataclass(frozen=True)
 class _Row:
+    place: str
     item: Item
     encoded: list[Encoded]
 
@@ -146,8 +145,7 @@ def _tokenised(
         if longest > limits.prompt_tokens:
             counts.too_long += 1
             continue
-        loaded.places.append(one.place)
-        rows.append(_Row(one.item, mine))
+        rows.append(_Row(one.place, one.item, mine))
     return rows
 
 
@@ -155,6 +153,7 @@ def _columns(rows: Sequence[_Row], part: Part, limits: Limits, counts: Counts) -
     kind, flat = part.config.rows, [each for row in rows for each in row.encoded]
     counts.without_answer += sum(row.item.answer is None for row in rows)
     texts = {
+        "place": [row.place for row in rows],
         "prompt": [readable(row.item.prompt) for row in rows],
         "answer": [row.item.answer or "" for row in rows],
         "source": [row.item.source or part.name for row in rows],

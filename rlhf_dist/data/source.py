@@ -50,9 +50,8 @@ class PromptSource:
         max_prompt_tokens: int,
         max_response_tokens: int = 0,
         exclude: Collection[str] = (),
-        first: int | None = None,
     ) -> None:
-        """Reads and tokenises everything, or the `first` rows of each part.
+        """Reads and tokenises everything.
 
         Rows whose prompt is in `exclude` (the `prompt` column of held-out rows) are left out and counted.
         `max_response_tokens` cuts given responses, their end-of-text token included; 0 for no limit.
@@ -66,7 +65,7 @@ class PromptSource:
         self.parts: list[Loaded] = []
         for part in parts_of(config):
             try:
-                loaded = load(part, seed, self.tokenizer, self.ends, limits, first)
+                loaded = load(part, seed, self.tokenizer, self.ends, limits)
                 _check_usable(loaded, max_prompt_tokens)
             except ValueError as error:
                 raise ValueError(f"{part.key}{error}") from error
@@ -77,7 +76,8 @@ class PromptSource:
             self.counts.add(loaded.counts)
         batches = [loaded.items for loaded in self.parts if loaded.items is not None]
         self._starts = np.cumsum([0, *(batch.num_rows // self.rows_per_item for batch in batches)])
-        self._items = Batch.concat(batches)
+        whole = Batch.concat(batches)
+        self._places, self._items = whole["place"], whole.drop("place")
         self.size = int(self._starts[-1])
         """Usable rows (pairs, for preferences) of all parts: an epoch, where parts have no weights."""
         weights = [loaded.part.weight for loaded in self.parts]
@@ -90,8 +90,7 @@ class PromptSource:
 
     def place(self, item: int) -> str:
         """Where an item was read."""
-        part = int(np.searchsorted(self._starts, item, side="right")) - 1
-        return self.parts[part].places[item - int(self._starts[part])]
+        return str(self._places.row(item * self.rows_per_item))
 
     def emit(self, step: int, rows: int) -> Batch:
         """The `rows` items of step `step` (twice as many rows for preferences: chosen, rejected, chosen, ...).

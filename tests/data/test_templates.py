@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from rlhf_dist.config import SourceConfig
 from rlhf_dist.data import PromptSource, TextTokenizer, check_source, end_token_ids
+from rlhf_dist.data.ends import say_ends
 from tests.data.test_sources import ids, jsonl, source
 from tests.tiny import VOCABULARY, save_tokenizer
 
@@ -214,6 +215,19 @@ def test_what_a_source_appends_is_what_generation_stops_at(tmp_path: Path, chat:
     rows = [{"prompt": "a", "response": "b"}]
     made = source(SourceConfig(path=jsonl(tmp_path, rows), rows="examples", chat=chat), where)
     assert made.emit(0, 1)["response_ids"].row(0)[-1] in end_token_ids(where)
+
+
+def test_a_folder_is_made_to_name_all_its_ends_in_one_place(tmp_path: Path) -> None:
+    where = folder(tmp_path, "{% for m in messages %}{{ m.content }}<pad>{% endfor %}")
+    say_ends(where)
+    assert not (where / "generation_config.json").exists()  # no language model
+    (where / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "eos_token_id": 40}))
+    say_ends(where)
+    assert json.loads((where / "generation_config.json").read_text()) == {"eos_token_id": [40, EOS, PAD]}
+    (where / "generation_config.json").write_text(json.dumps({"eos_token_id": [PAD, EOS, 40, 41], "top_k": 3}))
+    before = (where / "generation_config.json").read_text()
+    say_ends(where)
+    assert (where / "generation_config.json").read_text() == before
 
 
 def test_without_any_end_of_text_examples_are_refused(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetada
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from rlhf_dist.data.ends import say_ends
+
 SAVE_TIMEOUT_S = 3600.0
 """Longest a background save may take before its collectives give up."""
 
@@ -161,10 +163,11 @@ def flat_tensor(local: Tensor, ranges: Sequence[tuple[int, int, int]], rank: int
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy what belongs to a model folder besides config and weights."""
+    """Copy what belongs to a model folder besides config and weights; its ends of text are said in one place."""
     for pattern in HF_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    say_ends(folder)
 
 
 def crc_of(file: Path) -> int:
