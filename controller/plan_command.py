@@ -173,12 +173,13 @@ def _say_defaults(overrides: list[str], prompt: Any, response: Any) -> None:
     keys = {text.lstrip("+").partition("=")[0] for text in overrides}
     unsaid = []
     if prompt is None and not keys & {"task", "data.max_prompt_tokens"}:
-        unsaid.append("prompts (--prompt-tokens, task=... or data.max_prompt_tokens=...)")
+        unsaid.append("prompts are (--prompt-tokens, task=... or data.max_prompt_tokens=...)")
     if response is None and not any(key.endswith("max_response_tokens") for key in keys):
-        unsaid.append("responses (--response-tokens or ...max_response_tokens=...)")
+        unsaid.append("responses are (--response-tokens or ...max_response_tokens=...)")
     if unsaid:
         print(
-            f"note: nobody said how long {' and '.join(unsaid)} are; planned at the defaults' limits", file=sys.stderr
+            f"note: not said how long {' and '.join(unsaid)}; planned at the limits of the default task",
+            file=sys.stderr,
         )
 
 

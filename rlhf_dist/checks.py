@@ -324,11 +324,8 @@ def _check_sources(launch: Launch) -> list[str]:
                 max_prompt_tokens=data.max_prompt_tokens,
                 max_response_tokens=data.max_response_tokens,
             )
-        except ConfigError:
-            raise
-        except Exception as error:  # a generator of the user's may raise anything
-            name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
-            raise ConfigError(f"{name}{error}") from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return lines
 
 

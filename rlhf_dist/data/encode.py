@@ -1,13 +1,14 @@
 """Talks to tokens: ids of what is given and of what follows, and which of those are learnt.
 
 What is given is tokenised by itself, as generation does. What follows is tokenised behind it, as one text, so that
-nothing is put between the two; only where a token would lie across the border is it tokenised by itself.
+nothing is put between the two; only where a token would lie across the border of an answer is it cut there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rlhf_dist.data.ends import Ends
 from rlhf_dist.data.template import Span
@@ -53,11 +54,16 @@ def encode_talks(talks: Sequence[Talk], tokenizer: TextTokenizer, ends: Ends) ->
 
 def _encoded(talk: Talk, given: list[int], whole: list[int], tokenizer: TextTokenizer, ends: Ends) -> Encoded:
     behind = whole[: len(given)] == given
-    follows = whole[len(given) :] if behind else tokenizer.encode([talk.follows], special_tokens=False)[0]
     if talk.spans == ((0, len(talk.follows)),):
-        spans = [(0, len(follows))]
+        follows = whole[len(given) :] if behind else tokenizer.encode([talk.follows], special_tokens=False)[0]
+        spans: list[Span] | None = [(0, len(follows))]
     else:
-        spans = _token_spans(talk, len(given) if behind else None, tokenizer)
+        follows, spans = whole[len(given) :], None
+        if behind:
+            places = tokenizer.places(talk.given + talk.follows, special_tokens=not talk.chat)[len(given) :]
+            spans = _token_spans(talk.spans, places, len(talk.given))
+        if spans is None:
+            follows, spans = _in_pieces(talk, tokenizer)
     mask = [0] * len(follows)
     stop = 0
     for begin, end in spans:
@@ -73,19 +79,34 @@ def _encoded(talk: Talk, given: list[int], whole: list[int], tokenizer: TextToke
     return Encoded(given, follows, mask)
 
 
-def _token_spans(talk: Talk, skip: int | None, tokenizer: TextTokenizer) -> list[Span]:
-    """Tokens of `follows` that each span of characters touches. skip: tokens of `given` before them in one text."""
-    if skip is None:
-        places, shift = tokenizer.places(talk.follows, special_tokens=False), 0
-    else:
-        places = tokenizer.places(talk.given + talk.follows, special_tokens=not talk.chat)[skip:]
-        shift = len(talk.given)
-    spans = []
-    for begin, end in talk.spans:
-        inside = [k for k, (a, b) in enumerate(places) if a < end + shift and b > begin + shift]
+def _token_spans(spans: Sequence[Span], places: Sequence[Span], shift: int) -> list[Span] | None:
+    """Tokens that each span of characters touches; None where one lies across the beginning of a span.
+
+    places: characters of each token, counted from `shift` before the spans' own zero.
+    """
+    found = []
+    for begin, end in ((begin + shift, end + shift) for begin, end in spans):
+        inside = [k for k, (a, b) in enumerate(places) if a < end and b > begin]
+        if inside and places[inside[0]][0] < begin:
+            return None
         if inside:
-            spans.append((inside[0], inside[-1] + 1))
-    return spans
+            found.append((inside[0], inside[-1] + 1))
+    return found
+
+
+def _in_pieces(talk: Talk, tokenizer: TextTokenizer) -> tuple[list[int], list[Span]]:
+    """Tokens of what follows, each answer tokenised from its own beginning on, as generation would begin it."""
+    ids, spans = list[int](), list[Span]()
+    cuts = [0, *(begin for begin, _ in talk.spans if begin), len(talk.follows)]
+    for start, stop in pairwise(cuts):
+        piece = talk.follows[start:stop]
+        places = tokenizer.places(piece, special_tokens=False)
+        inside = [(begin, end) for begin, end in talk.spans if start <= begin < stop]
+        here = _token_spans(inside, places, -start)
+        assert here is not None, "a piece begins where its answer does"
+        spans += [(begin + len(ids), end + len(ids)) for begin, end in here]
+        ids += tokenizer.encode([piece], special_tokens=False)[0]
+    return ids, spans
 
 
 def _end_of_answer(ids: Sequence[int], begin: int, end: int, tokenizer: TextTokenizer, ends: Ends) -> int:

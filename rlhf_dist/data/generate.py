@@ -20,8 +20,14 @@ def generate(config: SourceConfig, seed: int) -> Iterator[Placed]:
     if ":" not in config.generator:
         yield from _reasoning_gym(config, seed)
         return
-    function = load_function(config.generator)
+    try:
+        function = load_function(config.generator)
+    except ValueError:
+        raise
+    except Exception as error:  # the user's file is executed
+        raise ValueError(f"generator {config.generator!r}: {type(error).__name__}: {error}") from error
     for index in range(config.size):
+        place = f"{config.generator}, row {index}"
         try:
             row = function(index, **config.generator_args)
         except TypeError as error:
@@ -29,7 +35,8 @@ def generate(config: SourceConfig, seed: int) -> Iterator[Placed]:
                 f"generator {config.generator!r} must be a function (index, **generator_args) -> dict; called with "
                 f"generator_args {config.generator_args} it raised: {error}"
             ) from error
-        place = f"{config.generator}, row {index}"
+        except Exception as error:  # it is the user's
+            raise ValueError(f"{place}: the generator raised {type(error).__name__}: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place} must be a dict with named fields, got {str(row)[:80]!r}")
         yield Placed(place, row)

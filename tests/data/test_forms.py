@@ -192,6 +192,28 @@ def test_a_response_is_tokenised_where_it_stands(tmp_path: Path) -> None:
     assert responses(batch) == [[6, 1], [2, 6, 1]]
 
 
+def test_every_answer_begins_with_a_token_of_its_own(tmp_path: Path) -> None:
+    """A vocabulary in which the template's colon and a space, or two digits, are one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {one: k for k, one in enumerate(["</s>", "u", "a", ":", "_", "1", "2", ":_", ":1", ":2"])}
+    inner = Tokenizer(models.BPE(letters, [(":", "_"), (":", "1"), (":", "2")]))
+    inner.pre_tokenizer = pre_tokenizers.Split("|", "removed")
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    fast.save_pretrained(tmp_path)
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "_21_", strict=True)]
+    batch = rows_of(tmp_path, tmp_path, [{"messages": talk}], rows="examples").emit(0, 1)
+    tokens = ["u", ":_", "</s>", "a", ":", "2", "</s>", "u", ":1", "</s>", "a", ":", "_", "</s>"]
+    got = [*batch["prompt_ids"].row(0), *batch["response_ids"].row(0)]
+    assert got == [letters[one] for one in tokens]
+    assert batch["response_mask"].row(0).tolist() == [1, 1, 0, 0, 0, 0, 0, 1, 1]
+
+
 # --- files -----------------------------------------------------------------------------------------------------
 def prompts(config: SourceConfig, tokenizer: Path) -> list[str]:
     return sorted(source(config, tokenizer).every()["prompt"].rows())

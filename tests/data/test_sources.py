@@ -202,6 +202,8 @@ def test_a_users_generator(tmp_path: Path, tokenizer: Path) -> None:
         ({"generator": "chain_sum", "size": 0}, "size must be >= 1"),
         ({"generator": "{folder}/mine.py:row"}, "did you mean 'rows'"),
         ({"generator": "{folder}/mine.py:rows", "generator_args": {"x": 1}}, "must be a function .index"),
+        ({"generator": "{folder}/mine.py:late"}, r"mine.py:late, row 2: the generator raised KeyError: 'x'"),
+        ({"generator": "{folder}/broken.py:rows"}, "broken.py:rows': ZeroDivisionError"),
     ],
 )
 def test_the_driver_names_what_is_wrong(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -212,7 +214,8 @@ def test_the_driver_names_what_is_wrong(config: dict[str, Any], message: str, tm
         "empty.jsonl": "\n",
         "list.jsonl": "[1]\n",
         "good.jsonl": '{"prompt": "a"}\n',
-        "mine.py": "def rows(index): return {'prompt': 'a'}",
+        "mine.py": "def rows(index): return {'prompt': 'a'}\ndef late(index): return rows(0) if index < 2 else {}['x']",
+        "broken.py": "1 / 0",
     }.items():
         (tmp_path / name).write_text(text)
     filled = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in config.items()}
