@@ -56,16 +56,12 @@ def _encoded(talk: Talk, given: list[int], whole: list[int], tokenizer: TextToke
     behind = whole[: len(given)] == given
     if talk.spans == ((0, len(talk.follows)),):
         follows = whole[len(given) :] if behind else tokenizer.encode([talk.follows], special_tokens=False)[0]
-        spans: list[Span] | None = [(0, len(follows))]
+        spans = [(0, len(follows))]
     else:
-        follows, spans = whole[len(given) :], None
-        if behind:
-            places = tokenizer.places(talk.given + talk.follows, special_tokens=not talk.chat)[len(given) :]
-            spans = _token_spans(talk.spans, places, len(talk.given))
-        if spans is None:
-            follows, spans = _in_pieces(talk, tokenizer)
-    mask = [0] * len(follows)
-    stop = 0
+        places = tokenizer.places(talk.given + talk.follows, special_tokens=not talk.chat)[len(given) :]
+        found = _token_spans(talk.spans, places, len(talk.given)) if behind else None
+        follows, spans = _in_pieces(talk, tokenizer) if found is None else (whole[len(given) :], found)
+    mask, stop = [0] * len(follows), 0
     for begin, end in spans:
         stop = _end_of_answer(follows, begin, end, tokenizer, ends)
         mask[begin:stop] = [1] * (stop - begin)
