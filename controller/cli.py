@@ -1,6 +1,6 @@
-"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, columns, ops, export, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, data, graph, timeline, config, recipes, export, plan and others.
 
-Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
+Nothing heavy is imported before it is needed: `graph`, `check`, `data`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where it was found.
 
@@ -27,6 +27,7 @@ EPILOG = """examples:
   rlhf-dist recipes
   rlhf-dist config ppo model=smollm2 task=chain_sum
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
+  rlhf-dist data sft model=smollm2 data.train.path=chats.jsonl --rows 5
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
   rlhf-dist run grpo --config runs/grpo/config.yaml name=again
   rlhf-dist graph ppo --format mermaid
@@ -98,10 +99,14 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginni
     from controller.run_folder import find_beginning
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
+    from rlhf_dist.data import with_steps_of_epochs
 
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
-        return launch, check_launch(launch), find_beginning(launch)
+        plan = check_launch(launch)
+        beginning = find_beginning(launch)
+        counted = with_steps_of_epochs(launch)  # Reads all rows, so only of a launch that is right otherwise.
+        return counted, plan if counted is launch else check_launch(counted), beginning
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -221,6 +226,15 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    from controller.data_command import data_command
+
+    try:
+        return data_command(arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _profile(arguments: argparse.Namespace) -> int:
     from controller.plan_command import profile_command
 
@@ -239,6 +253,7 @@ COMMANDS = {
     "run": _run,
     "submit": _submit,
     "check": _check,
+    "data": _data,
     "graph": _graph,
     "timeline": _timeline,
     "config": _config,
@@ -291,6 +306,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
     commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    from controller.data_command import add_data_parser
+
+    add_data_parser(commands, launch)
     graph = commands.add_parser("graph", parents=[launch], help="draw the recipe's dataflow")
     graph.add_argument("--format", choices=("text", "mermaid", "dot", "json"), default="text")
     timeline = commands.add_parser("timeline", parents=[common], help="draw what a run's pools did when, as PNG")
@@ -310,7 +328,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
     export.add_argument("--role", help="whose model, where the checkpoint has several, e.g. actor")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the engine computed in")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: that of the model it was trained from"
+    )
     export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as peft and vLLM load them")
     from controller.plan_command import add_plan_parsers
 

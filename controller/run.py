@@ -34,6 +34,7 @@ from controller.step_warnings import StepWarnings
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
+from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 
 PENDING_S = 60.0
@@ -76,6 +77,7 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
     every process that was started has ended.
     """
+    launch = with_steps_of_epochs(launch)
     with claim_folder(launch, display.note) as (folder, first_step):
         return _run_in(folder, first_step, launch, display, eager)
 

@@ -25,6 +25,7 @@ from controller.user_files import send_user_files_by_value
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
+from rlhf_dist.data.of_launch import tokenizer_of
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
@@ -117,7 +118,9 @@ def start_session(launch: Launch, cluster: Cluster, phase: Callable[[str], None]
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
     first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
-    tokenizer = _tokenizer_of(launch)
+    tokenizer = tokenizer_of(launch)
+    if tokenizer is None:
+        raise ClusterError("no role has a model, so there is no tokenizer for the source")
     starting: list[tuple[WorkerGroup, list[Any]]] = []
     for name in launch.recipe.sources:
         groups[name] = WorkerGroup(name, first_host)
@@ -181,14 +184,6 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> 
         for group in (sending, receiving)
     ]
     _await_roles(joining, timeout_s)
-
-
-def _tokenizer_of(launch: Launch) -> str:
-    for config in launch.roles.values():
-        model = getattr(config, "model", None)
-        if model is not None:
-            return str(Path(model.path).resolve())
-    raise ClusterError("no role has a model, so there is no tokenizer for the source")
 
 
 def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:

@@ -17,6 +17,7 @@ from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfi
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
+from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
@@ -56,8 +57,8 @@ def check_launch(launch: Launch) -> list[str]:
     _check_groups(launch)
     _check_mini_batches(launch, rows)
     _check_vocabularies(launch)
-    _check_sources(launch)
-    return _plan(launch, pools, sizes, rows)
+    sources = _check_sources(launch)
+    return _plan(launch, pools, sizes, rows, sources)
 
 
 # --- settings by themselves --------------------------------------------------------------------------------
@@ -68,6 +69,7 @@ def _check_numbers(launch: Launch) -> None:
         "data.prompts_per_step": (run.data.prompts_per_step, 1),
         "data.max_prompt_tokens": (run.data.max_prompt_tokens, 1),
         "data.max_response_tokens": (run.data.max_response_tokens, 1),
+        "data.epochs": (run.data.epochs, 0),
         "placement.host_processes": (run.placement.host_processes, 1),
         "placement.slots": (run.placement.slots, 0),
         "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
@@ -296,16 +298,17 @@ def _check_mini_batches(launch: Launch, rows: dict[str, tuple[int, bool]]) -> No
             )
 
 
-def _check_sources(launch: Launch) -> None:
-    from rlhf_dist.data.check import check_source
+def _check_sources(launch: Launch) -> list[str]:
+    """Lines for people about the data."""
+    from rlhf_dist.data import check_source, tokenizer_of
 
-    tokenizer = _tokenizer(launch)
+    data, tokenizer, lines = launch.run.data, tokenizer_of(launch), list[str]()
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
         raise ConfigError(
             f"{tokenizer} has no tokenizer.json, which the source needs; save it with "
             f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which converts older formats"
         )
-    for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
+    for where, source in (("data.train", data.train), ("data.heldout", data.heldout)):
         if source is None:
             continue
         if source.path is not None and source.generator is not None:
@@ -314,16 +317,21 @@ def _check_sources(launch: Launch) -> None:
                 f"set task=none to leave the task's rows and reward out, or {where}.generator=null"
             )
         try:
-            check_source(source, where, tokenizer=tokenizer, seed=launch.run.seed)
-        except ConfigError:
-            raise
-        except Exception as error:  # a generator of the user's may raise anything
-            name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
-            raise ConfigError(f"{name}{error}") from error
+            lines += check_source(
+                source,
+                where,
+                tokenizer=tokenizer,
+                seed=launch.run.seed,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_response_tokens=data.max_response_tokens,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return lines
 
 
 def _check_vocabularies(launch: Launch) -> None:
-    """All models read the ids of one tokenizer, the first model's; one that starts at random may learn any."""
+    """All models read the ids of one tokenizer, the source's; one that starts at random may learn any."""
     from rlhf_dist.data.vocabulary import check_vocabulary
 
     models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
@@ -331,11 +339,6 @@ def _check_vocabularies(launch: Launch) -> None:
     for role, model in models.items():
         if base is not None and role != base and model.init == "pretrained":
             check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
-
-
-def _tokenizer(launch: Launch) -> str | None:
-    models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
-    return models[0].path if models else None
 
 
 def _model(settings: RoleConfig) -> ModelConfig | None:
@@ -347,7 +350,13 @@ def _generates(launch: Launch, role: str) -> bool:
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
-def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: dict[str, tuple[int, bool]]) -> list[str]:
+def _plan(
+    launch: Launch,
+    pools: dict[str, str],
+    sizes: dict[str, int],
+    rows: dict[str, tuple[int, bool]],
+    sources: list[str],
+) -> list[str]:
     run = launch.run
     tokens, _ = max_row_tokens(launch)
     most = max((count for count, _ in rows.values()), default=0)
@@ -356,6 +365,9 @@ def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: di
         f"run       {run.name}: {run.steps} steps of {launch.recipe.name}, seed {run.seed}",
         f"step      {run.data.prompts_per_step} {what} -> {most} rows, at most {most * tokens:,} tokens "
         f"({tokens} a row)",
+        *epoch_lines(launch),
+        *(f"data      {line}" for line in sources),
+        *model_lines(launch),
     ]
     for node, mini_batches, epochs in _updates(launch):
         lines.append(

@@ -83,6 +83,8 @@ class Launch:
     dataflow: Dataflow
     yaml: str
     """The resolved settings, for people and for the run's folder."""
+    epoch_rows: int = 0
+    """Rows of an epoch, where `data.epochs` has set the steps (`data/of_launch.py`); else 0."""
 
     @property
     def used_roles(self) -> dict[str, RoleConfig]:

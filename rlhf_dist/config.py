@@ -102,6 +102,8 @@ class EngineConfig:
     router_aux_loss: float = 0.0
     """Weight of the load-balancing loss of a mixture of experts, averaged over rows; 0 for none, whatever config.json
     says. Rows do not share prompts then, and each has its tokens on one rank (no tensor or sequence parallelism)."""
+    export_dtype: str | None = None
+    """Dtype of exported weights: `float32` or `bfloat16`. None: that of the folder training started from."""
     lora: LoraConfig | None = None
     """Train adapters and leave the model as it is (fsdp); None trains the model."""
 
@@ -202,29 +204,70 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Where rows come from: exactly one of `path` and `generator`."""
+class PartConfig:
+    """One part of a mixture: rows of its own; what is None here is as in the source."""
 
     path: PathText | None = None
-    """A Parquet or JSONL file."""
+    """As in the source; a part has a path or a generator."""
+    generator: str | None = None
+    """As in the source."""
+    generator_args: dict[str, Any] | None = None
+    """Arguments of the generator."""
+    size: int | None = None
+    """Rows a generator makes before it starts over."""
+    weight: float | None = None
+    """Share of the rows of every step, relative to the other parts. None for all: every row once an epoch."""
+    prompt_key: str | None = None
+    """Field with the prompt."""
+    response_key: str | None = None
+    """Field with the response."""
+    chosen_key: str | None = None
+    """Field with the preferred response."""
+    rejected_key: str | None = None
+    """Field with the other response."""
+    answer_key: str | None = None
+    """Field with the ground truth."""
+    system: str | None = None
+    """A system message put before every prompt."""
+    chat: bool | None = None
+    """Apply the chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where rows come from: exactly one of `path`, `generator` and `mix`. A field's name may be nested: `a.b`."""
+
+    path: PathText | None = None
+    """Parquet, JSON lines (also .gz) or Arrow: a file, a folder, a pattern such as `data/train-*.parquet`, or several
+    of these with commas between them."""
     generator: str | None = None
     """A reasoning-gym data set's name, e.g. `basic_arithmetic`, or `file.py:name` of a function (index) -> row dict."""
     generator_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the generator, e.g. {min_digits: 1}."""
     size: int = 1000
     """Rows a generator makes before it starts over."""
+    mix: dict[str, PartConfig] = field(default_factory=dict)
+    """Name -> part of a mixture, e.g. {math: {path: math.jsonl, weight: 3}, code: {path: code.jsonl, weight: 1}}."""
     rows: str = "prompts"
     """`prompts`, `examples` (prompt and response) or `preferences` (prompt, chosen, rejected)."""
-    prompt_key: str = "prompt"
-    """Field with the prompt: text, or a list of chat messages."""
-    response_key: str = "response"
-    """Field with the response, for examples."""
-    answer_key: str = "answer"
-    """Field with the ground truth; a missing field means an empty string."""
+    prompt_key: str | None = None
+    """Field with the prompt: text, or a list of chat messages. None: `prompt`, else `messages`, `conversations`."""
+    response_key: str | None = None
+    """Field with the response, for examples. None: `response`, `completion`; for `messages` what the assistant says."""
+    chosen_key: str | None = None
+    """Field with the preferred response, with or without the prompt before it. None: `chosen`."""
+    rejected_key: str | None = None
+    """Field with the other response. None: `rejected`."""
+    answer_key: str | None = None
+    """Field with the ground truth. None: `answer`, else `reward_model.ground_truth`; missing values are counted."""
+    turns: str = "all"
+    """Assistant's turns of a conversation that examples train: `all`, or `last`."""
     system: str | None = None
     """A system message put before every prompt; needs a tokenizer with a chat template."""
     chat: bool | None = None
-    """Apply the chat template. None: only where the prompt is a list of messages."""
+    """Apply the chat template. None: only where the row holds a list of messages."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, e.g. {enable_thinking: false}."""
     shuffle: bool = True
     """A new order each epoch, drawn from the run's seed."""
 
@@ -239,6 +282,8 @@ class DataConfig:
     """Rows to evaluate on; None for no evaluation."""
     prompts_per_step: int = 32
     """Rows the source emits each step (pairs, for preferences)."""
+    epochs: int = 0
+    """Passes over the training rows; sets `steps`, the last step filled up from the next pass. 0: `steps` as it is."""
     max_prompt_tokens: int = 256
     """Longer prompts are dropped, and counted."""
     max_response_tokens: int = 256

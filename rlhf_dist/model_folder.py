@@ -113,39 +113,6 @@ def weight_names(folder: Path) -> set[str]:
     return names
 
 
-def end_token_ids(folder: str | Path) -> list[int]:
-    """The tokens that end a response: all that generation_config.json, config.json and the tokenizer name; may be none.
-
-    Their makers disagree at times, and a response that ends as the tokenizer's examples do has ended.
-    """
-    found: dict[int, None] = {}
-    for name in ("generation_config.json", "config.json"):
-        settings = _read(Path(folder) / name)
-        text = settings.get("text_config")
-        for where in (settings, text if isinstance(text, dict) else {}):
-            ids = where.get("eos_token_id")
-            found |= dict.fromkeys(
-                int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None
-            )
-    token = _read(Path(folder) / "tokenizer_config.json").get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    if text:
-        tokenizer = _read(Path(folder) / "tokenizer.json")
-        ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
-        vocabulary = (tokenizer.get("model") or {}).get("vocab")
-        known = ids.get(text, vocabulary.get(text) if isinstance(vocabulary, dict) else None)
-        found |= {} if known is None else {int(known): None}
-    return list(found)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not JSON ({error}); copy it again") from error
-    return settings if isinstance(settings, dict) else {}
-
-
 def no_download(hub_id: str, key: str = "model.path") -> str:
     """What to do with a model that is named as on a hub."""
     folder = f"models/{hub_id.rpartition('/')[2]}"

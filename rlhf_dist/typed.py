@@ -22,16 +22,18 @@ from typing import Any
 
 from rlhf_dist import config
 
-ALLOWED: dict[tuple[type, str], tuple[str, ...]] = {
+ALLOWED: dict[tuple[type, str], tuple[str | None, ...]] = {
     (config.ModelConfig, "init"): ("pretrained", "random"),
     (config.OptimizerConfig, "schedule"): ("constant", "linear", "cosine"),
     (config.OptimizerConfig, "nonfinite"): ("stop", "skip"),
     (config.EngineConfig, "name"): ("fsdp", "deepspeed"),
     (config.EngineConfig, "offload"): ("none", "optimizer", "all"),
     (config.EngineConfig, "dtype"): ("float32", "bfloat16"),
+    (config.EngineConfig, "export_dtype"): (None, "float32", "bfloat16"),
     (config.RolloutConfig, "engine"): ("vllm", "transformers"),
     (config.RolloutConfig, "dtype"): ("float32", "bfloat16"),
     (config.SourceConfig, "rows"): ("prompts", "examples", "preferences"),
+    (config.SourceConfig, "turns"): ("all", "last"),
     (config.PoolConfig, "device"): ("auto", "cuda", "cpu"),
     (config.OutputConfig, "tracker"): ("none", "wandb", "mlflow"),
     (config.RunConfig, "resume"): ("never", "auto", "overwrite"),

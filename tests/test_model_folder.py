@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForTokenClassification, LlamaForCausalLM
 
-from rlhf_dist.model_folder import check_head, end_token_ids, read_shape
+from rlhf_dist.data import end_token_ids
+from rlhf_dist.model_folder import check_head, read_shape
 from rlhf_dist.typed import ConfigError
 from tests.test_checks import plan
 from tests.tiny import llama_config, save_classifier, save_llama, save_tokenizer

@@ -250,6 +250,22 @@ def test_an_exported_policy_loads_in_transformers_with_the_same_log_probs(
     assert AutoTokenizer.from_pretrained(tmp_path).decode([VOCABULARY["4"], VOCABULARY["2"]]) == "42"
 
 
+def export_as(folder: Path, target: Path, engine: dict[str, Any]) -> None:
+    new_engine(folder, dtype="float32", **engine).export(target)
+
+
+def test_an_export_has_the_dtype_training_started_from_unless_told(world2: World, llama: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(half)
+    for name, engine, expected in (
+        ("own", {}, torch.bfloat16),
+        ("told", {"export_dtype": "float32"}, torch.float32),
+    ):
+        world2.run(export_as, half, tmp_path / name, engine)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert exported.dtype == exported.lm_head.weight.dtype == expected
+
+
 def test_an_exported_value_model_loads_in_transformers_and_in_the_engine(
     world2: World, llama: Path, tmp_path: Path
 ) -> None:

@@ -185,3 +185,16 @@ def test_scores_must_have_the_same_names_in_every_row() -> None:
 
     with pytest.raises(RewardFunctionError, match="same names for every row"):
         rule_rewards(changing, rows_of("a", "b"))
+
+
+def test_a_function_is_given_the_columns_it_names() -> None:
+    batch = Batch.of(
+        prompt=["p", "p"], response=["12", "3"], answer=["12", "12"], raw_response=["<think>12<eos>", "3"],
+        source=["math", "code"], fields=["{}", '{"level": 2}'],
+    )  # fmt: skip
+
+    def tagged(prompt: str, response: str, answer: str, *, raw_response: str, fields: str) -> float:
+        return float("<think>" in raw_response) + json.loads(fields).get("level", 0)
+
+    assert rule_rewards(tagged, batch).columns["rewards"].values.tolist() == [1.0, 2.0]
+    assert rule_rewards(exact_match, batch).columns["rewards"].values.tolist() == [1.0, 0.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ def finite(summary: dict[str, Any]) -> bool:
 
 
 def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Path, model: Path) -> None:
-    summary = launch("sft", "steps=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
+    summary = launch("sft", "data.epochs=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
     assert summary["last"]["actor/loss"] < 0.8 * summary["first"]["actor/loss"]
     assert summary["tokens_per_s"] > 0
     folder = tmp_path / "sft"
     assert [row["step"] for row in read_metrics(folder)] == list(range(6))
+    assert [row["examples/epoch"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert AutoModelForCausalLM.from_pretrained(folder / "models/actor").config.hidden_size == 128
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
@@ -79,6 +81,9 @@ def test_ppo_through_vllm(launch: Launch, tmp_path: Path, model: Path) -> None:
     dump = Batch.read_parquet(tmp_path / "ppo/rollouts/step_000001.parquet")
     assert dump.num_rows == 8 and {"prompt", "response", "rewards", "policy_version"} <= set(dump)
     assert set(dump["policy_version"].values) == {2}, "two optimizer steps were synced before step 1"
+    for row in range(dump.num_rows):
+        raw, plain = dump["raw_response"].row(row), dump["response"].row(row)
+        assert re.sub("<(pad|bos|eos|unk)>", "", raw) == plain and raw.endswith("<eos>") == dump["finished"].row(row)
 
 
 def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(launch: Launch, tied: Path) -> None:

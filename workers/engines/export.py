@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoConfig
 
-from rlhf_dist.model_folder import end_token_ids
+from rlhf_dist.data.ends import end_token_ids
 from rlhf_dist.reshard.file_tensors import FileTensors, whole_box
 from workers.engines.checkpoint import BrokenCheckpoint, ModelCard, copy_tokenizer, read_card
 from workers.engines.lora import Adapter, is_adapter
@@ -91,7 +91,7 @@ def write_adapters(folder: Path, adapters: Mapping[str, Tensor], card: ModelCard
 def export_checkpoint(checkpoint: Path, folder: Path, *, dtype: str | None, adapter: bool) -> None:
     """A role's checkpoint folder as a Hugging Face folder, in this process alone, at most FILE_BYTES at a time.
 
-    dtype: `float32` or `bfloat16`; None for what the engine computed in. `adapter`: the adapters alone; otherwise
+    dtype: `float32` or `bfloat16`; None for what `model.json` says. `adapter`: the adapters alone; otherwise
     they are merged into the weights of the folder training started from. Raises FileNotFoundError or
     BrokenCheckpoint for what is no complete checkpoint, FileExistsError if `folder` is there already.
     """

@@ -33,6 +33,7 @@ from rlhf_dist.reshard.file_tensors import Cut
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name
 from rlhf_dist.schema import SEQUENCE
+from rlhf_dist.weights_files import export_dtype
 from workers.engines import checkpoint
 from workers.engines.accumulation import Accumulation, even_passes, loss_name
 from workers.engines.checkpoint import CheckpointWriter, ModelCard
@@ -74,6 +75,7 @@ class PackedEngine(ABC):
         self._dtype = DTYPES[engine.dtype]
         self._way = PACKED
         self.remarks: tuple[str, ...] = ()
+        self._export_dtype = export_dtype(model.path, engine.export_dtype, engine.dtype)
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
         self._layouts: dict[bool, Layout] = {}
@@ -317,9 +319,9 @@ class PackedEngine(ABC):
         return {**self._state(), **{f"model.{name}": b for name, b in kept_buffers(self._module.hf).items()}}
 
     def export(self, folder: Path) -> None:
-        """See `TrainingEngine.export`; weights are written in `engine.dtype`."""
+        """See `TrainingEngine.export`; in `engine.export_dtype`, else that of the weights it started from."""
         self.before_use()
-        buckets = self.full_weights(self._dtype, FILE_BYTES)
+        buckets = self.full_weights(getattr(torch, self._export_dtype), FILE_BYTES)
         hf = self._module.hf
         writes = dist.get_rank(self._mesh.world) == 0
         write_model(folder, buckets, hf.config, self._folder, type(hf).__name__, writes=writes)
@@ -331,7 +333,7 @@ class PackedEngine(ABC):
         return ModelCard(
             engine=self._config.name,
             model=type(self._module.hf).__name__,
-            dtype=self._config.dtype,
+            dtype=self._export_dtype,
             source=str(self._folder.resolve()),
             shapes={name: list(shape) for name, shape in {**self._files.shapes, **self._shapes()}.items()},
             files=self._files.as_json(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from rlhf_dist.config import RolloutConfig
-from rlhf_dist.model_folder import end_token_ids
+from rlhf_dist.data.ends import end_token_ids
 from rlhf_dist.reshard.checksum import full_checksum
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rlhf_dist.config import RolloutConfig
-from rlhf_dist.model_folder import end_token_ids
+from rlhf_dist.data.ends import end_token_ids
 from rlhf_dist.reshard.checks import check_tensor_parallel
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
