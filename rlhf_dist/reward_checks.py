@@ -42,12 +42,19 @@ def _loaded(launch: Launch, role: str, function: str) -> Signature:
 
 
 def _check_columns(launch: Launch, role: str, signature: Signature) -> None:
+    from rlhf_dist.data.check import field_names
     from rlhf_dist.rewards.rule import FIELDS
 
     for node in launch.dataflow:
-        if node.role != role or not node.inputs or FIELDS in node.inputs[0].columns:
+        if node.role != role or not node.inputs:
             continue
+        columns, fields = node.inputs[0].columns, set[str]()
+        if FIELDS in columns:
+            try:
+                fields = field_names(launch.run.data.train, launch.run.seed)
+            except ValueError:
+                return  # The check of the source says what is wrong with it.
         try:
-            signature.bind(node.inputs[0].columns)
+            signature.bind(columns, fields)
         except ValueError as error:
             raise ConfigError(f"{node.line}: {role}.function: {error}") from error

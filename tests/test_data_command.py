@@ -31,7 +31,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_llama(tmp_path_factory.mktemp("model"))
+    folder = save_llama(tmp_path_factory.mktemp("model"), hidden=128)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

@@ -60,6 +60,11 @@ def check_source(
     return lines
 
 
+def field_names(config: SourceConfig, seed: int) -> set[str]:
+    """The outermost fields of the source's first rows. Raises ValueError as `check_source` does."""
+    return {name for part in parts_of(config) for _, row in read(part.config, seed, FIRST).rows for name in row}
+
+
 def _check_forms(part: Part, seed: int) -> None:
     raw = read(part.config, seed, FIRST)
     for place, row in raw.rows:

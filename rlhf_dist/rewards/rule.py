@@ -49,8 +49,8 @@ def arguments(signature: Signature, batch: Batch) -> dict[str, list[Any]]:
     Raises ValueError naming a parameter that no column and no field can fill.
     """
     fields = _fields(signature, batch)
-    extras = {*fields, *(name for name in batch if name not in COLUMNS)}
-    bound = signature.bind([name for name in batch if name != FIELDS], extras)
+    extras = {*fields, *(name for name in batch if name not in COLUMNS and name != FIELDS)}
+    bound = signature.bind(list(batch), extras)
     return {
         parameter: _plain(batch[column]) if column in batch else fields[column] for parameter, column in bound.items()
     }

@@ -17,6 +17,7 @@ def plain(prompt, response, answer): return 0.0
 def named(response, finished, rollout_log_probs): return 0.0
 def other(text): return 0.0
 adapted = adapt(other, text="response")
+def levelled(response, level): return float(level)
 """
 
 
@@ -28,7 +29,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def launch(file: Path, name: str) -> Launch:
-    return compose("grpo", ["model.path=/m", "task=none", "data.train.path=/d", f"reward.function={file}:{name}"])
+    rows = file.with_name("rows.jsonl")
+    rows.write_text('{"prompt": "1+1=", "answer": "2", "level": 3}\n')
+    return compose("grpo", ["model.path=/m", "task=none", f"data.train.path={rows}", f"reward.function={file}:{name}"])
 
 
 def read(launch: Launch) -> set[str]:
@@ -39,7 +42,7 @@ def read(launch: Launch) -> set[str]:
 def test_a_reward_reads_the_columns_it_names_and_no_others(file: Path) -> None:
     plain, named = launch(file, "plain"), launch(file, "named")
     assert read(named) - read(plain) == {"finished", "rollout_log_probs"}
-    for one in (plain, named, launch(file, "adapted")):
+    for one in (plain, named, launch(file, "adapted"), launch(file, "levelled")):
         check_rewards(one)
 
 
