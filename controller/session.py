@@ -274,7 +274,10 @@ def _await_roles(
         phases.ask({rank_of[ref][0].pool.name: rank_of[ref][0].pool for ref in left})
         if ready:
             answered_s = time.monotonic()
-            _check_started(ready[0], *rank_of[ready[0]])
+            group, rank = rank_of[ready[0]]
+            remarks = _check_started(ready[0], group, rank)
+            for remark in remarks if rank == 0 else ():
+                phase(f"{group.role}: {remark}")
         elif time.monotonic() - answered_s > timeout_s:
             missing = sorted({rank_of[ref][0].role for ref in left})
             logs = [log for ref in left if (log := rank_of[ref][0].pool.log(rank_of[ref][1]))]
@@ -283,13 +286,15 @@ def _await_roles(
             )
 
 
-def _check_started(ref: Any, group: WorkerGroup, rank: int) -> None:
+def _check_started(ref: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
+    """What the worker has to say. Raises ClusterError if it did not start."""
     try:
         answer = ray.get(ref)
     except ray.exceptions.RayError as error:
         answer = failure_of_call(error)
     if isinstance(answer, Failure):
         raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}")
+    return tuple(answer or ())
 
 
 class _Phases:

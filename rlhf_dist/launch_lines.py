@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig
+from rlhf_dist.families import family_line
 from rlhf_dist.weights_files import export_dtype, stored_weights
 
 
@@ -35,6 +36,13 @@ def model_lines(launch: Launch) -> list[str]:
         if role in learning:
             exported = export_dtype(model.path, engine.export_dtype, engine.dtype)
             lines[-1] += f", trains float32 master weights, exported as {exported}"
+        uses = {
+            "zero": engine.name == "deepspeed",
+            "tp": engine.tensor_parallel > 1,
+            "sp": engine.sequence_parallel > 1,
+            "lora": engine.lora is not None,
+        }
+        lines.append(f"          {family_line(model.path, [use for use, asked in uses.items() if asked])}")
     return lines
 
 

@@ -80,8 +80,10 @@ class WorkerProcess:
         return self.device
 
     @reported
-    def host_role(self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]) -> None:
-        """Build the worker of `role`: `worker_path` is `package.module:Class`."""
+    def host_role(
+        self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it."""
 
         def phase(text: str) -> None:
             self._phase = f"{role}: {text}"
@@ -93,6 +95,7 @@ class WorkerProcess:
             role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, phase=phase, **context
         )
         self._roles[role] = worker(context=where, **settings)
+        return tuple(getattr(self._roles[role], "remarks", ()))
 
     def phase(self) -> str:
         """What is being started. Called in a concurrency group of its own, beside `host_role`."""

@@ -23,6 +23,7 @@ class ReferenceWorker:
             if base_of
             else new_training_engine(config.model, config.engine, None, "policy", context)
         )
+        self.remarks = () if base_of else self.engine.remarks
 
     def compute_ref_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs of the responses under the frozen policy."""
