@@ -2,7 +2,9 @@
 
 Parameters cut alike are written once:
 
-    {"world": 4, "cuts": [{"rank": [...], "start": [[...]], "stop": [[...]]}], "parameters": {name: [shape, dtype, cut]}}
+    world       4
+    cuts        [{"rank": [...], "start": [[...]], "stop": [[...]]}, ...]
+    parameters  {name: [shape, dtype, index of its cut]}
 """
 
 from __future__ import annotations

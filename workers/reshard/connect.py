@@ -4,8 +4,8 @@
     a GPU for each rank        NCCL carries the weights, gloo the words
     a GPU for several ranks    gloo carries both, through host memory: NCCL has no two ranks on one device
 
-What is called on them is the same: `alltoall_base` for rounds of weights, small collectives for words. Nothing that NCCL
-would match by order of posting, and gloo by tag, is used.
+What is called on them is the same: `alltoall_base` for rounds of weights, small collectives for words. Nothing that
+NCCL would match by order of posting, and gloo by tag, is used.
 """
 
 from __future__ import annotations

@@ -184,8 +184,8 @@ class Link:
         self, received: Tensor, sent: Tensor, receive_bytes: Sequence[int], send_bytes: Sequence[int]
     ) -> dist.Work:
         """Start giving `send_bytes[r]` of `sent` to each rank r, its share behind those of the ranks before, and
-        taking `receive_bytes[r]` into `received` likewise. Both are uint8 on `buffer_device` and stay as they are until `wait`.
-        Every rank takes part in every round.
+        taking `receive_bytes[r]` into `received` likewise. Both are uint8 on `buffer_device` and stay as they are until
+        `wait`. Every rank takes part in every round.
         """
         options = AllToAllOptions()
         options.timeout = timedelta(seconds=self._left())
@@ -215,7 +215,7 @@ class Link:
         return [part.tolist() for part in self._gather(torch.tensor(list(values), dtype=torch.int64))]
 
     def gather_json(self, value: Any, what: str = "") -> list[Any]:
-        """Every rank's value of numbers, texts, lists and dicts, by rank; for what is small. what: it is, for errors."""
+        """Every rank's value of numbers, texts, lists and dicts, by rank; for what is small. what it is: for errors."""
         data = json.dumps(value).encode()
         sizes = [int(size) for size in self._gather(torch.tensor([len(data)]), what)]
         told = self._gather(torch.frombuffer(bytearray(data.ljust(max(sizes))), dtype=torch.uint8), what)
