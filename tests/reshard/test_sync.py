@@ -5,6 +5,9 @@ Over gloo, and over a double that keeps NCCL's rules (strict.py): `strict` in th
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,11 +38,17 @@ def test_round_trips_give_every_element_back(world4: World, first: int, link: st
 
 
 def sync(world: World, name: str, version: int, fault: str = "", at: int = -1, timeout_s: float = 20.0) -> list[Any]:
-    return world.run(_sync, name, version, fault, at, timeout_s)
+    return world.run(_sync, name, version, fault, at, timeout_s, SILENCE_S)
 
 
-def _sync(name: str, version: int, fault: str, at: int, timeout_s: float) -> dict[str, Any]:
-    return rank.one_sync(name, version, fault=fault, at=at, timeout_s=timeout_s)
+SILENCE_S = 8.0
+"""Shorter than in earnest, so that the tests do not wait that long."""
+
+
+def _sync(
+    name: str, version: int, fault: str, at: int, timeout_s: float, silence_s: float = SILENCE_S
+) -> dict[str, Any]:
+    return rank.one_sync(name, version, fault=fault, at=at, timeout_s=timeout_s, silence_s=silence_s)
 
 
 def assert_works(world: World, name: str, version: int, timeout_s: float = 20.0) -> None:
@@ -120,6 +129,27 @@ def test_a_rank_that_stalls_is_named_within_the_time_out_and_a_retry_succeeds(
         )
     retried = sync(world4, name, 1, timeout_s=3.0)
     assert all(answer.get("equal") for answer in retried), retried
+
+
+@pytest.mark.parametrize(("link", "at"), [("gloo", 1), ("strict", 0)])
+def test_a_rank_that_is_stopped_is_named_long_before_the_deadline_and_a_retry_succeeds(
+    world4: World, link: str, at: int
+) -> None:
+    """Rank 0 hosts the store besides: what the others would tell each other is stopped with it."""
+    name, started = f"{link} stopped {at}", time.monotonic()
+    assert_works(world4, name, 1, 60.0)
+    for pipe in world4._pipes:
+        pipe.send((_sync, (name, 2, "stop inside", at, 60.0, SILENCE_S)))
+    try:
+        for k in set(range(4)) - {at}:
+            assert world4._pipes[k].poll(50), f"rank {k} still waits after {time.monotonic() - started:.0f} s"
+            done, answer = world4._pipes[k].recv()
+            assert done and answer["error"] == "SyncStopped" and answer["seconds"] < 55.0, answer
+            assert f"rank {k} waiting for rank {at}, " in answer["says"] and "parameters layers.0" in answer["says"]
+    finally:
+        os.kill(world4._processes[at].pid or 0, signal.SIGCONT)
+    assert world4._pipes[at].poll(70) and "error" in world4._pipes[at].recv()[1]
+    assert_works(world4, name, 3, 60.0)
 
 
 def test_a_rank_that_dies_is_an_error_on_every_survivor() -> None:

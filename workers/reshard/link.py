@@ -36,6 +36,8 @@ from workers.reshard.watch import SILENCE_S, Trouble, Watch
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
+_ABORT_S = 0.5
+"""Longest wait for connections to close; they go on closing behind."""
 _RETIRE_S = 2.0
 """For a word with the store that the sync does not depend on."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
@@ -162,7 +164,10 @@ class Link:
         """Drop the connections; what the others hear of it depends on the back end."""
         connections, self._connections = self._connections, None
         if connections is not None:
-            connections.abort()
+            # With an operation under way gloo's abort waits for that one's time-out, which is the deadline's.
+            thread = threading.Thread(target=connections.abort, name="weight sync abort", daemon=True)
+            thread.start()
+            thread.join(_ABORT_S)
 
     def fail(self, error: BaseException) -> None:
         """Give up this sync: peers that wait for this rank hear of it within seconds."""
