@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+ABORT_S = 0.5
 WATCHDOG_TIMES = 2.0
 WATCHDOG_MORE_S = 60.0
 """NCCL's watchdog ends the whole process when a collective is late. It gets so much more time than a sync has that the
 link's own deadline, which is an error and no end, always comes first."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Connections:
     """Between all ranks of a link."""
 
@@ -39,10 +41,16 @@ class Connections:
     """Where the chunks lie."""
 
     def abort(self) -> None:
-        """Drop them, whatever is under way."""
-        self.weights.abort()
-        if self.words is not self.weights:
-            self.words.abort()
+        """Drop them, whatever is under way; at most ABORT_S of it is waited for.
+
+        A gloo group with an operation under way goes only when that one's time is over, and blocks whoever lets go of
+        it last: so that is a thread of its own, and nothing else holds on to the groups.
+        """
+        groups = [self.words, self.weights]
+        self.words = self.weights = None
+        thread = threading.Thread(target=_abort, args=(groups,), name="weight sync abort", daemon=True)
+        thread.start()
+        thread.join(ABORT_S)
 
 
 def open_connections(
@@ -72,6 +80,13 @@ def rendezvous(address: str, port: int, hosts: bool, timeout_s: float) -> dist.S
         wait_for_workers=False,
         master_listen_fd=listener.detach(),  # the store closes it
     )
+
+
+def _abort(groups: list[Any]) -> None:
+    for group in groups:
+        group.abort()
+    del group
+    groups.clear()
 
 
 def device_identity(device: torch.device) -> str:

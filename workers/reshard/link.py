@@ -36,8 +36,6 @@ from workers.reshard.watch import SILENCE_S, Trouble, Watch
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-_ABORT_S = 0.5
-"""Longest wait for connections to close; they go on closing behind."""
 _RETIRE_S = 2.0
 """For a word with the store that the sync does not depend on."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
@@ -111,12 +109,11 @@ class Link:
     def meet(self) -> None:
         """Start a sync on all ranks. Raises SyncStopped naming the ranks that did not come."""
         self._deadline = time.monotonic() + self._timeout_s
-        self._phase = "meet"
+        self.phase = "meet"
         others = self._others()
         self._watch.start(self._epoch + 1)  # what ended the last epoch is no reason to end this one
         self._epoch = max(self._epoch + 1, self._at_store(self._next_epoch, others))
         self._watch.start(self._epoch)
-        self._watch.enter("meet")
         try:
             told = self._at_store(self._gather_marks, others)
         except SyncStopped:
@@ -164,10 +161,7 @@ class Link:
         """Drop the connections; what the others hear of it depends on the back end."""
         connections, self._connections = self._connections, None
         if connections is not None:
-            # With an operation under way gloo's abort waits for that one's time-out, which is the deadline's.
-            thread = threading.Thread(target=connections.abort, name="weight sync abort", daemon=True)
-            thread.start()
-            thread.join(_ABORT_S)
+            connections.abort()
 
     def fail(self, error: BaseException) -> None:
         """Give up this sync: peers that wait for this rank hear of it within seconds."""
