@@ -137,8 +137,8 @@ class Watch:
             self._mine = replace(self._mine, waits=())
 
     def fail(self, cause: str, blames: Sequence[int]) -> None:
-        """This rank gives up the epoch; the first reason counts."""
-        if not self._mine.failed:
+        """This rank gives up the epoch; the first reason that names somebody counts."""
+        if not self._mine.blames:
             self._mine = replace(self._mine, failed=cause or "?", blames=tuple(blames))
             self._changed.set()
 
