@@ -99,5 +99,7 @@ def test_a_store_listens_on_its_pool_s_address_alone() -> None:
         pass
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), 5)
+    with pytest.raises(RuntimeError, match=f"must listen on 127.0.0.2:{port}.*already in use"):
+        rendezvous("127.0.0.2", port, hosts=True, timeout_s=5.0)
     store.set("key", "value")
     assert rendezvous("127.0.0.2", port, hosts=False, timeout_s=5.0).get("key") == b"value"

@@ -67,11 +67,20 @@ def open_connections(
 
 
 def rendezvous(address: str, port: int, hosts: bool, timeout_s: float) -> dist.Store:
-    """The store of ranks that share no process group; the one that `hosts` it listens on `address` and nowhere else."""
+    """The store of ranks that share no process group; the one that `hosts` it listens on `address` and nowhere else.
+
+    Raises RuntimeError where it cannot.
+    """
     if not hosts:
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, port), family=family, backlog=4096)
+    try:
+        listener = socket.create_server((address, port), family=family, backlog=4096)
+    except OSError as error:
+        raise RuntimeError(
+            f"the store of a weight link must listen on {address}:{port}, as the other ranks reach this machine, got "
+            f"{error.strerror}; does the node's address belong to one of its interfaces?"
+        ) from error
     return dist.TCPStore(
         address,
         listener.getsockname()[1],
