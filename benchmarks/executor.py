@@ -99,7 +99,9 @@ def _sleeping(dataflow: Dataflow, placed: Mapping[str, Pool], host: Pool) -> Ray
 
 def _host(pool: Pool, role: str, path: str, settings: Mapping[str, Any]) -> None:
     context = {"seed": 0}
-    ray.get([process.host_role.remote(role, path, settings, context) for process in pool.processes], timeout=120)
+    hosting = [process.host_role.remote(role, path, settings, context) for process in pool.processes]
+    failed = [answer for answer in ray.get(hosting, timeout=120) if answer is not None]
+    assert not failed, failed
 
 
 # --- the data plane ----------------------------------------------------------------------------------------

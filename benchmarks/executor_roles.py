@@ -52,7 +52,8 @@ def _prompts(step: int, rows: int) -> OpResult:
     text = Column.strings([""] * rows)
     groups = np.arange(rows, dtype=np.int64) + step * rows
     ids = Column(np.ones(4 * rows, np.int32), np.arange(rows + 1, dtype=np.int64) * 4)
-    columns = Batch({"group_id": Column(groups), "prompt_ids": ids, "prompt": text, "answer": text}, rows)
+    texts = dict.fromkeys(("prompt", "answer", "source", "fields"), text)
+    columns = Batch({"group_id": Column(groups), "prompt_ids": ids, **texts}, rows)
     return OpResult(columns=columns, tokens=np.full(rows, 4), groups=groups)
 
 
@@ -64,6 +65,7 @@ def _responses(batch: Batch) -> OpResult:
         "response_mask": Column(np.ones(8 * rows, np.uint8), offsets),
         "rollout_log_probs": Column(np.zeros(8 * rows, PER_TOKEN), offsets),
         "response": Column.strings([""] * rows),
+        "raw_response": Column.strings([""] * rows),
         "finished": Column(np.ones(rows, np.uint8)),
         "policy_version": Column(np.zeros(8 * rows, np.int32), offsets),
     }

@@ -29,13 +29,15 @@ NODES = {
 
 
 def endless(model: Path, folder: Path) -> Path:
-    """A copy of `model` (weights linked) that no token ends a response of."""
+    """A copy of `model` (weights linked) in which no token ends a response, hence without its chat template."""
     folder.mkdir()
+    unsaid = {"eos_token_id": None, "eos_token": None, "chat_template": None}
     for file in model.iterdir():
-        if file.name in ("config.json", "generation_config.json"):
-            settings = json.loads(file.read_text()) | {"eos_token_id": None}
-            (folder / file.name).write_text(json.dumps(settings))
-        else:
+        if file.name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+            settings = json.loads(file.read_text())
+            changed = {name: unsaid.get(name, value) for name, value in settings.items()}
+            (folder / file.name).write_text(json.dumps(changed))
+        elif file.name != "chat_template.jinja":
             (folder / file.name).symlink_to(file.resolve())
     return folder
 

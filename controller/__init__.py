@@ -1,0 +1,5 @@
+"""What runs once: the cluster, worker groups, the graph's execution, checkpoints, metrics; and `launch` for Python."""
+
+from controller.api import RunResult, launch
+
+__all__ = ["RunResult", "launch"]

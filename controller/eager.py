@@ -2,6 +2,7 @@
 
     rlhf-dist run ppo --eager        breakpoint() stops between two ops; batch.fetch("rewards") shows data
 
+The recipe is traced before, to know its roles, without stopping or printing anything (`trace.rehearsal`).
 The same nodes as in the graph, executed in the recipe's order on the same workers; the end result is
 the same to the last bit. Generation asks first whether the weights it holds are the trained ones.
 """

@@ -1,19 +1,21 @@
-"""Metrics of a run on disk: one JSON line a step, and TensorBoard events (written without torch)."""
+"""Metrics of a run on disk: one JSON line a step, and the same rows on their way to TensorBoard and a tracker."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from controller.tracking import Tracker
+from controller.outbox import Outbox
+from controller.tracking import TensorBoard
 
 NAME = "metrics.jsonl"
+INTERRUPTED_S = 3.0
+"""Longest wait for each tracker after Ctrl-C."""
 
 
 class MetricsWriter:
@@ -23,17 +25,21 @@ class MetricsWriter:
     cut by a crash, so that no step is there twice; TensorBoard is told to forget the same steps.
     """
 
-    def __init__(self, folder: str | Path, first_step: int = 0, tracker: Tracker | None = None) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._folder, self._tracker = Path(folder), tracker
+    def __init__(
+        self,
+        folder: str | Path,
+        first_step: int = 0,
+        tracker: Outbox | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        """tell: shows people a line, where TensorBoard's files cannot be written."""
+        self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / NAME
         _drop_lines(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(self._folder / "tensorboard"), flush_secs=10)
-        if first_step:
-            self._forget_events(first_step)
+        board = Outbox("tensorboard", lambda: TensorBoard(self._folder / "tensorboard", first_step), self._folder, tell)
+        self._trackers = [board] if tracker is None else [board, tracker]
 
     def write(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float] | None = None) -> None:
         """One step; `node_seconds` becomes `time_s/NODE`.
@@ -53,17 +59,14 @@ class MetricsWriter:
             row["nonfinite_metrics"] = len(metrics) - len(finite)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        self._write_events(step, finite)
-        if self._tracker is not None:
-            self._tracker.log(step, finite)
+        for tracker in self._trackers:
+            tracker.log(step, finite)
 
-    def close(self) -> None:
-        """Flush and close both; calling it again does nothing."""
-        if not self._file.closed:
-            self._file.close()
-            self._events.close()
-            if self._tracker is not None:
-                self._tracker.close()
+    def close(self, wait_s: float | None = None) -> None:
+        """Flush and close all, as `Outbox.close`; calling it again does nothing."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close(wait_s)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -71,20 +74,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
-
-    def _write_events(self, step: int, metrics: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
-
-    def _forget_events(self, first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = SessionLog(status=SessionLog.START)
-        self._events.add_event(Event(step=first_step, wall_time=time.time(), session_log=start))
+        self.close(INTERRUPTED_S if kind is KeyboardInterrupt else None)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

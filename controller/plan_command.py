@@ -160,11 +160,27 @@ def _launched(arguments: argparse.Namespace) -> Any:
     cluster, efficiency, _ = hardware_of(launch, asked)
     prompt = _lengths(arguments.prompt_tokens, "--prompt-tokens")
     response = _lengths(arguments.response_tokens, "--response-tokens")
+    _say_defaults(overrides, prompt, response)
     problem = problem_of(launch, prompt, response)
     if preset == "async" and not problem.staleness:
         problem = replace(problem, dataflow=replace(problem.dataflow, staleness=1))
     request = parse_request({"preset": preset, "strategies": strategies}, problem, cluster.gpus)
     return Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, request=request)
+
+
+def _say_defaults(overrides: list[str], prompt: Any, response: Any) -> None:
+    """Say on stderr where lengths come from that nobody asked for: those of a recipe's usual task are short."""
+    keys = {text.lstrip("+").partition("=")[0] for text in overrides}
+    unsaid = []
+    if prompt is None and not keys & {"task", "data.max_prompt_tokens"}:
+        unsaid.append("prompts are (--prompt-tokens, task=... or data.max_prompt_tokens=...)")
+    if response is None and not any(key.endswith("max_response_tokens") for key in keys):
+        unsaid.append("responses are (--response-tokens or ...max_response_tokens=...)")
+    if unsaid:
+        print(
+            f"note: not said how long {' and '.join(unsaid)}; planned at the limits of the default task",
+            file=sys.stderr,
+        )
 
 
 def _lengths(text: str | None, key: str) -> Any:

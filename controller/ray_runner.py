@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 
 from controller.batch_ref import BatchRef, FetchPlan, merge_stored
 from controller.cluster import RELAYS, SIGNALS, Pool
 from controller.executor import Finished
+from controller.failure_text import explained, logs_of
 from controller.outputs import JoinError, NodeOutput, Outputs, join
 from controller.replies import RayReplies, Replies
 from controller.worker_group import Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State, StateValue
-from rlhf_dist.wire import Call, Failure, Reply
+from rlhf_dist.wire import Call, Reply
 
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 
@@ -47,6 +48,8 @@ class _Pending:
     shards: Shards
     before: BatchRef | None
     started_s: float
+    callees: list[tuple[Pool, int]] = field(default_factory=list)
+    """Pool and rank in it of each call, in the order of `replies`."""
     refs: dict[tuple[int, ...], Any] = field(default_factory=dict)
     """Ranks (of the receiving group after the sending one) -> reference to their replies."""
     replies: dict[int, Reply] = field(default_factory=dict)
@@ -194,6 +197,7 @@ class RayRunner:
             shards, mini_batch = cut(node, group, batch, seed=self.seed, step=step)
             pending.shards = shards if group is groups[0] else pending.shards
             first, parts = pending.ranks, part_of_ranks(node, group)
+            pending.callees += [(group.pool, rank) for rank in range(group.pool.size)]
             calls = [build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs) for part in parts]
             # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
             alone = node.rows == "expand" or len(groups) > 1 or self._beside
@@ -215,7 +219,7 @@ class RayRunner:
         pending.shards, plan = cut_for_host(node, self.host.size, batch), FetchPlan(batch)
         for part, rows in enumerate(pending.shards.parts):
             call = build_call(node, step, self.seed, plan, rows, None, self._kwargs(node))
-            process = self._host_process(self.host)
+            process = self._host_process(pending, self.host)
             pending.refs[part,] = (
                 process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
                 if node.kind == "state"
@@ -252,9 +256,8 @@ class RayRunner:
         for at in range(min(len(new), group.pool.size)):
             bundle = new[at :: group.pool.size]
             call = self._streamed_call(pending, source, bundle)
-            pending.refs[len(pending.bundles),] = self._host_process(group.pool).call.remote(
-                group.role, pending.node.op, call
-            )
+            process = self._host_process(pending, group.pool)
+            pending.refs[len(pending.bundles),] = process.call.remote(group.role, pending.node.op, call)
             pending.bundles.append(tuple(bundle))
             pending.started_s = pending.started_s or time.perf_counter()
 
@@ -273,8 +276,10 @@ class RayRunner:
         plan = FetchPlan(BatchRef(moved.rows, {c: columns[at.column] for c, at in node.inputs[0].columns.items()}))
         return build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
 
-    def _host_process(self, pool: Pool) -> Any:
+    def _host_process(self, pending: _Pending, pool: Pool) -> Any:
+        """The next of the CPU processes, for a call of `pending`."""
         self._next_host += 1
+        pending.callees.append((pool, self._next_host % pool.size))
         return pool.processes[self._next_host % pool.size]
 
     def _kwargs(self, node: Node) -> dict[str, Any]:
@@ -289,9 +294,12 @@ class RayRunner:
         now = time.perf_counter()
         for pending in self._pending:
             if pending.refs and now - pending.started_s > self.call_timeout_s:
+                silent = [callee for rank, callee in enumerate(pending.callees) if rank not in pending.replies]
+                logs = [log for pool, rank in silent if (log := pool.log(rank))]
                 raise WorkerLost(
                     f"{pending.node.name} (step {pending.step}, {pending.node.line}) did not finish within "
-                    f"ray.call_timeout_s={self.call_timeout_s:g} s"
+                    f"ray.call_timeout_s={self.call_timeout_s:g} s; no reply of rank "
+                    f"{', '.join(str(rank) for _, rank in silent)}{logs_of(logs)}"
                 )
 
     # --- outputs -----------------------------------------------------------------------------------------
@@ -344,17 +352,14 @@ class RayRunner:
         return NodeOutput(batch=batch, metrics={}, seconds=0.0, nbytes=0)
 
 
-def _checked(reply: Reply | Failure | Exception, pending: _Pending, rank: int) -> Reply:
+def _checked(reply: Reply | Failure | Exception, pending: _Pending, call: int) -> Reply:
     """The reply; raises NodeError or WorkerLost, naming the node, for what is none."""
     if isinstance(reply, Reply):
         return reply
-    node = pending.node
+    failure = reply if isinstance(reply, Failure) else failure_of_call(reply)
+    node, (pool, rank) = pending.node, pending.callees[call]
     where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
-    if isinstance(reply, Failure):
-        raise (WorkerLost if reply.lost else NodeError)(f"{where}: {reply.text}")
-    if isinstance(reply, ray.exceptions.RayTaskError):
-        raise NodeError(f"{where}: {type(reply.cause).__name__}: {reply.cause}") from reply
-    raise WorkerLost(f"{where}: its process died or stopped answering ({type(reply).__name__})") from reply
+    raise (WorkerLost if failure.lost else NodeError)(f"{where}: {explained(failure, pool.log(rank))}")
 
 
 def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import ray
 
-from rlhf_dist.wire import Failure, Reply
+from rlhf_dist.failure import Failure
+from rlhf_dist.wire import Reply
 
-Answer = Reply | dict[int, Reply | Failure] | Exception
+Answer = Reply | Failure | dict[int, Reply | Failure] | Exception
 
 PEERS_S = 0.02
 """Ranks of one node finish almost together: the wait for the others once one is there, instead of spinning."""

@@ -20,13 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from controller.checkpoint import (
-    PendingCheckpoint,
-    begin_checkpoint,
-    check_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-)
+from controller.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
 from controller.cluster import Cluster
 from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
@@ -34,13 +28,17 @@ from controller.executor import StepReport, run_steps
 from controller.metrics import MetricsWriter
 from controller.object_store import ObjectStore
 from controller.plan_feedback import write_feedback
-from controller.session import Session, learning_roles, slots_needed, start_session
+from controller.run_folder import claim_folder
+from controller.session import Session, slots_needed, start_session
 from controller.step_warnings import StepWarnings
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
+from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
-from rlhf_dist.typed import ConfigError
+
+PENDING_S = 60.0
+"""Longest that a run which ends early waits for the checkpoint it is writing."""
 
 
 class StepDisplay(Protocol):
@@ -48,6 +46,10 @@ class StepDisplay(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> None:
         """A step is finished."""
+        ...
+
+    def phase(self, text: str) -> None:
+        """Something of the start-up begins."""
         ...
 
     def note(self, text: str) -> None:
@@ -75,19 +77,26 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[st
     Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
     every process that was started has ended.
     """
+    launch = with_steps_of_epochs(launch)
+    with claim_folder(launch, display.note) as (folder, first_step):
+        return _run_in(folder, first_step, launch, display, eager)
+
+
+def _run_in(folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    folder = Path(launch.run.output.root) / launch.run.name
-    first_step = _prepare_folder(launch, folder)
-    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml})
+    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
     cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
+    display.phase("Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker) as writer:
-        display.note(f"starting {slots_needed(launch)} slots and {cluster.host_processes} host processes")
-        session = start_session(launch, cluster)
+    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+        counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
+        display.phase(f"processes: {counts}, {cluster.about}")
+        session = start_session(launch, cluster, display.phase)
         _Run(launch, session, folder, writer, display, progress, eager).execute(first_step)
     summary = {
         "name": launch.run.name,
+        "folder": str(folder),
         "recipe": launch.recipe.name,
         "steps": launch.run.steps,
         "seed": launch.run.seed,
@@ -129,9 +138,10 @@ class _Run:
             every=output.rollouts_every,
         )
         numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
-        self.runner = session.runner(self.dataflow, numbers)
+        # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        self.runner = session.runner(None if eager else self.dataflow, numbers)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
-        self.evaluation = Evaluation(session)
+        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
         self.store = ObjectStore()
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
@@ -139,11 +149,27 @@ class _Run:
     def execute(self, first_step: int) -> None:
         run = self.launch.run
         if first_step:
+            self.display.phase("checkpoint")
             self._resume(first_step)
+        if self.launch.dataflow.generating:
+            self.display.phase("first weight sync")
         self.session.sync(first_step)
         if first_step < run.steps:
+            if self.evaluation.possible:
+                self.display.phase("evaluation")
             self._evaluate(first_step)
+            self.display.phase("first step")
         self.closed_s = time.perf_counter()
+        try:
+            self._steps(first_step)
+        except BaseException:
+            self._keep_pending()
+            raise
+        self._finish_checkpoint(wait=True)
+        self._export()
+
+    def _steps(self, first_step: int) -> None:
+        run = self.launch.run
         if self.eager:
             run_eagerly(
                 self.launch.recipe,
@@ -162,8 +188,6 @@ class _Run:
                 on_step=self._on_step,
                 barrier=self._is_barrier,
             )
-        self._finish_checkpoint(wait=True)
-        self._export()
 
     def _on_step(self, report: StepReport) -> None:
         now = time.perf_counter()
@@ -216,7 +240,7 @@ class _Run:
 
     def _checkpoints_after(self, step: int) -> bool:
         every, done = self.launch.run.output.checkpoint_every, step + 1
-        return bool(every) and (done == self.launch.run.steps or done % every == 0)
+        return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
 
     def _is_barrier(self, step: int) -> bool:
         return self._evaluates_after(step) or self._checkpoints_after(step)
@@ -240,13 +264,28 @@ class _Run:
             keep=self.launch.run.output.keep_checkpoints,
         )
 
-    def _finish_checkpoint(self, *, wait: bool) -> None:
+    def _keep_pending(self) -> None:
+        """The run ends early: what was copied for a checkpoint is written to its end, unless that takes too long."""
+        if self.pending is None:
+            return
+        step, deadline = self.pending.step, time.monotonic() + PENDING_S
+        self.display.note(f"the checkpoint after {step} steps is being written (interrupt again to leave without it)")
+        try:
+            while self.pending is not None and time.monotonic() < deadline:
+                self._finish_checkpoint(wait=False, limit_s=deadline - time.monotonic())
+                time.sleep(0.05)
+        except Exception as error:  # What ended the run may have ended this too; it must not hide the first error.
+            self.display.note(f"the checkpoint after {step} steps is lost: {error}")
+
+    def _finish_checkpoint(self, *, wait: bool, limit_s: float | None = None) -> None:
         """Make the checkpoint that is being written visible if it is complete; with `wait`, once it is."""
         if self.pending is None:
             return
         step, roles = self.pending.step, self.pending.roles
         # Beside what the next step already runs: the schedule must not stand still for a question.
-        answers = [self.session.call_role(role, "saved", step, beside=True, wait=wait) for role in roles]
+        answers = [
+            self.session.call_role(role, "saved", step, beside=True, limit_s=limit_s, wait=wait) for role in roles
+        ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
             self.pending.finish()
@@ -274,29 +313,6 @@ class _Run:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             self.display.note(f"wrote {target}")
-
-
-def _prepare_folder(launch: Launch, folder: Path) -> int:
-    """Make the run's folder; returns the first step to run (not 0 when an earlier run is continued)."""
-    resume, first = launch.run.resume, 0
-    if folder.exists():
-        if resume == "never":
-            raise ConfigError(
-                f"name={launch.run.name}: {folder} holds an earlier run; choose another name, "
-                f"or set resume=auto to continue it or resume=overwrite to delete it"
-            )
-        if resume == "overwrite":
-            shutil.rmtree(folder)
-        else:
-            complete = list_checkpoints(folder / "checkpoints")
-            if complete:
-                roles = {role: launch.used_roles[role].model for role in learning_roles(launch)}
-                models = {role: model for role, model in roles.items() if model is not None}
-                check_checkpoint(complete[-1], recipe=launch.recipe.name, roles=list(models), models=models)
-                first = complete[-1].step
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(launch.yaml)
-    return first
 
 
 def _write_json(path: Path, data: Any) -> None:

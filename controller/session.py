@@ -8,23 +8,28 @@ Rule rewards and sources live on the host pool's CPU processes; everything with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from controller.cluster import Cluster, ClusterError, Pool, machines
+from controller.cluster import SIGNALS, Cluster, ClusterError, Pool, machines
 from controller.executor import Finished
+from controller.failure_text import explained, logs_of
 from controller.ray_runner import RayRunner
 from controller.user_files import send_user_files_by_value
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
+from rlhf_dist.data.of_launch import tokenizer_of
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
+from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
 from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
 from rlhf_dist.roles import OpSpec, State
@@ -52,10 +57,11 @@ class Session:
         numbers: Mapping[str, Mapping[str, float]],
         *,
         beside: bool = False,
+        limit_s: float | None = None,
         **sources: str,
     ) -> RayRunner:
         """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
-        beside: see RayRunner."""
+        beside: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -65,7 +71,7 @@ class Session:
             groups,
             self.cluster.pools[HOST_POOL],
             seed=run.seed,
-            call_timeout_s=run.ray.call_timeout_s,
+            call_timeout_s=run.ray.call_timeout_s if limit_s is None else limit_s,
             states=self.states,
             numbers=numbers,
             source_kwargs={**default, **rows},
@@ -73,8 +79,10 @@ class Session:
             beside=beside,
         )
 
-    def call_role(self, role: str, op: str, step: int, *, beside: bool = False, **kwargs: Any) -> dict[str, float]:
-        """Run `op` on every rank of a role, without rows; returns its metrics. beside: see RayRunner."""
+    def call_role(
+        self, role: str, op: str, step: int, *, beside: bool = False, limit_s: float | None = None, **kwargs: Any
+    ) -> dict[str, float]:
+        """Run `op` on every rank of a role, without rows; returns its metrics. beside, limit_s: see `runner`."""
         node = Node(
             name=f"{role}.{op}",
             role=role,
@@ -83,7 +91,7 @@ class Session:
             kwargs=kwargs,
             spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
         )
-        return self.runner(None, {}, beside=beside).run_node(node, step).metrics
+        return self.runner(None, {}, beside=beside, limit_s=limit_s).run_node(node, step).metrics
 
     def sync(self, steps_done: int) -> list[Finished]:
         """Give every role that generates the weights it has trained in `steps_done` steps."""
@@ -93,17 +101,11 @@ class Session:
     @property
     def model_roles(self) -> list[str]:
         """Roles with weights of their own that learn: what is checkpointed and exported."""
-        return learning_roles(self.launch)
+        return self.launch.learning_roles
 
 
-def learning_roles(launch: Launch) -> list[str]:
-    """Roles whose weights some node of the graph writes."""
-    written = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
-    return [role for role in launch.used_roles if role in written]
-
-
-def start_session(launch: Launch, cluster: Cluster) -> Session:
-    """Start pools and role workers. Raises ClusterError when a pool or a worker does not come up."""
+def start_session(launch: Launch, cluster: Cluster, phase: Callable[[str], None]) -> Session:
+    """Start pools and role workers; `phase` hears what begins. Raises ClusterError when something does not come up."""
     send_user_files_by_value()
     run = launch.run
     placed = pools_of_roles(launch)
@@ -116,24 +118,27 @@ def start_session(launch: Launch, cluster: Cluster) -> Session:
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
     first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
-    tokenizer = _tokenizer_of(launch)
-    starting: list[tuple[str, list[Any]]] = []
+    tokenizer = tokenizer_of(launch)
+    if tokenizer is None:
+        raise ClusterError("no role has a model, so there is no tokenizer for the source")
+    starting: list[tuple[WorkerGroup, list[Any]]] = []
     for name in launch.recipe.sources:
         groups[name] = WorkerGroup(name, first_host)
-        starting.append((name, _host_source(launch, groups[name], run.data.train, tokenizer, run.data.heldout)))
+        starting.append((groups[name], _host_source(launch, groups[name], run.data.train, tokenizer, run.data.heldout)))
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
-        starting.append((HELDOUT, _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
+        starting.append((groups[HELDOUT], _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
     # Actors first: a reference may share the base of one.
     for name in sorted(placed, key=lambda name: not isinstance(launch.roles[name.split(".")[0]], ActorConfig)):
         role, pool = name.split(".")[0], pools[placed[name]]
         apart = rollout_of(role) in placed
         groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool, name, apart))
         path, settings = _worker_of(launch, role, apart) if name == role else _rollout_worker_of(launch, role)
-        starting.append((name, _host_role(launch, groups[name], path, settings)))
-    _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s)
+        starting.append((groups[name], _host_role(launch, groups[name], path, settings)))
+    _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
     for role in launch.dataflow.generating:
         if rollout_of(role) in groups:
+            phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
             _connect(groups[role], groups[rollout_of(role)], run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
@@ -175,17 +180,10 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> 
         timeout_s=SYNC_SHARE * timeout_s,
     )
     joining = [
-        process.connect.remote(group.role, bridge) for group in (sending, receiving) for process in group.pool.processes
+        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
+        for group in (sending, receiving)
     ]
-    _await_roles([(f"{sending.role} and {receiving.role}", joining)], timeout_s)
-
-
-def _tokenizer_of(launch: Launch) -> str:
-    for config in launch.roles.values():
-        model = getattr(config, "model", None)
-        if model is not None:
-            return str(Path(model.path).resolve())
-    raise ClusterError("no role has a model, so there is no tokenizer for the source")
+    _await_roles(joining, timeout_s)
 
 
 def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:
@@ -204,9 +202,7 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
     interface: Any = launch.recipe.roles[role]
     trains = _is_trained(launch, role)
     if isinstance(config, RewardConfig) and config.function is not None:
-        from rlhf_dist.rewards import load_function
-
-        return interface.rule_worker, {"function": load_function(config.function, launch.recipe.file)}
+        return interface.rule_worker, _rule_settings(config, launch.recipe.file)
     if isinstance(config, ActorConfig):
         on_policy = launch.run.placement.max_staleness == 0
         where = {"generates_here": not rollout_apart, "on_policy": on_policy}
@@ -221,6 +217,18 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
         "model": config.model,
         "engine": config.engine,
         "optimizer": config.optimizer if trains else None,
+    }
+
+
+def _rule_settings(config: RewardConfig, recipe_file: Path) -> dict[str, Any]:
+    from rlhf_dist.rewards.child import Limits
+    from rlhf_dist.rewards.load import load_reward
+
+    assert config.function is not None, "a rule is a function"
+    return {
+        "function": load_reward(config.function, recipe_file),
+        "limits": Limits(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes, concurrency=config.concurrency),
+        "failed_reward": config.failed_reward,
     }
 
 
@@ -253,19 +261,56 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
     return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]
 
 
-def _await_roles(starting: list[tuple[str, list[Any]]], timeout_s: float) -> None:
-    role_of = {ref: (role, rank) for role, refs in starting for rank, ref in enumerate(refs)}
-    left = list(role_of)
+def _await_roles(
+    starting: list[tuple[WorkerGroup, list[Any]]], timeout_s: float, phase: Callable[[str], None] = lambda text: None
+) -> None:
+    """Wait until every rank of every group has answered, `timeout_s` at most for the next; `phase` hears what the
+    first rank of each pool is at. Raises ClusterError for the first that failed."""
+    rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in enumerate(refs)}
+    left, answered_s = list(rank_of), time.monotonic()
+    phases = _Phases(phase)
     while left:
-        ready, left = ray.wait(left, num_returns=1, timeout=timeout_s)
-        if not ready:
-            missing = sorted({role_of[ref][0] for ref in left})
-            raise ClusterError(f"the workers of {', '.join(missing)} did not start within {timeout_s:g} s")
-        role, rank = role_of[ready[0]]
-        try:
-            ray.get(ready[0])
-        except ray.exceptions.RayTaskError as failed:
-            cause = failed.cause
-            raise ClusterError(f"{role}, rank {rank}, could not start: {type(cause).__name__}: {cause}") from failed
-        except ray.exceptions.RayActorError as died:
-            raise ClusterError(f"{role}, rank {rank}: its process died while it started; see its log") from died
+        ready, left = ray.wait(left, num_returns=1, timeout=1.0)
+        phases.ask({rank_of[ref][0].pool.name: rank_of[ref][0].pool for ref in left})
+        if ready:
+            answered_s = time.monotonic()
+            _check_started(ready[0], *rank_of[ready[0]])
+        elif time.monotonic() - answered_s > timeout_s:
+            missing = sorted({rank_of[ref][0].role for ref in left})
+            logs = [log for ref in left if (log := rank_of[ref][0].pool.log(rank_of[ref][1]))]
+            raise ClusterError(
+                f"the workers of {', '.join(missing)} did not start within {timeout_s:g} s{logs_of(logs)}"
+            )
+
+
+def _check_started(ref: Any, group: WorkerGroup, rank: int) -> None:
+    try:
+        answer = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        answer = failure_of_call(error)
+    if isinstance(answer, Failure):
+        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}")
+
+
+class _Phases:
+    """What pools are starting, asked beside the start itself and never waited for."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._asked: dict[str, Any] = {}
+        self._told: set[str] = set()
+
+    def ask(self, pools: Mapping[str, Pool]) -> None:
+        for name, pool in pools.items():
+            if name not in self._asked:
+                self._asked[name] = pool.processes[0].phase.options(concurrency_group=SIGNALS).remote()
+        if not self._asked:
+            return
+        answered, _ = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=0)
+        for name in [name for name, ref in self._asked.items() if ref in answered]:
+            with contextlib.suppress(ray.exceptions.RayError):  # a process that died is found where it is waited for
+                text = ray.get(self._asked[name])
+                if text and text not in self._told:
+                    self._told.add(text)
+                    self._tell(text)
+            del self._asked[name]

@@ -1,14 +1,13 @@
 """A run as a Ray job: ship the recipe, start it on the cluster, follow its log, end as it ends.
 
     here                                     cluster
-    submit_job  -- recipe file, YAML -->     rlhf-dist run ... ray.address=auto
+    submit_job  -- files, command ----->     rlhf-dist run ... ray.address=auto
     tail log    <-- websocket --------       its stdout and stderr
     poll status <-- every POLL_S ------      SUCCEEDED / FAILED / STOPPED  -> exit code
     Ctrl-C      -- stop_job ---------->      SIGTERM, then the run's own clean-up
 
 Every request is bounded by REQUEST_S; the log ends when the job does, and a lost connection is opened
-again while the job lives. Only the recipe's file and the YAML beside it travel: data and models are
-read on the cluster.
+again while the job lives. `job_files.py` says what travels; what has an absolute path is read on the cluster.
 """
 
 from __future__ import annotations
@@ -24,12 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from controller.job_files import JobFiles, job_files
 from rlhf_dist.compose import Launch
-from rlhf_dist.recipe_files import parse_spec
 
 REQUEST_S = 60.0
 POLL_S = 1.0
 STOP_S = 30.0
+SETTINGS = "rlhf-dist-settings.yaml"
+"""Name under which the --config file travels."""
 LOST_S = 120.0
 """Longest time without any answer of the cluster before the job is given up (it goes on there)."""
 
@@ -38,15 +39,19 @@ class SubmitError(RuntimeError):
     """The job could not be sent, or was lost; the message says what to do."""
 
 
-def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str) -> int:
+def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str, config: str | None = None) -> int:
     """Run recipe `spec` on the cluster whose dashboard is at `address`; returns 0 if the job succeeded, else 1.
 
-    Raises SubmitError if the cluster cannot be reached or refuses the token.
+    config: a file of settings, which travels too.
+    Raises SubmitError if the cluster cannot be reached or refuses the token, ConfigError for what cannot travel.
     """
+    taken = job_files(spec, launch.yaml, overrides, Path.cwd())
+    if taken.files:
+        _note(f"sending {taken}")
     _use_token_if_given()
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="rlhf-dist-submit-") as folder:
-        entrypoint, runtime_env = _package(spec, overrides, Path(folder))
+        entrypoint, runtime_env = _package(taken, overrides, Path(folder), config)
         _note(f"job entrypoint: {entrypoint}")
         if not Path(launch.run.output.root).is_absolute():
             _note(
@@ -117,18 +122,22 @@ def _asked(address: str, call: Any, *arguments: Any, **settings: Any) -> Any:
         raise SubmitError(f"the cluster at {address} refused: {error}") from error
 
 
-def _package(spec: str, overrides: Sequence[str], folder: Path) -> tuple[str, dict[str, Any]]:
+def _package(
+    taken: JobFiles, overrides: Sequence[str], folder: Path, config: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """The job's command, and the runtime environment with a copy of the user's files in `folder`."""
-    file, runtime_env = parse_spec(spec), dict[str, Any]()
-    if file is not None:
-        for path in (file.path, file.path.with_suffix(".yaml")):
-            if path.is_file():
-                shutil.copy(path, folder / path.name)
-        spec = file.path.name + (f":{file.name}" if file.name else "")
+    runtime_env = dict[str, Any]()
+    for path, file in taken.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / path)
         runtime_env["working_dir"] = str(folder)
+    options: list[str] = []
+    if config is not None:
+        shutil.copy(Path(config).expanduser(), folder / SETTINGS)
+        runtime_env["working_dir"], options = str(folder), ["--config", SETTINGS]
     if not any(override.lstrip("+").startswith("ray.address=") for override in overrides):
         overrides = [*overrides, "ray.address=auto"]
-    return shlex.join(["rlhf-dist", "run", spec, *overrides]), runtime_env
+    return shlex.join(["rlhf-dist", "run", taken.spec, *options, *overrides]), runtime_env
 
 
 async def _follow(client: Any, job: str) -> str:

@@ -1,27 +1,18 @@
-"""Trackers beside metrics.jsonl and TensorBoard: Weights & Biases and MLflow, from the extra `tracking`.
+"""Trackers beside metrics.jsonl: TensorBoard, and Weights & Biases and MLflow from the extra `tracking`.
 
-Both write into the run's folder unless their own environment variables say otherwise (WANDB_MODE=online,
-MLFLOW_TRACKING_URI=...), so a run needs no network and no account.
+None of them delays or ends a run (`outbox.py`). The latter two write into the run's folder unless their own environment
+variables say otherwise (WANDB_MODE=online, MLFLOW_TRACKING_URI=...), so a run needs no network and no account.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-
-class Tracker(Protocol):
-    """Where a step's metrics also go."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Finite metrics of one step."""
-        ...
-
-    def close(self) -> None:
-        """Flush and end."""
-        ...
+from controller.outbox import Outbox
 
 
 class WandbTracker:
@@ -31,9 +22,12 @@ class WandbTracker:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        quiet = wandb.Settings(silent=True, console="off")
+        # Without limits wandb waits 90 s at the start and for ever at the end; what is not sent stays in its folder.
+        bounds = wandb.Settings(
+            silent=True, console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True
+        )
         self._run = wandb.init(
-            project="rlhf-dist", name=name, dir=str(folder), mode=mode, config=dict(settings), settings=quiet
+            project="rlhf-dist", name=name, dir=str(folder), mode=mode, config=dict(settings), settings=bounds
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -49,6 +43,9 @@ class MlflowTracker:
     """An MLflow run; in plain files in the run's folder unless MLFLOW_TRACKING_URI is set."""
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        # MLflow waits two minutes for an answer and asks eight times; a row it misses is kept.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         import mlflow
 
         uri = os.environ.get("MLFLOW_TRACKING_URI", (folder / "mlflow").resolve().as_uri())
@@ -73,7 +70,38 @@ class MlflowTracker:
         self._client.set_terminated(self._id)
 
 
-def new_tracker(kind: str, name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker | None:
-    """The tracker `output.tracker` names; None for `none`. The driver has checked that its package is there."""
+class TensorBoard:
+    """TensorBoard's event files, written without torch."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """A run that continues at `first_step` tells TensorBoard to forget that step and later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._events = EventFileWriter(str(folder), flush_secs=10)
+        if first_step:
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(step=first_step, wall_time=time.time(), session_log=start))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See Tracker."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """See Tracker."""
+        self._events.close()
+
+
+def new_tracker(
+    kind: str, name: str, folder: Path, settings: Mapping[str, Any], tell: Callable[[str], None] = print
+) -> Outbox | None:
+    """The tracker `output.tracker` names; None for `none`. The driver has checked that its package is there.
+
+    tell: shows people a line, once, when it does not work.
+    """
     kinds: dict[str, type[WandbTracker] | type[MlflowTracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
-    return kinds[kind](name, folder, settings) if kind in kinds else None
+    return Outbox(kind, lambda: kinds[kind](name, folder, settings), folder, tell) if kind in kinds else None

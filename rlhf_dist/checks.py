@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_dist.compose import Launch, RoleConfig
-from rlhf_dist.config import ActorConfig, ModelConfig, RewardConfig
+from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
-from rlhf_dist.model_folder import ModelShape, read_shape
+from rlhf_dist.launch_lines import epoch_lines, model_lines
+from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
+from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.typed import ConfigError
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
 CPU_SLOTS = 8
 """Processes that a machine without GPUs may always have, however few cores it has."""
 
@@ -28,14 +32,15 @@ CPU_SLOTS = 8
 def check_launch(launch: Launch) -> list[str]:
     """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run."""
     _check_numbers(launch)
-    _check_folder(launch)
+    _check_name(launch)
     _check_tracker(launch)
-    _check_rewards(launch)
+    check_rewards(launch)
     shapes = {
         role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
         for role, settings in launch.used_roles.items()
         if (model := _model(settings)) is not None
     }
+    _check_heads(launch)
     generating = launch.dataflow.generating
     pools = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, generating)
     check_staleness(launch.run.placement, pools, generating)
@@ -51,8 +56,9 @@ def check_launch(launch: Launch) -> list[str]:
     rows = rows_of_nodes(launch)
     _check_groups(launch)
     _check_mini_batches(launch, rows)
-    _check_sources(launch)
-    return _plan(launch, pools, sizes, rows)
+    _check_vocabularies(launch)
+    sources = _check_sources(launch)
+    return _plan(launch, pools, sizes, rows, sources)
 
 
 # --- settings by themselves --------------------------------------------------------------------------------
@@ -63,6 +69,7 @@ def _check_numbers(launch: Launch) -> None:
         "data.prompts_per_step": (run.data.prompts_per_step, 1),
         "data.max_prompt_tokens": (run.data.max_prompt_tokens, 1),
         "data.max_response_tokens": (run.data.max_response_tokens, 1),
+        "data.epochs": (run.data.epochs, 0),
         "placement.host_processes": (run.placement.host_processes, 1),
         "placement.slots": (run.placement.slots, 0),
         "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
@@ -74,6 +81,10 @@ def _check_numbers(launch: Launch) -> None:
     for role, settings in launch.roles.items():
         at_least[f"{role}.engine.micro_batch_tokens"] = (settings.engine.micro_batch_tokens, 1)
         at_least[f"{role}.engine.logit_chunk_tokens"] = (settings.engine.logit_chunk_tokens, 1)
+        if isinstance(settings, RewardConfig):
+            above_zero[f"{role}.timeout_s"] = settings.timeout_s
+            at_least[f"{role}.concurrency"] = (settings.concurrency, 1)
+            at_least[f"{role}.memory_bytes"] = (settings.memory_bytes, 256 << 20)  # Python with numpy takes 100 MiB.
         optimizer = getattr(settings, "optimizer", None)
         if optimizer is not None:
             for name in ("lr", "warmup_steps", "total_steps", "min_lr_ratio", "weight_decay", "grad_clip"):
@@ -104,16 +115,10 @@ def _check_numbers(launch: Launch) -> None:
             raise ConfigError(f"{key} must be above 0, got {value:g}")
 
 
-def _check_folder(launch: Launch) -> None:
+def _check_name(launch: Launch) -> None:
     name = launch.run.name
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(f"name must be a plain folder name, got {name!r}")
-    folder = Path(launch.run.output.root) / name
-    if launch.run.resume == "never" and folder.exists():
-        raise ConfigError(
-            f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
-            f"or another name=..."
-        )
 
 
 def _check_tracker(launch: Launch) -> None:
@@ -123,30 +128,6 @@ def _check_tracker(launch: Launch) -> None:
             f"output.tracker={package} needs a package that is not installed; run pip install 'rlhf-dist[tracking]', "
             f"or set output.tracker=none"
         )
-
-
-def _check_rewards(launch: Launch) -> None:
-    from rlhf_dist.rewards.load import load_function
-
-    for role, settings in launch.used_roles.items():
-        if not isinstance(settings, RewardConfig):
-            continue
-        if settings.function is not None and settings.model is not None:
-            raise ConfigError(
-                f"{role} has both a function ({settings.function}) and a model ({settings.model.path}); exactly one is "
-                f"needed: set {role}.function=null or {role}.model=null"
-            )
-        if settings.function is None and settings.model is None:
-            raise ConfigError(
-                f"{role} has neither a function nor a model; set {role}.function=FUNCTION (or choose a task=...), "
-                f"or {role}.model.path=FOLDER"
-            )
-        if settings.function is not None:
-            try:
-                load_function(settings.function, launch.recipe.file)
-            except Exception as error:  # the user's file may raise anything when it is executed
-                name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ConfigError(f"{role}.function: {name}{error}") from error
 
 
 # --- settings against the machine and the model --------------------------------------------------------------
@@ -189,6 +170,15 @@ def visible_gpus() -> int:
     return count if visible is None else min(count, len([entry for entry in visible.split(",") if entry.strip()]))
 
 
+def _check_heads(launch: Launch) -> None:
+    trained = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
+    for role, settings in launch.used_roles.items():
+        model = _model(settings)
+        if isinstance(settings, CriticConfig | RewardConfig) and model is not None and model.init == "pretrained":
+            needed = isinstance(settings, RewardConfig) and role not in trained
+            check_head(model.path, f"{role}.model.path", needed=needed)
+
+
 def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[str, str], sizes: dict[str, int]) -> None:
     for role, settings in launch.roles.items():
         if not isinstance(settings, ActorConfig) or not _generates(launch, role):
@@ -199,6 +189,14 @@ def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[st
         if slots % size:
             raise ConfigError(f"{key} must divide the {slots} slots of pool {pool!r}, got {size}")
         shape = shapes[role]
+        device = launch.run.placement.pools[pool].device
+        on_cpu = device == "cpu" or (device == "auto" and launch.run.ray.address is None and not visible_gpus())
+        if on_cpu and settings.rollout.engine == "vllm" and shape.head_size not in (None, *CPU_HEAD_SIZES):
+            raise ConfigError(
+                f"{role}.rollout.engine=vllm cannot generate with {settings.model.path} without a GPU: its attention "
+                f"heads are {shape.head_size} wide, and vLLM takes {', '.join(map(str, CPU_HEAD_SIZES))} on a CPU; set "
+                f"{role}.rollout.engine=transformers"
+            )
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
             if count is not None and count % size:
                 raise ConfigError(
@@ -302,30 +300,47 @@ def _check_mini_batches(launch: Launch, rows: dict[str, tuple[int, bool]]) -> No
             )
 
 
-def _check_sources(launch: Launch) -> None:
-    from rlhf_dist.data.check import check_source
+def _check_sources(launch: Launch) -> list[str]:
+    """Lines for people about the data."""
+    from rlhf_dist.data import check_source, tokenizer_of
 
-    tokenizer = _tokenizer(launch)
+    data, tokenizer, lines = launch.run.data, tokenizer_of(launch), list[str]()
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
         raise ConfigError(
             f"{tokenizer} has no tokenizer.json, which the source needs; save it with "
             f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which converts older formats"
         )
-    for where, source in (("data.train", launch.run.data.train), ("data.heldout", launch.run.data.heldout)):
+    for where, source in (("data.train", data.train), ("data.heldout", data.heldout)):
         if source is None:
             continue
+        if source.path is not None and source.generator is not None:
+            raise ConfigError(
+                f"{where} has both a path ({source.path}) and a generator ({source.generator}), which a task sets; "
+                f"set task=none to leave the task's rows and reward out, or {where}.generator=null"
+            )
         try:
-            check_source(source, where, tokenizer=tokenizer, seed=launch.run.seed)
-        except ConfigError:
-            raise
-        except Exception as error:  # a generator of the user's may raise anything
-            name = "" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: "
-            raise ConfigError(f"{name}{error}") from error
+            lines += check_source(
+                source,
+                where,
+                tokenizer=tokenizer,
+                seed=launch.run.seed,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_response_tokens=data.max_response_tokens,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return lines
 
 
-def _tokenizer(launch: Launch) -> str | None:
-    models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
-    return models[0].path if models else None
+def _check_vocabularies(launch: Launch) -> None:
+    """All models read the ids of one tokenizer, the source's; one that starts at random may learn any."""
+    from rlhf_dist.data.vocabulary import check_vocabulary
+
+    models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
+    base = next(iter(models), None)
+    for role, model in models.items():
+        if base is not None and role != base and model.init == "pretrained":
+            check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
 
 
 def _model(settings: RoleConfig) -> ModelConfig | None:
@@ -337,7 +352,13 @@ def _generates(launch: Launch, role: str) -> bool:
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
-def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: dict[str, tuple[int, bool]]) -> list[str]:
+def _plan(
+    launch: Launch,
+    pools: dict[str, str],
+    sizes: dict[str, int],
+    rows: dict[str, tuple[int, bool]],
+    sources: list[str],
+) -> list[str]:
     run = launch.run
     tokens, _ = max_row_tokens(launch)
     most = max((count for count, _ in rows.values()), default=0)
@@ -346,6 +367,9 @@ def _plan(launch: Launch, pools: dict[str, str], sizes: dict[str, int], rows: di
         f"run       {run.name}: {run.steps} steps of {launch.recipe.name}, seed {run.seed}",
         f"step      {run.data.prompts_per_step} {what} -> {most} rows, at most {most * tokens:,} tokens "
         f"({tokens} a row)",
+        *epoch_lines(launch),
+        *(f"data      {line}" for line in sources),
+        *model_lines(launch),
     ]
     for node, mini_batches, epochs in _updates(launch):
         lines.append(

@@ -1,7 +1,7 @@
 """From a recipe's name and `key=value` overrides to frozen settings and a traced graph.
 
     recipes/conf/ppo.yaml ─┐   schema: RunConfig + algorithm + one section per role parameter,
-    model/ task/ placement ┼─> Hydra ─> overrides ─> dataclasses ─> trace ─> Launch
+    model/ task/ placement ┼─> Hydra ─> --config FILE ─> overrides ─> dataclasses ─> trace ─> Launch
     a YAML beside mine.py ─┘   with all defaults, made from the recipe's signature
 
 Two shared sections keep the files short: `model` (path, dtype), which every role's model follows unless
@@ -13,7 +13,7 @@ Hydra's own structured configs cannot be frozen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,20 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_dist import typed
-from rlhf_dist.config import MISSING, ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, RunConfig
+from rlhf_dist.config import MISSING, ActorConfig, CriticConfig, PathText, ReferenceConfig, RewardConfig, RunConfig
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.overrides import apply_setting, check_key, first_line, read_overrides
 from rlhf_dist.placement.file import AUTO, apply_placement, asked_placement, read_placement
 from rlhf_dist.recipe_files import list_recipes, load_recipe, parse_spec, recipes_folder
 from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel
+from rlhf_dist.settings_file import read_primary, read_settings, unless_followed, with_defaults, without
 from rlhf_dist.typed import ConfigError
 
 RoleConfig = ActorConfig | CriticConfig | ReferenceConfig | RewardConfig
@@ -49,14 +49,15 @@ CONFIG_OF: dict[type, type] = {
 }
 """Role interface -> its settings; an interface of a user's own takes those of the nearest base."""
 
-GROUPS = ("model", "task", "placement")
+PRIMARY = "rlhf_dist_primary"
+"""Name under which Hydra finds the recipe's own YAML."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedModel:
     """The model every role starts from, unless its own section says otherwise."""
 
-    path: str = MISSING
+    path: PathText = MISSING
     """Folder with config.json, weights and tokenizer."""
     dtype: str = "float32"
     """`float32` or `bfloat16`, for training engines and generation."""
@@ -82,37 +83,48 @@ class Launch:
     dataflow: Dataflow
     yaml: str
     """The resolved settings, for people and for the run's folder."""
+    epoch_rows: int = 0
+    """Rows of an epoch, where `data.epochs` has set the steps (`data/of_launch.py`); else 0."""
 
     @property
     def used_roles(self) -> dict[str, RoleConfig]:
         """Roles that the dataflow uses, with their settings; only these are started and need a model."""
         return {role: settings for role, settings in self.roles.items() if role in self.dataflow.used_roles}
 
+    @property
+    def learning_roles(self) -> list[str]:
+        """Roles whose weights some node of the graph writes."""
+        written = {state.split(".")[0] for node in self.dataflow for state in node.weights_written}
+        return [role for role in self.used_roles if role in written]
 
-def compose(spec: str, overrides: Sequence[str] = ()) -> Launch:
+
+def compose(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
 
+    config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run.
     `placement=auto` plans, `placement=FILE.yaml` takes a plan from a file (`rlhf-dist plan --format yaml`).
     Raises ConfigError for a setting that cannot be right, GraphError for a recipe that cannot run.
     """
     asked, overrides = asked_placement(overrides)
     if asked is None:
-        return _launch(spec, overrides, {})
+        return _launch(spec, overrides, {}, config)
     if asked != AUTO:
-        return _launch(spec, overrides, read_placement(asked))
+        return _launch(spec, overrides, read_placement(asked), config)
     from rlhf_dist.planner.launch import planned_settings
 
-    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {}), overrides))
+    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {}, config), overrides), config)
 
 
-def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any]) -> Launch:
+def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any], config: str | None) -> Launch:
     recipe = load_recipe(spec)
     root = _root(recipe)
-    composed = _compose(spec, recipe, root, overrides, planned)
+    composed = _compose(spec, recipe, root, overrides, planned, config)
     algorithm = _algorithm(recipe, composed)
     dataflow = trace(recipe, algorithm)
     settings = _build(root, composed, recipe.roles.keys() - dataflow.used_roles)
     _check_rows(recipe, settings)
+    recipe = replace(recipe, reads=_reward_columns(recipe, settings))
+    dataflow = trace(recipe, algorithm) if recipe.reads else dataflow
     run = RunConfig(**{item.name: getattr(settings, item.name) for item in fields(RunConfig)})
     return Launch(
         recipe=recipe,
@@ -124,20 +136,27 @@ def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any]) -> 
     )
 
 
-def compose_dataflow(spec: str, overrides: Sequence[str] = ()) -> Dataflow:
+def compose_dataflow(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Dataflow:
     """The graph alone: only the algorithm section is built, so no model and no data need to be chosen.
 
     Raises as `compose` does.
     """
     _, overrides = asked_placement(overrides)
     recipe = load_recipe(spec)
-    composed = _compose(spec, recipe, _root(recipe), overrides, {})
+    composed = _compose(spec, recipe, _root(recipe), overrides, {}, config)
     return trace(recipe, _algorithm(recipe, composed))
 
 
 def root_type(recipe: Recipe) -> type:
     """The dataclass of all settings of a recipe, for showing them."""
     return _root(recipe)
+
+
+def option_names(group: str, spec: str = "") -> list[str]:
+    """Options of a config group: ours, and those in a folder of that name beside the user's recipe."""
+    file = parse_spec(spec)
+    folders = [_conf(), *([file.path.parent] if file else [])]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 # --- the schema of a recipe ------------------------------------------------------------------------------
@@ -195,7 +214,7 @@ def _build(root: type, composed: DictConfig, unused_roles: Set[str]) -> Any:
             OmegaConf.update(composed, f"{role}.model.path", "")  # Never started: it needs no model.
     followed = "${model.path}" in _leaves(OmegaConf.to_container(composed, resolve=False))
     if followed and OmegaConf.is_missing(composed.model, "path"):
-        choices = ", ".join(f"model={name}" for name in _options("model", [_conf()]) if name != "none")
+        choices = ", ".join(f"model={name}" for name in option_names("model") if name != "none")
         raise ConfigError(f"model.path has no value and needs one; set model.path=FOLDER, or choose {choices}")
     settings = _resolved(composed)
     if not followed:
@@ -207,7 +226,7 @@ def _resolved(composed: DictConfig, section: str = "") -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(composed[section] if section else composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'settings'}: {_first(error)}") from error
+        raise ConfigError(f"{error.full_key or 'settings'}: {first_line(error)}") from error
     assert isinstance(plain, dict), f"{section or 'the root'} is a mapping in the schema"
     return {str(name): value for name, value in plain.items()}
 
@@ -228,15 +247,45 @@ def _check_rows(recipe: Recipe, settings: Any) -> None:
             )
 
 
+def _reward_columns(recipe: Recipe, settings: Any) -> dict[str, tuple[str, ...]]:
+    """Role -> columns its reward function names; nothing where it cannot be loaded, which `check_launch` explains."""
+    from rlhf_dist.rewards.load import load_function
+    from rlhf_dist.rewards.signature import signature_of
+
+    found = {}
+    for role in recipe.roles:
+        spec = getattr(getattr(settings, role), "function", None)
+        if spec is not None:
+            with suppress(Exception):
+                found[role] = signature_of(load_function(spec, recipe.file)).named
+    return found
+
+
 # --- Hydra -----------------------------------------------------------------------------------------------
-def _compose(spec: str, recipe: Recipe, root: type, overrides: Sequence[str], planned: Mapping[str, Any]) -> DictConfig:
-    """Files, groups, a plan and overrides put together, in this order; interpolations not yet resolved."""
-    file = parse_spec(spec)
-    groups, values = _parse(overrides, typed.keys(root), [_conf(), *([file.path.parent] if file else [])])
-    composed = _compose_files(spec, _schema(recipe, root), groups)
-    apply_placement(composed, planned, lambda key: _check_key(key, typed.keys(root)))
-    for override in values:
-        _apply(composed, override)
+def _compose(
+    spec: str,
+    recipe: Recipe,
+    root: type,
+    overrides: Sequence[str],
+    planned: Mapping[str, Any],
+    config: str | None,
+) -> DictConfig:
+    """Files, groups, the --config file, a plan and overrides put together, in this order; `${...}` not yet resolved."""
+    keys = typed.keys(root)
+
+    def options(group: str) -> list[str]:
+        return option_names(group, spec)
+
+    groups, values = read_overrides(overrides, keys, options)
+    chosen, settings = ({}, []) if config is None else read_settings(config, keys, options)
+    composed = _compose_files(spec, _schema(recipe, root), keys, {**chosen, **groups})
+    settings = without(settings, {**groups, **({"placement": "planned"} if planned else {})})
+    raw: Any = OmegaConf.to_container(composed, resolve=False)
+    for setting in unless_followed(settings, raw):
+        apply_setting(composed, setting)
+    apply_placement(composed, planned, lambda key: check_key(key, keys))
+    for setting in values:
+        apply_setting(composed, setting)
     return composed
 
 
@@ -244,35 +293,27 @@ def _conf() -> Path:
     return recipes_folder() / "conf"
 
 
-def _compose_files(spec: str, schema: dict[str, Any], groups: list[str]) -> DictConfig:
+def _compose_files(spec: str, schema: dict[str, Any], keys: Mapping[str, Any], groups: Mapping[str, str]) -> DictConfig:
     """The primary config of the recipe with its groups, not yet resolved."""
-    ours = _conf()
     file = parse_spec(spec)
+    folder, name = (_conf(), spec) if file is None else (file.path.parent, file.path.stem)
+    beside = folder / f"{name}.yaml"
+    primary = read_primary(beside, keys) if beside.is_file() else with_defaults({}, keys)
+    primary.setdefault("name", name)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
-    folder, name, search = ours, spec, list[str]()
-    if file is not None:
-        name = file.path.stem
-        if file.path.with_suffix(".yaml").is_file():
-            folder, search = file.path.parent, [f"hydra.searchpath=[file://{ours}]"]
-        else:
-            name = "recipe_without_yaml"
-            store.store(name=name, node=_default_primary(file.path.stem))
+    store.store(name=PRIMARY, node=primary)
+    chosen = [f"{group}={option}" for group, option in groups.items()]
     with ExitStack() as stack:
         GlobalHydra.instance().clear()
         stack.enter_context(initialize_config_dir(str(folder), version_base="1.3"))
         stack.callback(GlobalHydra.instance().clear)
         try:
-            composed = hydra_compose(name, overrides=[*search, *groups])
+            composed = hydra_compose(PRIMARY, overrides=[f"hydra.searchpath=[file://{_conf()}]", *chosen])
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_hydra_message(error)) from error
     OmegaConf.set_struct(composed, False)
     return composed
-
-
-def _default_primary(stem: str) -> dict[str, Any]:
-    defaults: list[Any] = ["schema", {"model": "none"}, {"task": "none"}, {"placement": "colocate"}, "_self_"]
-    return {"defaults": defaults, "name": stem}
 
 
 def _hydra_message(error: Exception) -> str:
@@ -282,71 +323,6 @@ def _hydra_message(error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     first = str(cause).strip().splitlines()[0]
     return f"{key}: {first}" if key else first
-
-
-def _options(group: str, folders: Sequence[Path]) -> list[str]:
-    """Options of a config group: ours, and those in a folder of that name beside the user's recipe."""
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
-
-
-# --- overrides -------------------------------------------------------------------------------------------
-def _parse(
-    overrides: Sequence[str], keys: Mapping[str, Any], folders: Sequence[Path]
-) -> tuple[list[str], list[Override]]:
-    """Overrides that choose an option of a config group, and those that set a value."""
-    groups: list[str] = []
-    values: list[Override] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"cannot read the override {text!r}; write key=value, got {_first(error)}") from error
-        if override.is_sweep_override():
-            raise ConfigError(f"{text!r} is a sweep; a run has one value for each key (quote a value with commas)")
-        key = override.key_or_group
-        if f"{key}.name" in keys and not override.is_delete() and isinstance(override.value(), str):
-            # `actor.engine=deepspeed` names the engine and leaves its other settings as they are.
-            override = OverridesParser.create().parse_override(text.replace(key, f"{key}.name", 1))
-            key = override.key_or_group
-        if key in GROUPS and not override.is_delete() and isinstance(override.value(), str):
-            options = _options(key, folders) + ([AUTO] if key == "placement" else [])
-            if override.value() not in options:
-                raise ConfigError(f"{key}={override.value()} does not exist; there is {', '.join(options)}")
-            groups.append(f"{key}={override.value()}")
-            continue
-        _check_key(key, keys)
-        values.append(override)
-    return groups, values
-
-
-def _check_key(key: str, keys: Mapping[str, Any]) -> None:
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        kind = keys.get(".".join(parts[:length]))
-        if kind is not None:
-            if length == len(parts) or typed.is_open(kind):
-                return
-            break
-    raise ConfigError(typed.unknown(key, keys, "key"))
-
-
-def _apply(composed: DictConfig, override: Override) -> None:
-    key = override.key_or_group
-    if override.is_delete():
-        parent, _, last = key.rpartition(".")
-        section = OmegaConf.select(composed, parent) if parent else composed
-        if not isinstance(section, DictConfig) or last not in section:
-            raise ConfigError(f"cannot remove {key}: it is not set")
-        del section[last]
-        return
-    try:
-        OmegaConf.update(composed, key, override.value(), merge=True, force_add=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"cannot set {key}={override.value()}: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 __all__ = ["ConfigError", "Launch", "compose", "compose_dataflow", "list_recipes", "load_recipe", "root_type"]

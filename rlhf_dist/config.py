@@ -7,16 +7,19 @@ at the constructor of what it configures; nothing deeper reads it, nothing chang
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 MISSING: Any = "???"
+"""Value of a setting that somebody must give."""
+PathText = Annotated[str, "path"]
+"""Text that names a file or folder: a `~` in front and `$NAME` are put in when the settings are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Hugging Face model folder."""
 
-    path: str = MISSING
+    path: PathText = MISSING
     """Folder with config.json, weights and tokenizer; relative paths are taken from where the command runs."""
     init: str = "pretrained"
     """`pretrained` loads the weights; `random` builds them from config.json and the run's seed."""
@@ -99,6 +102,8 @@ class EngineConfig:
     router_aux_loss: float = 0.0
     """Weight of the load-balancing loss of a mixture of experts, averaged over rows; 0 for none, whatever config.json
     says. Rows do not share prompts then, and each has its tokens on one rank (no tensor or sequence parallelism)."""
+    export_dtype: str | None = None
+    """Dtype of exported weights: `float32` or `bfloat16`. None: that of the folder training started from."""
     lora: LoraConfig | None = None
     """Train adapters and leave the model as it is (fsdp); None trains the model."""
 
@@ -182,6 +187,15 @@ class RewardConfig:
 
     function: str | None = None
     """`package.module:name`, `file.py:name`, or a name in the recipe's own file. None: use `model`."""
+    timeout_s: float = 60.0
+    """Longest that one call of the function may take, seconds; its process is ended then."""
+    memory_bytes: int = 4 << 30
+    """Most memory of the process that calls the function, with all that it starts."""
+    concurrency: int = 16
+    """Calls of an `async def` function under way at one time, in each of placement.host_processes."""
+    failed_reward: float | None = None
+    """Reward of a row whose call raised, hung or ended its process; such rows are counted (`failed_rows`). None: the
+    run ends, naming function and row."""
     model: ModelConfig | None = None
     """A sequence-classification folder with one label. None: use `function`."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -191,29 +205,70 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Where rows come from: exactly one of `path` and `generator`."""
+class PartConfig:
+    """One part of a mixture: rows of its own; what is None here is as in the source."""
 
-    path: str | None = None
-    """A Parquet or JSONL file."""
+    path: PathText | None = None
+    """As in the source; a part has a path or a generator."""
+    generator: str | None = None
+    """As in the source."""
+    generator_args: dict[str, Any] | None = None
+    """Arguments of the generator."""
+    size: int | None = None
+    """Rows a generator makes before it starts over."""
+    weight: float | None = None
+    """Share of the rows of every step, relative to the other parts. None for all: every row once an epoch."""
+    prompt_key: str | None = None
+    """Field with the prompt."""
+    response_key: str | None = None
+    """Field with the response."""
+    chosen_key: str | None = None
+    """Field with the preferred response."""
+    rejected_key: str | None = None
+    """Field with the other response."""
+    answer_key: str | None = None
+    """Field with the ground truth."""
+    system: str | None = None
+    """A system message put before every prompt."""
+    chat: bool | None = None
+    """Apply the chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where rows come from: exactly one of `path`, `generator` and `mix`. A field's name may be nested: `a.b`."""
+
+    path: PathText | None = None
+    """Parquet, JSON lines (also .gz) or Arrow: a file, a folder, a pattern such as `data/train-*.parquet`, or several
+    of these with commas between them."""
     generator: str | None = None
     """A reasoning-gym data set's name, e.g. `basic_arithmetic`, or `file.py:name` of a function (index) -> row dict."""
     generator_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the generator, e.g. {min_digits: 1}."""
     size: int = 1000
     """Rows a generator makes before it starts over."""
+    mix: dict[str, PartConfig] = field(default_factory=dict)
+    """Name -> part of a mixture, e.g. {math: {path: math.jsonl, weight: 3}, code: {path: code.jsonl, weight: 1}}."""
     rows: str = "prompts"
     """`prompts`, `examples` (prompt and response) or `preferences` (prompt, chosen, rejected)."""
-    prompt_key: str = "prompt"
-    """Field with the prompt: text, or a list of chat messages."""
-    response_key: str = "response"
-    """Field with the response, for examples."""
-    answer_key: str = "answer"
-    """Field with the ground truth; a missing field means an empty string."""
+    prompt_key: str | None = None
+    """Field with the prompt: text, or a list of chat messages. None: `prompt`, else `messages`, `conversations`."""
+    response_key: str | None = None
+    """Field with the response, for examples. None: `response`, `completion`; for `messages` what the assistant says."""
+    chosen_key: str | None = None
+    """Field with the preferred response, with or without the prompt before it. None: `chosen`."""
+    rejected_key: str | None = None
+    """Field with the other response. None: `rejected`."""
+    answer_key: str | None = None
+    """Field with the ground truth. None: `answer`, else `reward_model.ground_truth`; missing values are counted."""
+    turns: str = "all"
+    """Assistant's turns of a conversation that examples train: `all`, or `last`."""
     system: str | None = None
     """A system message put before every prompt; needs a tokenizer with a chat template."""
     chat: bool | None = None
-    """Apply the chat template. None: only where the prompt is a list of messages."""
+    """Apply the chat template. None: only where the row holds a list of messages."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, e.g. {enable_thinking: false}."""
     shuffle: bool = True
     """A new order each epoch, drawn from the run's seed."""
 
@@ -228,6 +283,8 @@ class DataConfig:
     """Rows to evaluate on; None for no evaluation."""
     prompts_per_step: int = 32
     """Rows the source emits each step (pairs, for preferences)."""
+    epochs: int = 0
+    """Passes over the training rows; sets `steps`, the last step filled up from the next pass. 0: `steps` as it is."""
     max_prompt_tokens: int = 256
     """Longer prompts are dropped, and counted."""
     max_response_tokens: int = 256
@@ -267,7 +324,7 @@ class PlacementConfig:
     """Slots that pools with a `share` divide; 0 where none has one."""
     cluster: str | None = None
     """Cluster that placement=auto plans for, e.g. 2x8xH100; None: this machine."""
-    calibration: str | None = None
+    calibration: PathText | None = None
     """File of `rlhf-dist profile` that placement=auto plans with; None: typical efficiencies."""
     host_processes: int = 1
     """CPU processes for sources, rule rewards and host ops."""
@@ -278,7 +335,8 @@ class RayConfig:
     """How the controller reaches Ray."""
 
     address: str | None = None
-    """`auto` or host:port of a running cluster; None starts one on this machine and ends it with the run."""
+    """`auto` or host:port of a running cluster that this machine is a node of; None starts one on this machine,
+    whatever RAY_ADDRESS says, and ends it with the run."""
     object_store_bytes: int = 512 << 20
     """Object store of a cluster started here."""
     ready_timeout_s: float = 120.0
@@ -291,10 +349,10 @@ class RayConfig:
 class OutputConfig:
     """What the run leaves behind."""
 
-    root: str = "runs"
+    root: PathText = "runs"
     """Folder of all runs; this run writes to root/name."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 for none but the last."""
+    checkpoint_every: int | None = 0
+    """Steps between checkpoints, and one after the last step; 0 for the last one only, null for none at all."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted once a new one is complete; 0 keeps all."""
     save_model: bool = True
@@ -320,7 +378,8 @@ class RunConfig:
     seed: int = 0
     """Of everything random: data order, initial heads, sampling."""
     resume: str = "never"
-    """`never` (an earlier run of this name is an error), `auto` (continue it if it is there), `overwrite`."""
+    """`never` (an earlier run of this name is an error), `auto` (continue from its last checkpoint; a run without one
+    is kept under another name), `overwrite` (delete it)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rows in."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)

@@ -108,7 +108,10 @@ class Actor(Role, Protocol):
 
     @op(
         reads=("prompt_ids",),
-        writes=("response_ids", "response_mask", "response", "finished", "rollout_log_probs", "policy_version"),
+        writes=(
+            *("response_ids", "response_mask", "response", "raw_response", "finished"),
+            *("rollout_log_probs", "policy_version"),
+        ),
         rows="expand",
         weights_read="rollout",
         dispatch=ALL_MICRO_ROWS,
@@ -163,7 +166,12 @@ class Reward(Role, Protocol):
     worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
     rule_worker: ClassVar[str] = "workers.rule_reward:RuleRewardWorker"
 
-    @op(reads=("prompt_ids", "response_ids", "prompt", "response", "answer"), writes=("rewards",), streams=True)
+    @op(
+        reads=("prompt_ids", "response_ids", "prompt", "response", "answer"),
+        writes=("rewards",),
+        optional=("raw_response", "source", "fields"),
+        streams=True,
+    )
     def compute_reward(self, batch: Batch) -> Batch:
         """The terminal reward of every row."""
         ...
@@ -189,7 +197,7 @@ class Prompts(Batch):
     """A recipe parameter of this type (or plain `Batch`) is fed with prompts."""
 
     rows_kind: ClassVar[str] = "prompts"
-    columns: ClassVar[tuple[str, ...]] = ("group_id", "prompt_ids", "prompt", "answer")
+    columns: ClassVar[tuple[str, ...]] = ("group_id", "prompt_ids", "prompt", "answer", "source", "fields")
 
 
 class Examples(Batch):

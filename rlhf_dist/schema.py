@@ -44,10 +44,12 @@ COLUMNS: dict[str, ColumnSpec] = {
     "prompt": _spec("[B]", "text", "the prompt before the chat template, for rewards and people"),
     "answer": _spec("[B]", "text", "ground truth for a verifier; JSON when the verifier needs more than a string"),
     "source": _spec("[B]", "text", "where the row comes from: fresh, replay, expert or a data set's name"),
+    "fields": _spec("[B]", "text", "the row's other fields in the data file, as a JSON object"),
     # What generation emits.
     "response_ids": _spec("[B, T]", "int32", "token ids of the response, end-of-sequence token included"),
     "response_mask": _spec("[B, T]", "uint8", "1 where a token counts in losses and returns"),
     "response": _spec("[B]", "text", "the response as text, special tokens removed"),
+    "raw_response": _spec("[B]", "text", "the response as text, special tokens and all"),
     "finished": _spec("[B]", "uint8", "1 if the response ended itself, 0 if the token limit cut it"),
     "rollout_log_probs": _spec("[B, T]", "float32", "log pi(y_t) as the generation engine sampled it, nats"),
     "policy_version": _spec("[B, T]", "int32", "weight version that sampled each token (0 is the initial model)"),

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,16 +22,18 @@ from typing import Any
 
 from rlhf_dist import config
 
-ALLOWED: dict[tuple[type, str], tuple[str, ...]] = {
+ALLOWED: dict[tuple[type, str], tuple[str | None, ...]] = {
     (config.ModelConfig, "init"): ("pretrained", "random"),
     (config.OptimizerConfig, "schedule"): ("constant", "linear", "cosine"),
     (config.OptimizerConfig, "nonfinite"): ("stop", "skip"),
     (config.EngineConfig, "name"): ("fsdp", "deepspeed"),
     (config.EngineConfig, "offload"): ("none", "optimizer", "all"),
     (config.EngineConfig, "dtype"): ("float32", "bfloat16"),
+    (config.EngineConfig, "export_dtype"): (None, "float32", "bfloat16"),
     (config.RolloutConfig, "engine"): ("vllm", "transformers"),
     (config.RolloutConfig, "dtype"): ("float32", "bfloat16"),
     (config.SourceConfig, "rows"): ("prompts", "examples", "preferences"),
+    (config.SourceConfig, "turns"): ("all", "last"),
     (config.PoolConfig, "device"): ("auto", "cuda", "cpu"),
     (config.OutputConfig, "tracker"): ("none", "wandb", "mlflow"),
     (config.RunConfig, "resume"): ("never", "auto", "overwrite"),
@@ -70,7 +74,11 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     """`value` as `kind`: a dataclass, number, string, bool, Literal, list, tuple, dict, or any of these or None."""
     if value == config.MISSING and isinstance(value, str):
         raise ConfigError(_missing(key))
+    if kind == config.PathText:
+        return expanded(convert(str, value, key), key)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return convert(arguments[0], value, key)
     if kind is Any:
         return value
     if origin in (typing.Union, types.UnionType):
@@ -161,6 +169,66 @@ def keys(cls: type, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def kind_of(key: str, known: Mapping[str, Any]) -> Any:
+    """The type of a dotted key among `known` (from `keys`), entries of mappings included; None where there is none."""
+    if key in known:
+        return known[key]
+    parts = key.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        kind = known.get(".".join(parts[:length]))
+        if kind is None:
+            continue
+        if not is_open(kind):
+            return None
+        element = (*typing.get_args(kind), Any, Any)[1]
+        inner = parts[length + 1 :]
+        if not inner or not (isinstance(element, type) and is_dataclass(element)):
+            return element
+        # An unknown name in an entry is found where it is built, with the names that the entry has.
+        return kind_of(".".join(inner), keys(element)) or Any
+    return None
+
+
+def is_text(kind: Any, value: str) -> bool:
+    """Whether `value`, typed for a setting of type `kind`, is text as it stands; a list is one where it may be one."""
+    parts = [kind] if typing.get_origin(kind) not in (typing.Union, types.UnionType) else list(typing.get_args(kind))
+    parts = [part for part in parts if part is not type(None)]
+    texts = [part for part in parts if part in (str, config.PathText) or _is_words(part)]
+    lists = [part for part in parts if (typing.get_origin(part) or part) in (list, tuple)]
+    if not texts or len(texts) + len(lists) < len(parts):
+        return False
+    return not (lists and value.startswith("["))
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether a setting may be null."""
+    return type(None) in typing.get_args(kind)
+
+
+def expanded(path: str, key: str) -> str:
+    """A path with `~` and `$NAME` put in. Raises ConfigError for a variable that is not set."""
+    found = os.path.expandvars(os.path.expanduser(path))
+    unset = re.search(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", found)
+    if unset and not os.path.lexists(found):
+        raise ConfigError(f"{key}: {unset[0]} is not set in the environment, got {path!r}")
+    return found
+
+
+def _is_words(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Literal and all(isinstance(word, str) for word in typing.get_args(kind))
+
+
+def allowed_words(cls: type, key: str) -> list[str]:
+    """The words that the text setting `key` of a tree of dataclasses may be; none where any text will do."""
+    first, _, rest = key.partition(".")
+    kind = _hints(cls).get(first)
+    if not rest:
+        found = (ALLOWED[base, first] for base in cls.__mro__ if (base, first) in ALLOWED)
+        return [str(word) for words in found for word in words if word is not None]
+    inner = next((k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and is_dataclass(k)), None)
+    return allowed_words(inner, rest) if inner else []
+
+
 def is_open(kind: Any) -> bool:
     """Whether the setting is a mapping with keys of the user's choice."""
     return kind is dict or typing.get_origin(kind) is dict
@@ -176,6 +244,7 @@ def unknown(name: str, valid: Iterable[str], what: str) -> str:
     ]
     near = (
         same
+        or [choice for choice in choices if choice.lower() == name.lower()]
         or difflib.get_close_matches(name, choices, n=1, cutoff=0.7)
         or [choice for choice in choices if choice.rsplit(".", 1)[-1] == last]
         or difflib.get_close_matches(name, choices, n=1, cutoff=0.55)
@@ -188,15 +257,15 @@ def unknown(name: str, valid: Iterable[str], what: str) -> str:
 
 def type_name(kind: Any) -> str:
     """What a type is called in a message."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = {int: "a whole number", float: "a number", str: "text", config.PathText: "text", bool: "true or false"}
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(type_name(argument) for argument in typing.get_args(kind))
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    return "null" if kind is type(None) else names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {item.name: hints[item.name] for item in fields(cls) if item.init}
 
 

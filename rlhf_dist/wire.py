@@ -11,7 +11,7 @@ them itself; a `Reply` carries references to what the worker stored, plus row co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,15 +97,6 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why there is no reply of a rank."""
-
-    lost: bool
-    """The process died or does not answer; False: the op raised."""
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerContext:
     """Where a role worker finds itself."""
 
@@ -128,6 +119,8 @@ class WorkerContext:
     """[world] which machine each rank of the pool is on; empty for one machine."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
+    phase: Callable[[str], None] = lambda text: None
+    """To be told what of the start-up begins: people see it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.engines.world import World
 from tests.families import families, tiny_config, tiny_model
 from tests.family_check import Verdict, check_training
@@ -41,6 +43,7 @@ def verdict(family: str, changes: Mapping[str, Any], engine: dict[str, Any]) -> 
 
     try:
         model = tiny_model(tiny_config(family, **changes))
+        model(input_ids=torch.arange(3, 9)[None])
     except Exception as error:  # noqa: BLE001 - whatever its config class or model makes of small sizes
         return Verdict(family, "untried", why=f"{type(error).__name__}: {error}".splitlines()[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +98,12 @@ def worst(found: list[Verdict]) -> dict[str, Any]:
     """What the ranks say, as facts: the worst of them."""
     order = ("exact", "untried", "refused", "wrong")
     one = max(found, key=lambda verdict: order.index(verdict.state))
-    facts = {"state": one.state, "why": " ".join(one.why.split())[:400], "way": one.way, "off": one.difference}
+    facts = {
+        "state": one.state,
+        "why": " ".join(one.why.split())[-400 if one.state == "wrong" else 0 :][:400],
+        "way": one.way,
+        "off": one.difference,
+    }
     return {name: value for name, value in facts.items() if value}
 
 

@@ -11,7 +11,7 @@ from rlhf_dist.checks import check_launch, max_row_tokens, rows_of_nodes, visibl
 from rlhf_dist.compose import compose
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.typed import ConfigError
-from tests.tiny import save_llama, save_tokenizer
+from tests.tiny import save_classifier, save_llama, save_tokenizer
 
 CHECKED = [
     "task=gcd",
@@ -25,7 +25,7 @@ TEXT = '{"prompt": "1+1=", "answer": "2"}\n'
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"))  # 4 heads, 2 key-value heads, 512 positions
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)  # 4 heads, 2 key-value heads, 512 positions
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +103,13 @@ def test_missing_data_is_named_with_its_key(model: Path) -> None:
     assert "basic_arithmetic" in failure("ppo", model, "data.train.generator=basic_arithmetc")
 
 
+def test_rows_of_a_task_and_of_ones_own_name_the_way_out(model: Path) -> None:
+    text = failure("ppo", model, "data.train.path=mine.jsonl")
+    assert "both a path (mine.jsonl) and a generator (gcd)" in text and "set task=none" in text
+
+
 def test_chat_data_needs_a_template(model: Path, tmp_path: Path) -> None:
-    plain = save_llama(tmp_path / "plain")
+    plain = save_llama(tmp_path / "plain", hidden=128)
     settings = json.loads((plain / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (plain / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -120,11 +125,12 @@ def test_a_row_must_fit_the_models_positions(model: Path) -> None:
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------
-def test_a_reward_is_a_function_or_a_model(model: Path) -> None:
+def test_a_reward_is_a_function_or_a_model(model: Path, tmp_path: Path) -> None:
     assert "reward has neither a function nor a model" in failure("ppo", model, "reward.function=null")
     assert "reward has both" in failure("ppo", model, f"reward.model.path={model}")
     assert "cost has neither" in failure("safe_rlhf", model)
-    lines = plan("ppo", model, "reward.function=null", f"reward.model.path={model}")
+    scorer = save_classifier(tmp_path / "scorer")
+    lines = plan("ppo", model, "reward.function=null", f"reward.model.path={scorer}")
     assert any("for actor, critic, reference, reward" in line for line in lines)
 
 
@@ -210,7 +216,7 @@ def test_placements_that_cannot_be_are_named(model: Path, overrides: list[str], 
 
 
 def test_tensor_parallel_names_the_sizes_that_fit(model: Path, tmp_path: Path) -> None:
-    odd = save_llama(tmp_path / "odd")
+    odd = save_llama(tmp_path / "odd", hidden=128)
     settings = json.loads((odd / "config.json").read_text()) | {"num_attention_heads": 9, "num_key_value_heads": 3}
     (odd / "config.json").write_text(json.dumps(settings))
     text = failure("ppo", odd, "actor.rollout.tensor_parallel=2")
@@ -228,12 +234,43 @@ def test_more_slots_than_the_machine_are_named_unless_a_cluster_is_asked(
     assert plan("ppo", model, many, "ray.address=auto")
 
 
-# --- folders ---------------------------------------------------------------------------------------------------
-def test_an_earlier_run_of_the_name_is_not_overwritten_by_chance(model: Path) -> None:
-    Path("runs/ppo").mkdir(parents=True)
-    assert "runs/ppo holds an earlier run; set resume=auto" in failure("ppo", model)
-    assert plan("ppo", model, "resume=auto") and plan("ppo", model, "resume=overwrite")
-
-
 def test_graph_errors_are_errors_of_the_user_too() -> None:
     assert issubclass(GraphError, ValueError) and issubclass(ConfigError, ValueError)
+
+
+# --- models that would only fail in a worker -------------------------------------------------------------------
+def test_weights_that_are_cut_missing_or_no_weights_name_their_file(model: Path, tmp_path: Path) -> None:
+    broken = save_llama(tmp_path / "broken", hidden=128)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    for content, expected in (
+        (whole[:-1], "is damaged: it has"),
+        (whole[:100], "is cut short or no safetensors file"),
+        (b"version 1 of git-lfs.spec\noid sha256:1\n", "is a Git LFS pointer, not weights"),
+        (b"", "is cut short or no safetensors file (0 bytes)"),
+        (b"\x05" + bytes(7) + b"hello", "has no safetensors header"),
+    ):
+        weights.write_bytes(content)
+        text = failure("ppo", model, f"critic.model.path={broken}")
+        assert text.startswith(f"critic.model.path: {weights} ") and expected in text
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": weights.name, "b": "model-00002.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002.safetensors is missing" in failure("ppo", model, f"critic.model.path={broken}")
+
+
+def test_a_head_size_vllm_refuses_on_a_cpu_names_the_other_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    narrow = save_llama(tmp_path / "narrow")
+    text = failure("grpo", narrow)
+    assert "attention heads are 8 wide" in text and text.endswith("set actor.rollout.engine=transformers")
+    assert plan("grpo", narrow, "actor.rollout.engine=transformers")
+    assert "8 wide" in failure("grpo", narrow, "ray.address=auto", "placement.pools.main.device=cpu")
+
+
+def test_a_hub_id_is_not_downloaded_and_says_what_to_do(model: Path) -> None:
+    text = failure("grpo", model, "actor.model.path=meta-llama/Llama-3-8B")
+    assert "nothing is downloaded here" in text
+    assert text.endswith("--local-dir models/Llama-3-8B`, and set actor.model.path=models/Llama-3-8B")

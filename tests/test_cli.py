@@ -41,7 +41,7 @@ def imported_by(*arguments: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"))
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)
 
 
 def test_graph_prints_json_with_nodes_and_edges() -> None:

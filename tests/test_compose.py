@@ -200,7 +200,7 @@ def test_settings_can_be_pickled() -> None:
         ("actor.model.init=zeros", "actor.model.init must be one of pretrained, random, got 'zeros'"),
         ("actor.optimizer.schedule=step", "must be one of constant, linear, cosine, got 'step'"),
         ("placement.pools.main.device=tpu", "must be one of auto, cuda, cpu, got 'tpu'"),
-        ("actor.model.path=${nowhere.path}", "actor.model.path: Interpolation key 'nowhere.path' not found"),
+        ("steps=${nowhere.path}", "steps: Interpolation key 'nowhere.path' not found"),
         ("reward.model={}", "reward.model.path has no value and needs one"),
         ("seed=1,2", "is a sweep"),
         ("steps", "cannot read the override 'steps'"),

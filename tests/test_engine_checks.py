@@ -15,7 +15,7 @@ FOUR = "placement.pools.main.slots=4"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"))  # 4 heads, 2 key-value heads
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)  # 4 heads, 2 key-value heads
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ SETTINGS = ["task=gcd", "data.train.chat=false", "data.heldout=null", "data.prom
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"))
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from controller.display import Display, sparkline
+from controller.display import Display, key_metrics, sparkline
 from controller.metrics import MetricsWriter, read_metrics
 from controller.tracking import new_tracker
 
@@ -89,6 +89,34 @@ def test_on_a_terminal_the_table_shows_trend_and_shares(monkeypatch: object) -> 
     assert "step 4/10" in text and "▁▃▅█" in text and "first 0" in text and "1,234" in text and "50%" in text
 
 
+def test_startup_is_a_line_a_phase_and_does_not_count_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=100)
+    with Display("demo", 1000, console=console) as display:
+        display.phase("Ray")
+        now[0] = 40.0
+        display.phase("first step")
+        for step in range(3):
+            now[0] = 50.0 + 0.5 * step
+            display.step(step, {"reward": 0.5}, {})
+    lines = shown(console).splitlines()
+    assert lines[:2] == ["   0.0 s  Ray", "  40.0 s  first step"]
+    assert lines[2].endswith("left --:--"), "start-up and the first step, which warms up, are no pace"
+    assert lines[4].startswith("step 3/1000") and lines[4].endswith("left 8:18"), "997 steps of 0.5 s"
+
+
+def test_on_a_terminal_the_head_shows_what_is_starting_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    display = Display("demo", 10, console=console)
+    display.phase("actor: vllm engine for generation")
+    now[0] = 65.0
+    console.print(display._table())
+    assert "actor: vllm engine for generation 1:05" in shown(console)
+
+
 def test_a_quiet_display_still_ends_with_the_summary() -> None:
     console = Console(file=io.StringIO(), width=80)
     with Display("demo", 1, quiet=True, console=console) as display:
@@ -97,6 +125,14 @@ def test_a_quiet_display_still_ends_with_the_summary() -> None:
         assert shown(console) == ""
         display.summary({"reward": "0 -> 1"})
     assert "0 -> 1" in shown(console)
+
+
+def test_a_number_that_two_nodes_report_is_one_row() -> None:
+    reported = {"reward/reward": 0.5, "grpo_advantage/reward": 0.5, "actor/loss": 0.1, "critic/loss": 0.2}
+    assert key_metrics(reported) == [
+        ("reward", "reward/reward"), ("actor/loss", "actor/loss"), ("critic/loss", "critic/loss")
+    ]  # fmt: skip
+    assert len(key_metrics(reported | {"grpo_advantage/reward": 0.4})) == 4, "two numbers are two rows"
 
 
 def test_sparkline_is_the_shape_of_the_last_values() -> None:

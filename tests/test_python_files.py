@@ -126,3 +126,72 @@ def test_what_a_file_defines_travels_in_rays_messages(file: Path, loaded_first: 
     file.unlink()
     received = subprocess.run([sys.executable, "-c", RECEIVER], input=message, capture_output=True, timeout=60)
     assert received.stdout.decode().strip() == "received", received.stderr.decode()
+
+
+SIBLING = "FACTOR = 2.0\n\n\ndef twice(text):\n    return FACTOR * len(text)\n"
+IMPORTS = """
+from {package} import twice
+
+def length(prompt, response, answer):
+    return twice(response)
+
+def late(prompt, response, answer):
+    import {package}_late
+    return {package}_late.VALUE
+"""
+
+
+def test_a_file_may_import_what_lies_beside_it_and_it_travels_too(tmp_path: Path) -> None:
+    (tmp_path / "shared_by_value.py").write_text(SIBLING)
+    (tmp_path / "imports.py").write_text(IMPORTS.format(package="shared_by_value"))
+    send_user_files_by_value()
+    message = cloudpickle.dumps((load_function(f"{tmp_path / 'imports.py'}:length"),))
+    (tmp_path / "shared_by_value.py").unlink()
+    receiver = (
+        "import pickle, sys; f, = pickle.loads(sys.stdin.buffer.read()); assert f('', 'four', '') == 8; print('ok')"
+    )
+    received = subprocess.run([sys.executable, "-c", receiver], input=message, capture_output=True, timeout=60)
+    assert received.stdout.decode().strip() == "ok", received.stderr.decode()
+
+
+def test_what_a_reward_imports_when_it_is_called_is_found_beside_it(tmp_path: Path) -> None:
+    from rlhf_dist.rewards.child import Limits
+    from rlhf_dist.rewards.load import load_reward
+    from rlhf_dist.rewards.process import ScoringProcess
+
+    (tmp_path / "shared_at_call.py").write_text(SIBLING)
+    (tmp_path / "shared_at_call_late.py").write_text("VALUE = 5.0\n")
+    (tmp_path / "calls.py").write_text(IMPORTS.format(package="shared_at_call"))
+    process = ScoringProcess(load_reward(f"{tmp_path / 'calls.py'}:late"), Limits())
+    try:
+        rows = {name: ["a"] for name in ("prompt", "response", "answer")}
+        assert process.score(rows, 1) == [{"reward": 5.0}]
+    finally:
+        process.close()
+
+
+def test_a_changed_file_or_sibling_is_executed_again(tmp_path: Path) -> None:
+    sibling, file = tmp_path / "shared_changes.py", tmp_path / "changes.py"
+    sibling.write_text(SIBLING)
+    file.write_text(IMPORTS.format(package="shared_changes"))
+    first = load_function(f"{file}:length")
+    assert load_function(f"{file}:length") is first and first("", "four", "") == 8.0
+    sibling.write_text(SIBLING.replace("2.0", "30.0"))
+    assert load_function(f"{file}:length")("", "four", "") == 120.0
+    file.write_text(IMPORTS.format(package="shared_changes").replace("twice(response)", "0.5"))
+    assert load_function(f"{file}:length")("", "four", "") == 0.5
+
+
+def test_two_folders_cannot_have_a_module_of_one_name(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared_twice.py").write_text(SIBLING)
+        (tmp_path / folder / f"user_{folder}.py").write_text(IMPORTS.format(package="shared_twice"))
+    load_file(tmp_path / "one" / "user_one.py")
+    with pytest.raises(ValueError, match="two/shared_twice.py and the module 'shared_twice' in .*/one have one name"):
+        load_file(tmp_path / "two" / "user_two.py")
+    (tmp_path / "three" / "workers").mkdir(parents=True)
+    (tmp_path / "three" / "workers" / "__init__.py").write_text("")
+    (tmp_path / "three" / "mine.py").write_text("")
+    with pytest.raises(ValueError, match="the module 'workers' in .* have one name"):
+        load_file(tmp_path / "three" / "mine.py")

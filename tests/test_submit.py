@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from controller.job_files import JobFiles
 from controller.submit import _package
 from tests.tiny import save_llama
 
@@ -114,23 +115,37 @@ def test_a_job_that_fails_fails_here_with_its_log(cluster: RunningCluster, tmp_p
     assert done.returncode == 1 and "no folder '/no/such/model'" in done.stdout, done.stderr
 
 
-def test_a_users_recipe_runs_as_a_job_with_live_logs(cluster: RunningCluster, tmp_path: Path) -> None:
+def test_a_users_recipe_runs_as_a_job_with_all_it_needs_and_live_logs(cluster: RunningCluster, tmp_path: Path) -> None:
     model = save_llama(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n' * 8)
-    (tmp_path / "mine.py").write_text(
-        "from rlhf_dist.algorithms import nll\n"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "beside.py").write_text(
+        "TOKENS = 4\n\n\ndef right(response, answer):\n    return float(response == answer)\n"
+    )
+    (project / "rew.py").write_text(
+        "from beside import right\n\n\ndef f(prompt, response, answer):\n    import beside\n\n"
+        "    assert beside.TOKENS == 4\n    return right(response, answer)\n"
+    )
+    (project / "mine.py").write_text(
+        "from beside import TOKENS\n"
+        "from rlhf_dist.algorithms import policy_gradient\n"
         "from rlhf_dist.dataflow.recipe import recipe\n"
-        "from rlhf_dist.roles import Actor, Examples\n\n\n"
+        "from rlhf_dist.roles import Actor, Prompts, Reward\n"
+        "from rlhf_dist.transforms import rloo_advantage\n\n\n"
         "@recipe\n"
-        "def mine(examples: Examples, actor: Actor):\n"
-        "    actor.update_actor(examples, loss=nll())\n"
+        "def mine(prompts: Prompts, actor: Actor, reward: Reward):\n"
+        "    batch = reward.compute_reward(actor.generate_sequences(prompts, n=TOKENS))\n"
+        "    actor.update_actor(rloo_advantage(batch), loss=policy_gradient())\n"
     )
     done = submit(
-        cluster, "mine.py", f"model.path={model}", f"data.train.path={tmp_path / 'rows.jsonl'}", "steps=2",
+        cluster, "project/mine.py", f"model.path={model}", "data.train.path=rows.jsonl", "steps=2",
+        "reward.function=project/rew.py:f", "actor.rollout.engine=transformers", "actor.rollout.max_response_tokens=4",
         "data.prompts_per_step=4", "placement.pools.main.slots=1", f"output.root={tmp_path / 'runs'}",
         folder=tmp_path, RAY_AUTH_TOKEN=TOKEN,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "sending 4 files" in done.stderr and "project/beside.py, project/mine.py, project/rew.py" in done.stderr
     assert "step 1/2" in done.stdout and "step 2/2" in done.stdout
     assert (tmp_path / "runs" / "mine" / "summary.json").is_file()
 
@@ -171,13 +186,19 @@ def test_nobody_at_the_address_is_said_at_once(tmp_path: Path) -> None:
     assert done.returncode == 1 and "no Ray dashboard answers at" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_only_the_recipe_and_its_yaml_travel(tmp_path: Path) -> None:
-    source, shipped = tmp_path / "source", tmp_path / "shipped"
-    source.mkdir(), shipped.mkdir()
-    for name in ("mine.py", "mine.yaml", "secret.txt"):
-        (source / name).write_text("x")
-    entrypoint, runtime_env = _package(f"{source / 'mine.py'}:two", ["data.train.system='be kind'"], shipped)
-    assert sorted(path.name for path in shipped.iterdir()) == ["mine.py", "mine.yaml"]
-    assert entrypoint == """rlhf-dist run mine.py:two 'data.train.system='"'"'be kind'"'"'' ray.address=auto"""
+def test_the_job_s_folder_has_what_the_launch_names_where_it_was_found(tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    files = {Path("project/mine.py"): _file(tmp_path, "mine.py"), Path("rows.jsonl"): _file(tmp_path, "rows.jsonl")}
+    taken = JobFiles(files, "project/mine.py:two", 0)
+    entrypoint, runtime_env = _package(taken, ["data.train.system='be kind'"], shipped)
+    assert sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.*")) == ["project/mine.py", "rows.jsonl"]
+    assert entrypoint == """rlhf-dist run project/mine.py:two 'data.train.system='"'"'be kind'"'"'' ray.address=auto"""
     assert runtime_env == {"working_dir": str(shipped)}
-    assert _package("ppo", ["ray.address=1.2.3.4:5"], shipped) == ("rlhf-dist run ppo ray.address=1.2.3.4:5", {})
+    nothing = JobFiles({}, "ppo", 0)
+    assert _package(nothing, ["ray.address=1.2.3.4:5"], shipped) == ("rlhf-dist run ppo ray.address=1.2.3.4:5", {})
+
+
+def _file(folder: Path, name: str) -> Path:
+    (folder / name).write_text("x")
+    return folder / name

@@ -16,7 +16,7 @@ NO_KL = "algorithm.kl_coef=0"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"))
+    return save_llama(tmp_path_factory.mktemp("llama"), hidden=128)
 
 
 def overrides(folder: Path, *more: str) -> list[str]:

@@ -8,6 +8,8 @@ Ray calls, one at a time, in the controller's order
   run_host_op          the same for a pure function
   relay                the same call for several ranks of this machine, in their name to the controller
   interrupt            the one call that runs beside another: generation stops early, and is called again
+
+What is raised in any of them comes back as a `Failure` (failures.py), never as an exception.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import ray
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.wire import Bridge, Call, Failure, Fetch, OpResult, Reply, WorkerContext
+from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.wire import Bridge, Call, Fetch, OpResult, Reply, WorkerContext
+from workers.failures import refuse_breakpoint, reported
 
 PULL_TIMEOUT_S = 300.0
 """Longest wait for rows that another process wrote; they are there already unless that process died."""
@@ -41,6 +45,8 @@ class WorkerProcess:
         self.device = "cpu"
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
+        self._phase = ""
+        sys.breakpointhook = refuse_breakpoint
         if log_file:
             _redirect_output(Path(log_file))
 
@@ -54,6 +60,7 @@ class WorkerProcess:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
+    @reported
     def join(self, address: str, port: int, device: str, one_node: bool, timeout_s: float) -> str:
         """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device."""
         from workers.device import device_for, init_distributed
@@ -72,19 +79,31 @@ class WorkerProcess:
         self.device = str(chosen)
         return self.device
 
+    @reported
     def host_role(self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]) -> None:
         """Build the worker of `role`: `worker_path` is `package.module:Class`."""
+
+        def phase(text: str) -> None:
+            self._phase = f"{role}: {text}"
+
+        phase("importing")
         module, name = worker_path.split(":")
         worker = getattr(importlib.import_module(module), name)
         where = WorkerContext(
-            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, **context
+            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, phase=phase, **context
         )
         self._roles[role] = worker(context=where, **settings)
 
+    def phase(self) -> str:
+        """What is being started. Called in a concurrency group of its own, beside `host_role`."""
+        return self._phase
+
+    @reported
     def connect(self, role: str, bridge: Bridge) -> None:
         """Let `role` meet the ranks of another pool, that weights go to or come from; all of both pools do."""
         self._roles[role].connect(bridge)
 
+    @reported
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
         started = time.perf_counter()
@@ -111,16 +130,17 @@ class WorkerProcess:
             ready, left = ray.wait(left, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 return {rank_of[left[0]]: Failure(lost=True, text=f"no reply within {timeout_s:g} s")}
-            failure = _failure(ready[0])
-            if failure is not None:
-                return {rank_of[ready[0]]: failure}
-            replies[rank_of[ready[0]]] = ray.get(ready[0])
+            reply = _received(ready[0])
+            if isinstance(reply, Failure):
+                return {rank_of[ready[0]]: reply}
+            replies[rank_of[ready[0]]] = reply
         return replies
 
     def interrupt(self, role: str) -> None:
         """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
         self._roles[role].interrupt()
 
+    @reported
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:
         """Run a pure function of a batch."""
         started = time.perf_counter()
@@ -131,6 +151,7 @@ class WorkerProcess:
             OpResult(columns=result.columns, parent=result.keep, metrics=result.metrics), call, started, pulled
         )
 
+    @reported
     def run_state_op(self, state: Any, op: str, numbers: Mapping[str, float], call: Call) -> Reply:
         """Run a `State`'s op: (numbers, batch) -> (numbers, metrics)."""
         started = time.perf_counter()
@@ -164,14 +185,12 @@ def pull(fetches: Sequence[Fetch], num_rows: int) -> Batch:
     return Batch(columns, num_rows)
 
 
-def _failure(ref: Any) -> Failure | None:
+def _received(ref: Any) -> Reply | Failure:
     try:
-        ray.get(ref)
-    except ray.exceptions.RayTaskError as failed:
-        return Failure(lost=False, text=f"{type(failed.cause).__name__}: {failed.cause}")
-    except ray.exceptions.RayError as lost:
-        return Failure(lost=True, text=f"its process died or stopped answering ({type(lost).__name__})")
-    return None
+        reply: Reply | Failure = ray.get(ref)
+        return reply
+    except ray.exceptions.RayError as error:
+        return failure_of_call(error)
 
 
 def _gather(parts: list[Batch], fetch: Fetch) -> Batch:

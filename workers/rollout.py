@@ -108,9 +108,10 @@ class RolloutWorker:
             return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = response_columns(responses, versions)
-        columns["response"] = Column.strings(
-            self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        )
+        # One by one: the tokenizer's batch of no rows is one empty text, and a rank may have no rows.
+        for name, skips in (("response", True), ("raw_response", False)):
+            texts = [self.tokenizer.decode(r.token_ids, skip_special_tokens=skips) for r in responses]
+            columns[name] = Column.strings(texts)
         lengths = columns["response_ids"].lengths
         tokens = batch["prompt_ids"].lengths[parent] + lengths
         rows = float(len(responses))

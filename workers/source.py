@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import DataConfig, SourceConfig
-from rlhf_dist.data import PromptSource
+from rlhf_dist.data.of_launch import open_source
 from rlhf_dist.metrics import Mean
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 
@@ -25,36 +25,31 @@ class SourceWorker:
         heldout: SourceConfig | None = None,
     ) -> None:
         """`tokenizer`: a model folder. `heldout`: rows whose prompts must not be emitted."""
-
-        def source(rows: SourceConfig, exclude: frozenset[str] = frozenset()) -> PromptSource:
-            return PromptSource(
-                rows,
-                tokenizer=tokenizer,
-                seed=context.seed,
-                max_prompt_tokens=data.max_prompt_tokens,
-                max_response_tokens=data.max_response_tokens,
-                exclude=exclude,
-            )
-
-        self.source = source(config, source(heldout).prompts if heldout else frozenset())
+        self.source = open_source(config, data, tokenizer=tokenizer, seed=context.seed, heldout=heldout)
 
     def next_batch(self, batch: Batch, call: Call, *, rows: int) -> OpResult:
         """The rows of step `call.step`; with rows = 0 every row once, whatever the step."""
-        emitted = self.source.emit(call.step, rows) if rows else self.source.emit(0, self.source.size)
+        emitted = self.source.emit(call.step, rows) if rows else self.source.every()
         tokens = emitted["prompt_ids"].lengths
         if "response_ids" in emitted:
             tokens = tokens + emitted["response_ids"].lengths
+        counts = self.source.counts
+        metrics = {
+            "rows": emitted.num_rows,
+            "sequence_tokens": tokens.sum(),
+            "prompts_too_long": counts.too_long,
+            "prompts_heldout": counts.heldout,
+            "responses_cut": counts.cut,
+            "answers_missing": counts.without_answer,
+            **(self.source.epochs((call.step + 1) * rows) if rows else {}),
+        }
+        if "response_mask" in emitted:
+            metrics["trained_tokens"] = emitted["response_mask"].values.sum(dtype=np.int64)
         return OpResult(
             columns=emitted,
             tokens=tokens,
             groups=emitted["group_id"].values.astype(np.int64),
-            metrics={
-                "rows": Mean(float(emitted.num_rows), 0),
-                "sequence_tokens": Mean(float(tokens.sum()), 0),
-                "prompts_too_long": Mean(float(self.source.prompts_too_long), 0),
-                "prompts_heldout": Mean(float(self.source.prompts_heldout), 0),
-                "responses_cut": Mean(float(self.source.responses_cut), 0),
-            },
+            metrics={name: Mean(float(value), 0) for name, value in metrics.items()},
         )
 
     def dump(self, batch: Batch, call: Call, *, folder: str, rows: int) -> OpResult:

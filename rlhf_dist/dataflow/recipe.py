@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,8 @@ class Recipe:
     states: Mapping[str, type[State]]
     config: type | None
     """The dataclass of the `cfg` parameter; None if the recipe has none."""
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Role -> columns its ops also read where the batch has them: what a reward function names as parameters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.function(*args, **kwargs)
@@ -41,6 +43,14 @@ class Recipe:
     def source_columns(self) -> dict[str, tuple[str, ...]]:
         """Source parameter -> columns it emits."""
         return {name: cast(Any, kind).columns for name, kind in self.sources.items()}
+
+
+def follows(key: str) -> Any:
+    """Default of a field of a recipe's dataclass that has the value of another setting unless it is set itself.
+
+    max_tokens: int = follows("actor.rollout.max_response_tokens")
+    """
+    return field(default=f"${{{key}}}")
 
 
 def recipe(function: Callable[..., None]) -> Recipe:

@@ -11,9 +11,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from io import StringIO
 from typing import Any, NoReturn, cast
+
+import numpy as np
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
@@ -241,6 +246,13 @@ class TracedBatch:
     def __getitem__(self, name: str) -> Any:
         self._no_data(f"reading column {name!r}", "write a host op (rlhf_dist.dataflow.host_op) that reads it")
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copy, pickle and people's displays ask of every object
+            raise AttributeError(name)
+        near = difflib.get_close_matches(name, [n for n in dir(TracedBatch) if not n.startswith("_")], n=1)
+        instead = f"did you mean {near[0]}()?" if near else "write a host op (rlhf_dist.dataflow.host_op) that sees it"
+        self._no_data(f"batch.{name}", instead)
+
     def item(self) -> Any:
         """Not possible on a traced batch."""
         self._no_data(".item()", "compute the number in a host op and report it as a metric, or keep it in a State")
@@ -275,15 +287,14 @@ class RoleHandle:
             raise GraphError(f"{self._tracer.line()}: {where} takes a batch first, got {type(batch).__name__}")
         _check_keywords(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
         settings = {**_defaults(getattr(self._interface, spec.name)), **kwargs}
+        needed = spec.columns(spec.reads, settings)
+        more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))
         node = batch._record(
             name=where,
             role=self._role,
             op=spec.name,
             kind="op",
-            reads=(
-                *spec.columns(spec.reads, settings),
-                *(name for name in spec.optional if name in batch.origins),
-            ),
+            reads=(*needed, *(name for name in more if name in batch.origins and name not in needed)),
             writes=spec.columns(spec.writes, settings),
             rows=spec.rows,
             kwargs=settings,
@@ -354,6 +365,41 @@ def run_traced(recipe: Recipe, cfg: Any, on_node: OnNode | None = None, fetch: F
     return tracer
 
 
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Recipes traced inside will be called line by line later (`--eager`), and may look at their data.
+
+    While they are traced there is none: `fetch` gives one made-up row, `breakpoint()` does not stop, and what
+    they print is not shown.
+    """
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
+
+
+def _rehearsed(recipe: Recipe, cfg: Any) -> Tracer:
+    hook, sys.breakpointhook = sys.breakpointhook, lambda *args, **kwargs: None
+    try:
+        with redirect_stdout(StringIO()):
+            return run_traced(recipe, cfg, fetch=_made_up)
+    finally:
+        sys.breakpointhook = hook
+
+
+def _made_up(node: str, column: str) -> Any:
+    """One row of a column's kind; a user's own column is a number."""
+    spec = COLUMNS.get(column)
+    if spec is not None and spec.dtype == "text":
+        return [""]
+    zeros = np.zeros(1, spec.dtype if spec is not None else "float32")
+    return [zeros if spec is not None and spec.shape != "[B]" else zeros[0]]
+
+
 def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     """The recipe's graph for settings `cfg` (default: the recipe's own defaults), reshard nodes inserted.
 
@@ -363,7 +409,7 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
 
     if cfg is None and recipe.config is not None:
         cfg = recipe.config()
-    tracer = run_traced(recipe, cfg)
+    tracer = _rehearsed(recipe, cfg) if _rehearsing.get() else run_traced(recipe, cfg)
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
     return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))
@@ -402,4 +448,4 @@ def _check_keywords(line: str, op: str, function: Callable[..., Any], kwargs: Ma
             raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
 
 
-__all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "run_traced", "trace"]
+__all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "rehearsal", "run_traced", "trace"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_dist.planner.explain import memory_of
+from rlhf_dist.planner.explain import memory_of, workload_text
 from rlhf_dist.planner.plan import Plan, headroom_bytes
 from rlhf_dist.planner.pools import Pool
 from rlhf_dist.planner.strategy import Generation, Strategy
@@ -24,6 +24,7 @@ def as_yaml(plan: Plan) -> str:
     head = [
         f"# {question.name} on {question.cluster.text}: {best.step_s:.4g} s a step predicted, "
         f"{plan.tokens_per_s:,.0f} tokens/s",
+        f"# planned for {workload_text(question.problem.workload)}; weights and activations in bfloat16",
         f"# gap {plan.certificate.gap:g}, {plan.certificate.explored} parts of the space looked at (rlhf-dist plan)",
     ]
     body = yaml.safe_dump(sections, sort_keys=False).rstrip()

@@ -11,6 +11,7 @@ from rlhf_dist.planner.hardware import KINDS, Cluster
 from rlhf_dist.planner.memory import generation_weights, resting_bytes
 from rlhf_dist.planner.plan import TIE, Plan, headroom_bytes, what_if
 from rlhf_dist.planner.work import NodeWork
+from rlhf_dist.planner.workload import Lengths, Workload
 
 CAUSES = {
     "compute": "matrix multiplications",
@@ -68,6 +69,19 @@ def memory_of(plan: Plan) -> dict[str, dict[str, float]]:
                 tensors: size for tensors in names if (size := rest.get(tensors, 0.0) + active.get(tensors, 0.0))
             }
     return found
+
+
+def workload_text(load: Workload) -> str:
+    """What a plan takes a step to be."""
+    samples = f" x {load.samples_per_prompt} responses" if load.samples_per_prompt > 1 else ""
+    return (
+        f"{load.prompts:,} prompts{samples}, prompts of {_tokens(load.prompt)}, responses of {_tokens(load.response)}"
+    )
+
+
+def _tokens(lengths: Lengths) -> str:
+    mean, longest = lengths.mean, lengths.longest
+    return f"{mean:,.0f} tokens" if round(mean) == round(longest) else f"{mean:,.0f} tokens (at most {longest:,.0f})"
 
 
 def bottleneck(plan: Plan) -> str:
@@ -136,6 +150,7 @@ def as_json(plan: Plan, others: list[dict[str, Any]] | None = None) -> dict[str,
     answer: dict[str, Any] = {
         "recipe": plan.question.name,
         "cluster": plan.question.cluster.text,
+        "workload": _workload(plan.question.problem.workload),
         "placement": placement_of(plan, best),
         "predicted": {
             "step_s": best.step_s,
@@ -165,6 +180,18 @@ def as_json(plan: Plan, others: list[dict[str, Any]] | None = None) -> dict[str,
     if others is not None:
         answer["other_hardware"] = others
     return answer
+
+
+def _workload(load: Workload) -> dict[str, Any]:
+    """As a case file takes it, lengths by their mean and longest."""
+    lengths = {"prompt_tokens": load.prompt, "response_tokens": load.response}
+    return {
+        "prompts": load.prompts,
+        "samples_per_prompt": load.samples_per_prompt,
+        **{name: {"mean": one.mean, "max": one.longest} for name, one in lengths.items()},
+        "mini_batches": load.mini_batches,
+        "epochs": load.epochs,
+    }
 
 
 def optimum_s(plan: Plan) -> float:
@@ -216,6 +243,7 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
     lines = [
         f"{question.name} on {question.cluster.text} ({question.cluster.gpus} GPUs): {problem.rows:,} rows of "
         f"{load.prompt.mean:,.0f} + {load.response.mean:,.0f} tokens, {problem.tokens:,.0f} tokens a step",
+        f"planned   for {workload_text(load)}; weights and activations in bfloat16",
         f"step      {_s(best.step_s)}, {plan.tokens_per_s:,.0f} tokens/s"
         + ("" if question.overlap else " (one step at a time)"),
         f"certain   gap {plan.certificate.gap:g}: {plan.certificate.partitions} partition"

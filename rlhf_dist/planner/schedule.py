@@ -187,8 +187,9 @@ def step_seconds(graph: Graph, pools: Sequence[tuple[int, ...]], seconds: Sequen
     """Seconds of a step once the schedule repeats itself; never below `bound`, which holds for any schedule."""
     if graph.open_steps == 1 and max(graph.every) == 1:  # Every step is like the first that runs all nodes.
         return simulate_steps(graph.warm, pools, seconds, 1)[1][-1]
-    # Whole periods; the last steps that are simulated have nothing after them that competes, so they do not count.
-    period = lcm(*graph.every) * lcm(*(distance for _, _, distance in graph.edges if distance))
+    # Whole periods (a schedule may repeat only after as many steps as are open at once); the last steps that are
+    # simulated have nothing after them that competes, so they do not count.
+    period = lcm(lcm(*graph.every) * lcm(*(distance for _, _, distance in graph.edges if distance)), graph.open_steps)
     warm, measured = WARM_UP * graph.open_steps, period * ceil(MEASURED * (3 if graph.open_steps > 3 else 1) / period)
     _, closed = simulate_steps(graph.warm, pools, seconds, warm + measured + graph.open_steps + 1)
     return max((closed[warm + measured - 1] - closed[warm - 1]) / measured, bound(graph, pools, seconds))

@@ -1,19 +1,23 @@
-"""Rule rewards, and how a reward function named in the config is found. Libraries are imported on first use."""
+"""Rule rewards, how a function named in the config is found and called, and the process it is called in.
+
+Libraries are imported on first use.
+"""
 
 from rlhf_dist.rewards.exact_match import exact_match
-from rlhf_dist.rewards.load import load_function
+from rlhf_dist.rewards.load import load_function, load_reward
 from rlhf_dist.rewards.math_verify import math_verify
 from rlhf_dist.rewards.reasoning_gym import reasoning_gym, reasoning_gym_solved
-from rlhf_dist.rewards.rule import RewardFunctionError, RuleReward, rule_rewards, score_rows
+from rlhf_dist.rewards.rule import RewardFunctionError, rule_rewards
+from rlhf_dist.rewards.signature import adapt
 
 __all__ = [
     "RewardFunctionError",
-    "RuleReward",
+    "adapt",
     "exact_match",
     "load_function",
+    "load_reward",
     "math_verify",
     "reasoning_gym",
     "reasoning_gym_solved",
     "rule_rewards",
-    "score_rows",
 ]

@@ -5,11 +5,42 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_dist.python_files import load_file
+import cloudpickle
+
+from rlhf_dist.python_files import load_file, user_folders
+from rlhf_dist.rewards.signature import Signature, signature_of
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward function, ready to travel."""
+
+    payload: bytes
+    """Pickled, by value where it comes from a user's file."""
+    signature: Signature
+    folders: tuple[str, ...] = ()
+    """Folders of user files, for what they import when they are called."""
+
+
+def load_reward(spec: str, default_file: str | Path | None = None) -> LoadedReward:
+    """The reward function that `spec` names: a function, a class, an instance, or what `adapt` made of one.
+
+    Raises ValueError as `load_function`, where its parameters do not say what it takes, and where it cannot travel.
+    """
+    function = load_function(spec, default_file)
+    signature = signature_of(function)
+    try:
+        return LoadedReward(cloudpickle.dumps(function), signature, tuple(user_folders()))
+    except Exception as error:  # an object of the user's may raise anything
+        raise ValueError(
+            f"{spec!r} cannot be sent to the process that computes rewards ({type(error).__name__}: {error}); "
+            f"a class is made there: name the class, and open files, locks and connections in its __init__"
+        ) from error
 
 
 def load_function(spec: str, default_file: str | Path | None = None) -> Callable[..., Any]:

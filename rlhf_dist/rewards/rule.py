@@ -1,88 +1,119 @@
-"""Rule rewards: plain functions of prompt, response and answer, applied to the rows of a batch.
+"""From outcomes of rows to the `rewards` column and metrics; what goes wrong names function and row.
 
     def my_reward(prompt: str, response: str, answer: str) -> float: ...
 
 A function may return a dict of finite numbers instead: its `reward` is the reward, the others are named
-scores that are reported beside it.
+scores that are reported beside it. `signature.py` says what else a function may look like.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult
-from rlhf_dist.metrics import Mean, Metrics, reward_metrics
+from rlhf_dist.metrics import Mean, reward_metrics
+from rlhf_dist.rewards.calls import NOT_CALLED, Calls, Outcome, Scores, short
+from rlhf_dist.rewards.signature import Signature, signature_of
+from rlhf_dist.schema import COLUMNS
 
-RuleReward = Callable[[str, str, str], "float | dict[str, float]"]
+FIELDS = "fields"
+"""Column of the data file's other fields, as JSON."""
 
 
 class RewardFunctionError(RuntimeError):
-    """A reward function raised, or returned what is no finite number. Never turned into a reward of 0."""
+    """A reward function failed, or returned what is no finite number. Never turned into a reward of 0 unasked."""
 
 
-def score_rows(
-    function: RuleReward, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
-) -> dict[str, list[float]]:
-    """`reward` and any named scores, each one number per row.
+def rule_rewards(function: Any, batch: Batch) -> HostResult:
+    """Rewards of a batch in this process and without limits: for trying a function. A run has `ScoringProcess`.
 
     Raises RewardFunctionError naming the function and the row, with the row's texts.
     """
-    scored: dict[str, list[float]] = {"reward": []}
-    for row, (prompt, response, answer) in enumerate(zip(prompts, responses, answers, strict=True)):
-        where = _where(function, row, prompt, response, answer)
-        try:
-            returned = function(prompt, response, answer)
-        except Exception as error:
-            raise RewardFunctionError(f"{where} raised {type(error).__name__}: {error}") from error
-        scores = returned if isinstance(returned, dict) else {"reward": returned}
-        if "reward" not in scores:
-            raise RewardFunctionError(f"{where} returned a dict without 'reward': {_short(repr(returned))}")
-        finite = {name: _finite(value, name, where) for name, value in scores.items()}
-        if row and set(scores) != set(scored):
-            raise RewardFunctionError(
-                f"{where} must return the same names for every row, got {sorted(scores)} after {sorted(scored)}"
-            )
-        for name, value in finite.items():
-            scored.setdefault(name, []).append(value)
-    return scored
+    signature, outcomes = signature_of(function), list[Outcome]()
+    calls = Calls(function, signature, timeout_s=math.inf, concurrency=1, alone=False)
+    if batch.num_rows:
+        for finished in calls.run(arguments(signature, batch), batch.num_rows, [0.0] * batch.num_rows):
+            outcomes += finished.outcomes
+    return reward_columns(signature.name, batch, outcomes)
 
 
-def rule_rewards(function: RuleReward, batch: Batch) -> HostResult:
-    """The `rewards` column [B] from the columns prompt, response and answer, with mean scores as metrics.
+def arguments(signature: Signature, batch: Batch) -> dict[str, list[Any]]:
+    """Parameter -> its value in each row: text, numbers, lists of numbers, or what the data file has in a field.
 
-    Raises RewardFunctionError as `score_rows` does.
+    Raises ValueError naming a parameter that no column and no field can fill.
     """
-    scored = score_rows(function, batch["prompt"].rows(), batch["response"].rows(), batch["answer"].rows())
-    rewards = Column(np.asarray(scored["reward"], dtype=np.float32))
-    scores: Metrics = {
-        f"score/{name}": Mean(math.fsum(values), batch.num_rows) for name, values in scored.items() if name != "reward"
+    fields = _fields(signature, batch)
+    extras = {*fields, *(name for name in batch if name not in COLUMNS and name != FIELDS)}
+    bound = signature.bind(list(batch), extras)
+    return {
+        parameter: _plain(batch[column]) if column in batch else fields[column] for parameter, column in bound.items()
     }
-    return HostResult(
-        columns=Batch({"rewards": rewards}, batch.num_rows), metrics=reward_metrics(rewards.values) | scores
+
+
+def reward_columns(name: str, batch: Batch, outcomes: Sequence[Outcome], failed: float | None = None) -> HostResult:
+    """The `rewards` column [B] of the function called `name`, with mean scores as metrics.
+
+    `failed`: the reward of rows without scores, which are counted; None: they raise RewardFunctionError.
+    """
+    failures = [(row, outcome) for row, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+    if failures and failed is None:
+        row, text = min(failures, key=lambda failure: failure[1] == NOT_CALLED)
+        raise RewardFunctionError(f"{_where(name, batch, row)} {text}")
+    scored: dict[str, list[float]] = {}
+    rewards, seen = list[float](), list[Scores]()
+    for row, outcome in enumerate(outcomes):
+        if isinstance(outcome, str):
+            assert failed is not None, "raised above"
+            rewards.append(failed)
+            continue
+        if seen and outcome.keys() != seen[0].keys():
+            raise RewardFunctionError(
+                f"{_where(name, batch, row)} must return the same names for every row, got {sorted(outcome)} after "
+                f"{sorted(seen[0])}"
+            )
+        seen.append(outcome)
+        rewards.append(outcome["reward"])
+        for score, value in outcome.items():
+            scored.setdefault(score, []).append(value)
+    column = Column(np.asarray(rewards, dtype=np.float32))
+    metrics = reward_metrics(column.values)
+    for score, values in scored.items():
+        if score != "reward":
+            metrics[f"score/{score}"] = Mean(math.fsum(values), len(values))
+    if failed is not None:
+        metrics["failed_rows"] = Mean(float(len(outcomes) - len(seen)), 0)
+    return HostResult(columns=Batch({"rewards": column}, len(outcomes)), metrics=metrics)
+
+
+def _fields(signature: Signature, batch: Batch) -> dict[str, list[Any]]:
+    """The data file's other fields, where the function has a use for them: field -> its value in each row."""
+    wanted = [*signature.parameters, *signature.columns.values()]
+    if FIELDS not in batch or not (signature.rest or any(name not in batch for name in wanted)):
+        return {}
+    rows = [json.loads(row) if row else {} for row in batch[FIELDS].rows()]
+    names = dict.fromkeys(name for row in rows for name in row if name not in batch)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _plain(column: Column) -> list[Any]:
+    if column.text:
+        return column.rows()
+    if column.offsets is None:
+        return list(column.values.tolist())
+    return [row.tolist() for row in column.rows()]
+
+
+def _where(name: str, batch: Batch, row: int) -> str:
+    """The function and a row, with the row's texts."""
+    texts = ", ".join(
+        f"{column} {short(repr(batch[column].row(row)))}"
+        for column in ("prompt", "response", "answer")
+        if column in batch
     )
-
-
-def _finite(value: object, name: str, where: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise RewardFunctionError(f"{where} returned {name} = {_short(repr(value))}, not a number") from None
-    if not math.isfinite(number):
-        raise RewardFunctionError(f"{where} returned {name} = {number}; it must be finite")
-    return number
-
-
-def _where(function: RuleReward, row: int, prompt: str, response: str, answer: str) -> str:
-    name = getattr(function, "__qualname__", repr(function))
-    return (
-        f"reward function {name} for row {row} (prompt {_short(repr(prompt))}, response {_short(repr(response))}, "
-        f"answer {_short(repr(answer))})"
-    )
-
-
-def _short(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return f"reward function {name} for row {row} ({texts})"

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_dist.config import SourceConfig
 from rlhf_dist.data import PromptSource, check_source, emitted_columns
+from rlhf_dist.data.read import FIRST
 from rlhf_dist.rewards import reasoning_gym_solved
 from rlhf_dist.schema import COLUMNS
 from tests.tiny import VOCABULARY
@@ -93,17 +94,13 @@ def test_examples_end_with_eos_and_long_ones_are_cut_and_counted(tmp_path: Path,
     batch = made.emit(0, 3)
     assert [row.tolist() for row in batch["response_ids"].rows()] == [[*ids("bc"), EOS], ids("bcd"), [EOS]]
     assert batch["response_mask"].lengths.tolist() == [3, 3, 1] and batch["response_mask"].values.all()
-    assert made.responses_cut == 1
+    assert made.counts.cut == 1
 
 
 def test_preferences_are_two_rows_of_one_group(tmp_path: Path, tokenizer: Path) -> None:
     rows = [
         {"prompt": "p", "chosen": "yes", "rejected": "no", "margin": 2},
-        {
-            "prompt": "q",
-            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ok"}],
-            "rejected": "x",
-        },
+        {"prompt": "q", "chosen": "ok", "rejected": "x"},
     ]
     made = source(SourceConfig(path=jsonl(tmp_path, rows), rows="preferences", shuffle=False), tokenizer)
     batch = made.emit(3, 2)
@@ -147,7 +144,7 @@ def test_the_order_differs_between_epochs_and_seeds_and_not_without_shuffle(tmp_
 def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, tokenizer: Path) -> None:
     rows = [{"prompt": "a" * length} for length in (3, 5, 4, 9)]
     made = source(SourceConfig(path=jsonl(tmp_path, rows), shuffle=False), tokenizer, prompt=4)
-    assert (made.size, made.prompts_too_long) == (2, 2)
+    assert (made.size, made.counts.too_long) == (2, 2)
     assert made.emit(0, 4)["prompt"].rows() == ["aaa", "aaaa", "aaa", "aaaa"]
     with pytest.raises(ValueError, match=r"every one of 4 prompts .* max_prompt_tokens = 2 \(the shortest has 3"):
         source(SourceConfig(path=jsonl(tmp_path, rows)), tokenizer, prompt=2)
@@ -185,23 +182,28 @@ def test_a_users_generator(tmp_path: Path, tokenizer: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "exactly one of path and generator"),
-        ({"path": "a", "generator": "b"}, "exactly one of path and generator"),
+        ({}, "exactly one of path, generator and mix, got none"),
+        ({"path": "a", "generator": "b"}, "exactly one of path, generator and mix, got path='a', generator='b'"),
         ({"path": "missing.jsonl"}, "no data file 'missing.jsonl'"),
-        ({"path": "{folder}/data.csv"}, r"is .parquet or .jsonl"),
+        ({"path": "{folder}/data.csv"}, r"a data file is one of .parquet, .jsonl"),
         ({"path": "{folder}/bad.parquet"}, "cannot be read as Parquet"),
         ({"path": "{folder}/bad.jsonl"}, r"bad.jsonl, line 1 is not JSON"),
         ({"path": "{folder}/empty.jsonl"}, "has no rows"),
-        ({"path": "{folder}/list.jsonl"}, "row 0 of .* must be an object"),
+        ({"path": "{folder}/list.jsonl"}, "list.jsonl, line 1 must be an object"),
         ({"path": "{folder}/good.jsonl", "rows": "prompt"}, "rows must be one of .*; did you mean 'prompts'"),
         ({"path": "{folder}/good.jsonl", "prompt_key": "promt"}, "'promt'.*did you mean 'prompt'"),
-        ({"path": "{folder}/good.jsonl", "rows": "examples"}, "row 0 of .* nothing under 'response'"),
+        (
+            {"path": "{folder}/good.jsonl", "rows": "examples"},
+            "line 1 has nothing under 'response' or 'completion', .*it has prompt; set response_key",
+        ),
         ({"generator": "chain_sums"}, "no reasoning-gym data set 'chain_sums'; did you mean 'chain_sum'"),
         ({"generator": "chain_sum", "generator_args": {"digits": 3}}, "refuses generator_args .*digits"),
         ({"generator": "chain_sum", "generator_args": {"min_terms": -1}}, "refuses generator_args"),
         ({"generator": "chain_sum", "size": 0}, "size must be >= 1"),
         ({"generator": "{folder}/mine.py:row"}, "did you mean 'rows'"),
         ({"generator": "{folder}/mine.py:rows", "generator_args": {"x": 1}}, "must be a function .index"),
+        ({"generator": "{folder}/mine.py:late"}, r"mine.py:late, row 2: the generator raised KeyError: 'x'"),
+        ({"generator": "{folder}/broken.py:rows"}, "broken.py:rows': ZeroDivisionError"),
     ],
 )
 def test_the_driver_names_what_is_wrong(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -212,7 +214,8 @@ def test_the_driver_names_what_is_wrong(config: dict[str, Any], message: str, tm
         "empty.jsonl": "\n",
         "list.jsonl": "[1]\n",
         "good.jsonl": '{"prompt": "a"}\n',
-        "mine.py": "def rows(index): return {'prompt': 'a'}",
+        "mine.py": "def rows(index): return {'prompt': 'a'}\ndef late(index): return rows(0) if index < 2 else {}['x']",
+        "broken.py": "1 / 0",
     }.items():
         (tmp_path / name).write_text(text)
     filled = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in config.items()}
@@ -222,16 +225,16 @@ def test_the_driver_names_what_is_wrong(config: dict[str, Any], message: str, tm
 
 
 def test_faults_behind_the_first_row_are_named_by_the_source(tmp_path: Path, tokenizer: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"prompt": \n')
+    path, good = tmp_path / "data.jsonl", '{"prompt": "a"}\n' * FIRST
+    path.write_text(f'{good}\n{{"prompt": \n')
     check_source(SourceConfig(path=str(path)), "data.train")
-    with pytest.raises(ValueError, match="line 3 is not JSON"):
+    with pytest.raises(ValueError, match=f"data.jsonl, line {FIRST + 2} is not JSON"):
         source(SourceConfig(path=str(path)), tokenizer)
     for row, message in (
-        ({"prompt": ""}, "row 1 has an empty prompt"),
-        ({"answer": "a"}, "row 1 of .* has nothing under 'prompt'"),
-        ({"prompt": 3}, "row 1: a prompt is text or a list of messages"),
-        ({"prompt": [{"text": "a"}]}, "row 1: a prompt is text or a list of messages"),
+        ({"prompt": ""}, "line 2: the prompt is empty"),
+        ({"answer": "a"}, "line 2: it has nothing under 'prompt'"),
+        ({"prompt": 3}, "line 2: 'prompt' must be text or a list of messages, got '3'"),
+        ({"prompt": [{"text": "a"}]}, "line 2: 'prompt', message 0 must have a role and content"),
     ):
         with pytest.raises(ValueError, match=message):
             source(SourceConfig(path=jsonl(tmp_path, [{"prompt": "a"}, row])), tokenizer)

@@ -227,6 +227,14 @@ def test_what_a_traced_batch_cannot_do_says_what_to_do_instead() -> None:
     def count(prompts: Prompts) -> None:
         len(prompts)
 
+    def rows(prompts: Prompts) -> None:
+        assert prompts.num_rows
+
+    def typo(prompts: Prompts) -> None:
+        prompts.renam(x="prompt")  # type: ignore[attr-defined]
+
+    assert "batch.num_rows needs the batch's data" in failure(rows) and "write a host op" in failure(rows)
+    assert "did you mean rename()?" in failure(typo)
     assert "drop rows in a host op" in failure(condition)
     assert "write a host op" in failure(loop)
     assert "write a host op" in failure(number)

@@ -97,6 +97,18 @@ def test_every_rank_goes_the_same_way(world2: World, family: str) -> None:
     assert {one.state for one in found} == {"exact"} and len({one.way for one in found}) == 1, found
 
 
+@pytest.mark.parametrize("engine", [{"sequence_parallel": 2}, {"tensor_parallel": 2}], ids=["sp", "tp"])
+@pytest.mark.parametrize("family", ["gemma3n_text", "apertus"])
+def test_tokens_and_layers_cut_over_ranks_are_exact_or_refused(
+    world2: World, family: str, engine: dict[str, Any]
+) -> None:
+    found = world2.run(verdict, family, {}, engine)
+    # The activation of this family has parameters, which see a part of the width.
+    refused = family == "apertus" and "tensor_parallel" in engine
+    assert {one.state for one in found} == {"refused" if refused else "exact"}, found
+    assert not refused or "act_fn.alpha_p whole among layers that are cut" in found[0].why
+
+
 def test_an_encoder_is_refused_by_name(world1: World) -> None:
     found = world1.run(verdict, "bert", {}, {})[0]
     assert found.state == "refused" and "tokens of this model see tokens after them" in found.why

@@ -21,7 +21,7 @@ from rlhf_dist.reshard.checksum import full_checksum
 from rlhf_dist.wire import WorkerContext
 from tests.engines.losses import TokenLoss, ValueLoss, make_batch
 from tests.engines.world import World
-from tests.tiny import VOCABULARY
+from tests.tiny import VOCABULARY, save_classifier
 
 Weights = dict[str, Tensor]
 
@@ -98,10 +98,11 @@ def test_full_weights_are_the_checkpoint_and_sharded_checksums_match(
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("engine", [ENGINES[name] for name in ("fsdp", "deepspeed 1", "deepspeed 3")])
 def test_checksums_match_where_ranks_have_nothing_of_a_parameter(
-    world4: World, llama: Path, engine: dict[str, Any], trained: bool
+    world4: World, llama: Path, tmp_path: Path, engine: dict[str, Any], trained: bool
 ) -> None:
+    folder = llama if trained else save_classifier(tmp_path)
     for weights, sharded, received in world4.run(
-        weights_and_checksums, llama, "value", torch.bfloat16, engine, trained
+        weights_and_checksums, folder, "value", torch.bfloat16, engine, trained
     ):
         assert weights["score.weight"].shape == (1, 32), "one row over four ranks"
         assert sharded == received
@@ -249,6 +250,22 @@ def test_an_exported_policy_loads_in_transformers_with_the_same_log_probs(
     assert AutoTokenizer.from_pretrained(tmp_path).decode([VOCABULARY["4"], VOCABULARY["2"]]) == "42"
 
 
+def export_as(folder: Path, target: Path, engine: dict[str, Any]) -> None:
+    new_engine(folder, dtype="float32", **engine).export(target)
+
+
+def test_an_export_has_the_dtype_training_started_from_unless_told(world2: World, llama: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(half)
+    for name, engine, expected in (
+        ("own", {}, torch.bfloat16),
+        ("told", {"export_dtype": "float32"}, torch.float32),
+    ):
+        world2.run(export_as, half, tmp_path / name, engine)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert exported.dtype == exported.lm_head.weight.dtype == expected
+
+
 def test_an_exported_value_model_loads_in_transformers_and_in_the_engine(
     world2: World, llama: Path, tmp_path: Path
 ) -> None:
@@ -369,3 +386,12 @@ def test_asking_a_policy_for_values_names_what_it_has(world1: World, llama: Path
 def test_a_missing_model_folder_is_named(world1: World, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no model at .*config\.json"):
         world1.run(wrong_outputs, tmp_path / "nowhere")
+
+
+def frozen_value_model(folder: Path) -> None:
+    new_engine(folder, "value", trained=False)
+
+
+def test_a_frozen_value_model_without_a_head_is_refused(world1: World, llama: Path) -> None:
+    with pytest.raises(RuntimeError, match="has no score.weight: it is no reward model"):
+        world1.run(frozen_value_model, llama)

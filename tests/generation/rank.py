@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.checksum import full_checksum
@@ -53,7 +54,7 @@ def close_engine() -> None:
 def sync(version: int, seed: int, fault: str = "", fault_rank: int = 0) -> dict[str, Any]:
     """Sends the weights of `seed`, with one fault; returns what came of it."""
     faulty = dist.get_rank() == fault_rank
-    weights = {name: tensor.detach() for name, tensor in _model(seed).named_parameters()}
+    weights = _in_files(_model(seed))
     expected = {name: full_checksum(tensor) for name, tensor in weights.items()}
     victim = "model.layers.1.self_attn.k_proj.weight"
     if faulty and fault == "corrupted":
@@ -149,6 +150,12 @@ def _model(seed: int) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_folder)).eval()
 
 
+def _in_files(model: Any) -> dict[str, Tensor]:
+    """What transformers would save of a model."""
+    held = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, held).items()}
+
+
 def _buckets(weights: dict[str, Tensor], fails: bool) -> Iterator[list[tuple[str, Tensor]]]:
     items = list(weights.items())
     for start in range(0, len(items), 3):
@@ -162,7 +169,7 @@ class HeldWeights:
 
     def __init__(self, seed: int, version: int) -> None:
         self.version = version
-        self._full = {name: tensor.detach() for name, tensor in _model(seed).named_parameters()}
+        self._full = _in_files(_model(seed))
 
     adapters: dict[str, Any] = {}
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_dist.checks import CPU_HEAD_SIZES
 from rlhf_dist.reshard.checks import check_tensor_parallel
 
 LLAMA = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 24}
@@ -26,3 +27,8 @@ def test_fitting_sizes_pass(tp: int, world: int) -> None:
 def test_sizes_that_do_not_fit_are_named(change: dict[str, int], tp: int, world: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         check_tensor_parallel(LLAMA | change, tp, world)
+
+
+def test_the_head_sizes_checked_before_a_start_are_those_of_the_vllm_that_is_installed() -> None:
+    attention = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
+    assert tuple(attention.CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_SIZES

@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
@@ -54,6 +55,9 @@ MODELS: dict[str, PretrainedConfig] = {
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.15,
+    ),
+    "mixtral": MixtralConfig(
+        **BASE, head_dim=32, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
     ),
     "qwen3-moe": Qwen3MoeConfig(
         **BASE,

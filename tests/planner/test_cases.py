@@ -239,7 +239,7 @@ def test_the_table_says_what_people_ask(tmp_path: Path) -> None:
 # --- settings ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"))
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=128)
 
 
 def test_a_planned_file_is_taken_by_run_as_it_is(model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from rlhf_dist.rewards import (
     reasoning_gym,
     reasoning_gym_solved,
     rule_rewards,
-    score_rows,
 )
 from rlhf_dist.rewards.reasoning_gym import answer_json, final_answer
 from rlhf_dist.rewards.time_limit import OutOfTime, time_limit
@@ -168,7 +167,7 @@ def test_a_reward_that_is_no_number_is_an_error_that_names_the_row(returned: obj
         return 1.0 if response == "fine" else returned
 
     with pytest.raises(RewardFunctionError, match=message) as caught:
-        score_rows(faulty, ["p", "p"], ["fine", "other"], ["a", "a"])  # type: ignore[arg-type]
+        rule_rewards(faulty, rows_of("fine", "other"))
     assert "faulty for row 1 (prompt 'p', response 'other', answer 'a')" in str(caught.value)
 
 
@@ -186,3 +185,16 @@ def test_scores_must_have_the_same_names_in_every_row() -> None:
 
     with pytest.raises(RewardFunctionError, match="same names for every row"):
         rule_rewards(changing, rows_of("a", "b"))
+
+
+def test_a_function_is_given_the_columns_it_names() -> None:
+    batch = Batch.of(
+        prompt=["p", "p"], response=["12", "3"], answer=["12", "12"], raw_response=["<think>12<eos>", "3"],
+        source=["math", "code"], fields=["{}", '{"level": 2}'],
+    )  # fmt: skip
+
+    def tagged(prompt: str, response: str, answer: str, *, raw_response: str, fields: str) -> float:
+        return float("<think>" in raw_response) + json.loads(fields).get("level", 0)
+
+    assert rule_rewards(tagged, batch).columns["rewards"].values.tolist() == [1.0, 2.0]
+    assert rule_rewards(exact_match, batch).columns["rewards"].values.tolist() == [1.0, 0.0]

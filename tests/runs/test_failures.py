@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +43,59 @@ def test_a_reward_that_raises_is_an_error_with_its_row_and_never_a_zero(
         launch("grpo", *ROLLOUT, f"reward.function={file}:broken")
 
 
+class Picky(Exception):
+    """One that pickle cannot make again."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+
+
+def picky(prompt: str, response: str, answer: str) -> float:
+    raise Picky(3, "bad luck")
+
+
+USERS = """
+from rlhf_dist.dataflow import host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Prompts, Reward
+
+def scaled(batch):
+    return batch["nope"]
+
+@host_op(reads=("rewards",), writes=("advantages",))
+def broken(batch):
+    return scaled(batch)
+
+@recipe
+def mine(prompts: Prompts, actor: Actor, reward: Reward) -> None:
+    broken(reward.compute_reward(actor.generate_sequences(prompts)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (
+            REWARD,
+            r"broken \(step 0, mine.py:\d+\) failed on rank 0: KeyError: .no column 'nope' in this batch.*; "
+            r"at \S+mine.py:7 in scaled: return batch\[.nope.\], called from \S+mine.py:11 in broken: return scaled",
+        ),
+        (f"{__name__}:picky", r"on rank \d: .* picky for row 0 .* raised Picky: bad luck \(3\); at \S+:\d+ in picky"),
+    ],
+    ids=["host op", "reward"],
+)
+def test_a_users_error_names_its_line_and_the_log_with_the_whole_traceback(
+    launch: Callable[..., Any], tmp_path: Path, reward: str, says: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(USERS)
+    with pytest.raises(NodeError, match=says) as caught:
+        launch(str(file), *ROLLOUT, f"reward.function={reward}")
+    assert not isinstance(caught.value, WorkerLost)
+    log = re.search(r"whole traceback in (\S+/logs/host-\d.log)$", str(caught.value))
+    assert log is not None and "Traceback (most recent call last)" in Path(log[1]).read_text()
+
+
 def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
     cluster: None, model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +118,8 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
     started = time.monotonic()
     with pytest.MonkeyPatch.context() as patch, Killer("x", 1000, quiet=True) as display:
         patch.setattr(Cluster, "add_pool", remembering)
-        with pytest.raises(WorkerLost, match=r"\(step \d+, .*\) failed on rank \d: its process died"):
+        with pytest.raises(
+            WorkerLost, match=r"\(step \d+, .*\) failed on rank \d: its process died .*; see its log \S+main-1.log"
+        ):
             run(launch, display)
     assert time.monotonic() - started < 120

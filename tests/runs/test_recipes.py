@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ def finite(summary: dict[str, Any]) -> bool:
 
 
 def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Path, model: Path) -> None:
-    summary = launch("sft", "steps=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
+    summary = launch("sft", "data.epochs=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
     assert summary["last"]["actor/loss"] < 0.8 * summary["first"]["actor/loss"]
     assert summary["tokens_per_s"] > 0
     folder = tmp_path / "sft"
     assert [row["step"] for row in read_metrics(folder)] == list(range(6))
+    assert [row["examples/epoch"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert AutoModelForCausalLM.from_pretrained(folder / "models/actor").config.hidden_size == 128
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
@@ -79,6 +81,9 @@ def test_ppo_through_vllm(launch: Launch, tmp_path: Path, model: Path) -> None:
     dump = Batch.read_parquet(tmp_path / "ppo/rollouts/step_000001.parquet")
     assert dump.num_rows == 8 and {"prompt", "response", "rewards", "policy_version"} <= set(dump)
     assert set(dump["policy_version"].values) == {2}, "two optimizer steps were synced before step 1"
+    for row in range(dump.num_rows):
+        raw, plain = dump["raw_response"].row(row), dump["response"].row(row)
+        assert re.sub("<(pad|bos|eos|unk)>", "", raw) == plain and raw.endswith("<eos>") == dump["finished"].row(row)
 
 
 def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(launch: Launch, tied: Path) -> None:
@@ -89,8 +94,12 @@ def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(laun
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
 
 
-def test_remax_subtracts_the_greedy_response(launch: Launch) -> None:
-    summary = launch("remax", *TRANSFORMERS)
+def test_remax_subtracts_the_greedy_response(launch: Launch, tmp_path: Path) -> None:
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+3=", "answer": str(n + 3)}) + "\n" for n in range(10, 15)))
+    summary = launch("remax", *TRANSFORMERS, f"data.heldout.path={rows}")
+    heldout = Batch.read_parquet(tmp_path / "remax/rollouts/heldout/step_000002.parquet")
+    assert heldout.num_rows == 5 and {"prompt", "response", "rewards"} <= set(heldout), "all of them are kept"
     assert finite(summary)
     assert GENERATING | {"remax_advantage/baseline_reward", "remax_advantage/ref_kl"} <= summary["last"].keys()
 
@@ -131,8 +140,10 @@ def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch: Launch, tm
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
-    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2", "output.checkpoint_every=2")
-    straight = launch("safe_rlhf", *settings, "steps=4", root=tmp_path / "straight")
+    settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2")
+    every_2 = "output.checkpoint_every=2"
+    straight = launch("safe_rlhf", *settings, every_2, "steps=4", root=tmp_path / "straight")
+    # Without a cadence a run ends with a checkpoint, and more steps continue it.
     launch("safe_rlhf", *settings, "steps=2", root=tmp_path / "resumed")
     resumed = launch("safe_rlhf", *settings, "steps=4", "resume=auto", root=tmp_path / "resumed")
     for role in ("actor", "critic", "cost_critic"):

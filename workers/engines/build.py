@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ def new_training_engine(
         from workers.engines.deepspeed import DeepSpeedEngine as kind
     else:
         raise ValueError(f"engine.name must be fsdp or deepspeed, got {engine.name!r}")
+    context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
     device = torch.device(context.device)
     return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
 
@@ -40,6 +42,7 @@ def new_generation_engine(
 
     Raises ValueError for another name.
     """
+    context.phase(f"{rollout.engine} engine for generation")
     device = torch.device(context.device)
     if rollout.engine == "vllm":
         from workers.engines.vllm import VllmEngine

@@ -38,7 +38,7 @@ SAVE_TIMEOUT_S = 3600.0
 
 HF_FILES = (
     *("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "generation_config.json"),
+    *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
 )
 """What belongs to a model folder besides config and weights."""
 
@@ -61,9 +61,11 @@ class ModelCard:
     source: str
     """The model folder training started from; base of adapters."""
     shapes: Mapping[str, Sequence[int]]
-    """Of every parameter of the model, adapters included, by checkpoint name."""
+    """Of every parameter (and buffer) of the model, adapters included, by its name in memory."""
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """`FileTensors.as_json`: what an export calls them, and how it cuts them."""
     adapters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Weight -> names of A and B, and the scale of their product."""
+    """Weight -> names of A and B, the scale of their product, and whether it is transposed."""
     lora: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the adapters."""
     version: int = 0
@@ -164,7 +166,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy what belongs to a model folder besides config and weights."""
     for pattern in HF_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            if file.is_file():
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 def crc_of(file: Path) -> int:

@@ -120,9 +120,8 @@ class DeepSpeedEngine(PackedEngine):
         assert optimizer.overflow, "DeepSpeed makes no step with a gradient that is not a number"
 
     # --- weights ---------------------------------------------------------------------------------
-    def layout(self, part: WeightPart = "merged") -> Layout:
-        """See `TrainingEngine.layout`."""
-        assert part != "adapters", "this engine has no adapters"
+    def _parameter_layout(self, *, adapters: bool) -> Layout:
+        assert not adapters, "this engine has no adapters"
         local = self._ranges()
         every: list[dict[str, Range]] = [{} for _ in range(self._world)]
         dist.all_gather_object(every, local, group=self._mesh.world)
@@ -132,8 +131,7 @@ class DeepSpeedEngine(PackedEngine):
             parameters[name] = ParameterLayout.from_flat_ranges(shape, dtype_name(self._master(name)), held)
         return Layout(self._world, parameters)
 
-    def local_shards(self, part: WeightPart = "merged") -> Shards:
-        """See `TrainingEngine.local_shards`."""
+    def _parameter_shards(self, part: WeightPart) -> Shards:
         ranges = self._ranges()
         return {
             name: flat_shards(self._master(name), shape, *ranges[name]) if name in ranges else []

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoConfig
 
+from rlhf_dist.data.ends import end_token_ids
+from rlhf_dist.reshard.file_tensors import FileTensors, whole_box
 from workers.engines.checkpoint import BrokenCheckpoint, ModelCard, copy_tokenizer, read_card
+from workers.engines.lora import Adapter, is_adapter
 
 FILE_BYTES = 2 << 30
 """Most bytes of one exported weight file (a larger tensor gets a file of its own)."""
@@ -48,6 +52,17 @@ def write_model(folder: Path, buckets: Buckets, config: Any, source: Path, model
     config.dtype = dtype
     config.save_pretrained(folder)
     copy_tokenizer(source, folder)
+    if not model.endswith("ForSequenceClassification"):
+        _write_generation_config(source, folder)
+
+
+def _write_generation_config(source: Path, folder: Path) -> None:
+    """The source's defaults of sampling, with every token that ends a response here: whoever serves it stops there."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {"_from_model_config": True}
+    if ends := end_token_ids(source):
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_adapters(folder: Path, adapters: Mapping[str, Tensor], card: ModelCard) -> None:
@@ -67,6 +82,7 @@ def write_adapters(folder: Path, adapters: Mapping[str, Tensor], card: ModelCard
         "lora_dropout": 0.0,
         "target_modules": targets,
         "bias": "none",
+        "fan_in_fan_out": any(Adapter(*entry).transposed for entry in card.adapters.values()),
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
@@ -75,7 +91,7 @@ def write_adapters(folder: Path, adapters: Mapping[str, Tensor], card: ModelCard
 def export_checkpoint(checkpoint: Path, folder: Path, *, dtype: str | None, adapter: bool) -> None:
     """A role's checkpoint folder as a Hugging Face folder, in this process alone, at most FILE_BYTES at a time.
 
-    dtype: `float32` or `bfloat16`; None for what the engine computed in. `adapter`: the adapters alone; otherwise
+    dtype: `float32` or `bfloat16`; None for what `model.json` says. `adapter`: the adapters alone; otherwise
     they are merged into the weights of the folder training started from. Raises FileNotFoundError or
     BrokenCheckpoint for what is no complete checkpoint, FileExistsError if `folder` is there already.
     """
@@ -84,53 +100,66 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, dtype: str | None, adap
     card = read_card(checkpoint)
     target = getattr(torch, dtype or card.dtype)
     partial = folder.with_name(f".{folder.name}.partial")
-    pairs = {name for down, up, _ in card.adapters.values() for name in (down, up)}
+    pairs = {name for down, up, *_ in card.adapters.values() for name in (down, up)}
     if adapter:
-        write_adapters(partial, {name: t.to(target) for name, t in _read(checkpoint, card, sorted(pairs))}, card)
+        write_adapters(
+            partial, {name: t.to(target) for name, t in _saved(checkpoint, card, sorted(pairs)).items()}, card
+        )
     else:
         config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
-        names = [name for name in card.shapes if name not in pairs]
-        buckets = _buckets(checkpoint, card, names, target)
+        buckets = _buckets(checkpoint, card, target)
         write_model(partial, buckets, config, checkpoint / "hf", card.model, writes=True)
     partial.rename(folder)
 
 
-def _buckets(
-    checkpoint: Path, card: ModelCard, names: list[str], dtype: torch.dtype
-) -> Iterator[list[tuple[str, Tensor]]]:
-    bucket: list[str] = []
-    for name in names:
-        size = sum(torch.Size(card.shapes[n]).numel() for n in [*bucket, name]) * 4
-        if bucket and size > FILE_BYTES:
-            yield [(n, t.to(dtype)) for n, t in _read(checkpoint, card, bucket)]
-            bucket = []
-        bucket.append(name)
-    yield [(n, t.to(dtype)) for n, t in _read(checkpoint, card, bucket)]
+def _buckets(checkpoint: Path, card: ModelCard, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
+    """The tensors of the model's files, at most FILE_BYTES in float32, or what is made of one parameter."""
+    files = FileTensors.from_json(card.files, {n: s for n, s in card.shapes.items() if not is_adapter(n)})
+    bucket: tuple[list[str], list[str]] = ([], [])
+    for parameters, names in files.groups:
+        size = sum(prod(card.shapes[n]) for n in [*bucket[0], *parameters]) * 4
+        if bucket[0] and size > FILE_BYTES:
+            yield _tensors(checkpoint, card, files, *bucket, dtype)
+            bucket = ([], [])
+        bucket = (bucket[0] + parameters, bucket[1] + names)
+    yield _tensors(checkpoint, card, files, *bucket, dtype)
 
 
-def _read(checkpoint: Path, card: ModelCard, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Whole float32 parameters, adapters merged where the model has them."""
+def _tensors(
+    checkpoint: Path, card: ModelCard, files: FileTensors, parameters: list[str], names: list[str], dtype: torch.dtype
+) -> list[tuple[str, Tensor]]:
+    """File tensors and the parameters they are made of, adapters merged where the model has them."""
+    adapters = {name: Adapter(*card.adapters[name]) for name in parameters if name in card.adapters}
+    parts = [part for adapter in adapters.values() for part in (adapter.down, adapter.up)]
+    state = _saved(checkpoint, card, [*parameters, *parts])
+    if frozen := [name for name in parameters if name not in state]:
+        state |= {name: torch.empty(*card.shapes[name]) for name in frozen}
+        for name in names:
+            if any(part.parameter in frozen for part in files[name].parts):
+                files.write(name, _base(card, name), state)
+    for name, adapter in adapters.items():
+        state[name] = state[name] + adapter.change(state[adapter.down], state[adapter.up], whole_box(card.shapes[name]))
+    return [(name, files.read(name, state).to(dtype)) for name in names]
+
+
+def _saved(checkpoint: Path, card: ModelCard, names: list[str]) -> dict[str, Tensor]:
+    """Those of these parameters that the checkpoint holds, whole, float32."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     saved = reader.read_metadata().state_dict_metadata
-    wanted = {part for name in names for part in (name, *card.adapters.get(name, ())[:2])}
-    flat = {f"model.{name}": getattr(saved.get(f"model.{name}"), "size", None) for name in wanted}
-    state = {key: torch.empty(size) for key, size in flat.items() if size is not None}
+    sizes = {f"model.{name}": getattr(saved.get(f"model.{name}"), "size", None) for name in names}
+    state = {key: torch.empty(size) for key, size in sizes.items() if size is not None}
     state_dict_loader.load(state, storage_reader=reader, no_dist=True)
-    for name in names:
-        whole = state[f"model.{name}"].view(*card.shapes[name]) if f"model.{name}" in state else _base(card, name)
-        if name in card.adapters:
-            down, up, scale = card.adapters[name]
-            change = state[f"model.{up}"].view(*card.shapes[up]) @ state[f"model.{down}"].view(*card.shapes[down])
-            whole = torch.add(whole, change, alpha=float(scale))
-        yield name, whole
+    return {name: state[f"model.{name}"].view(*card.shapes[name]) for name in names if f"model.{name}" in state}
 
 
 def _base(card: ModelCard, name: str) -> Tensor:
     """A weight that was not trained, from the folder training started from."""
+    # Some folders were written from the model without its head, whose names lack the first word.
+    names = [name, name.partition(".")[2]]
     for file in sorted(Path(card.source).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
-            if name in weights.keys():
-                return weights.get_tensor(name).float()
+            if found := next((n for n in names if n in weights.keys()), None):
+                return weights.get_tensor(found).float()
     raise BrokenCheckpoint(
         f"the checkpoint holds adapters only, and {card.source}, where training started, has no {name}; "
         "put the model folder back, or export with --adapter"

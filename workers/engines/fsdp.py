@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout
@@ -104,12 +105,10 @@ class FsdpEngine(PackedEngine):
             self._optimizer.zero_grad(set_to_none=True)
 
     # --- weights ---------------------------------------------------------------------------------
-    def layout(self, part: WeightPart = "merged") -> Layout:
-        """See `TrainingEngine.layout`."""
-        return dtensor_layout(self._named(adapters=part == "adapters"), self._mesh.grid)
+    def _parameter_layout(self, *, adapters: bool) -> Layout:
+        return dtensor_layout(self._named(adapters=adapters), self._mesh.grid)
 
-    def local_shards(self, part: WeightPart = "merged") -> Shards:
-        """See `TrainingEngine.local_shards`."""
+    def _parameter_shards(self, part: WeightPart) -> Shards:
         return dtensor_shards(self._merged() if part == "merged" else self._named(adapters=part == "adapters"))
 
     def _named(self, *, adapters: bool) -> dict[str, DTensor]:
@@ -125,12 +124,12 @@ class FsdpEngine(PackedEngine):
         }
 
     def _with_adapter(self, weight: DTensor, adapter: Adapter) -> DTensor:
-        # W and B are cut into the same rows, so each rank adds its rows of B times the whole of A, which is small.
-        down, up = _dtensor(self._parameters[adapter.down]), _dtensor(self._parameters[adapter.up])
-        assert weight.placements[-1] == up.placements[-1] == Shard(0), "adapters are not cut over tp"
-        local = weight.to_local().detach()
-        change = up.to_local().detach() @ down.full_tensor().detach()
-        merged = torch.add(local, change, alpha=adapter.scale)
+        # A and B are small: every rank has them whole, and adds what belongs to its rows of W.
+        assert weight.placements[-1] == Shard(0), "adapters are not cut over tp"
+        down, up = (_dtensor(self._parameters[name]).full_tensor().detach() for name in (adapter.down, adapter.up))
+        rows, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+        box = tuple((begin, begin + length) for begin, length in zip(first, rows, strict=True))
+        merged = weight.to_local().detach() + adapter.change(down, up, box)
         return DTensor.from_local(
             merged, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )

@@ -14,11 +14,9 @@ that begins takes the old version away, so a stale or half-updated policy cannot
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Literal, Protocol, TypeAlias
 
@@ -74,10 +72,14 @@ class WeightSyncError(RuntimeError):
 
     def __init__(self, version: int, rule: str, parameters: Iterable[str] = ()) -> None:
         self.version, self.rule, self.parameters = version, rule, tuple(sorted(parameters))
+        # What the class is called with: an exception is unpickled by calling its class with these.
+        super().__init__(version, rule, self.parameters)
+
+    def __str__(self) -> str:
         shown = ", ".join(self.parameters[:5]) + (", ..." if len(self.parameters) > 5 else "")
         which = f" ({len(self.parameters)} parameters: {shown})" if self.parameters else ""
-        super().__init__(
-            f"weight sync of version {version} failed: {rule}{which}; "
+        return (
+            f"weight sync of version {self.version} failed: {self.rule}{which}; "
             "this engine generates nothing until a sync completes"
         )
 
@@ -339,13 +341,3 @@ def stream_seed(seed: int) -> int:
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
     return (mixed ^ (mixed >> 31)) >> 32
-
-
-def end_token_ids(model_path: str | Path) -> list[int]:
-    """The tokens that end a response: eos_token_id of generation_config.json, else of config.json; may be none."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(model_path) / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        if found is not None:
-            return [int(token) for token in (found if isinstance(found, list) else [found])]
-    return []

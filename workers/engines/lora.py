@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_dist.config import LoraConfig
+from rlhf_dist.reshard.layout import Box
 
 _ADAPTER = "default"
 
@@ -32,6 +34,14 @@ class Adapter:
     up: str
     """Name of B."""
     scale: float
+    transposed: bool = False
+    """The weight is [in, out], as GPT-2 has it."""
+
+    def change(self, down: Tensor, up: Tensor, box: Box) -> Tensor:
+        """What A [rank, in] and B [out, rank] add to a box of the weight."""
+        first, second = (slice(*edges) for edges in box)
+        product = down[:, first].T @ up[second].T if self.transposed else up[first] @ down[:, second]
+        return product * self.scale
 
 
 def add_adapters(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
@@ -70,18 +80,25 @@ def weight_name(name: str) -> str:
     )
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by `weight_name`, is part of an adapter."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
 def adapters_of(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Adapter]:
     """Weight -> its adapter, for the parameters `names` of `model`; empty without adapters."""
-    scales = {
-        weight_name(name.removeprefix("hf.")): float(module.scaling[_ADAPTER])
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict)
-    }
-    return {
-        f"{module}.weight": Adapter(f"{module}.lora_A.weight", f"{module}.lora_B.weight", scale)
-        for module, scale in scales.items()
-        if f"{module}.lora_A.weight" in names
-    }
+    found = {}
+    for name, module in model.named_modules():
+        at = weight_name(name.removeprefix("hf."))
+        if isinstance(getattr(module, "scaling", None), dict) and f"{at}.lora_A.weight" in names:
+            layer: Any = module
+            found[f"{at}.weight"] = Adapter(
+                f"{at}.lora_A.weight",
+                f"{at}.lora_B.weight",
+                float(layer.scaling[_ADAPTER]),
+                isinstance(layer.base_layer, Conv1D),
+            )
+    return found
 
 
 @contextmanager

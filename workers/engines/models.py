@@ -1,6 +1,6 @@
 """Models as the training engines run them: packed rows in, numbers about response tokens out.
 
-Each wraps a Hugging Face model in `hf`, so that parameter names are the checkpoint's names after "hf.",
+Each wraps a Hugging Face model in `hf`, so that parameter names are that model's names after "hf.",
 and does everything inside its own forward: under FSDP the parameters of the root (embedding, final norm,
 head) exist whole only there. How rows go through (`ways.py`) comes with the pack.
 """
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
+from rlhf_dist.model_folder import head_problem
 from workers.engines.attention import running
 from workers.engines.heads import library_logits, matrix_head, trunk_of
 from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
@@ -187,7 +188,7 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
-    hf = _load(folder, config.init, head, seed)
+    hf = _load(folder, config.init, head, seed, trained)
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off;
     # the layers' own flag only switches checkpointing on, and is not passed on to what they contain.
     hf.train(False)
@@ -211,14 +212,14 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their name in a Hugging Face checkpoint; tied parameters once, as the embedding.
+    """Parameters by their name in transformers' model (`file_tensors.py` has those of its files); tied ones once.
 
     Adapters come under the names of `lora.py`, beside the weights they change.
     """
     return {weight_name(name.removeprefix("hf.")): parameter for name, parameter in model.named_parameters()}
 
 
-def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
+def _load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> PreTrainedModel:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init must be pretrained or random, got {init!r}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -244,6 +245,9 @@ def _load(folder: Path, init: str, head: Head, seed: int) -> PreTrainedModel:
             if missing:
                 raise ValueError(f"the weights in {folder} lack {sorted(missing)[:5]}; is the folder complete?")
             new_head = new_head and "score.weight" in info["missing_keys"]
+            held = {*info["unexpected_keys"], *(() if new_head else ("score.weight",))}
+            if head == "value" and (problem := head_problem(held, needed=not trained)):
+                raise ValueError(f"{folder} {problem}")
     if head == "value" and not isinstance(getattr(hf, "score", None), nn.Linear):
         raise ValueError(f"{type(hf).__name__} has no linear `score` head; use a family that transformers gives one")
     if new_head:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,20 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.checksum import box_checksum, unsigned
-from rlhf_dist.reshard.layout import Layout
-from rlhf_dist.reshard.shards import Shards
+from rlhf_dist.reshard.file_tensors import Cut
+from rlhf_dist.reshard.layout import Layout, ParameterLayout
+from rlhf_dist.reshard.shards import Shards, dtype_name
 from rlhf_dist.schema import SEQUENCE
+from rlhf_dist.weights_files import export_dtype
 from workers.engines import checkpoint
 from workers.engines.accumulation import Accumulation, even_passes, loss_name
 from workers.engines.checkpoint import CheckpointWriter, ModelCard
 from workers.engines.export import FILE_BYTES, write_model
+from workers.engines.file_tensors import file_tensors, kept_buffers
 from workers.engines.gather import full_tensors
-from workers.engines.lora import Adapter, without_adapters
+from workers.engines.lora import Adapter, is_adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
-from workers.engines.models import RoleModel
+from workers.engines.models import RoleModel, parameters_of
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import probe
 from workers.engines.router import check_balance
@@ -71,8 +75,14 @@ class PackedEngine(ABC):
         self._dtype = DTYPES[engine.dtype]
         self._way = PACKED
         self.remarks: tuple[str, ...] = ()
+        self._export_dtype = export_dtype(model.path, engine.export_dtype, engine.dtype)
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
+        self._layouts: dict[bool, Layout] = {}
+        """Of the adapters, and of everything else: nothing moves from rank to rank."""
+        held = {name: parameter for name, parameter in parameters_of(module).items() if not is_adapter(name)}
+        held_shapes = {name: tensor.shape for name, tensor in (held | kept_buffers(module.hf)).items()}
+        self._files = file_tensors(module.hf, held_shapes)
 
     def _choose_way(self) -> None:
         """Find out how rows go through this model; the last thing a constructor does. Collective.
@@ -145,7 +155,7 @@ class PackedEngine(ABC):
         parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
         with torch.no_grad(), without_adapters(self._module) if base else nullcontext():
             for rows in cut:
-                chosen = batch.select(*SEQUENCE).take(rows) if len(rows) else filler()
+                chosen = batch.select(*SEQUENCE).take(rows) if len(rows) else self._filler()
                 result = self._run(self._pack(chosen, pad_to), names, temperature)
                 for name in names if len(rows) else ():
                     parts[name].append(result[name].float().cpu().numpy())
@@ -197,7 +207,7 @@ class PackedEngine(ABC):
         return metrics | {"grad_norm": Mean(norm), "lr": Mean(lr), "tokens": Mean(float(passes.tokens), 0.0)}
 
     def _loss(self, passes: Accumulation, one: tuple[int, Batch] | None, temperature: float) -> Tensor:
-        term, rows = one if one else (0, filler())
+        term, rows = one if one else (0, self._filler())
         packed = self._pack(rows, passes.pad_to)
         size = packed.packing.tokens
         passes.note("padding_share", packed.padding if one else size, size)
@@ -221,6 +231,9 @@ class PackedEngine(ABC):
         way = self._way if shares else self._way.unshared()
         return pack(rows, self._device, way=way, pad_to=pad_to, split=self._mesh.tokens)
 
+    def _filler(self) -> Batch:
+        return filler(0 if self._module.hf.config.get_text_config().pad_token_id != 0 else 1)
+
     @property
     def _padded(self) -> bool:
         return not self._config.packing or self._way.grid
@@ -234,7 +247,45 @@ class PackedEngine(ABC):
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """See `TrainingEngine.adapters`."""
-        return self._adapters
+        file_of = {parameter: name for name, parameter in self._files.same.items()}
+        return (
+            {file_of[name]: a for name, a in self._adapters.items()} if self._adapters.keys() <= file_of.keys() else {}
+        )
+
+    def layout(self, part: WeightPart = "merged") -> Layout:
+        """See `TrainingEngine.layout`."""
+        if part == "adapters":
+            return self._held(adapters=True)
+        return self._file_layout
+
+    def local_shards(self, part: WeightPart = "merged") -> Shards:
+        """See `TrainingEngine.local_shards`."""
+        shards = self._parameter_shards(part)
+        if part == "adapters":
+            return shards
+        buffers = {name: [buffer] for name, buffer in kept_buffers(self._module.hf).items()}
+        return self._files.shards(self._cuts, {**shards, **buffers})
+
+    @cached_property
+    def _file_layout(self) -> Layout:
+        return self._files.layout(self._held(adapters=False))
+
+    @cached_property
+    def _cuts(self) -> Mapping[str, Sequence[Cut]]:
+        return self._files.cuts(self._held(adapters=False), dist.get_rank(self._mesh.world))
+
+    def _held(self, *, adapters: bool) -> Layout:
+        """What each rank holds, by names in memory."""
+        if adapters not in self._layouts:
+            held = self._parameter_layout(adapters=adapters)
+            buffers = {} if adapters else kept_buffers(self._module.hf)
+            ranks = np.arange(held.world)
+            copies = {
+                name: ParameterLayout.from_mesh(tuple(buffer.shape), dtype_name(buffer), ranks, [None])
+                for name, buffer in buffers.items()
+            }
+            self._layouts[adapters] = Layout(held.world, {**held.parameters, **copies})
+        return self._layouts[adapters]
 
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """See `TrainingEngine.full_weights`."""
@@ -256,18 +307,21 @@ class PackedEngine(ABC):
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
         self.before_use()
-        return self._writer.save(folder, self._state(), self._card(), self._module.hf.config, self._folder)
+        return self._writer.save(folder, self._with_buffers(), self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
         self.before_use()
-        self.version = checkpoint.load(folder, self._state(), self._card(), self._mesh.world)
+        self.version = checkpoint.load(folder, self._with_buffers(), self._card(), self._mesh.world)
         self._loaded()
 
+    def _with_buffers(self) -> checkpoint.State:
+        return {**self._state(), **{f"model.{name}": b for name, b in kept_buffers(self._module.hf).items()}}
+
     def export(self, folder: Path) -> None:
-        """See `TrainingEngine.export`; weights are written in `engine.dtype`."""
+        """See `TrainingEngine.export`; in `engine.export_dtype`, else that of the weights it started from."""
         self.before_use()
-        buckets = self.full_weights(self._dtype, FILE_BYTES)
+        buckets = self.full_weights(getattr(torch, self._export_dtype), FILE_BYTES)
         hf = self._module.hf
         writes = dist.get_rank(self._mesh.world) == 0
         write_model(folder, buckets, hf.config, self._folder, type(hf).__name__, writes=writes)
@@ -279,10 +333,11 @@ class PackedEngine(ABC):
         return ModelCard(
             engine=self._config.name,
             model=type(self._module.hf).__name__,
-            dtype=self._config.dtype,
+            dtype=self._export_dtype,
             source=str(self._folder.resolve()),
-            shapes={name: list(shape) for name, shape in self._shapes().items()},
-            adapters={name: [a.down, a.up, a.scale] for name, a in self._adapters.items()},
+            shapes={name: list(shape) for name, shape in {**self._files.shapes, **self._shapes()}.items()},
+            files=self._files.as_json(),
+            adapters={name: [a.down, a.up, a.scale, a.transposed] for name, a in self._adapters.items()},
             lora=asdict(lora) if lora is not None and self._adapters else {},
             version=self.version,
         )
@@ -322,12 +377,12 @@ class PackedEngine(ABC):
         """Drop the gradients of a step that is not made."""
 
     @abstractmethod
-    def layout(self, part: WeightPart = "merged") -> Layout:
-        """See `TrainingEngine.layout`."""
+    def _parameter_layout(self, *, adapters: bool) -> Layout:
+        """What each rank holds of the adapters, or of the other parameters, by names in memory. Collective."""
 
     @abstractmethod
-    def local_shards(self, part: WeightPart = "merged") -> Shards:
-        """See `TrainingEngine.local_shards`."""
+    def _parameter_shards(self, part: WeightPart) -> Shards:
+        """This rank's boxes of it."""
 
     @abstractmethod
     def _shapes(self) -> Mapping[str, Sequence[int]]:

@@ -83,8 +83,9 @@ def pack(
         pad_to = max(pad_to, longest_row(batch))
     places = _shared_places(batch) if way.shares and not pad_to else _places(batch, pad_to, split.sequence)
     total = sum(length for length, _ in places.sequences)
-    ids, positions = np.zeros((2, total), dtype=np.int64)
-    row_tokens = np.ones_like(ids)
+    # What nobody reads is a real token: states of the padding token may be zero, where norms have no gradient.
+    ids = np.full(total, prompts.values[0], dtype=np.int64)
+    positions, row_tokens = np.zeros_like(ids), np.ones_like(ids)
     prompt_at = _within(places.prompts, prompts.lengths)
     response_at = _within(places.responses, responses.lengths)
     ids[prompt_at], ids[response_at] = prompts.values, responses.values
@@ -248,9 +249,10 @@ def _first_fit(sizes: list[int], budget: int) -> list[list[int]]:
     return passes
 
 
-def filler() -> Batch:
-    """One row that counts nowhere, for a rank that has fewer passes than another: collectives need all ranks."""
-    return Batch.of(prompt_ids=[np.zeros(1, np.int32)], response_ids=[np.zeros(1, np.int32)])
+def filler(token: int = 0) -> Batch:
+    """One row of `token` that counts nowhere, for a rank that has fewer passes than another: collectives need all."""
+    row = [np.full(1, token, np.int32)]
+    return Batch.of(prompt_ids=row, response_ids=row)
 
 
 def _within(starts: IntArray, lengths: IntArray) -> IntArray:

@@ -38,15 +38,33 @@ def split_over_tensor_ranks(hf: PreTrainedModel, mesh: DeviceMesh) -> None:
         raise ValueError(f"tensor parallelism of {type(hf).__name__} needs {', '.join(other)}; set tensor_parallel=1")
     trunk: Any = hf.base_model
     cut: dict[str, ParallelStyle] = {}
+    norms: dict[str, nn.Module] = {}
     for name, module in trunk.named_modules():
         style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if style is None:
-            continue
         if style == _PER_HEAD_NORM:
-            _norm_per_head(module, mesh)
-        else:
+            norms[name] = module
+        elif style is not None:
             cut[name] = _STYLES[style]()
+    _check_rest(hf, trunk, {*cut, *norms})
+    for norm in norms.values():
+        if getattr(norm, "weight", None) is not None:
+            _norm_per_head(norm, mesh)
     parallelize_module(trunk, mesh, cut)
+
+
+def _check_rest(hf: PreTrainedModel, trunk: nn.Module, planned: set[str]) -> None:
+    """A parameter among cut layers that the plan leaves out sees a part of the width: its gradient would be a part."""
+    blocks = {name.rpartition(".")[0] for name in planned}
+    inside = [
+        name
+        for name, _ in trunk.named_parameters()
+        if any(name.startswith(f"{block}.") for block in blocks) and name.rpartition(".")[0] not in planned
+    ]
+    if inside:
+        raise ValueError(
+            f"tensor parallelism of {type(hf).__name__} leaves {inside[0]} whole among layers that are cut, and its "
+            "gradient would be of a part; set tensor_parallel=1"
+        )
 
 
 def _norm_per_head(norm: nn.Module, mesh: DeviceMesh) -> None:

@@ -92,11 +92,14 @@ class TrainingEngine(Protocol):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """Weight -> the parameters that change it; empty for a model trained whole."""
+        """Weight, as it is called in the model's files, -> the parameters that change it.
+
+        Empty for a model trained whole, and for one whose files cut what adapters change: it is synced merged.
+        """
         ...
 
     def layout(self, part: WeightPart = "merged") -> Layout:
-        """What each rank of the group holds of every parameter, by checkpoint name, tied ones once.
+        """What each rank of the group holds of every tensor of the model's files, by name, tied ones once.
 
         The same on every rank, and the same after every step; ranks are those of the engine's group.
         """
@@ -110,7 +113,7 @@ class TrainingEngine(Protocol):
         ...
 
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """All parameters by checkpoint name, whole, in buckets of at most `bucket_bytes` (or one parameter).
+        """All tensors of the model's files by name, whole, in buckets of at most `bucket_bytes` (or one parameter).
 
         Every rank must exhaust the iterator; tied parameters come once.
         """

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from rlhf_dist.config import RolloutConfig
+from rlhf_dist.data.ends import end_token_ids
 from rlhf_dist.reshard.checksum import full_checksum
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
+from workers.engines.file_tensors import file_tensors, kept_buffers
 from workers.engines.generation import (
     BOTH,
     Bucket,
@@ -30,7 +32,6 @@ from workers.engines.generation import (
     WeightSyncError,
     check_request,
     continued,
-    end_token_ids,
     resumed_seed,
     stream_seed,
 )
@@ -56,6 +57,7 @@ class TransformersEngine(SyncedEngine):
         with torch.random.fork_rng():
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=self._dtype)
         self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
+        self._files = file_tensors(model, {name: tensor.shape for name, tensor in self._weights().items()})
 
     @torch.no_grad()
     def generate(
@@ -124,41 +126,48 @@ class TransformersEngine(SyncedEngine):
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._model
 
+    def _weights(self) -> dict[str, Tensor]:
+        """What the model's files hold, by names in memory."""
+        assert self._model is not None, "the engine is open"
+        return {name: p.detach() for name, p in self._model.named_parameters()} | kept_buffers(self._model)
+
     def _begin_install(self) -> None:
-        for parameter in self._running("receive_weights").parameters():
-            parameter.fill_(torch.nan)
+        self._running("receive_weights")
+        for weight in self._weights().values():
+            weight.fill_(torch.nan)
 
     def _install(self, bucket: Bucket) -> None:
-        parameters = dict(self._running("receive_weights").named_parameters(remove_duplicate=False))
+        self._running("receive_weights")
+        weights = self._weights()
         for name, tensor in bucket:
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                has = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+            if name not in self._files or self._files[name].shape != tensor.shape:
+                has = self._files[name].shape if name in self._files else "no such parameter"
                 raise ValueError(
                     f"parameter {name} must fit the rollout model: it has {has}, got {tuple(tensor.shape)}"
                 )
-            parameters[name].copy_(tensor)
+            self._files.write(name, tensor, weights)
 
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
-        model = self._running("receive_weights")
-        if names := [name for name, parameter in model.named_parameters() if bool(parameter.sum().isnan())]:
+        self._running("receive_weights")
+        weights = self._weights()
+        if names := [name for name, weight in weights.items() if bool(weight.sum().isnan())]:
             rule = "the model must be written completely and hold no NaN (or the trained weights have one)"
             raise WeightSyncError(version, rule, names)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        if names := [name for name, checksum in expected.items() if full_checksum(parameters[name]) != checksum]:
+        if names := [n for n, checksum in expected.items() if full_checksum(self._files.read(n, weights)) != checksum]:
             raise WeightSyncError(version, "parameters must read back as they arrived", names)
 
     def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
         """See GenerationEngine: one copy of everything."""
-        parameters = dict(self._running("trace").named_parameters())
-        has = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._running("trace")
+        has = {name: tensor.shape for name, tensor in self._files.items()}
         if has != {name: tuple(shape) for name, shape in shapes.items()}:
             raise Untraceable(f"the rollout model's parameters are others: {sorted(has.keys() ^ shapes.keys())[:5]}")
-        self._names = list(shapes)
-        return {name: [tuple((0, size) for size in shape)] for name, shape in shapes.items()}
+        return {name: [part.file_box for part in self._files[name].parts] for name in shapes}
 
     def _target_shards(self) -> Shards:
-        parameters = dict(self._running("receive_shards").named_parameters())
-        return {name: [parameters[name].detach()] for name in self._names}
+        self._running("receive_shards")
+        weights = self._weights()
+        return {name: [view for _, view in self._files.views(name, weights)] for name in self._files}
 
     def _begin_shards(self) -> None:
         pass

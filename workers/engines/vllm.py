@@ -27,6 +27,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rlhf_dist.config import RolloutConfig
+from rlhf_dist.data.ends import end_token_ids
 from rlhf_dist.reshard.checks import check_tensor_parallel
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
@@ -40,7 +41,6 @@ from workers.engines.generation import (
     WeightSyncError,
     check_request,
     continued,
-    end_token_ids,
     resumed_seed,
     stream_seed,
 )
@@ -54,12 +54,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import EngineArgs, SamplingParams  # noqa: E402
+from vllm.config import LoadConfig  # noqa: E402
 from vllm.distributed import parallel_state  # noqa: E402
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
 
-from workers.engines import vllm_trace, vllm_weights  # noqa: E402
+from workers.engines import vllm_classes, vllm_trace, vllm_weights  # noqa: E402
 from workers.engines.vllm_sampler import FullVocabularySampler  # noqa: E402
 
 _MAX_REQUESTS = 1024
@@ -104,7 +106,8 @@ class VllmEngine(SyncedEngine):
         name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
         order = [rank for group in copies for rank in group] if copies else list(range(world))
-        with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order):
+        kept = vllm_classes.classes_kept()
+        with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order), kept as decorated:
             vllm_config = _engine_args(model_path, rollout, device).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
                 vllm_config,
@@ -118,6 +121,7 @@ class VllmEngine(SyncedEngine):
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         runner.sampler = FullVocabularySampler()
         self._model: torch.nn.Module = runner.model
+        vllm_classes.move(self._model, decorated)
 
     def generate(
         self,
@@ -241,7 +245,7 @@ class VllmEngine(SyncedEngine):
         vllm_weights.invalidate(self._model)
 
     def _install(self, bucket: Bucket) -> None:
-        self._model.load_weights(vllm_trace.as_checkpoint(bucket))
+        self._model.load_weights(bucket)
 
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
         if names := vllm_weights.unwritten(self._model):
@@ -284,6 +288,18 @@ class VllmEngine(SyncedEngine):
         self._tracing.complete(self._model)
         self._make_ready(version)
 
+    def read_folder(self, folder: Path) -> None:
+        """Take the weights of a model folder the way vLLM reads one; the version held stays what it was.
+
+        Raises ValueError for a parameter that vLLM does not find in it.
+        """
+        self._begin_install()
+        source = DefaultModelLoader.Source(str(folder), revision=None)
+        self._model.load_weights(DefaultModelLoader(LoadConfig())._get_weights_iterator(source))
+        if names := vllm_weights.unwritten(self._model):
+            raise ValueError(f"{folder} must hold every parameter of vLLM's model, and lacks {', '.join(names[:3])}")
+        self._make_ready(self._version)
+
     def _failures_of_peers(self, failure: str | None) -> list[str]:
         if self._engine is None or self._rollout.tensor_parallel == 1:
             return []
@@ -314,7 +330,8 @@ def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) 
     where: dict[str, Any] = (
         {"block_size": _CPU_BLOCK_TOKENS}
         if cpu
-        else {"gpu_memory_utilization": rollout.gpu_memory_share, "enable_sleep_mode": True}
+        # Triton's kernels take experts as they are loaded; the others rearrange them, and a sync would not.
+        else {"gpu_memory_utilization": rollout.gpu_memory_share, "enable_sleep_mode": True, "moe_backend": "triton"}
     )
     return EngineArgs(
         model=model_path,

@@ -12,7 +12,7 @@ What a window cannot express (a copy of something computed from a probe, an elem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_dist.reshard.layout import Box
+from workers.engines import vllm_weights
+from workers.engines.file_tensors import box_of
 from workers.engines.generation import Untraceable
 
 
@@ -66,32 +68,19 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
     Raises Untraceable with the reason.
     """
     probes = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in shapes.items()}
-    watch = _Watch(dict(model.named_parameters()), probes)
+    watch = _Watch(model, probes)
     try:
         with torch.no_grad(), watch:
-            model.load_weights(as_checkpoint(probes.items()))
+            model.load_weights(iter(probes.items()))
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(f"vLLM's loader cannot run on tensors without data: {error!r}") from error
     watch.check_complete()
-    return _tracing(watch)
-
-
-def as_checkpoint(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters as checkpoints name them: experts that transformers stacks in one tensor, one by one (views)."""
-    for name, tensor in weights:
-        stem, _, last = name.rpartition(".")
-        if tensor.ndim == 3 and stem.endswith(".experts") and last in ("gate_up_proj", "down_proj"):
-            for k, expert in enumerate(tensor):
-                if last == "down_proj":
-                    yield f"{stem}.{k}.down_proj.weight", expert
-                else:
-                    half = len(expert) // 2
-                    yield f"{stem}.{k}.gate_proj.weight", expert[:half]
-                    yield f"{stem}.{k}.up_proj.weight", expert[half:]
-        else:
-            yield name, tensor
+    try:
+        return _tracing(watch)
+    except ValueError as error:
+        raise Untraceable(str(error)) from error
 
 
 @dataclass
@@ -105,16 +94,24 @@ class _Write:
 class _Watch(TorchDispatchMode):
     """Records what is written into parameters, and lets nothing be written."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], probes: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, probes: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._parameters = {_memory(tensor): (name, tensor) for name, tensor in parameters.items()}
+        self._model = model
+        self._find_parameters()
         self._probes = {_memory(probe): name for name, probe in probes.items()}
         self._keep = list(probes.values())
         self.shapes = {name: tuple(probe.shape) for name, probe in probes.items()}
         self.writes: list[_Write] = []
 
+    def _find_parameters(self) -> None:
+        self._parameters: dict[int, tuple[str, Tensor]] = {}
+        for name, parameter in vllm_weights.loaded_parameters(self._model):
+            self._parameters[_memory(parameter)] = (name, parameter)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         into = args[0] if args and isinstance(args[0], Tensor) and func._schema.is_mutable else None
+        if into is not None and _memory(into) not in self._parameters and _memory(args[-1]) in self._probes:
+            self._find_parameters()  # some loaders add a parameter (a head's bias) when its weight comes
         if into is None or _memory(into) not in self._parameters:
             return func(*args, **(kwargs or {}))
         name, parameter = self._parameters[_memory(into)]
@@ -142,8 +139,8 @@ class _Watch(TorchDispatchMode):
                 raise Untraceable(f"{written.get(name, 0)} of {parameter.numel()} elements of {name} are loaded")
 
 
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _memory(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else 0
 
 
 def _tracing(watch: _Watch) -> Tracing:
@@ -156,7 +153,7 @@ def _tracing(watch: _Watch) -> Tracing:
         name, size, stride, offset = write.source
         if not prod(size):
             continue
-        box, order = _box_of(name, watch.shapes[name], size, stride, offset)
+        box, order = box_of(name, watch.shapes[name], size, stride, offset)
         w = write.window
         # The window's dims in the order of the parameter's; dims of one element have no stride of their own.
         window = Window(
@@ -171,27 +168,3 @@ def _tracing(watch: _Watch) -> Tracing:
         else:
             places[box] = window
     return Tracing({name: list(places.items()) for name, places in found.items()}, copies, constants)
-
-
-def _box_of(
-    name: str, shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...], offset: int
-) -> tuple[Box, list[int | None]]:
-    """The box that a view of a contiguous tensor covers, and which dim of the view runs along each of its dims."""
-    lengths = [1] * len(shape)
-    order: list[int | None] = [None] * len(shape)
-    steps = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    for k, (length, step) in enumerate(zip(size, stride, strict=True)):
-        if length == 1:
-            continue
-        dims = [dim for dim in range(len(shape)) if steps[dim] == step and shape[dim] > 1 and order[dim] is None]
-        if not dims:
-            raise Untraceable(f"{name} of shape {list(shape)} is loaded through a view of strides {list(stride)}")
-        lengths[dims[0]], order[dims[0]] = length, k
-    start = []
-    for step in steps:
-        start.append(offset // step)
-        offset %= step
-    box = tuple((a, a + n) for a, n in zip(start, lengths, strict=True))
-    if any(b > limit for (_, b), limit in zip(box, shape, strict=True)):
-        raise Untraceable(f"{name} of shape {list(shape)} is loaded through a view across its rows")
-    return box, order

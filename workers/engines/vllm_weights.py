@@ -12,7 +12,8 @@ packing 0.06 s at 135).
     finish:  pack; no NaN left; each kernel == its parameter                     tied embeddings included
 
 Mixture-of-experts layers pack in place of their parameters; here the plain ones are kept aside and put back while
-weights are written.
+weights are written. (On CUDA the engine asks for the one backend, Triton, that leaves experts as they were loaded: the
+others swap, pad or permute them in place.) What latent attention derives from its weights is derived anew by `pack`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import vllm.model_executor.layers.utils as vllm_layers
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -70,29 +72,42 @@ def open_for_writing(model: nn.Module) -> None:
 def invalidate(model: nn.Module) -> None:
     """Open for writing, and fill every parameter with NaN."""
     open_for_writing(model)
-    for parameter in model.parameters():
+    for _, parameter in loaded_parameters(model):
         parameter.fill_(torch.nan)
 
 
 @torch.no_grad()
 def pack(model: nn.Module) -> None:
-    """Build the kernels of every packed layer from its parameter; nothing to do on a GPU."""
+    """Build what is made of parameters anew: the kernels of packed layers (on a CPU), derived parameters."""
     for _, layer in _packed_layers(model):
         _pack_layer(layer, remove_weight=False)
     for layer in _expert_layers(model):
         layer.pack_experts()
+    for attention in _latent_attentions(model):
+        attention.process_weights_after_loading(attention.W_UV.dtype)
 
 
 @torch.no_grad()
 def unwritten(model: nn.Module) -> list[str]:
     """Parameters (vLLM's names) with a NaN in them: part of them was never written, or what arrived has one."""
-    return [name for name, parameter in model.named_parameters() if bool(parameter.sum().isnan())]
+    return [name for name, parameter in loaded_parameters(model) if bool(parameter.sum().isnan())]
+
+
+def loaded_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that a loader writes: all but what latent attention derives from them."""
+    derived = {id(p) for attention in _latent_attentions(model) for p in attention.parameters(recurse=False)}
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in derived]
 
 
 @torch.no_grad()
 def mispacked(model: nn.Module) -> list[str]:
     """Layers whose packed kernel does not compute what their parameter says."""
     return [name for name, layer in _packed_layers(model) if not _kernel_agrees(layer)]
+
+
+def _latent_attentions(model: nn.Module) -> list[MLAAttention]:
+    # One that has packed its weights for AMX and dropped them has nothing to derive from: loading says so.
+    return [m for m in model.modules() if isinstance(m, MLAAttention) and hasattr(m, "W_UV")]
 
 
 def _expert_layers(model: nn.Module) -> list[Any]:

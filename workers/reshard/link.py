@@ -47,10 +47,15 @@ class SyncStopped(RuntimeError):
     """A weight sync that did not come to its end: a peer died, stalled or failed. The next call starts afresh."""
 
     def __init__(self, phase: str, rank: int, peers: Sequence[int], what: str, cause: str) -> None:
-        self.phase, self.rank, self.peers = phase, rank, tuple(peers)
+        self.phase, self.rank, self.peers, self.what, self.cause = phase, rank, tuple(peers), what, cause
+        # What the class is called with: an exception is unpickled by calling its class with these.
+        super().__init__(phase, rank, self.peers, what, cause)
+
+    def __str__(self) -> str:
         with_whom = f"waiting for rank{'s' if len(self.peers) != 1 else ''} {', '.join(map(str, self.peers))}"
-        super().__init__(
-            f"weight sync stopped in phase {phase!r}: rank {rank} {with_whom}{f', {what}' if what else ''}: {cause}. "
+        what = f", {self.what}" if self.what else ""
+        return (
+            f"weight sync stopped in phase {self.phase!r}: rank {self.rank} {with_whom}{what}: {self.cause}. "
             "The weights of this sync are not used; see the log of the ranks named, then sync again"
         )
 

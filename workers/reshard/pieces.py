@@ -123,9 +123,9 @@ class PieceSync:
             adapter = self._adapters[name]
             [down], [up] = self._received[adapter.down], self._received[adapter.up]
             boxes = self._target.parameters[name].boxes_of(self._rank)
-            for shard, base, (rows, columns) in zip(target[name], kept, boxes, strict=True):
-                change = up[slice(*rows)] @ down[:, slice(*columns)]
-                shard.copy_(torch.add(base.to(change), change, alpha=adapter.scale))
+            for shard, base, box in zip(target[name], kept, boxes, strict=True):
+                change = adapter.change(down, up, box)
+                shard.copy_(base.to(change) + change)
 
 
 def empty_shards(layout: Layout, rank: int, device: torch.device) -> dict[str, list[Tensor]]:

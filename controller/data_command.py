@@ -1,0 +1,61 @@
+"""`rlhf-dist data`: what a recipe's rows come to, before anything is started. Loads no torch, ray or vllm."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+STYLES = {"prompt": "cyan", "trained": "bold green", "context": "yellow"}
+"""Colours; the words beside the text say the same without them."""
+MARGIN = 10
+
+
+def add_data_parser(commands: Any, launch: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    data = commands.add_parser("data", parents=[launch], help="show samples of what will be trained, token by token")
+    data.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (3)")
+    data.add_argument("--step", type=int, default=0, metavar="S", help="the step whose rows are shown (the first)")
+    data.add_argument("--heldout", action="store_true", help="rows of data.heldout instead")
+
+
+def data_command(arguments: argparse.Namespace) -> int:
+    """Read, render and tokenise all rows as a run does; print their counts and a few of them.
+
+    Raises ConfigError for an option that cannot be, ValueError for faulty settings or data.
+    """
+    from rich.console import Console
+
+    from rlhf_dist.compose import compose
+    from rlhf_dist.data import heldout_source, training_source
+    from rlhf_dist.data.samples import samples, summary
+    from rlhf_dist.typed import ConfigError
+
+    for name, least in (("rows", 0), ("step", 0)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    launch = compose(arguments.recipe, arguments.overrides)
+    source = heldout_source(launch) if arguments.heldout else training_source(launch)
+    console = Console(highlight=False, soft_wrap=True)  # Without colour where NO_COLOR is set or nobody looks on.
+    for line in summary(source, launch.run.data):
+        console.print(line, markup=False)
+    for sample in samples(source, arguments.step, arguments.rows, launch.run.data):
+        console.print(f"\n{sample.title}", style="bold", markup=False)
+        for segment in sample.segments:
+            _show(console, segment.kind, segment.text, STYLES[segment.kind])
+        if sample.answer is not None:
+            _show(console, "answer", sample.answer, "")
+    return 0
+
+
+def _show(console: Any, label: str, text: str, style: str) -> None:
+    """The label beside the first line, the text's own lines below each other."""
+    from rich.text import Text
+
+    for number, line in enumerate(_visible(text).split("\n")):
+        head = label if number == 0 else ""
+        console.print(Text(f"{head:<{MARGIN}}").append(line, style))
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes, so that they cannot move the cursor."""
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)

@@ -1,0 +1,55 @@
+"""What the controller is told when an op has no reply: plain text and places, so that nothing needs unpickling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST_TEXT = 4000
+"""Characters of an error's own text; some carry a whole compiler's output. The worker's log has all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A place in a traceback; whoever shows it reads the line itself from the file."""
+
+    file: str
+    line: int
+    function: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why there is no reply of a rank."""
+
+    lost: bool
+    """The process died or does not answer; False: the op raised."""
+    text: str
+    frames: tuple[Frame, ...] = ()
+    """Of the user's own files, outermost first."""
+
+
+def text_of(error: BaseException) -> str:
+    """`KeyError: 'nope'`, whatever the exception's own methods do."""
+    try:
+        text = ": ".join(part for part in (type(error).__name__, str(error)) if part)
+        text = "\n".join([text, *map(str, getattr(error, "__notes__", ()))])
+    except Exception as broken:  # a user's __str__ may raise anything
+        text = f"{type(error).__name__} (its text cannot be made: {type(broken).__name__})"
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
+
+
+def failure_of_call(error: Exception) -> Failure:
+    """What an error of Ray says about a remote call: the call raised (before its method could catch it), what it
+    raised cannot be unpickled here, the process could not be made, or it is gone.
+
+    Told apart by attribute and name: this package knows nothing of Ray.
+    """
+    cause = getattr(error, "cause", None)
+    name = type(error).__name__
+    in_text = name == "UnserializableException" or "isn't serializable" in str(cause)
+    if in_text or "raised in its creation task" in str(error):
+        # Ray's text ends with the traceback, whose last line is the exception's own.
+        return Failure(lost=False, text=str(cause or error).strip().splitlines()[-1])
+    if cause is not None:
+        return Failure(lost=False, text=text_of(cause))
+    return Failure(lost=True, text=f"its process died or stopped answering ({name})")

@@ -1,0 +1,46 @@
+"""What a launch is, said for people beside the plan of a step: passes over the data, models and dtypes."""
+
+from __future__ import annotations
+
+from rlhf_dist.compose import Launch
+from rlhf_dist.config import ActorConfig
+from rlhf_dist.weights_files import export_dtype, stored_weights
+
+
+def epoch_lines(launch: Launch) -> list[str]:
+    """How many steps the passes over the data are, where these were asked for."""
+    data = launch.run.data
+    if not launch.epoch_rows:
+        return []
+    more = launch.run.steps * data.prompts_per_step - data.epochs * launch.epoch_rows
+    filled = f"; {more} rows of the next pass fill the last step" if more else ""
+    return [f"epochs    {data.epochs} of {launch.epoch_rows:,} rows = {launch.run.steps} steps{filled}"]
+
+
+def model_lines(launch: Launch) -> list[str]:
+    """What each role's model is, and in which dtypes it is stored, computed with and exported."""
+    learning = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
+    lines = []
+    for role, settings in launch.used_roles.items():
+        model = settings.model
+        if model is None:
+            continue
+        stored, engine = stored_weights(model.path), settings.engine
+        what = ["weights drawn at random" if model.init == "random" else f"{stored.dtype or 'unknown'} weights"]
+        if stored.parameters and model.init != "random":
+            what.insert(0, f"{_count(stored.parameters)} parameters")
+        lines.append(f"model     {role}: {model.path} ({', '.join(what)}), computes in {engine.dtype}")
+        if isinstance(settings, ActorConfig) and role in launch.dataflow.generating:
+            lines[-1] += f", generates in {settings.rollout.dtype}"
+        if role in learning:
+            exported = export_dtype(model.path, engine.export_dtype, engine.dtype)
+            lines[-1] += f", trains float32 master weights, exported as {exported}"
+    return lines
+
+
+def _count(number: int) -> str:
+    """A number of parameters for people."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

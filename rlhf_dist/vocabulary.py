@@ -1,0 +1,68 @@
+"""What a recipe is written with, as tables for people: role ops, host ops and losses, read from the code itself."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from rlhf_dist import transforms
+from rlhf_dist.algorithms import losses
+from rlhf_dist.dataflow.host import HostOp
+from rlhf_dist.roles import Actor, Columns, Critic, Reference, Reward, RewardModel, ops_of
+
+ROLES = (Actor, Critic, Reference, Reward, RewardModel)
+
+
+def describe_ops() -> str:
+    """Tables of role ops, host ops and losses: what is called, what it reads and writes, what it is."""
+    role_ops = [
+        (f"{interface.__name__}.{name}", f"{_columns(spec.reads)} -> {_columns(spec.writes)}", getattr(interface, name))
+        for interface in ROLES
+        for name, spec in ops_of(interface).items()
+    ]
+    host_ops = [
+        (name, f"{_columns(op.reads)} -> {_columns(op.writes)}{', fewer rows' if op.drops_rows else ''}", op)
+        for name, op in _public(transforms)
+        if isinstance(op, HostOp)
+    ]
+    made = [(name, _settings(make), make) for name, make in _public(losses) if inspect.isfunction(make)]
+    return "\n\n".join(
+        f"{title}\n{_table(rows)}"
+        for title, rows in (
+            ("ops of roles (rlhf_dist.roles)", role_ops),
+            ("host ops (rlhf_dist.transforms)", host_ops),
+            ("losses (rlhf_dist.algorithms), for loss=", made),
+        )
+    )
+
+
+def _public(module: ModuleType) -> list[tuple[str, Any]]:
+    return [(name, getattr(module, name)) for name in module.__all__]
+
+
+def _columns(columns: Columns) -> str:
+    # A function says which columns for each call: with the defaults where it needs no setting.
+    try:
+        names = columns({}) if callable(columns) else columns
+    except KeyError:
+        return "what its loss reads"
+    return ", ".join(names) or "nothing"
+
+
+def _settings(function: Callable[..., Any]) -> str:
+    return ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in _parameters(function))
+
+
+def _parameters(function: Callable[..., Any]) -> Iterable[inspect.Parameter]:
+    return inspect.signature(function).parameters.values()
+
+
+def _table(rows: list[tuple[str, str, Any]]) -> str:
+    lines = []
+    for name, what, documented in rows:
+        text = textwrap.fill(" ".join((inspect.getdoc(documented) or "").split()), 108)
+        lines.append(f"  {name}\n      {what}\n{textwrap.indent(text, '      ')}")
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""The guide to recipes is a recipe: its blocks are put together, checked by the command line, and its parts called."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from controller.cli import main
+from rlhf_dist.algorithms.contract import Loss
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.compose import compose, compose_dataflow
+from rlhf_dist.python_files import load_file
+from rlhf_dist.transforms import __all__ as host_ops
+from tests.tiny import save_llama
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text("\n\n".join(blocks("writing-a-recipe.md", "python")))
+    (tmp_path / "mine.yaml").write_text(blocks("writing-a-recipe.md", "yaml")[0])
+    return tmp_path / "mine.py"
+
+
+def test_the_guides_recipe_is_checked_as_it_says(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_llama(tmp_path / "model")
+    assert main(["check", str(mine), f"model.path={model}", f"output.root={tmp_path}"]) == 0, capsys.readouterr().err
+    plan = capsys.readouterr().out
+    assert "4 prompts -> 16 rows" in plan and "less_for_length" in plan
+    node = compose_dataflow(str(mine))["less_for_length"]
+    assert node.kwargs == {"longest": 8, "slack": 4}, "the limit follows actor.rollout.max_response_tokens"
+    assert [entry.rows for entry in node.inputs] == ["actor.generate_sequences"]
+
+
+def test_the_guides_op_loss_and_reward_do_what_they_say(mine: Path) -> None:
+    module = load_file(mine)
+    lengths = np.array([4, 6, 8])
+    mask = Column(np.ones(18, dtype=np.uint8), np.concatenate([[0], lengths.cumsum()]))
+    batch = Batch({"rewards": Column(np.ones(3, dtype=np.float32)), "response_mask": mask})
+    result = module.less_for_length(batch, longest=8, slack=4)
+    np.testing.assert_allclose(result.columns["rewards"].values, [1.0, 0.5, 0.0])
+    loss = module.Entropic(bonus=0.5)
+    assert isinstance(loss, Loss)
+    said = SimpleNamespace(log_probs=torch.tensor([-2.0]), entropy=torch.tensor([1.0]))
+    value, metrics = loss(said, {"advantages": torch.tensor([3.0])})
+    assert value.item() == 5.5 and metrics["policy_loss"].item() == 5.5
+    assert module.digits("", "1a2b", "") == 0.5
+
+
+def test_settings_in_the_page_on_running_compose(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(blocks("running.md", "yaml")[0])
+    launch = compose("grpo", ["data.train.system=What's (A), $5?"], str(tmp_path / "mine.yaml"))
+    assert launch.run.data.train.system == "What's (A), $5?" and launch.run.data.train.generator == "chain_sum"
+
+
+def test_the_list_of_ops_has_all_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ops"]) == 0
+    listed = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert {*host_ops, "Actor.update_actor", "ppo_clip", "value_clip"} <= listed
+    assert "rewards, values, response_mask -> advantages, returns" in listed
