@@ -87,6 +87,7 @@ class Link:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}; it is what one sync may take")
         self.rank, self.world, self.device = rank, world, device
+        self._held = store  # Where this process hosts it, it ends with the last that holds on to it.
         # Connections of its own: one that a stopped host blocks is blocked for whoever else uses it.
         self._store = dist.PrefixStore(f"reshard/{name}", store.clone())
         self._watch = Watch(dist.PrefixStore(f"reshard/{name}/watch", store.clone()), rank, world, silence_s)
