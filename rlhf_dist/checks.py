@@ -94,8 +94,10 @@ def _check_numbers(launch: Launch) -> None:
                 at_least[f"{role}.optimizer.total_steps"] = (optimizer.total_steps, optimizer.warmup_steps + 1)
         if isinstance(settings, ActorConfig) and _generates(launch, role):
             rollout = settings.rollout
-            for name in ("tensor_parallel", "max_prompt_tokens", "max_response_tokens", "bucket_bytes"):
+            for name in ("tensor_parallel", "max_prompt_tokens", "max_response_tokens"):
                 at_least[f"{role}.rollout.{name}"] = (getattr(rollout, name), 1)
+            if rollout.bucket_bytes is not None:
+                at_least[f"{role}.rollout.bucket_bytes"] = (rollout.bucket_bytes, 1)
             at_least[f"{role}.rollout.top_k"] = (rollout.top_k, 0)
             at_least[f"{role}.rollout.ratio_tolerance"] = (rollout.ratio_tolerance, 0)
             at_least[f"{role}.rollout.canary_tolerance"] = (rollout.canary_tolerance, 0)

@@ -135,8 +135,9 @@ class RolloutConfig:
     ratio_tolerance: float = 0.0
     """Largest mean |pi_train / pi_rollout - 1| over a step's tokens where both hold the same weights; more is an
     error. 0: 0.01 in float32, 0.5 in bfloat16."""
-    bucket_bytes: int = 64 << 20
-    """Most bytes of weights on their way at one time in a weight sync, per rank."""
+    bucket_bytes: int | None = None
+    """Most bytes of weights on their way at one time in a weight sync, per rank; None: 1 GiB on CUDA, 64 MiB on a
+    CPU."""
     sleeps: bool = True
     """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
     canary_tolerance: float = 0.0

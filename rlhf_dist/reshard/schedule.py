@@ -1,20 +1,23 @@
-"""One rank's part of a plan: what it copies, and what it sends and receives in which chunks.
+"""One rank's part of a plan: what it copies, and what it sends and receives in which rounds.
 
 Everything that one sender gives to one group of receivers is a *stream*: the pieces laid one after the other in
-plan order, cut into chunks of equal size (the last one shorter). Both ends derive the same chunks from the plan,
-so nothing but elements travels: no headers, no message per parameter.
+plan order, cut into as many chunks as there are rounds (the last ones may be shorter or none). In a *round* every
+rank gives every other at most one message: its chunks of all streams between the two. Both ends derive the same
+chunks from the plan, so nothing but elements travels, and no message is told from another by tag or order.
 
     stream 0 -> {2, 3}    | q_proj piece | o_proj piece | up_proj |piece |
     chunks                |---- 0 ----|---- 1 ----|---- 2 ----|-3-|
+    rank 0, round 0       to 2: chunk 0 of stream 0, chunk 0 of stream 1       to 3: chunk 0 of stream 0
 
-Chunk k+1 of every stream is packed while chunk k travels, so two of each are in memory. The chunk size is the same
-everywhere: the bucket budget over two chunks of each stream, at the rank that takes part in most.
+Round k+1 is packed while round k travels, so two of each are in memory. There are as few rounds as the bucket
+budget allows to the rank that moves most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -23,9 +26,13 @@ from rlhf_dist.reshard.layout import ITEM_BYTES, Box, Ints, Layout, flat_range_b
 from rlhf_dist.reshard.plan import Plan
 
 IN_FLIGHT = 2
-"""Chunks of a stream in memory at one time."""
+"""Rounds in memory at one time."""
 SMALLEST_CHUNK_BYTES = 4096
 """Below this, messages cost more than they carry; a smaller budget is refused."""
+ALIGN_BYTES = 16
+"""Chunks begin on multiples of it in a message, so that elements of every dtype lie where they may."""
+MOST_PEERS = 128
+"""Ranks that one rank sends to in a round, and receives from: NCCL groups of more than 256 operations may hang."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,25 @@ class Stream:
 
     sender: int
     receivers: tuple[int, ...]
-    tag: int
-    """Tells apart the streams of one sender."""
     dtype: str
+    first_round: int
+    """Chunk k travels in round first_round + k."""
     chunks: list[list[Part]]
     chunk_elements: int
     elements: int
 
-    def length(self, k: int) -> int:
-        """Elements of chunk k."""
-        return min(self.chunk_elements, self.elements - k * self.chunk_elements)
+    def of_round(self, k: int) -> int | None:
+        """The chunk that travels in round k; None: none does."""
+        chunk = k - self.first_round
+        return chunk if 0 <= chunk < len(self.chunks) else None
+
+    def length(self, chunk: int) -> int:
+        """Elements of a chunk."""
+        return min(self.chunk_elements, self.elements - chunk * self.chunk_elements)
+
+    def room(self, chunk: int) -> int:
+        """Bytes that a chunk takes in a message."""
+        return _aligned(self.length(chunk) * ITEM_BYTES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -74,31 +90,34 @@ class RankSchedule:
     """(source, target) inside this process."""
     sends: list[Stream]
     receives: list[Stream]
-    buffer_bytes: int
-    """Most memory that its chunks take."""
+    rounds: int
+    """The same on all ranks, and every rank takes part in each."""
+    send_bytes: int
+    """Of the largest round's messages to others."""
+    receive_bytes: int
+    """Of the largest round's messages from others."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that its messages take."""
+        return IN_FLIGHT * (self.send_bytes + self.receive_bytes)
 
 
 class BucketError(ValueError):
     """A bucket budget that no schedule fits."""
 
 
-def chunk_bytes(plan: Plan, bucket_bytes: int) -> int:
-    """Bytes of a chunk so that no rank's chunks exceed `bucket_bytes`. Raises BucketError when that is too little."""
-    most = int(_streams_per_rank(plan).max(initial=0))
-    if not most:
-        return max(bucket_bytes, SMALLEST_CHUNK_BYTES)
-    chunk = bucket_bytes // (IN_FLIGHT * most) // 8 * 8
-    if chunk < SMALLEST_CHUNK_BYTES:
-        raise BucketError(
-            f"rollout.bucket_bytes must be at least {IN_FLIGHT * most * SMALLEST_CHUNK_BYTES} for this plan (a rank "
-            f"takes part in {most} streams), got {bucket_bytes}"
-        )
-    return chunk
+def default_bucket_bytes(device: str) -> int:
+    """Budget of a device kind: large messages where a link carries 50 GB/s or more, small ones where memory is the
+    host's. 64 MiB on 32 GPUs would be 41,000 messages of 425 kB a rank for a 70B model."""
+    return 1 << 30 if device == "cuda" else 64 << 20
 
 
-def schedule(plan: Plan, rank: int, bucket_bytes: int) -> RankSchedule:
-    """What `rank` does in `plan`, its chunk buffers within `bucket_bytes`."""
-    size = chunk_bytes(plan, bucket_bytes)
+def schedule(plan: Plan, rank: int, bucket_bytes: int, most_peers: int = MOST_PEERS) -> RankSchedule:
+    """What `rank` does in `plan`, its messages within `bucket_bytes`. Raises BucketError when that is too little."""
+    flows = _Flows(plan, most_peers)
+    rounds_of = flows.rounds(bucket_bytes)
+    first_of = [0, *accumulate(rounds_of)]
     copies: list[tuple[Slice, Slice]] = []
     found: dict[tuple[int, int, str], list[tuple[str, Box]]] = {}
     source, target = _Finder(plan.source, rank), _Finder(plan.target, rank)
@@ -114,27 +133,50 @@ def schedule(plan: Plan, rank: int, bucket_bytes: int) -> RankSchedule:
     sends: list[Stream] = []
     receives: list[Stream] = []
     for (sender, group, dtype), pieces in sorted(found.items(), key=lambda item: item[0]):
-        finder = source if sender == rank else target
-        tag = group * len(ITEM_BYTES) + list(ITEM_BYTES).index(dtype)
-        stream = _stream(sender, plan.groups[group], tag, dtype, pieces, size, finder)
-        (sends if sender == rank else receives).append(stream)
-    held = sum(
-        min(len(s.chunks), IN_FLIGHT) * min(s.chunk_elements, s.elements) * ITEM_BYTES[s.dtype]
-        for s in (*sends, *receives)
+        for window, receivers in windows(sender, plan.groups[group], plan.world, most_peers):
+            if rank != sender and rank not in receivers:
+                continue
+            finder = source if sender == rank else target
+            elements = sum(prod(stop - start for start, stop in box) for _, box in pieces)
+            size = _chunk_bytes(elements * ITEM_BYTES[dtype], rounds_of[window]) // ITEM_BYTES[dtype]
+            chunks = _chunks(pieces, size, finder)
+            stream = Stream(sender, receivers, dtype, first_of[window], chunks, size, elements)
+            (sends if sender == rank else receives).append(stream)
+    rounds = first_of[-1]
+    return RankSchedule(
+        copies, sends, receives, rounds, _largest_round(sends, rounds, None), _largest_round(receives, rounds, 1)
     )
-    return RankSchedule(copies, sends, receives, held)
 
 
-def _stream(
-    sender: int,
-    receivers: tuple[int, ...],
-    tag: int,
-    dtype: str,
-    pieces: list[tuple[str, Box]],
-    size: int,
-    finder: _Finder,
-) -> Stream:
-    per_chunk = size // ITEM_BYTES[dtype]
+def windows(sender: int, group: Sequence[int], world: int, most_peers: int) -> list[tuple[int, tuple[int, ...]]]:
+    """(window, its receivers) of a multicast: a window has rounds of its own, in which every rank sends to at most
+    `most_peers` ranks, those behind it, and receives from as many, those before it."""
+    if world - 1 <= most_peers:
+        return [(0, tuple(group))]
+    of: dict[int, list[int]] = {}
+    for receiver in group:
+        of.setdefault(((receiver - sender) % world - 1) // most_peers, []).append(receiver)
+    return [(window, tuple(receivers)) for window, receivers in sorted(of.items())]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _chunk_bytes(nbytes: int, rounds: int) -> int:
+    return _aligned(-(-nbytes // rounds))
+
+
+def _largest_round(streams: Sequence[Stream], rounds: int, copies: int | None) -> int:
+    """Bytes; copies: of each chunk, None for one to each receiver."""
+    total = np.zeros(rounds, np.int64)
+    for stream in streams:
+        for chunk in range(len(stream.chunks)):
+            total[stream.first_round + chunk] += stream.room(chunk) * (copies or len(stream.receivers))
+    return int(total.max(initial=0))
+
+
+def _chunks(pieces: list[tuple[str, Box]], per_chunk: int, finder: _Finder) -> list[list[Part]]:
     chunks: list[list[Part]] = []
     at = 0
     for name, box in pieces:
@@ -144,7 +186,7 @@ def _stream(
             sizes = tuple(stop - start for start, stop in sub)
             chunks[-1].append(Part(begin % per_chunk, sizes, finder.slice(name, sub)))
             at = end
-    return Stream(sender, receivers, tag, dtype, chunks, per_chunk, at)
+    return chunks
 
 
 def _cut(box: Box, at: int, per_chunk: int) -> Iterator[tuple[int, int, Box]]:
@@ -178,18 +220,61 @@ class _Finder:
         raise AssertionError(f"rank {self._rank} holds no box of {name} around {box}: the plan is of other layouts")
 
 
-def _streams_per_rank(plan: Plan) -> Ints:
-    pairs: set[tuple[int, int, str]] = set()
-    seen: set[tuple[int, str]] = set()
+class _Flows:
+    """What every rank sends to every other, which is what the number of rounds hangs on."""
+
+    def __init__(self, plan: Plan, most_peers: int) -> None:
+        self._world = plan.world
+        nbytes = _stream_bytes(plan)
+        rows = [
+            (sender, size, window, receivers)
+            for (sender, group, _), size in nbytes.items()
+            for window, receivers in windows(sender, plan.groups[group], plan.world, most_peers)
+        ]
+        self._sender = np.array([row[0] for row in rows], np.int64)
+        self._bytes = np.array([row[1] for row in rows], np.int64)
+        self._window = np.array([row[2] for row in rows], np.int64)
+        self._fanout = np.array([len(row[3]) for row in rows], np.int64)
+        self._receiver = np.array([rank for row in rows for rank in row[3]], np.int64)
+
+    def rounds(self, bucket_bytes: int) -> list[int]:
+        """Of each window, the fewest with which no rank's messages exceed the budget."""
+        budget = bucket_bytes // IN_FLIGHT
+        found = []
+        for window in range(int(self._window.max(initial=-1)) + 1):
+            ones = np.where(self._window == window, 1, 0)
+            most = int(self._load(ones).max())
+            if budget < most * SMALLEST_CHUNK_BYTES:
+                raise BucketError(
+                    f"rollout.bucket_bytes must be at least {IN_FLIGHT * most * SMALLEST_CHUNK_BYTES} for this plan (a "
+                    f"rank gives or takes {most} chunks in a round), got {bucket_bytes}"
+                )
+            count = max(1, -(-int(self._load(self._bytes * ones).max()) // budget))
+            # Rounding up to whole elements and multiples of ALIGN_BYTES may take one more, or a few.
+            while int(self._load(-(-self._bytes // (count * ALIGN_BYTES)) * ALIGN_BYTES * ones).max()) > budget:
+                count += 1
+            found.append(count)
+        return found
+
+    def _load(self, each: Ints) -> Ints:
+        """[world] of something that each stream gives to each of its receivers, what a rank gives and takes."""
+        gives = np.bincount(self._sender, each * self._fanout, self._world)
+        takes = np.bincount(self._receiver, np.repeat(each, self._fanout), self._world)
+        return np.asarray(gives + takes, np.int64)
+
+
+def _stream_bytes(plan: Plan) -> dict[tuple[int, int, str], int]:
+    """(sender, group, dtype) -> bytes that each of its receivers gets; in the order of the streams."""
+    alike: dict[tuple[int, str], list[str]] = {}
     for name, rows in plan.transfers.items():
-        dtype = plan.target.parameters[name].dtype
-        if (id(rows), dtype) not in seen:
-            seen.add((id(rows), dtype))
-            unique = np.unique(np.stack([rows.sender, rows.group], axis=1), axis=0).tolist()
-            pairs.update((sender, group, dtype) for sender, group in unique)
-    count = np.zeros(plan.world, np.int64)
-    for sender, group, _ in pairs:
-        if plan.groups[group] != (sender,):
-            count[sender] += 1
-            count[list(plan.groups[group])] += 1
-    return count
+        alike.setdefault((id(rows), plan.target.parameters[name].dtype), []).append(name)
+    total: dict[tuple[int, int, str], int] = {}
+    for (_, dtype), names in alike.items():
+        rows = plan.transfers[names[0]]
+        pairs, where = np.unique(rows.sender * len(plan.groups) + rows.group, return_inverse=True)
+        size = np.bincount(where.reshape(-1), rows.volume, len(pairs)).astype(np.int64) * ITEM_BYTES[dtype] * len(names)
+        for pair, nbytes in zip(pairs.tolist(), size.tolist(), strict=True):
+            sender, group = divmod(pair, len(plan.groups))
+            if plan.groups[group] != (sender,):
+                total[sender, group, dtype] = total.get((sender, group, dtype), 0) + nbytes
+    return dict(sorted(total.items()))

@@ -15,6 +15,7 @@ import pytest
 from tests.engines.world import World
 from tests.generation import rank, trainer
 from tests.generation.test_engines import SAMPLING, SEEDS, SHORT
+from tests.reshard import strict
 from tests.tiny import save_llama
 
 SOURCES: dict[str, dict[str, Any]] = {
@@ -52,8 +53,16 @@ def assert_follows(generating: World, training: World) -> None:
     assert max(training.run(trainer.trainer_difference, SHORT, answers[0], SAMPLING.n)) < 2e-4
 
 
+@pytest.fixture(params=["gloo", "strict"])
+def link(request: pytest.FixtureRequest, generating: World) -> Iterator[str]:
+    """Links opened in the test: gloo's, or one that keeps NCCL's rules."""
+    generating.run(strict.use, request.param == "strict")
+    yield request.param
+    generating.run(strict.use, False)
+
+
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_colocated_sync_from_every_engine(generating: World, folder: Path, name: str) -> None:
+def test_a_colocated_sync_from_every_engine(generating: World, folder: Path, name: str, link: str) -> None:
     world = generating
     world.run(trainer.open_trainer, folder, SOURCES[name])
     assert world.run(trainer.colocate) == [None, None]
@@ -67,7 +76,7 @@ def test_a_colocated_sync_from_every_engine(generating: World, folder: Path, nam
     assert max(world.run(trainer.trainer_difference, SHORT, old, SAMPLING.n)) > 1e-3  # the step changed the policy
 
 
-def test_adapters_travel_alone_and_generation_follows_them(generating: World, folder: Path) -> None:
+def test_adapters_travel_alone_and_generation_follows_them(generating: World, folder: Path, link: str) -> None:
     world = generating
     world.run(trainer.open_trainer, folder, {"lora": trainer.LORA})
     assert world.run(trainer.colocate) == [None, None]
@@ -129,9 +138,11 @@ def join(training: World, generating: World, timeout_s: float = 20.0, traces: bo
     both(training, generating, trainer.connect, port, 2, 2, timeout_s, traces)
 
 
-def test_across_two_worlds(training: World, generating: World, folder: Path) -> None:
+def test_across_two_worlds(training: World, generating: World, folder: Path, link: str) -> None:
     """Last in this file: afterwards the engine that generates says that it cannot be traced."""
     receiving = generating
+    training.run(strict.use, link == "strict")
+    generating.run(trainer.trace_again)
     receiving.run(trainer.close_trainer)
     for settings in ({"tensor_parallel": 2}, {"lora": trainer.LORA}):
         training.run(trainer.open_trainer, folder, settings)

@@ -81,6 +81,11 @@ def connect(port: int, senders: int, receivers: int, timeout_s: float, traces: b
     _sync = GenerationEnd(rank._engine, ROLLOUT, bridge, dist.get_rank(), CPU)
 
 
+def trace_again() -> None:
+    """Undo `connect(traces=False)`."""
+    rank._engine.__dict__.pop("trace", None)
+
+
 def run(must_change: bool, late: int = -1) -> dict[str, Any]:
     """One sync; the rank `late` (of this world) comes when the others have given up."""
     if dist.get_rank() == late:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from math import prod
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.plan import make_plan
+from tests.reshard import strict
 from tests.reshard.random_layouts import random_pair
 from workers.reshard.link import Link, SyncStopped
 from workers.reshard.sync import SyncFailed, WeightSync
+from workers.reshard.watch import SILENCE_S
 
 BUCKET = 1 << 20
 
@@ -24,15 +27,16 @@ _links: dict[str, Link] = {}
 _syncs: dict[str, WeightSync] = {}
 
 
-def link(name: str, timeout_s: float = 20.0) -> Link:
-    """The link of that name over this world's store, opened on first use.
+def link(name: str, timeout_s: float = 20.0, silence_s: float = SILENCE_S) -> Link:
+    """The link of that name over this world's store, made on first use; it may open its connections now.
 
-    `shared...`: buffers that all ranks see; `cuda...`: all ranks on one GPU.
+    `...shared...`: buffers that all ranks see; `strict...`: NCCL's rules; `cuda...`: all ranks on one GPU.
     """
+    strict.use(name.startswith("strict"))
     if name not in _links:
         store = dist.distributed_c10d._get_default_store()
-        rank, world, shares = dist.get_rank(), dist.get_world_size(), name.startswith("shared")
-        _links[name] = Link(store, name, rank, world, device_of(name), timeout_s, shares=shares)
+        rank, world, shares = dist.get_rank(), dist.get_world_size(), "shared" in name
+        _links[name] = Link(store, name, rank, world, device_of(name), timeout_s, shares=shares, silence_s=silence_s)
     return _links[name]
 
 
@@ -97,7 +101,15 @@ def round_trips(first: int, count: int, name: str = "trips") -> list[str]:
     return wrong
 
 
-def one_sync(name: str, version: int, *, fault: str = "", at: int = -1, timeout_s: float = 20.0) -> dict[str, Any]:
+def one_sync(
+    name: str,
+    version: int,
+    *,
+    fault: str = "",
+    at: int = -1,
+    timeout_s: float = 20.0,
+    silence_s: float = SILENCE_S,
+) -> dict[str, Any]:
     """FSDP over all ranks to tensor parallel over ranks 0-1 and 2-3, with a fault on rank `at`."""
     import numpy as np
 
@@ -109,7 +121,7 @@ def one_sync(name: str, version: int, *, fault: str = "", at: int = -1, timeout_
     target = parallel_layout(cuts, rollout_grid(rollout_axes(4, 2))[:, None, :], "bfloat16")
     source = Layout(4, {n: ParameterLayout.from_mesh(c.shape, "bfloat16", np.arange(4), [0]) for n, c in cuts.items()})
     if name not in _syncs:
-        _syncs[name] = WeightSync(make_plan(source, target), rank, BUCKET, link(name, timeout_s))
+        _syncs[name] = WeightSync(make_plan(source, target), rank, BUCKET, link(name, timeout_s, silence_s))
     sync = _syncs[name]
     full = whole(target, version)
     mine, theirs = shards_of(full, source, rank), blank(target, rank)
@@ -125,6 +137,8 @@ def one_sync(name: str, version: int, *, fault: str = "", at: int = -1, timeout_
             raise OSError("no memory left")
         if faulty and fault == "die inside":
             os._exit(9)
+        if faulty and fault == "stop inside":
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def finish(agreed: int) -> None:
         if faulty and fault == "corrupt":

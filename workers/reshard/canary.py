@@ -31,7 +31,7 @@ def send_canary(
     config: RolloutConfig,
     gather: Callable[[Any], list[Any]],
 ) -> float:
-    """Largest |difference| of log-probs found; every rank calls it, `gather` gives each rank's value to all.
+    """Largest |difference| of log-probs found; every rank calls it, `gather` gives each rank's value to all, as JSON.
 
     Raises CanaryDied above `config.canary_tolerance`; engines that generate then refuse to.
     """
@@ -42,8 +42,8 @@ def send_canary(
     drawn = None
     if rollout is not None:
         [response] = rollout.generate([prompt], sampling, [0])
-        drawn = (tuple(response.token_ids.tolist()), response.log_probs)
-    told = [one for one in gather(drawn) if one is not None]
+        drawn = (response.token_ids.tolist(), response.log_probs.tolist())
+    told = [(tuple(one[0]), np.array(one[1])) for one in gather(drawn) if one is not None]
     rows = sorted({tokens for tokens, _ in told})
     worst = 0.0
     if engine is not None:

@@ -8,6 +8,7 @@ no trace?  whole tensors through vLLM's loader, verified as well; said once in t
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from typing import Any
@@ -18,13 +19,14 @@ import torch.distributed as dist
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.memory import PhaseName
+from rlhf_dist.reshard.schedule import default_bucket_bytes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation import GenerationEngine, Untraceable
 from workers.engines.training import TrainingEngine
 from workers.reshard.canary import send_canary
 from workers.reshard.link import Link
-from workers.reshard.offer import Wanted, offer_of, wanted_by
+from workers.reshard.offer import offer_of, wanted_by, wanted_from_json
 from workers.reshard.pieces import PieceSync
 from workers.reshard.sync import SyncReport, check_changed
 from workers.reshard.turns import Turns, sizes_on_device
@@ -45,20 +47,21 @@ class ColocatedSync:
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
         offer = offer_of(engine, config.dtype)
-        wanted: list[Wanted | str | None] = _gather(wanted_by(rollout, offer.weights))
         nodes = context.nodes or (0,) * context.world
         device = torch.device(context.device)
+        self._link = _link(context, device)
+        wanted = [wanted_from_json(told) for told in self._gather("plan", wanted_by(rollout, offer.weights))]
         weights = int(offer.weights.bytes_per_rank().sum()) // config.tensor_parallel
+        self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         try:
-            self._link = _link(context, device)
-            self.pieces = PieceSync(offer, wanted, nodes, context.rank, config.bucket_bytes, self._link, device)
+            self.pieces = PieceSync(offer, wanted, nodes, context.rank, self._bucket_bytes, self._link, device)
             weights = self.pieces.target_bytes
         except Untraceable as error:
             self.fallback = str(error)
             if context.rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
         self._last: dict[str, int] | None = None
-        sizes = sizes_on_device(engine, context.rank, weights, config.bucket_bytes, config.kv_cache_bytes)
+        sizes = sizes_on_device(engine, context.rank, weights, self._bucket_bytes, config.kv_cache_bytes)
         self.turns = Turns(engine, rollout, device, sizes) if config.sleeps else None
 
     def run(self, must_change: bool) -> SyncReport:
@@ -71,13 +74,21 @@ class ColocatedSync:
         report = self._whole_tensors(must_change) if self.pieces is None else self._pieces(self.pieces, must_change)
         if self._config.canary_tolerance:
             self.turn("generate")
-            send_canary(self._engine, self._rollout, self._config, _gather)
+            send_canary(self._engine, self._rollout, self._config, lambda value: self._gather("canary", value))
         return report
 
     def turn(self, phase: PhaseName) -> None:
         """Before generating or training: the device is brought into that phase, where engines take turns on it."""
         if self.turns is not None:
             self.turns.turn(phase)
+
+    def _gather(self, phase: str, value: Any) -> list[Any]:
+        """Every rank's value, by rank, outside of a sync."""
+        if self._link is None:
+            return [json.loads(json.dumps(value))]
+        self._link.meet()
+        with self._link.kept_while(phase):
+            return self._link.gather_json(value)
 
     def _pieces(self, pieces: PieceSync, must_change: bool) -> SyncReport:
         reports: list[SyncReport] = []
@@ -99,16 +110,10 @@ class ColocatedSync:
         expected = self._engine.checksums(dtype)
         if must_change:
             check_changed(self._engine.version, self._last, expected)
-        buckets = self._engine.full_weights(dtype, self._config.bucket_bytes)
+        buckets = self._engine.full_weights(dtype, self._bucket_bytes)
         report = self._rollout.receive_weights(self._engine.version, buckets, expected)
         self._last = expected
         return SyncReport(self._engine.version, report.parameters, report.bytes, time.perf_counter() - started)
-
-
-def _gather(value: Any) -> list[Any]:
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
-    return told
 
 
 def _link(context: WorkerContext, device: torch.device) -> Link | None:

@@ -1,54 +1,31 @@
-"""Carries out one rank's schedule: copies inside the process, chunks to and from the others.
+"""Carries out one rank's schedule: copies inside the process, rounds of messages between all.
 
-receives posted     0   1 | 2 ...
-packed and sent     0   1 | 2 ...       chunk k+1 is packed and on its way while chunk k arrives
-waited, unpacked        0 | 1 ...       two chunks of each stream in memory, no barrier between ranks
+packed, started     0   1 | 2 ...       round k+1 is packed and on its way while round k arrives
+arrived, unpacked       0 | 1 ...       two rounds in memory
 
-To a rank on the same device a chunk does not travel: both see its memory (shared.py), and words go instead.
+A round is one all-to-all, on every device. What it does depends neither on tags nor on who posts first: every rank
+takes part in every round, with nothing to say where it has nothing to say.
+
+To a rank that sees this one's buffers (shared.py) a chunk does not travel: words tell where it lies.
+
+one rank        pack k+1   start k+1   unpack k   swap words ──> all have packed k+1, all have unpacked k
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_dist.reshard.schedule import IN_FLIGHT, RankSchedule, Slice, Stream
+from rlhf_dist.reshard.layout import ITEM_BYTES
+from rlhf_dist.reshard.schedule import IN_FLIGHT, Part, RankSchedule, Slice, Stream
 from rlhf_dist.reshard.shards import Shards
 from workers.reshard.link import Link
-from workers.reshard.shared import HANDLE_BYTES, SharedBuffer, new_buffer, open_buffer, settle
+from workers.reshard.shared import SharedBuffer, open_buffer
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-
-_DATA, _HANDLE, _READY, _TAKEN, _KINDS = range(5)
-"""Kinds of messages of one stream: each has tags of its own."""
-
-
-@dataclass
-class _Flow:
-    """A stream under way."""
-
-    stream: Stream
-    buffers: list[Tensor]
-    """[IN_FLIGHT][chunk elements]"""
-    near: tuple[int, ...] = ()
-    """Peers that see the same buffers."""
-    works: list[list[tuple[int, dist.Work]]] = field(default_factory=lambda: [[] for _ in range(IN_FLIGHT)])
-    """Of each buffer: (peer, what is still sending from it or receiving into it)."""
-    shared: list[SharedBuffer] = field(default_factory=list)
-
-    def chunk(self, k: int) -> Tensor:
-        return self.buffers[k % IN_FLIGHT][: self.stream.length(k)]
-
-    def tag(self, kind: int) -> int:
-        return self.stream.tag * _KINDS + kind
-
-    def describe(self, k: int) -> str:
-        names = [part.slice.name for part in self.stream.chunks[k]]
-        through = f" to {names[-1]}" if names[-1] != names[0] else ""
-        return f"chunk {k + 1} of {len(self.stream.chunks)}, parameters {names[0]}{through}"
+_DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 
 def exchange(schedule: RankSchedule, source: Shards, target: Shards, link: Link | None) -> int:
@@ -57,102 +34,149 @@ def exchange(schedule: RankSchedule, source: Shards, target: Shards, link: Link 
     Values are cast to the target's dtype before they travel. `link` None: only for a schedule without streams.
     Raises SyncStopped naming phase, ranks and parameters.
     """
-    for mine, theirs in schedule.copies:
-        _view(target, theirs).copy_(_view(source, mine))
     if link is None:
         assert not schedule.sends and not schedule.receives, "a schedule that sends needs a link"
+        _copy(schedule, source, target)
         return 0
     link.phase = "exchange"
-    outgoing = [_sending(link, stream) for stream in schedule.sends]
-    incoming = [_receiving(link, stream) for stream in schedule.receives]
-    rounds = max((len(flow.stream.chunks) for flow in (*outgoing, *incoming)), default=0)
-    for k in range(rounds + 1):
-        for flow in incoming:
-            if k < len(flow.stream.chunks):
-                _receive(link, flow, k)
-        for flow in outgoing:
-            if k < len(flow.stream.chunks):
-                _send(link, flow, k, source)
-        for flow in incoming:
-            if 0 <= k - 1 < len(flow.stream.chunks):
-                _unpack(link, flow, k - 1, target)
-    for flow in (*outgoing, *incoming):
-        for k in range(max(len(flow.stream.chunks) - IN_FLIGHT, 0), len(flow.stream.chunks)):
-            _finish(link, flow, k)
-    return sum(flow.stream.elements * flow.buffers[0].element_size() for flow in incoming)
+    rounds = _Rounds(schedule, link) if schedule.rounds else None
+    for k in range(schedule.rounds + 1):
+        if rounds and k < schedule.rounds:
+            rounds.start(k, source)
+        if k == 0:
+            _copy(schedule, source, target)  # while the first round travels
+        elif rounds:
+            rounds.finish(k - 1, target)
+        if rounds and k < schedule.rounds:
+            rounds.swap()
+    return sum(stream.elements * ITEM_BYTES[stream.dtype] for stream in schedule.receives)
 
 
-def _sending(link: Link, stream: Stream) -> _Flow:
-    near = tuple(peer for peer in stream.receivers if link.shares_with(peer))
-    sizes = [stream.length(k) for k in range(min(IN_FLIGHT, len(stream.chunks)))]
-    dtype = _DTYPES[stream.dtype]
-    if not near:
-        return _Flow(stream, [torch.empty(size, dtype=dtype, device=link.device) for size in sizes])
-    shared = [new_buffer(size, dtype, link.device) for size in sizes]
-    flow = _Flow(stream, [one.tensor for one in shared], near, shared=shared)
-    for k, one in enumerate(shared):
-        handle = torch.frombuffer(bytearray(one.handle), dtype=torch.uint8)
-        # Waited for with the first chunk: the peers come to receive once their own are on the way.
-        flow.works[k] += [(peer, link.send(handle, peer, flow.tag(_HANDLE))) for peer in near]
-    return flow
+class _Rounds:
+    """The rounds of one exchange, and the memory they go through."""
 
-
-def _receiving(link: Link, stream: Stream) -> _Flow:
-    count = min(IN_FLIGHT, len(stream.chunks))
-    if not link.shares_with(stream.sender):
-        sizes = [stream.length(k) for k in range(count)]
-        return _Flow(stream, [torch.empty(n, dtype=_DTYPES[stream.dtype], device=link.device) for n in sizes])
-    flow = _Flow(stream, [], (stream.sender,))
-    for _ in range(count):
-        handle = torch.empty(HANDLE_BYTES, dtype=torch.uint8)
-        work = link.receive(handle, stream.sender, flow.tag(_HANDLE))
-        link.wait(work, (stream.sender,), "handles of shared buffers")
-        flow.buffers.append(open_buffer(handle.numpy().tobytes(), link.device))
-    return flow
-
-
-def _receive(link: Link, flow: _Flow, k: int) -> None:
-    into, kind = (torch.empty(1), _READY) if flow.near else (flow.chunk(k), _DATA)
-    # Its word that the buffer's last chunk is taken may still be on its way; a stream's words keep their order.
-    work = link.receive(into, flow.stream.sender, flow.tag(kind))
-    flow.works[k % IN_FLIGHT].append((flow.stream.sender, work))
-
-
-def _send(link: Link, flow: _Flow, k: int, source: Shards) -> None:
-    if k >= IN_FLIGHT:
-        _finish(link, flow, k - IN_FLIGHT)
-    chunk = flow.chunk(k)
-    for part in flow.stream.chunks[k]:
-        view = _view(source, part.slice)
-        chunk[part.at : part.at + view.numel()].view(part.size).copy_(view)
-    if flow.near:
-        settle(link.device)
-    works = flow.works[k % IN_FLIGHT]
-    for to in flow.stream.receivers:
-        if to in flow.near:
-            works.append((to, link.send(torch.zeros(1), to, flow.tag(_READY))))
-            works.append((to, link.receive(torch.empty(1), to, flow.tag(_TAKEN))))
+    def __init__(self, schedule: RankSchedule, link: Link) -> None:
+        self._schedule, self._link = schedule, link
+        to: dict[int, list[Stream]] = {}
+        self._from: dict[int, list[Stream]] = {}
+        for stream in schedule.sends:
+            for peer in stream.receivers:
+                to.setdefault(peer, []).append(stream)
+        for stream in schedule.receives:
+            self._from.setdefault(stream.sender, []).append(stream)
+        # What travels lies in front, in the order of ranks: an all-to-all knows lengths only.
+        self._to = dict(sorted(to.items(), key=lambda item: (link.shares_with(item[0]), item[0])))
+        device = link.buffer_device
+        self._shared: list[SharedBuffer] = []
+        self._theirs: dict[int, list[Tensor]] = {}
+        if link.any_shares:
+            self._shared = [SharedBuffer(schedule.send_bytes) for _ in range(IN_FLIGHT)]
+            self._send = [one.tensor for one in self._shared]
+            handles = link.gather_json([one.handle for one in self._shared], "handles of shared buffers")
+            for peer in self._from:
+                if link.shares_with(peer):
+                    self._theirs[peer] = [open_buffer(handle) for handle in handles[peer]]
         else:
-            works.append((to, link.send(chunk, to, flow.tag(_DATA))))
+            self._send = _buffers(schedule.send_bytes, device)
+        self._receive = _buffers(schedule.receive_bytes, device)
+        self._works: list[dist.Work | None] = [None] * IN_FLIGHT
+        self._places = [0] * link.world
+        """Where in the send buffer of the round last packed the message to each rank begins."""
+        self._words: list[list[int]] = [[]] * IN_FLIGHT
+        """The same, as each rank has told this one."""
+        self._packed = 0
+
+    def start(self, k: int, source: Shards) -> None:
+        """Pack round k and let it travel."""
+        send, receive = self._send[k % IN_FLIGHT], self._receive[k % IN_FLIGHT]
+        out, into = [0] * self._link.world, [0] * self._link.world
+        first: dict[int, Tensor] = {}
+        at = 0
+        for peer, streams in self._to.items():
+            self._places[peer] = at
+            for stream, chunk in _chunks(streams, k):
+                room = send[at : at + stream.room(chunk)]
+                if id(stream) in first:
+                    room.copy_(first[id(stream)])  # a multicast is packed once
+                else:
+                    first[id(stream)] = room
+                    _pack(stream, chunk, room, source)
+                at += len(room)
+            if not self._link.shares_with(peer):
+                out[peer] = at - self._places[peer]
+        for peer, streams in self._from.items():
+            if peer not in self._theirs:
+                into[peer] = sum(stream.room(chunk) for stream, chunk in _chunks(streams, k))
+        self._packed = k
+        self._works[k % IN_FLIGHT] = self._link.start_round(receive[: sum(into)], send[: sum(out)], into, out)
+
+    def swap(self) -> None:
+        """Where buffers are shared: all have packed a round, and all have unpacked the one before."""
+        if self._link.any_shares:
+            self._words[self._packed % IN_FLIGHT] = self._link.swap(self._places)
+
+    def finish(self, k: int, target: Shards) -> None:
+        """Wait for round k and put what came where it belongs."""
+        work = self._works[k % IN_FLIGHT]
+        assert work is not None, f"round {k} was not started"
+        self._link.wait(work, self._peers(k), self._describe(k))
+        receive, at = self._receive[k % IN_FLIGHT], 0
+        for peer, streams in self._from.items():
+            here, place = receive, at
+            if peer in self._theirs:
+                here, place = self._theirs[peer][k % IN_FLIGHT], self._words[k % IN_FLIGHT][peer]
+            for stream, chunk in _chunks(streams, k):
+                _unpack(stream, chunk, here[place : place + stream.room(chunk)], target)
+                place += stream.room(chunk)
+            if peer not in self._theirs:
+                at = place
+
+    def _peers(self, k: int) -> list[int]:
+        """Whom this rank exchanges something with in a round."""
+        with_some = [
+            peer for side in (self._to, self._from) for peer, streams in side.items() if any(_chunks(streams, k))
+        ]
+        return sorted(set(with_some))
+
+    def _describe(self, k: int) -> str:
+        streams = [*self._schedule.receives, *self._schedule.sends]
+        parts = [part for stream, chunk in _chunks(streams, k) for part in stream.chunks[chunk]]
+        names = f", parameters {parts[0].slice.name} to {parts[-1].slice.name}" if parts else ""
+        return f"round {k + 1} of {self._schedule.rounds}{names}"
 
 
-def _unpack(link: Link, flow: _Flow, k: int, target: Shards) -> None:
-    _finish(link, flow, k)
-    chunk = flow.chunk(k)
-    for part in flow.stream.chunks[k]:
-        view = _view(target, part.slice)
-        view.copy_(chunk[part.at : part.at + view.numel()].view(part.size))
-    if flow.near:
-        settle(link.device)
-        [sender] = flow.near
-        flow.works[k % IN_FLIGHT].append((sender, link.send(torch.zeros(1), sender, flow.tag(_TAKEN))))
+def _buffers(nbytes: int, device: torch.device) -> list[Tensor]:
+    return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)]
 
 
-def _finish(link: Link, flow: _Flow, k: int) -> None:
-    works = flow.works[k % IN_FLIGHT]
-    for peer, work in works:
-        link.wait(work, (peer,), flow.describe(k))
-    works.clear()
+def _chunks(streams: list[Stream], k: int) -> Iterator[tuple[Stream, int]]:
+    """Of round k, in the order in which both ends lay them out."""
+    for stream in streams:
+        chunk = stream.of_round(k)
+        if chunk is not None:
+            yield stream, chunk
+
+
+def _pack(stream: Stream, chunk: int, room: Tensor, source: Shards) -> None:
+    for elements, part in _parts(stream, chunk, room):
+        elements.copy_(_view(source, part.slice))
+
+
+def _unpack(stream: Stream, chunk: int, room: Tensor, target: Shards) -> None:
+    for elements, part in _parts(stream, chunk, room):
+        _view(target, part.slice).copy_(elements)
+
+
+def _parts(stream: Stream, chunk: int, room: Tensor) -> Iterator[tuple[Tensor, Part]]:
+    flat = room.view(_DTYPES[stream.dtype])
+    for part in stream.chunks[chunk]:
+        end = part.at + torch.Size(part.size).numel()
+        yield flat[part.at : end].view(part.size), part
+
+
+def _copy(schedule: RankSchedule, source: Shards, target: Shards) -> None:
+    for mine, theirs in schedule.copies:
+        _view(target, theirs).copy_(_view(source, mine))
 
 
 def _view(shards: Shards, where: Slice) -> Tensor:

@@ -8,26 +8,39 @@ rank shows, and where a link that broke on any rank is opened anew on all.
 
 A meeting that somebody missed takes its epoch out of use, so that all ranks find each other in a later one however
 often each of them has tried.
+
+Every wait is a loop of its own over "is it done?", the sync's deadline and what the others tell (watch.py): it neither
+counts on a failed peer's connections closing nor on a back end's own time-out. All ranks start the same operations in
+the same order, and each is one collective.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
+import json
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BroadcastOptions
 
-from workers.reshard.shared import device_identity
+from workers.reshard import connect
+from workers.reshard.watch import SILENCE_S, Trouble, Watch
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+_RETIRE_S = 2.0
+"""For a word with the store that the sync does not depend on."""
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
+"""Between two looks at an operation under way."""
+_LONGEST_STORE_PAUSE_S = 0.05
 
 
 class SyncStopped(RuntimeError):
@@ -47,13 +60,12 @@ class SyncStopped(RuntimeError):
         )
 
 
-def rendezvous(address: str, port: int, hosts: bool, timeout_s: float) -> dist.Store:
-    """The store of ranks that share no process group; one rank `hosts` it."""
-    return dist.TCPStore(address, port, is_master=hosts, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+class _Absent(tuple[int, ...]):
+    """Ranks that have not come to a meeting."""
 
 
 class Link:
-    """Sends, receives and small exchanges between `world` ranks, each bounded by the deadline that `meet` sets."""
+    """Rounds of weights and small exchanges between `world` ranks, bounded by the deadline that `meet` sets."""
 
     def __init__(
         self,
@@ -65,128 +77,209 @@ class Link:
         timeout_s: float,
         host: str | None = None,
         shares: bool = False,
+        silence_s: float = SILENCE_S,
     ) -> None:
         """Opens nothing yet: the first `meet` does. `timeout_s` bounds a whole sync. All ranks give the same
-        name, which no link over this store has had before. host: this machine's address, as the other ranks reach
-        it; None: what GLOO_SOCKET_IFNAME or the host name say. shares: ranks on one
-        machine see each other's buffers (CPU); those on one GPU always do."""
+        name, which no link over this store has had before; rank 0's process hosts the store. host: this machine's
+        address, as the other ranks reach it; None: what GLOO_SOCKET_IFNAME or the host name say. shares: ranks on one
+        machine see each other's buffers; those on one GPU always do. silence_s: without a word for so long, a rank
+        counts as gone."""
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}; it is what one sync may take")
         self.rank, self.world, self.device = rank, world, device
-        self._store = dist.PrefixStore(f"reshard/{name}", store)
-        self._timeout_s, self._host = timeout_s, host
-        self._identity = device_identity(device) if shares or device.type == "cuda" else ""
-        self._identities: list[str] = []
+        self._held = store  # Where this process hosts it, it ends with the last that holds on to it.
+        # Connections of its own: one that a stopped host blocks is blocked for whoever else uses it.
+        self._store = dist.PrefixStore(f"reshard/{name}", store.clone())
+        self._watch = Watch(dist.PrefixStore(f"reshard/{name}/watch", store.clone()), rank, world, silence_s)
+        self._timeout_s, self._host, self._shares = timeout_s, host, shares
+        self._machines: list[str] = []
         self._deadline = 0.0
         self._epoch = -1
-        self._group: dist.ProcessGroup | None = None
-        self.phase = "idle"
+        self._connections: connect.Connections | None = None
+        self._phase = "idle"
+
+    def __del__(self) -> None:
+        if hasattr(self, "_watch"):
+            self._watch.close()
+
+    @property
+    def phase(self) -> str:
+        """What this rank is doing, for errors."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self._watch.enter(phase)
 
     def meet(self) -> None:
         """Start a sync on all ranks. Raises SyncStopped naming the ranks that did not come."""
         self._deadline = time.monotonic() + self._timeout_s
         self.phase = "meet"
+        others = self._others()
+        self._watch.start(self._epoch + 1)  # what ended the last epoch is no reason to end this one
+        self._epoch = max(self._epoch + 1, self._at_store(self._next_epoch, others))
+        self._watch.start(self._epoch)
         try:
-            self._epoch = max(self._epoch + 1, self._next_epoch())
-            keys = [f"{self._epoch}/{rank}" for rank in range(self.world)]
-            self._store.set(keys[self.rank], "broken" if self._group is None else "open")
-            self._store.wait(keys, timedelta(seconds=self._timeout_s))
-            broken = any(self._store.get(key) == b"broken" for key in keys)
-        except (RuntimeError, dist.DistError) as error:
-            absent = self._absent()
-            raise SyncStopped("meet", self.rank, absent, "", f"not there within {self._timeout_s} s") from error
-        if broken:
+            told = self._at_store(self._gather_marks, others)
+        except SyncStopped:
+            self._retire()
+            raise
+        if isinstance(told, _Absent):
+            self._retire()
+            where = "; ".join(self._watch.table(told)) or "never seen"
+            cause = f"not there within {self._timeout_s} s, last seen: {where}"
+            raise self._stopped(told, "", Trouble(told, cause))
+        if any(mark["broken"] for mark in told):
             self.shut()
             self.phase = "connect"
+            alone = connect.one_device_each([mark["device"] for mark in told])
+            self._machines = [mark["machine"] for mark in told] if self._shares or not alone else []
+            where = self.device if alone else torch.device("cpu")
+            store = dist.PrefixStore(f"{self._epoch}/group", self._store)
             try:
-                self._group = self._open(dist.PrefixStore(f"{self._epoch}/group", self._store))
+                self._connections = connect.open_connections(
+                    store, self.rank, self.world, where, self._host, self._left()
+                )
             except RuntimeError as error:
-                raise SyncStopped("connect", self.rank, self._others(), "", _first_line(error)) from error
-            self._identities = self.all_gather_object(self._identity)
+                raise self._stopped(others, "", self._watch.after_error(_first_line(error))) from error
+
+    @property
+    def buffer_device(self) -> torch.device:
+        """Where what travels must lie."""
+        return self._open().device
 
     def shares_with(self, peer: int) -> bool:
         """Whether a peer sees this rank's buffers."""
-        return bool(self._identity) and self._identities[peer] == self._identity
+        return bool(self._machines) and self._machines[peer] == self._machines[self.rank]
+
+    @property
+    def any_shares(self) -> bool:
+        """Whether some two ranks see each other's buffers; all ranks say the same."""
+        return len(set(self._machines)) < len(self._machines)
 
     @property
     def is_open(self) -> bool:
         """Whether this rank still has its connections; a failure drops them until the next `meet`."""
-        return self._group is not None
+        return self._connections is not None
 
     def shut(self) -> None:
-        """Drop the connections; peers waiting for this rank learn of it at once."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
+        """Drop the connections; what the others hear of it depends on the back end."""
+        connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.abort()
+
+    def fail(self, error: BaseException) -> None:
+        """Give up this sync: peers that wait for this rank hear of it within seconds."""
+        if not isinstance(error, SyncStopped):
+            self._watch.fail(f"rank {self.rank} failed with {_first_line(error)}", [self.rank])
+        self.shut()
 
     @contextmanager
     def kept_while(self, phase: str) -> Iterator[None]:
-        """Name what happens inside; an exception in it drops the connections, so that peers learn of it at once."""
+        """Name what happens inside; an exception in it gives up the sync."""
         self.phase = phase
         try:
             yield
-        except Exception:
-            self.shut()
+        except Exception as error:
+            self.fail(error)
             raise
 
-    def send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:
-        """Start sending; the tensor must stay as it is until `wait`."""
-        return self._run([to], "", lambda group: group.send([tensor], to, tag))
-
-    def receive(self, tensor: Tensor, sender: int, tag: int) -> dist.Work:
-        """Start receiving into a tensor."""
-        return self._run([sender], "", lambda group: group.recv([tensor], sender, tag))
+    def start_round(
+        self, received: Tensor, sent: Tensor, receive_bytes: Sequence[int], send_bytes: Sequence[int]
+    ) -> dist.Work:
+        """Start giving `send_bytes[r]` of `sent` to each rank r, its share behind those of the ranks before, and
+        taking `receive_bytes[r]` into `received` likewise. Both are uint8 on `buffer_device` and stay as they are until
+        `wait`. Every rank takes part in every round.
+        """
+        options = AllToAllOptions()
+        options.timeout = timedelta(seconds=self._left())
+        return self._try(
+            lambda open_: open_.weights.alltoall_base(received, sent, list(receive_bytes), list(send_bytes), options)
+        )
 
     def wait(self, work: dist.Work, peers: Sequence[int], what: str) -> None:
-        """Wait until a send or receive is done. Raises SyncStopped at the deadline or when the peer is gone."""
-        self._run(peers, what, lambda _: work.wait(timedelta(seconds=self._left())))
+        """Wait until a round is done. Raises SyncStopped at the deadline, or when a peer has failed or gone silent."""
+        self._until(work.is_completed, peers, what)
+        self._try(lambda _: work.wait())
+
+    def swap(self, values: Sequence[int]) -> list[int]:
+        """values[r] goes to rank r; what each rank has given to this one, by rank."""
+        mine = torch.tensor(list(values), dtype=torch.int64)
+        theirs = torch.empty_like(mine)
+        self._collect(AllToAllOptions(), lambda words, options: words.alltoall_base(theirs, mine, [], [], options))
+        return [int(value) for value in theirs]
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """int64 sum over all ranks (wrapping), in place; values on the CPU."""
-        self._collect(lambda group, options: group.allreduce([values], options), AllreduceOptions())
+        self._collect(AllreduceOptions(), lambda words, options: words.allreduce([values], options))
         return values
 
     def all_gather(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's int64 values, by rank."""
-        mine = torch.tensor(list(values), dtype=torch.int64)
-        out = [torch.empty_like(mine) for _ in range(self.world)]
-        self._collect(lambda group, options: group.allgather([out], [mine], options), AllgatherOptions())
-        return [tensor.tolist() for tensor in out]
+        return [part.tolist() for part in self._gather(torch.tensor(list(values), dtype=torch.int64))]
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, by rank; for what is small."""
-        data = pickle.dumps(value)
-        sizes = [size for [size] in self.all_gather([len(data)])]
-        mine = torch.frombuffer(bytearray(data.ljust(max(sizes), b"\0")), dtype=torch.uint8)
-        out = [torch.empty_like(mine) for _ in range(self.world)]
-        self._collect(lambda group, options: group.allgather([out], [mine], options), AllgatherOptions())
-        return [pickle.loads(tensor.numpy().tobytes()[:size]) for tensor, size in zip(out, sizes, strict=True)]
+    def gather_json(self, value: Any, what: str = "") -> list[Any]:
+        """Every rank's value of numbers, texts, lists and dicts, by rank; for what is small. what it is: for errors."""
+        data = json.dumps(value).encode()
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]), what)]
+        told = self._gather(torch.frombuffer(bytearray(data.ljust(max(sizes))), dtype=torch.uint8), what)
+        return [json.loads(part.numpy().tobytes()[:size]) for part, size in zip(told, sizes, strict=True)]
 
-    def broadcast_object(self, value: Any, sender: int) -> Any:
-        """One rank's picklable value on every rank; what the others give is not looked at."""
-        data = pickle.dumps(value) if self.rank == sender else b""
+    def broadcast_json(self, value: Any, sender: int) -> Any:
+        """One rank's such value on every rank; what the others give is not looked at."""
+        data = json.dumps(value).encode() if self.rank == sender else b""
         size = self.all_gather([len(data)])[sender][0]
         flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(size, dtype=torch.uint8)
         options = BroadcastOptions()
         options.rootRank = sender
-        self._collect(lambda group, options: group.broadcast([flat], options), options)
-        return pickle.loads(flat.numpy().tobytes())
+        self._collect(options, lambda words, options: words.broadcast([flat], options))
+        return json.loads(flat.numpy().tobytes())
 
-    def _collect(self, start: Callable[[dist.ProcessGroup, object], dist.Work], options: object) -> None:
-        def run(group: dist.ProcessGroup) -> None:
-            options.timeout = timedelta(seconds=self._left())  # type: ignore[attr-defined]
-            start(group, options).wait()
+    def _gather(self, mine: Tensor, what: str = "") -> list[Tensor]:
+        out = [torch.empty_like(mine) for _ in range(self.world)]
+        self._collect(AllgatherOptions(), lambda words, options: words.allgather([out], [mine], options), what)
+        return out
 
-        self._run(self._others(), "", run)
+    def _collect(self, options: Any, start: Callable[[Any, Any], dist.Work], what: str = "") -> None:
+        options.timeout = timedelta(seconds=self._left())
+        self.wait(self._try(lambda open_: start(open_.words, options)), self._others(), what)
 
-    def _run(self, peers: Sequence[int], what: str, call: Callable[[dist.ProcessGroup], T]) -> T:
-        if self._group is None:
+    def _open(self) -> connect.Connections:
+        if self._connections is None:
             raise RuntimeError("this link is shut: call meet() on all ranks first")
+        return self._connections
+
+    def _try(self, call: Callable[[connect.Connections], T]) -> T:
+        open_ = self._open()
         try:
-            return call(self._group)
+            return call(open_)
         except (RuntimeError, ValueError) as error:
-            self.shut()
-            raise SyncStopped(self.phase, self.rank, peers, what, _first_line(error)) from error
+            raise self._stopped(self._others(), "", self._watch.after_error(_first_line(error))) from error
+
+    def _until(self, done: Callable[[], bool], peers: Sequence[int], what: str, deadline: float | None = None) -> None:
+        pause, deadline = _SHORTEST_PAUSE_S, deadline or self._deadline
+        with self._watch.waiting(peers, what):
+            while not done():
+                if trouble := self._watch.trouble:
+                    raise self._stopped(peers, what, trouble)
+                if time.monotonic() > deadline:
+                    late = self._watch.after_deadline(peers)
+                    where = "; ".join(self._watch.table(late)) or "never seen"
+                    raise self._stopped(
+                        peers, what, Trouble(late, f"not there within {self._timeout_s} s, last seen: {where}")
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _stopped(self, peers: Sequence[int], what: str, trouble: Trouble) -> SyncStopped:
+        """The error, told to the others, with the connections dropped and everything that is known in the log."""
+        self._watch.fail(trouble.cause, trouble.ranks)
+        self.shut()
+        _log.error("weight sync stopped; the ranks were last seen:\n  %s", "\n  ".join(self._watch.table()))
+        for rank, stack in self._watch.stacks(trouble.ranks).items():
+            _log.error("stack of rank %d:\n%s", rank, stack)
+        return SyncStopped(self._phase, self.rank, trouble.ranks or peers, what, trouble.cause)
 
     def _left(self) -> float:
         return max(self._deadline - time.monotonic(), 1e-3)
@@ -194,46 +287,60 @@ class Link:
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world) if rank != self.rank]
 
+    # --- at the store --------------------------------------------------------------------------------
+    def _at_store(self, call: Callable[[], T], peers: Sequence[int]) -> T:
+        """The answer of a call that a stopped host of the store may block for ever."""
+        answers: list[T] = []
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                answers.append(call())
+            except (RuntimeError, dist.DistError) as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=ask, name="weight sync meeting", daemon=True)
+        thread.start()
+        self._until(lambda: not thread.is_alive(), peers, "", self._deadline + _RETIRE_S)
+        if answers:
+            return answers[0]
+        raise self._stopped(peers, "", Trouble((0,), f"its store failed: {_first_line(errors[0])}")) from errors[0]
+
     def _next_epoch(self) -> int:
         return int(self._store.get("epoch")) if self._store.check(["epoch"]) else 0
 
-    def _absent(self) -> list[int]:
-        """Who did not come; and nobody meets in this epoch any more."""
-        try:
-            if self._next_epoch() <= self._epoch:
-                self._store.set("epoch", str(self._epoch + 1))
-            return [rank for rank in range(self.world) if not self._store.check([f"{self._epoch}/{rank}"])]
-        except (RuntimeError, dist.DistError):
-            return self._others()  # the store itself is gone
+    def _retire(self) -> None:
+        """Nobody meets in this epoch any more."""
+        epoch, store = self._epoch, self._store
 
-    def _open(self, store: dist.Store) -> dist.ProcessGroup:
-        """A group that no other code knows: gloo for host memory, and NCCL beside it for a CUDA device."""
-        timeout = timedelta(seconds=self._left())
-        group = dist.ProcessGroup(store, self.rank, self.world)
-        tcp = self._gloo_options(timeout)
-        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.world, tcp)
-        kind = dist.ProcessGroup.BackendType
-        group._register_backend(torch.device("cpu"), kind.GLOO, gloo)
-        group._set_default_backend(kind.GLOO)
-        if self.device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.world, options)
-            group._register_backend(torch.device("cuda"), kind.NCCL, nccl)
-        return group
+        def retire() -> None:
+            with suppress(RuntimeError, dist.DistError):
+                if self._next_epoch() <= epoch:
+                    store.set("epoch", str(epoch + 1))
 
-    def _gloo_options(self, timeout: timedelta) -> Any:
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timeout
-        create, interface = dist.ProcessGroupGloo.create_device, os.environ.get("GLOO_SOCKET_IFNAME")
-        if self._host:
-            options._devices = [create(hostname=self._host)]
-        elif interface:
-            options._devices = [create(interface=interface)]
-        else:
-            options._devices = [dist.ProcessGroupGloo.create_default_device()]
-        return options
+        thread = threading.Thread(target=retire, name="weight sync meeting", daemon=True)
+        thread.start()
+        thread.join(_RETIRE_S)
+
+    def _gather_marks(self) -> list[dict[str, Any]] | _Absent:
+        """What every rank says of itself at the meeting; or who has not come by the deadline."""
+        epoch, store = self._epoch, self._store
+        keys = [f"{self._epoch}/{rank}" for rank in range(self.world)]
+        mark = {
+            "broken": self._connections is None,
+            "device": connect.device_identity(self.device),
+            "machine": connect.machine_identity(),
+        }
+        store.set(keys[self.rank], json.dumps(mark))
+        # One number to look at again and again, not a key of each rank.
+        count, pause = f"{epoch}/count", _SHORTEST_PAUSE_S
+        store.add(count, 1)
+        while store.add(count, 0) < self.world and epoch == self._epoch and time.monotonic() < self._deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_STORE_PAUSE_S)
+        absent = _Absent(rank for rank, key in enumerate(keys) if not store.check([key]))
+        return absent or [json.loads(text) for text in store.multi_get(keys)]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

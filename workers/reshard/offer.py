@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from rlhf_dist.reshard.encoding import layout_from_json, layout_to_json
 from rlhf_dist.reshard.layout import Box, Layout, LayoutError, ParameterLayout
 from workers.engines.generation import GenerationEngine, Untraceable
 from workers.engines.lora import Adapter
@@ -24,6 +26,31 @@ class Offer:
     """Weight -> the parameters that change it."""
     adapter_weights: Layout | None
     """Of those parameters, in the master dtype: they are small. None without adapters."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it goes over the network: numbers and texts, nothing that runs."""
+        return {
+            "weights": layout_to_json(self.weights),
+            "adapters": {name: asdict(adapter) for name, adapter in self.adapters.items()},
+            "adapter_weights": layout_to_json(self.adapter_weights) if self.adapter_weights is not None else None,
+        }
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Offer:
+        """The reverse."""
+        held = told["adapter_weights"]
+        return cls(
+            layout_from_json(told["weights"]),
+            {name: Adapter(**fields) for name, fields in told["adapters"].items()},
+            layout_from_json(held) if held is not None else None,
+        )
+
+
+def wanted_from_json(told: Any) -> Wanted | str | None:
+    """What a rank said it wants: `Wanted` has become lists of lists on its way."""
+    if not isinstance(told, dict):
+        return None if told is None else str(told)
+    return {name: [tuple((int(a), int(b)) for a, b in box) for box in boxes] for name, boxes in told.items()}
 
 
 def offer_of(engine: TrainingEngine, dtype: str) -> Offer:

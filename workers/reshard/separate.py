@@ -26,15 +26,16 @@ import torch
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.plan import make_plan
-from rlhf_dist.reshard.schedule import schedule
+from rlhf_dist.reshard.schedule import default_bucket_bytes, schedule
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge
 from workers.engines.generation import Bucket, GenerationEngine, Untraceable
 from workers.engines.training import TrainingEngine
 from workers.reshard.canary import send_canary
+from workers.reshard.connect import rendezvous
 from workers.reshard.exchange import exchange
-from workers.reshard.link import Link, rendezvous
-from workers.reshard.offer import Offer, Wanted, offer_of, wanted_by, whole_on
+from workers.reshard.link import Link
+from workers.reshard.offer import Offer, Wanted, offer_of, wanted_by, wanted_from_json, whole_on
 from workers.reshard.pieces import PieceSync, empty_shards
 from workers.reshard.sync import SyncFailed, SyncReport, check_changed
 
@@ -49,6 +50,7 @@ class _End(ABC):
         store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
         host = bridge.address if rank == 0 else _own_address(bridge.address)
         self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
+        self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         self._plan: PieceSync | _WholeTensors | None = None
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
@@ -64,16 +66,20 @@ class _End(ABC):
         return self._plan
 
     def _new_plan(self) -> PieceSync | _WholeTensors:
-        offer: Offer = self._link.broadcast_object(self._offer(), 0)
-        wanted: list[Wanted | str | None] = self._link.all_gather_object(self._wanted(offer))
+        mine = self._offer()
+        offer = Offer.from_json(self._link.broadcast_json(mine.to_json() if mine else None, 0))
+        wanted = [wanted_from_json(told) for told in self._link.gather_json(self._wanted(offer))]
         nodes = self._bridge.nodes or (0,) * self._bridge.world
         try:
-            return PieceSync(offer, wanted, nodes, self._rank, self._config.bucket_bytes, self._link, self._device)
+            return PieceSync(offer, wanted, nodes, self._rank, self._bucket_bytes, self._link, self._device)
         except Untraceable as error:
             self.fallback = str(error)
             if self._rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
-            return _WholeTensors(offer.weights, self._bridge, self._rank, self._config, self._link, self._device)
+            dtype = getattr(torch, self._config.dtype)
+            return _WholeTensors(
+                offer.weights, self._bridge, self._rank, dtype, self._bucket_bytes, self._link, self._device
+            )
 
     @abstractmethod
     def _offer(self) -> Offer | None: ...
@@ -103,7 +109,8 @@ class TrainingEnd(_End):
         else:
             report = plan.send(self._engine, must_change)
         if self._config.canary_tolerance:
-            send_canary(self._engine, None, self._config, self._link.all_gather_object)
+            with self._link.kept_while("canary"):
+                send_canary(self._engine, None, self._config, self._link.gather_json)
         return report
 
     def _offer(self) -> Offer | None:
@@ -139,7 +146,8 @@ class GenerationEnd(_End):
         else:
             report = self._pieces(plan)
         if self._config.canary_tolerance:
-            send_canary(None, self._rollout, self._config, self._link.all_gather_object)
+            with self._link.kept_while("canary"):
+                send_canary(None, self._rollout, self._config, self._link.gather_json)
         return report
 
     def _pieces(self, plan: PieceSync) -> SyncReport:
@@ -163,16 +171,25 @@ class _WholeTensors:
     """Every parameter whole to every generation rank, for a model that no trace expresses."""
 
     def __init__(
-        self, weights: Layout, bridge: Bridge, rank: int, config: RolloutConfig, link: Link, device: torch.device
+        self,
+        weights: Layout,
+        bridge: Bridge,
+        rank: int,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        link: Link,
+        device: torch.device,
     ) -> None:
-        self._rank, self._link, self._device, self._dtype = rank, link, device, getattr(torch, config.dtype)
+        self._rank, self._link, self._device, self._dtype = rank, link, device, dtype
         self._last: dict[str, int] | None = None
+        self._under_way = False
+        """Whether buckets are yet to come."""
         receivers = range(bridge.senders, bridge.world)
         self._buckets = []
-        for part in _buckets(weights, config.bucket_bytes):
+        for part in _buckets(weights, bucket_bytes):
             whole = whole_on(part, receivers)
             plan = make_plan(part, whole, bridge.nodes or None)
-            self._buckets.append((whole, schedule(plan, rank, config.bucket_bytes)))
+            self._buckets.append((whole, schedule(plan, rank, bucket_bytes)))
 
     def send(self, engine: TrainingEngine, must_change: bool) -> SyncReport:
         started = time.perf_counter()
@@ -180,7 +197,7 @@ class _WholeTensors:
             expected = engine.checksums(self._dtype)
             if must_change:
                 check_changed(engine.version, self._last, expected)
-            self._link.broadcast_object((engine.version, expected), 0)
+            self._link.broadcast_json([engine.version, expected], 0)
             shards = engine.local_shards()
             for _, steps in self._buckets:
                 exchange(steps, shards, {}, self._link)
@@ -190,11 +207,15 @@ class _WholeTensors:
 
     def receive(self, rollout: GenerationEngine) -> SyncReport:
         with self._link.kept_while("announce"):
-            version, expected = self._link.broadcast_object(None, 0)
+            version, expected = self._link.broadcast_json(None, 0)
         failure: Exception | None = None
+        self._under_way = True
         try:
             report = rollout.receive_weights(version, self._arriving(), expected)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+        except Exception as error:
+            if self._under_way:  # the others wait for this rank in the next round
+                self._link.fail(error)
+                raise
             failure = error
         try:
             self._commit(version, failure)
@@ -208,12 +229,13 @@ class _WholeTensors:
             held = empty_shards(whole, self._rank, self._device)
             exchange(steps, {}, held, self._link)
             yield [(name, tensor) for name, [tensor] in held.items()]
+        self._under_way = False
 
     def _commit(self, version: int, failure: Exception | None) -> None:
         if failure is not None and not self._link.is_open:
             raise failure
         self._link.phase = "commit"
-        told = self._link.all_gather_object(None if failure is None else str(failure))
+        told = self._link.gather_json(None if failure is None else str(failure))
         if failure is not None:
             raise failure
         if failed := [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]:

@@ -107,7 +107,7 @@ class WeightSync:
         except Exception as error:
             # Peers that wait for this rank's elements can be told in no other way.
             if self.link:
-                self.link.shut()
+                self.link.fail(error)
             if isinstance(error, SyncFailed | SyncStopped):
                 raise
             raise SyncFailed(f"version {version} failed on rank {self.rank} before all was sent: {error!r}") from error
