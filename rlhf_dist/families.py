@@ -21,13 +21,14 @@ def family_line(path: str, uses: list[str]) -> str:
     """A clause about the family of the model at `path`. uses: which of `zero`, `tp`, `sp`, `lora` the launch has."""
     config, family = _config(path), family_of(path)
     found = _found().get(family)
-    if found is None:
+    if found is None or found["fsdp"]["state"] == "untried":
         return f"family {family or 'unknown'}: never tried; the engine tries it when it starts"
     training = found["fsdp"]
     if training["state"] != "exact":
         return f"family {family}: {training['state']} when it was tried: {training.get('why', '')}"
     parts = [f"family {family}: exact when it was tried, {training['way']}"]
-    parts += [f"{use}: {found[use].get('why', '')}" for use in uses if found.get(use, {}).get("state") == "refused"]
+    tried = [(use, found.get(use, {"state": "untried"})) for use in uses]
+    parts += [f"{use} {one['state']}: {one.get('why', '')}" for use, one in tried if one["state"] != "exact"]
     if config.get("router_aux_loss_coef"):
         parts.append("its router_aux_loss_coef is not used unless engine.router_aux_loss is set")
     return "; ".join(parts)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from tests.engines.losses import TokenLoss
 from tests.engines.world import World
 from tests.families import tiny_config, tiny_model
@@ -109,6 +109,20 @@ def test_tokens_and_layers_cut_over_ranks_are_exact_or_refused(
     assert not refused or "act_fn.alpha_p whole among layers that are cut" in found[0].why
 
 
+def test_dropout_stays_off_where_activations_are_recomputed(world1: World) -> None:
+    for family in ("opt", "xglm"):
+        changes = {"dropout": 0.3, "attention_dropout": 0.3}
+        found = world1.run(verdict, family, changes, {"activation_checkpointing": True})[0]
+        assert found.state == "exact", found
+
+
+def test_frequencies_are_those_of_whole_rows_where_ranks_have_a_piece_each(world2: World) -> None:
+    dynamic = KINDS["frequencies of each row's length"]
+    for family, changes in (("phi3", LONGROPE), dynamic):
+        found = world2.run(verdict, family, changes, {"sequence_parallel": 2})
+        assert {one.state for one in found} == {"exact"}, found
+
+
 def test_an_encoder_is_refused_by_name(world1: World) -> None:
     found = world1.run(verdict, "bert", {}, {})[0]
     assert found.state == "refused" and "tokens of this model see tokens after them" in found.why
@@ -120,14 +134,14 @@ def test_layers_with_a_state_need_whole_rows(world2: World) -> None:
     assert {one.state for one in found} == {"refused"} and "sequence_parallel must be 1" in found[0].why, found
 
 
-def balanced_step(folder: Path, budget: int) -> tuple[dict[str, np.ndarray], float]:
+def balanced_step(folder: Path, budget: int, packing: bool = True) -> tuple[dict[str, np.ndarray], float]:
     """On a rank: one step on half of the rows with a balance loss; parameters after it, and the loss."""
     from workers.engines.fsdp import FsdpEngine
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = FsdpEngine(
         model=ModelConfig(path=str(folder)),
-        engine=EngineConfig(micro_batch_tokens=budget, router_aux_loss=0.5),
+        engine=EngineConfig(micro_batch_tokens=budget, router_aux_loss=0.5, packing=packing),
         optimizer=OptimizerConfig(lr=1e-2, eps=1e-3),
         head="policy",
         device=torch.device("cpu"),
@@ -151,6 +165,7 @@ def test_the_balance_loss_of_experts_is_each_rows_own_however_a_batch_is_cut(
             wanted.append(float(model(input_ids=ids, output_router_logits=True).aux_loss))
     results = [world1.run(balanced_step, tmp_path, 10_000)[0], world1.run(balanced_step, tmp_path, 30)[0]]
     results.append(world2.run(balanced_step, tmp_path, 60)[0])
+    results.append(world1.run(balanced_step, tmp_path, 60, False)[0])
     for weights, balance in results:
         assert balance == pytest.approx(np.mean(wanted), rel=1e-4)
         for name, values in results[0][0].items():
@@ -218,3 +233,18 @@ def test_in_bfloat16_a_family_is_as_far_off_as_the_library_is(world1: World, tmp
     found, library = world1.run(bfloat16_log_probs, tmp_path)[0], log_probs_alone(half, rows())
     assert np.abs(found - library).mean() < 0.08
     assert np.abs(found - truth).mean() < 2 * np.abs(library - truth).mean() + 1e-3
+
+
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_generation_refuses_a_family_that_does_not_go_on_from_keys_and_values(tmp_path: Path, family: str) -> None:
+    from workers.engines.transformers import TransformersEngine
+
+    tiny_config(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not follow from a cache of keys and values; set rollout.engine=vllm"):
+        TransformersEngine(
+            model_path=str(tmp_path),
+            rollout=RolloutConfig(engine="transformers", dtype="float32"),
+            rank=0,
+            world=1,
+            device=torch.device("cpu"),
+        )

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def write_model(folder: Path, buckets: Buckets, config: Any, source: Path, model
         return
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = deepcopy(config)  # The engine's own goes on as it was.
     config.architectures = [model]
     config.dtype = dtype
     config.save_pretrained(folder)

@@ -189,8 +189,7 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
     hf = _load(folder, config.init, head, seed, trained)
-    # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off;
-    # the layers' own flag only switches checkpointing on, and is not passed on to what they contain.
+    # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off.
     hf.train(False)
     hf.requires_grad_(trained)
     if not trained:
@@ -202,8 +201,19 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
         # ZeRO-3 frees the weights that the other kind would compare its recomputation with.
         hf.gradient_checkpointing_enable({"use_reentrant": engine.name == "deepspeed"})
         for layer in layers_of(hf):
-            layer.training = True
+            _recompute(layer)
     return PolicyModel(hf, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf)
+
+
+def _recompute(layer: nn.Module) -> None:
+    """Have the library recompute a layer, as it does of layers in training mode; the layer runs without that mode."""
+
+    def mode(training: bool) -> Any:
+        return lambda module, *_: setattr(module, "training", training)
+
+    layer.training = True
+    layer.register_forward_pre_hook(mode(False))
+    layer.register_forward_hook(mode(True), always_call=True)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

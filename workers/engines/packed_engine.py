@@ -99,6 +99,8 @@ class PackedEngine(ABC):
             whole_rows=self._mesh.tokens.sequence == 1,
         )
         self._way = finding.way
+        if finding.way.head == "library" and self._mesh.tokens.tensor > 1:
+            raise ValueError(f"the head of {type(module.hf).__name__} is not one matrix; set tensor_parallel=1")
         if finding.refused:
             self.remarks = (f"{type(module.hf).__name__}: {finding.way} ({'; '.join(finding.refused)})",)
         if self._config.router_aux_loss and self._optimizer_config is not None:
@@ -106,7 +108,7 @@ class PackedEngine(ABC):
                 raise ValueError(
                     "engine.router_aux_loss needs whole rows; set tensor_parallel=1 and sequence_parallel=1"
                 )
-            check_balance(module.hf)
+            check_balance(module.hf, self._config)
             module.balances = True
 
     def _trial(self, batch: Batch, way: Way) -> dict[str, npt.NDArray[np.float32]] | Exception:
@@ -240,8 +242,8 @@ class PackedEngine(ABC):
 
     @property
     def _budget(self) -> int:
-        """Tokens of one pack: each rank of a sequence holds a share of them. Of one row where rows go alone."""
-        return 1 if self._way.rows == "alone" else self._config.micro_batch_tokens * self._mesh.tokens.sequence
+        """Tokens of one pack: each rank of a sequence holds a share of them."""
+        return self._config.micro_batch_tokens * self._mesh.tokens.sequence
 
     # --- weights and files -------------------------------------------------------------------------
     @property

@@ -3,7 +3,7 @@
     rows      A: prompt and response      B: A and more      C: another prompt      short, of different lengths
     truth     each row alone through the library's own forward (eager attention, whole logits)
     tried     the head as a matrix, else the library's own
-              packed with shared prompts -> packed -> padded with the library's masks (sdpa, eager) -> row by row
+              packed with shared prompts -> packed -> padded with the library's masks (sdpa, eager)
 
 The first that agrees is taken; none: `InexactModel`, as for a model whose A changes with what comes after it in B.
 Costs five forward passes of a few tokens where the first ways hold.
@@ -162,7 +162,6 @@ def _ways(head: Any, whole_rows: bool, config: PretrainedConfig) -> Iterator[Way
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         for attention in ("eager",) if capped else ("sdpa", "eager"):
             yield Way(rows="grid", attention=attention, head=head)
-        yield Way(rows="alone", attention="eager", head=head)
 
 
 def _difference(found: Outputs | Exception, truth: Outputs, dtype: str) -> float:

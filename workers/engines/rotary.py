@@ -50,9 +50,8 @@ class _ByRow:
         self._dynamic = "longrope" not in str(module.rope_type)
         scaling = module.config.rope_parameters
         nested = [value for value in scaling.values() if isinstance(value, dict)] or [scaling]
-        longest: int = module.config.max_position_embeddings
-        trained = [longest if self._dynamic else one["original_max_position_embeddings"] for one in nested]
-        self.limit = int(min(trained))
+        long = [one["original_max_position_embeddings"] for one in nested if one.get("rope_type") == "longrope"]
+        self.limit = int(module.config.max_position_embeddings if self._dynamic else min(long))
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         lengths = _rows[-1] if _rows else None
@@ -66,7 +65,11 @@ class _ByRow:
         for number, kind in enumerate(kinds.unique().tolist()):
             self._reset()
             mine = kinds == kind
-            cos, sin = self._forward(x, torch.where(mine, positions, 0), *args, **kwargs)
+            # The library goes by the largest position there is, and a rank may have the beginning of a row only.
+            largest = 0 if kind == 0 else kind - 1 if self._dynamic else self.limit
+            last = torch.full_like(positions[..., :1], largest)
+            found = self._forward(x, torch.cat([torch.where(mine, positions, 0), last], dim=-1), *args, **kwargs)
+            cos, sin = (part[..., :-1, :] for part in found)
             cosine = torch.where(mine[..., None], cos, cosine) if number else cos
             sine = torch.where(mine[..., None], sin, sine) if number else sin
         return cosine, sine

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_dist.config import EngineConfig
 from workers.engines.packing import Packed
 
 
-def check_balance(hf: PreTrainedModel) -> None:
-    """Raise ValueError for a family that the library has no load-balancing loss for."""
-    if not hasattr(sys.modules[type(hf).__module__], "load_balancing_loss_func"):
+def check_balance(hf: PreTrainedModel, engine: EngineConfig) -> None:
+    """Raise ValueError for a family that the library has no such loss for, or an engine that cannot use it."""
+    if not hasattr(sys.modules[type(hf).__module__], "load_balancing_loss_func") or _experts(hf) is None:
         raise ValueError(
             f"{type(hf).__name__} has no load-balancing loss in transformers; set engine.router_aux_loss=0"
+        )
+    if engine.name == "deepspeed" and engine.activation_checkpointing:
+        raise ValueError(
+            "engine.router_aux_loss has no gradient where DeepSpeed recomputes activations; set "
+            "engine.activation_checkpointing=false, engine.name=fsdp or engine.router_aux_loss=0"
         )
 
 
@@ -28,19 +34,19 @@ def balance_of_rows(hf: PreTrainedModel, states: Any, packed: Packed) -> Tensor:
     """[B] the loss of each row's tokens, prompt included, over all layers; `states`: what the trunk returned."""
     if not getattr(states, "router_logits", None):
         raise ValueError(f"{type(hf).__name__} does not give its router's logits; set engine.router_aux_loss=0")
-    config = hf.config.get_text_config()
-    experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
+    experts = _experts(hf)
+    assert experts is not None, "check_balance has looked"
     loss = sys.modules[type(hf).__module__].load_balancing_loss_func
     layers = [logits.flatten(0, -2) for logits in states.router_logits]
-    # In a grid the row's own tokens come first; in a pack rows lie one after the other.
-    if packed.way.grid:
-        length = packed.input_ids.shape[1]
-        rows = [range(k * length, k * length + int(size)) for k, size in enumerate(packed.row_tokens[:, 0].tolist())]
-    else:
-        ends = packed.packing.ends.tolist()
-        rows = [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-    values = [
-        loss(tuple(layer[row.start : row.stop] for layer in layers), experts, config.num_experts_per_tok)
-        for row in rows
-    ]
-    return torch.stack(values).float()
+    starts = packed.packing.ends[:-1].long()
+    sizes = packed.row_tokens.flatten()[starts].tolist()  # Without what a row is padded with.
+    rows = [slice(start, start + size) for start, size in zip(starts.tolist(), sizes, strict=True)]
+    return torch.stack([loss(tuple(layer[row] for layer in layers), *experts) for row in rows]).float()
+
+
+def _experts(hf: PreTrainedModel) -> tuple[int, int] | None:
+    """Experts, and how many a token has; None where config.json does not say."""
+    config = hf.config.get_text_config()
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+    experts, chosen = next((count for count in counts if count), None), getattr(config, "num_experts_per_tok", None)
+    return (experts, chosen) if experts and chosen else None

@@ -57,6 +57,7 @@ class TransformersEngine(SyncedEngine):
         with torch.random.fork_rng():
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=self._dtype)
         self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
+        _check_cache(self._model, device)
         self._files = file_tensors(model, {name: tensor.shape for name, tensor in self._weights().items()})
 
     @torch.no_grad()
@@ -234,6 +235,27 @@ class TransformersEngine(SyncedEngine):
             tokens[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
             mask[row, width - len(prompt) :] = 1
         return tokens.to(self._device), mask.to(self._device)
+
+
+@torch.no_grad()
+def _check_cache(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for a family that does not go on from its cache as from the whole text."""
+    tokens = torch.tensor([[1, 2, 3, 4]], device=device) % model.config.get_text_config().vocab_size
+    try:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens[:, :3], past_key_values=cache, use_cache=True)
+        step = model(input_ids=tokens[:, 3:], past_key_values=cache, use_cache=True).logits[0, -1].float()
+    except Exception as error:  # noqa: BLE001 - whatever the library makes of a cache that is not this family's
+        raise ValueError(f"{_NO_CACHE.format(type(model).__name__)} ({type(error).__name__}: {error})") from error
+    whole = model(input_ids=tokens).logits[0, -1].float()
+    if not (step - whole).abs().max() <= 0.05 * (whole - whole.mean()).abs().max() + 1e-6:
+        raise ValueError(_NO_CACHE.format(type(model).__name__))
+
+
+_NO_CACHE = (
+    "rollout.engine=transformers cannot generate with {}: its tokens do not follow from a cache of keys and values; "
+    "set rollout.engine=vllm"
+)
 
 
 def _draw(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
     shared    one long row, a prompt of several rows once       own attention (attention.py)
     packed    one long row, every row with its prompt           own attention
     grid      [B, L], padded on the right                       the library's attention and masks
-    alone     one row a pass, whole logits                      the library's attention: what the others are held to
+    alone     one row a pass, whole logits                      the library's attention; the truth, not for training
 
 Which of them a family is exact under is not listed anywhere: `probe.py` tries them on the model itself.
 """
