@@ -11,6 +11,7 @@ NodeError, WorkerLost or ClusterError. Nothing heavy is imported before a launch
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -66,9 +67,12 @@ def launch(
     from controller.run import run
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
+    from rlhf_dist.data import with_steps_of_epochs
 
     made = compose(_spec(recipe), [*(_override(key, value) for key, value in (settings or {}).items()), *overrides])
     plan = check_launch(made)
+    counted = with_steps_of_epochs(made)
+    made, plan = counted, plan if counted is made else check_launch(counted)
     if not quiet:
         print("\n".join(plan), flush=True)
     with _interruptible(), Display(made.run.name, made.run.steps, quiet=quiet) as display:
@@ -103,7 +107,8 @@ def _plain(key: str, value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (str, Path)):
-        return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # Hydra takes a backslash for one before a quote or at the end only.
+        return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", str(value)).replace("'", "\\'") + "'"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{name}: {_plain(key, entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -104,9 +104,8 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginni
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
         plan = check_launch(launch)
-        beginning = find_beginning(launch)
         counted = with_steps_of_epochs(launch)  # Reads all rows, so only of a launch that is right otherwise.
-        return counted, plan if counted is launch else check_launch(counted), beginning
+        return counted, plan if counted is launch else check_launch(counted), find_beginning(counted)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -33,7 +33,7 @@ def data_command(arguments: argparse.Namespace) -> int:
     for name, least in (("rows", 0), ("step", 0)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    launch = compose(arguments.recipe, arguments.overrides)
+    launch = compose(arguments.recipe, arguments.overrides, arguments.config)
     source = heldout_source(launch) if arguments.heldout else training_source(launch)
     console = Console(highlight=False, soft_wrap=True)  # Without colour where NO_COLOR is set or nobody looks on.
     for line in summary(source, launch.run.data):

@@ -18,6 +18,9 @@ def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     plan = commands.add_parser("plan", parents=[common], help="find the best placement on a cluster, without a GPU")
     plan.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe's name, or path/to/file.py[:name]")
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. model.path=llama3-8b")
+    plan.add_argument(
+        "--config", metavar="FILE", help="settings in YAML, e.g. runs/NAME/config.yaml; key=value go last"
+    )
     plan.add_argument("--cluster", metavar="NxGxKIND", help="such as 16x8xA100-80G; left out: this machine")
     plan.add_argument("--case", metavar="FILE", help="the whole question in one YAML file, instead of RECIPE")
     plan.add_argument("--placement", help="auto (usual), colocate, split, standalone or async (with RECIPE)")
@@ -150,7 +153,7 @@ def _launched(arguments: argparse.Namespace) -> Any:
     file, overrides = asked_placement(arguments.overrides)
     if file not in (None, AUTO):
         raise ConfigError(f"placement={file} is planned already; leave it out here, or give it to run")
-    launch = compose(arguments.recipe, overrides)
+    launch = compose(arguments.recipe, overrides, arguments.config)
     set_by_hand = [text.partition("=")[2] for text in overrides if text.startswith("placement=")]
     preset = arguments.placement or (set_by_hand[-1] if set_by_hand else "auto")
     strategies, ignored = asked_strategies(launch, overrides)

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import socket
 import tempfile
@@ -122,7 +123,7 @@ def _command(launch: Launch, folder: Path) -> str:
     """How to run these settings again."""
     ours = launch.recipe.file.resolve().parent == recipes_folder().resolve()
     spec = launch.recipe.name if ours else f"{launch.recipe.file}:{launch.recipe.name}"
-    return f"rlhf-dist run {spec} --config {folder / 'config.yaml'} name=ANOTHER"
+    return shlex.join(["rlhf-dist", "run", spec, "--config", str(folder / "config.yaml"), "name=ANOTHER"])
 
 
 def _has_results(path: Path) -> bool:

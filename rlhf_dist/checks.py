@@ -334,10 +334,11 @@ def _check_sources(launch: Launch) -> list[str]:
 
 def _check_vocabularies(launch: Launch) -> None:
     """All models read the ids of one tokenizer, the source's; one that starts at random may learn any."""
+    from rlhf_dist.data.of_launch import tokenizer_role
     from rlhf_dist.data.vocabulary import check_vocabulary
 
     models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
-    base = next(iter(models), None)
+    base = tokenizer_role(launch)
     for role, model in models.items():
         if base is not None and role != base and model.init == "pretrained":
             check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")

@@ -279,9 +279,10 @@ def _compose(
     groups, values = read_overrides(overrides, keys, options)
     chosen, settings = ({}, []) if config is None else read_settings(config, keys, options)
     composed = _compose_files(spec, _schema(recipe, root), keys, {**chosen, **groups})
-    settings = without(settings, {**groups, **({"placement": "planned"} if planned else {})})
     raw: Any = OmegaConf.to_container(composed, resolve=False)
-    for setting in unless_followed(settings, raw):
+    # First what only repeats what it follows, then what the command line decides: the first needs what is followed.
+    settings = unless_followed(settings, raw)
+    for setting in without(settings, {**groups, **({"placement": "planned"} if planned else {})}):
         apply_setting(composed, setting)
     apply_placement(composed, planned, lambda key: check_key(key, keys))
     for setting in values:

@@ -55,6 +55,12 @@ def load_file(path: str | Path) -> ModuleType:
     importlib.invalidate_caches()
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        del sys.modules[name]
+        raise ValueError(
+            f"{file} ends its process when it is imported (sys.exit({error.code!r})); guard that with "
+            "if __name__ == '__main__'"
+        ) from error
     except BaseException:
         del sys.modules[name]
         raise

@@ -250,3 +250,13 @@ def test_a_yaml_beside_a_recipe_needs_no_defaults_list(tmp_path: Path) -> None:
     assert launch.run.name == "mine" and launch.run.data.train.generator == "chain_sum"
     assert read(launch, "actor.engine.name") == "deepspeed" and read(launch, "actor.optimizer.lr") == 1e-5
     assert read(launch, "actor.model.path") == "models/smollm2" and list(launch.run.placement.pools) == ["main"]
+
+
+def test_an_option_on_the_command_line_replaces_what_a_run_s_file_says_about_it_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(compose("grpo", ["model=smollm2", "task=chain_sum"]).yaml)
+    again = compose("grpo", ["task=addition"], str(file))
+    fresh = compose("grpo", ["model=smollm2", "task=addition"])
+    assert again.yaml == fresh.yaml
+    other = compose("grpo", ["model=demo"], str(file))
+    assert {other.roles[role].model.path for role in ("actor", "reference")} == {"runs/demo/model"}

@@ -61,8 +61,13 @@ def check_source(
 
 
 def field_names(config: SourceConfig, seed: int) -> set[str]:
-    """The outermost fields of the source's first rows. Raises ValueError as `check_source` does."""
-    return {name for part in parts_of(config) for _, row in read(part.config, seed, FIRST).rows for name in row}
+    """Fields of the source's first rows that no column has under another name. Raises ValueError as `check_source`."""
+    found: set[str] = set()
+    for part in parts_of(config):
+        raw = read(part.config, seed, FIRST)
+        for _, row in raw.rows:
+            found |= set(item_of(row, raw.fields, part.config).extra)
+    return found
 
 
 def _check_forms(part: Part, seed: int) -> None:

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 
 def tokenizer_of(launch: Launch) -> str | None:
-    """The model folder whose tokenizer the sources use: of a role that generates, else of the first with a model."""
+    """The model folder whose tokenizer the sources use."""
+    role = tokenizer_role(launch)
+    model = None if role is None else launch.used_roles[role].model
+    return None if model is None else str(Path(model.path).expanduser().resolve())
+
+
+def tokenizer_role(launch: Launch) -> str | None:
+    """Whose tokenizer the sources use: a role's that generates, else the first's with a model."""
     generating = launch.dataflow.generating
     roles = sorted(launch.used_roles.items(), key=lambda role: role[0] not in generating)
-    found = next((settings.model for _, settings in roles if settings.model is not None), None)
-    return None if found is None else str(Path(found.path).expanduser().resolve())
+    return next((name for name, settings in roles if settings.model is not None), None)
 
 
 def open_source(

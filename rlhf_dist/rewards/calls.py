@@ -112,12 +112,13 @@ class Calls:
         async def one(call: int, given: dict[str, Any]) -> None:
             async with free:
                 started[call] = time.monotonic()
+                limit = asyncio.timeout(self._timeout_s)
                 try:
-                    async with asyncio.timeout(self._timeout_s):
+                    async with limit:
                         returned = await self._function(**given)
                     finished = self._finished(call, returned, num_rows)
                 except BaseException as error:
-                    finished = self._failed(call, error, num_rows)
+                    finished = self._failed(call, error, num_rows, late=limit.expired())
                 started[call] = 0.0
                 ended.put_nowait(finished)
 
@@ -135,8 +136,9 @@ class Calls:
     def _outcome(self, returned: Any) -> Outcome:
         return _outcome(returned, "score" if self._signature.as_verl else "reward")
 
-    def _failed(self, call: int, error: BaseException, num_rows: int) -> Finished:
-        if isinstance(error, TimeoutError) and self._is_async and not str(error):
+    def _failed(self, call: int, error: BaseException, num_rows: int, *, late: bool = False) -> Finished:
+        """`late`: our limit ended it, not one of the function's own."""
+        if late and isinstance(error, TimeoutError):
             text = f"did not return within {self._timeout_s:g} s"
         elif isinstance(error, SystemExit):
             text = f"called sys.exit({error.code!r})"
@@ -149,10 +151,21 @@ class Calls:
 
 
 def _values(parameter: str, column: Sequence[Any]) -> list[Any]:
-    """verl's functions look into extra_info; a text column holds such a thing as JSON."""
-    if parameter != "extra_info":
+    """verl's functions look into extra_info and ground_truth; a text column holds an object or a list as JSON."""
+    if parameter not in ("extra_info", "ground_truth", "ground_truths"):
         return list(column)
-    return [json.loads(value) if isinstance(value, str) and value else value or {} for value in column]
+    values = [_object(value) for value in column]
+    return [value or {} for value in values] if parameter == "extra_info" else values
+
+
+def _object(value: Any) -> Any:
+    """What a text that is a JSON object or list holds; anything else as it is."""
+    if not isinstance(value, str) or not value.startswith(("{", "[")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 def _split(returned: Any, num_rows: int) -> list[Any]:

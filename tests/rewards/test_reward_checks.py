@@ -18,6 +18,7 @@ def named(response, finished, rollout_log_probs): return 0.0
 def other(text): return 0.0
 adapted = adapt(other, text="response")
 def levelled(response, level): return float(level)
+def asks(question, response): return 0.0
 """
 
 
@@ -51,3 +52,17 @@ def test_a_name_that_is_no_column_is_refused_with_the_recipe_s_line(file: Path) 
         check_rewards(launch(file, "other"))
     with pytest.raises(ConfigError, match="reward.function: .*has no 'others'; did you mean 'other'"):
         check_rewards(launch(file, "others"))
+
+
+def test_a_field_that_a_column_holds_under_another_name_is_no_field_of_its_own(file: Path) -> None:
+    rows = file.with_name("questions.jsonl")
+    rows.write_text('{"question": "1+1=", "answer": "2"}\n')
+    settings = ["model.path=/m", "task=none", f"data.train.path={rows}", "data.train.prompt_key=question"]
+    with pytest.raises(ConfigError, match="asks asks for 'question', and there is no column 'question'"):
+        check_rewards(compose("grpo", [*settings, f"reward.function={file}:asks"]))
+
+
+def test_a_file_that_ends_its_process_when_it_is_imported_is_named(file: Path) -> None:
+    file.write_text("import sys\n\nsys.exit(3)\n")
+    with pytest.raises(ConfigError, match=r"reward.function: .*ends its process when it is imported \(sys.exit\(3\)\)"):
+        check_rewards(launch(file, "f"))

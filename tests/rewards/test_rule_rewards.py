@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,3 +199,19 @@ def test_a_function_is_given_the_columns_it_names() -> None:
 
     assert rule_rewards(tagged, batch).columns["rewards"].values.tolist() == [1.0, 2.0]
     assert rule_rewards(exact_match, batch).columns["rewards"].values.tolist() == [1.0, 0.0]
+
+
+def test_what_verl_s_columns_hold_as_json_is_an_object_again_and_plain_text_stays_text() -> None:
+    batch = Batch.of(
+        prompt=["p"] * 3, response=["r"] * 3, answer=['{"target": 3}', "[1, 2]", "42"],
+        fields=['{"extra_info": "plain words"}', '{"extra_info": {"level": 2}}', "{}"],
+    )  # fmt: skip
+    seen: list[tuple[Any, Any]] = []
+
+    def compute_score(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> float:
+        seen.append((ground_truth, extra_info))
+        return 0.0
+
+    batch = Batch({**batch, "source": Column.strings(["s"] * 3)}, 3)
+    rule_rewards(compute_score, batch)
+    assert seen == [({"target": 3}, "plain words"), ([1, 2], {"level": 2}), ("42", {})]

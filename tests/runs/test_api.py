@@ -12,6 +12,7 @@ import pytest
 
 from controller import RunResult, launch
 from controller.api import _override
+from rlhf_dist.compose import compose
 from rlhf_dist.typed import ConfigError
 
 SCRIPT = """
@@ -88,6 +89,9 @@ def test_a_mistake_is_raised_before_anything_starts(model: Path, data: Path, tmp
 def test_settings_are_python_values(tmp_path: Path) -> None:
     assert _override("a", None) == "a=null" and _override("a", True) == "a=true" and _override("a", 1e-5) == "a=1e-05"
     assert _override("a", {"b": [1, "it's"], "c": None}) == "a={b: [1,'it\\'s'],c: null}"
+    for text in (r"it's \d+", "ends so \\", r"\\'\n"):
+        made = compose("grpo", [_override("data.train.generator_args", {"x": text})])
+        assert made.run.data.train.generator_args == {"x": text}
     assert _override("a", Path("/x y")) == "a=/x y"
     assert _override("reward.function", RunResult) == "reward.function=controller.api:RunResult"
     with pytest.raises(ConfigError, match="a is given as a set"):

@@ -63,7 +63,13 @@ def add_adapters(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(settings, hf, adapter_name=_ADAPTER)
+        try:
+            peft.inject_adapter_in_model(settings, hf, adapter_name=_ADAPTER)
+        except ValueError as error:
+            raise ValueError(
+                f"engine.lora.targets={config.targets} names no layers of {type(hf).__name__} that adapters fit in; "
+                f"give a regular expression such as .*(q|v)_proj ({' '.join(str(error).split())[:200]})"
+            ) from error
     # Dropout is off everywhere; peft's new modules start in training mode.
     hf.train(False)
     head: Any = getattr(hf, "score", None)
