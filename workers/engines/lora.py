@@ -57,7 +57,8 @@ def add_adapters(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=config.targets,
+        # peft's own reading of all-linear fails on mixtures of experts whose experts are one tensor.
+        target_modules=_linear_layers(hf) if config.targets == "all-linear" else config.targets,
         lora_dropout=0.0,
         exclude_modules=["score"],
     )
@@ -75,6 +76,16 @@ def add_adapters(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     head: Any = getattr(hf, "score", None)
     if head is not None:
         head.weight.requires_grad_(True)
+
+
+def _linear_layers(hf: PreTrainedModel) -> list[str]:
+    """Names of all linear layers but the head's."""
+    ends = (hf.get_output_embeddings(), getattr(hf, "score", None))  # type: ignore[no-untyped-call]
+    return [
+        name
+        for name, module in hf.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and not any(module is end for end in ends)  # routers are kinds of it
+    ]
 
 
 def weight_name(name: str) -> str:
