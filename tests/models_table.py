@@ -1,6 +1,6 @@
 """Which model families train exactly, under which engines and splits, and how they generate: docs/models.md.
 
-    python -m tests.models_table [FAMILY ...] [--columns fsdp zero tp sp lora]      a JSON line last
+    python -m tests.models_table [FAMILY ...] [--columns fsdp zero tp sp lora vllm]      a JSON line last
 
 Every family is a tiny random model (families.py), tried for real; what a family is refused for is what a user would
 read. The facts are kept in rlhf_dist/model_families.json, from which `rlhf-dist check` says a family's row; families
@@ -60,6 +60,37 @@ def verdict(family: str, changes: Mapping[str, Any], engine: dict[str, Any]) -> 
     return found
 
 
+VLLM = "vllm"
+"""Column of generation beside training: weights synced twice, exported, and read by transformers and vLLM."""
+
+
+def support(family: str) -> dict[str, Any]:
+    """On a rank of its own: whether vLLM generates with the family, and weights reach it and its files."""
+    from workers.model_support import TOLERANCE, model_support
+
+    with tempfile.TemporaryDirectory() as folder:
+        wide = dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim"), 128)
+        tiny_model(tiny_config(family, head_dim=32, **wide)).save_pretrained(folder)
+        found = model_support(Path(folder), Path(folder) / "out")
+    exact = found.vllm != "none" and found.sync != "refused" and max(found.differences, default=1.0) < TOLERANCE
+    said = {"state": "exact" if exact else "refused", "way": f"{found.vllm}, {found.sync}", "export": found.export}
+    why = " ".join(found.why.split())[:300] or (f"{max(found.differences):.2g} nats off" if found.differences else "")
+    return said | ({} if exact else {"why": why})
+
+
+def supported(family: str) -> dict[str, Any]:
+    """`support` in a process that vLLM may end."""
+    world = World(1, call_timeout_s=150.0)
+    try:
+        found: dict[str, Any] = world.run(support, family)[0]
+    except (RuntimeError, TimeoutError, EOFError, OSError) as error:
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        found = {"state": "refused", "why": last[:300]}
+    finally:
+        world.close()
+    return found
+
+
 Facts = dict[str, dict[str, dict[str, Any]]]
 """Family -> column -> state (`exact`, `refused`, `wrong`, `untried`), why, way, nats off."""
 
@@ -68,18 +99,21 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*")
-    parser.add_argument("--columns", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--columns", nargs="+", default=[*ENGINES, VLLM], choices=[*ENGINES, VLLM])
     asked = parser.parse_args()
     facts: Facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
-    worlds = {
-        size: World(size, call_timeout_s=1200.0) for size in sorted({ENGINES[column][0] for column in asked.columns})
-    }
+    sizes = sorted({ENGINES[column][0] for column in asked.columns if column != VLLM})
+    worlds = {size: World(size, call_timeout_s=1200.0) for size in sizes}
     try:
         for family in asked.family or families():
             row = facts.setdefault(family, {})
             for column in asked.columns:
-                size, engine = ENGINES[column]
-                if column == "fsdp" or row.get("fsdp", {}).get("state") == "exact":
+                if column != "fsdp" and row.get("fsdp", {}).get("state") != "exact":
+                    continue
+                if column == VLLM:
+                    row[column] = supported(family)
+                else:
+                    size, engine = ENGINES[column]
                     row[column] = worst(worlds[size].run(verdict, family, {}, engine))
             print(f"{family:24} " + "  ".join(f"{name} {one['state']}" for name, one in row.items()), flush=True)
             FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
@@ -114,14 +148,17 @@ def page(facts: Facts) -> str:
         "",
         MADE,
         "",
-        f"| family | rows go | {' | '.join(ENGINES)} | nats off |",
-        "|---" * (len(ENGINES) + 3) + "|",
+        f"| family | rows go | {' | '.join(ENGINES)} | vLLM, sync | export | nats off |",
+        "|---" * (len(ENGINES) + 5) + "|",
     ]
     for family, row in sorted(facts.items()):
         if row["fsdp"]["state"] == "exact":
             states = [row.get(column, {}).get("state", "untried") for column in ENGINES]
             cells = [{"refused": "no", "untried": ""}.get(state, state) for state in states]
-            lines.append(f"| {family} | {row['fsdp']['way']} | {' | '.join(cells)} | {row['fsdp'].get('off', 0):.0e} |")
+            beside = row.get(VLLM, {})
+            served = {"exact": beside.get("way", ""), "refused": "no"}.get(beside.get("state", ""), "")
+            cells += [served, beside.get("export", ""), f"{row['fsdp'].get('off', 0):.0e}"]
+            lines.append(f"| {family} | {row['fsdp']['way']} | {' | '.join(cells)} |")
     for state, title in (
         ("refused", "Refused by name when the engine is built"),
         ("untried", "Not tried at tiny size"),
