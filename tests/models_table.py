@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from tests.engines.world import World
 from tests.families import families, tiny_config, tiny_model
@@ -141,6 +142,13 @@ def worst(found: list[Verdict]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value}
 
 
+def has_experts(family: str) -> bool:
+    """The family's default is a mixture of experts."""
+    config = CONFIG_MAPPING[family]().get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
 def page(facts: Facts) -> str:
     """docs/models.md: its prose as it is, and the tables."""
     lines = [
@@ -158,7 +166,8 @@ def page(facts: Facts) -> str:
             beside = row.get(VLLM, {})
             served = {"exact": beside.get("way", ""), "refused": "no"}.get(beside.get("state", ""), "")
             cells += [served, beside.get("export", ""), f"{row['fsdp'].get('off', 0):.0e}"]
-            lines.append(f"| {family} | {row['fsdp']['way']} | {' | '.join(cells)} |")
+            name = f"{family} (experts)" if has_experts(family) else family
+            lines.append(f"| {name} | {row['fsdp']['way']} | {' | '.join(cells)} |")
     for state, title in (
         ("refused", "Refused by name when the engine is built"),
         ("untried", "Not tried at tiny size"),
