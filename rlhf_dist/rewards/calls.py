@@ -201,11 +201,14 @@ def _outcome(returned: Any, reward: str) -> Outcome:
 
 
 def _place(error: BaseException) -> str:
-    """` (faulty, line 12)`, where it was raised, or "" where that is this file."""
+    """Where it was raised, with the line of source if that can be read; "" where that is this file."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or frames[-1].filename == __file__:
         return ""
-    return f" ({frames[-1].name}, line {frames[-1].lineno})"
+    last = frames[-1]
+    if last.filename.startswith("<"):  # a function that travelled by value
+        return f" ({last.name}, line {last.lineno})"
+    return f"; at {last.filename}:{last.lineno} in {last.name}" + (f": {last.line}" if last.line else "")
 
 
 def short(text: str, limit: int = 80) -> str:
