@@ -182,7 +182,7 @@ def test_an_on_policy_run_whose_ratio_is_not_one_is_an_error(launch_warm: Launch
 
 
 def test_a_run_leaves_a_trace_a_drawing_idle_shares_and_a_critical_path(launch_warm: Launch, tmp_path: Path) -> None:
-    summary = launch_warm("ppo", *APART, "name=seen", "steps=3")
+    summary = launch_warm("ppo", *APART, "name=seen", "steps=3", "output.checkpoint_every=null")
     assert set(summary["idle_share"]) == {"actor", "rollout", "critic", "reference"}
     assert all(0 <= share < 1 for share in summary["idle_share"].values())
     assert "actor.update_actor" in summary["critical_path_s"]

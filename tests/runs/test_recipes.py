@@ -50,7 +50,7 @@ def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Pat
     assert AutoModelForCausalLM.from_pretrained(folder / "models/actor").config.hidden_size == 128
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    assert {event["name"] for event in events if event["ph"] == "X"} == {"examples", "actor.update_actor"}
+    assert {event["name"] for event in events if event["ph"] == "X"} == {"examples", "actor.update_actor", "checkpoint"}
     assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
 
 
