@@ -248,3 +248,33 @@ def test_generation_refuses_a_family_that_does_not_go_on_from_keys_and_values(tm
             world=1,
             device=torch.device("cpu"),
         )
+
+
+def leaky(folder: Path, dtype: str) -> str:
+    """On a rank: the way of an engine whose layers with a state are not kept to rows."""
+    from workers.engines import models
+    from workers.engines.fsdp import FsdpEngine
+
+    by_row = models.mix_by_row
+    models.mix_by_row = lambda model: []  # type: ignore[assignment]
+    try:
+        engine = FsdpEngine(
+            model=ModelConfig(path=str(folder)),
+            engine=EngineConfig(dtype=dtype),
+            optimizer=None,
+            head="policy",
+            device=torch.device("cpu"),
+            seed=0,
+        )
+    finally:
+        models.mix_by_row = by_row
+    return f"{engine._way}; {engine.remarks}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_that_leaks_between_rows_is_seen_in_any_dtype(world1: World, tmp_path: Path, dtype: str) -> None:
+    for family in ("mamba2", "falcon_h1", "lfm2", "qwen3_5_text"):
+        folder = tmp_path / family
+        tiny_model(tiny_config(family)).save_pretrained(folder)
+        found = world1.run(leaky, folder, dtype)[0]
+        assert found.startswith("padded rows") and "packed rows: " in found, (family, found)
