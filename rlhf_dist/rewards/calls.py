@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import linecache
 import math
 import os
 import signal
@@ -202,13 +203,15 @@ def _outcome(returned: Any, reward: str) -> Outcome:
 
 def _place(error: BaseException) -> str:
     """Where it was raised, with the line of source if that can be read; "" where that is this file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or frames[-1].filename == __file__:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or frames[-1][0].f_code.co_filename == __file__:
         return ""
-    last = frames[-1]
-    if last.filename.startswith("<"):  # a function that travelled by value
-        return f" ({last.name}, line {last.lineno})"
-    return f"; at {last.filename}:{last.lineno} in {last.name}" + (f": {last.line}" if last.line else "")
+    frame, number = frames[-1]
+    file = frame.f_code.co_filename
+    if file.startswith("<"):  # A function that travelled by value: cloudpickle leaves its file in its globals only.
+        file = frame.f_globals.get("__file__", file)
+    line = linecache.getline(file, number).strip()
+    return f"; at {file}:{number} in {frame.f_code.co_name}" + (f": {line}" if line else "")
 
 
 def short(text: str, limit: int = 80) -> str:

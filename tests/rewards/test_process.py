@@ -25,7 +25,7 @@ def faulty(response):
     if response == "exit": os._exit(7)
     if response == "sys.exit": sys.exit(3)
     if response == "hang": time.sleep(1e6)
-    if response == "stuck": (lambda: None) and [None for _ in iter(int, 1)]
+    if response == "stuck": any(iter(int, 1))
     if response == "alarm": signal.alarm(1); time.sleep(20)
     if response == "leak": kept = [bytearray(1 << 26) for _ in iter(int, 1)]
     if response == "crash": os.kill(os.getpid(), signal.SIGSEGV)
@@ -94,7 +94,7 @@ def scoring(tmp_path: Path) -> object:
     return start
 
 
-def test_what_a_row_does_to_its_process_fails_that_row_and_no_other(scoring) -> None:  # type: ignore[no-untyped-def]
+def test_what_a_row_does_to_its_process_fails_that_row_and_no_other(scoring, tmp_path) -> None:  # type: ignore[no-untyped-def]
     bad = {
         "exit": r"ended its process (exit code 7)",
         "sys.exit": "called sys.exit(3)",
@@ -103,7 +103,7 @@ def test_what_a_row_does_to_its_process_fails_that_row_and_no_other(scoring) -> 
         "alarm": "ended its process by SIGALRM",
         "leak": "raised MemoryError",
         "crash": "ended its process by SIGSEGV",
-        "raise": "raised KeyError: 'nope' (faulty, line 12)",
+        "raise": f"raised KeyError: 'nope'; at {tmp_path}/rewards_of_test.py:12 in faulty",
     }
     rows = [row for text in bad for row in ("fine", text)] + ["fine"]
     with scoring("faulty", timeout_s=2.0, role="cost") as score:
@@ -144,6 +144,7 @@ def test_a_function_that_prints_for_ever_fills_no_log(scoring, capfd: pytest.Cap
 
 def test_async_calls_wait_together_and_one_that_ends_the_process_is_found(scoring) -> None:  # type: ignore[no-untyped-def]
     with scoring("waits", timeout_s=1.0) as score:
+        assert score("fine") == [{"reward": 1.0}]  # the process is up
         started = time.monotonic()
         assert score(*("fine",) * 16) == [{"reward": 1.0}] * 16
         assert time.monotonic() - started < 2.0  # one after the other is 3.2 s
