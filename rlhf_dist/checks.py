@@ -335,7 +335,7 @@ def _check_sources(launch: Launch) -> list[str]:
 def _check_vocabularies(launch: Launch) -> None:
     """All models read the ids of one tokenizer, the source's; one that starts at random may learn any."""
     from rlhf_dist.data.of_launch import tokenizer_role
-    from rlhf_dist.data.vocabulary import check_vocabulary
+    from rlhf_dist.data.token_ids import check_vocabulary
 
     models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
     base = tokenizer_role(launch)

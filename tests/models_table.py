@@ -98,6 +98,12 @@ Facts = dict[str, dict[str, dict[str, Any]]]
 """Family -> column -> state (`exact`, `refused`, `wrong`, `untried`), why, way, nats off."""
 
 
+def one_a_line(facts: Facts) -> str:
+    """The facts as JSON that a person can compare: a family is a line."""
+    rows = (f"{json.dumps(family)}: {json.dumps(row, sort_keys=True)}" for family, row in sorted(facts.items()))
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,7 +125,7 @@ def main() -> None:
                     size, engine = ENGINES[column]
                     row[column] = worst(worlds[size].run(verdict, family, {}, engine))
             print(f"{family:24} " + "  ".join(f"{name} {one['state']}" for name, one in row.items()), flush=True)
-            FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            FACTS.write_text(one_a_line(facts))
     finally:
         for world in worlds.values():
             world.close()

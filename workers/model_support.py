@@ -4,7 +4,7 @@
     train another ────────> sync ─> generate: so they are
     export ───────────────> transformers and vLLM read the folder: so are theirs
 
-One process, one rank, no cluster: about 5 s a family. `make models-table` calls it for each; so do the tests.
+One process, one rank, no cluster: about 5 s a family. Tests call it, and `python -m tests.models_table --columns vllm`.
 """
 
 from __future__ import annotations

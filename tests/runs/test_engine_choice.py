@@ -26,7 +26,7 @@ STEADY = ("actor.optimizer.eps=1e-3", "algorithm.mini_batches=2", "steps=3")
 def same_weights(one: Path, other: Path, roles: tuple[str, ...] = ("actor",)) -> None:
     for role in roles:
         left, right = weights(one / "models" / role), weights(other / "models" / role)
-        assert left.keys() == right.keys()
+        assert left and left.keys() == right.keys()
         for name, value in right.items():
             np.testing.assert_allclose(left[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
 

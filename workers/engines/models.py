@@ -8,6 +8,7 @@ head) exist whole only there. How rows go through (`ways.py`) comes with the pac
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from workers.engines.token_split import gather_tokens, summed_gradient
 Head = Literal["policy", "value"]
 
 
-class RoleModel(nn.Module):
+class RoleModel(nn.Module, ABC):
     """What both kinds of model do alike."""
 
     outputs: tuple[Output, ...]
@@ -64,9 +65,9 @@ class RoleModel(nn.Module):
             self.failure = error
             return {}
 
+    @abstractmethod
     def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
         """See `forward`."""
-        raise NotImplementedError
 
     def take(self, packed: Packed) -> None:
         """Make the library's modules go the way of the pack."""

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
-from rlhf_dist.data.vocabulary import check_vocabulary
+from rlhf_dist.data.token_ids import check_vocabulary
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_classifier, save_llama
 
