@@ -4,17 +4,18 @@
 
 The recipe is traced before, to know its roles, without stopping or printing anything (`trace.rehearsal`).
 The same nodes as in the graph, executed in the recipe's order on the same workers; the end result is
-the same to the last bit. Generation asks first whether the weights it holds are the trained ones.
+the same to the last bit.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import ray
 
-from controller.executor import StepReport
+from controller.executor import Finished, StepReport
 from controller.ray_runner import RayRunner
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.graph import Node
@@ -28,24 +29,50 @@ def run_eagerly(
 ) -> None:
     """Run steps start..stop-1 of `recipe`, each op as its line is reached."""
     for step in range(start, stop):
-        report = StepReport(step)
+        report, syncs = StepReport(step), _Syncs(recipe, runner, step)
 
-        def execute(node: Node, step: int = step, report: StepReport = report) -> None:
+        def execute(node: Node, step: int = step, report: StepReport = report, syncs: _Syncs = syncs) -> None:
+            report.nodes += syncs.before(node)
             if node.runs_at(step):
                 report.nodes.append(runner.run_node(node, step))
 
         def fetch(node: str, column: str, step: int = step) -> Any:
             return _fetch(runner, node, column, step)
 
-        tracer = run_traced(recipe, cfg, execute, fetch)
-        read = {state for node in tracer.nodes for state in node.weights_read}
-        written = {state for node in tracer.nodes for state in node.weights_written}
-        for role in (role for role in recipe.roles if f"{role}.train" in written and f"{role}.rollout" in read):
-            report.nodes.append(runner.run_node(reshard_node(role), step))
+        run_traced(recipe, cfg, execute, fetch)
+        report.nodes += syncs.at_the_end()
         runner.end_step(step)
         if not report.nodes:
             raise RuntimeError(f"recipe {recipe.name} ran no op at step {step}")
         on_step(report)
+
+
+class _Syncs:
+    """The weight syncs of one step: those that `passes.insert_reshard` would put into its graph."""
+
+    def __init__(self, recipe: Recipe, runner: RayRunner, step: int) -> None:
+        self._recipe, self._runner, self._step = recipe, runner, step
+        self._trained: set[str] = set()
+        """Roles whose weights have changed since their last sync."""
+        self._generated: set[str] = set()
+        self._done: Counter[str] = Counter()
+
+    def before(self, node: Node) -> list[Finished]:
+        """Sync what `node` generates with, if its role has been trained in this step."""
+        reads = {role for role in self._recipe.roles if f"{role}.rollout" in node.weights_read}
+        self._generated |= reads
+        synced = [self._sync(role) for role in reads & self._trained]
+        self._trained |= {role for role in self._recipe.roles if f"{role}.train" in node.weights_written}
+        return synced
+
+    def at_the_end(self) -> list[Finished]:
+        """Sync what the next step generates with."""
+        return [self._sync(role) for role in self._recipe.roles if role in self._trained & self._generated]
+
+    def _sync(self, role: str) -> Finished:
+        self._trained.discard(role)
+        self._done[role] += 1
+        return self._runner.run_node(reshard_node(role, self._done[role]), self._step)
 
 
 def _fetch(runner: RayRunner, node: str, column: str, step: int) -> Any:

@@ -25,9 +25,10 @@ from controller.outputs import JoinError, NodeOutput, Outputs, join
 from controller.replies import RayReplies, Replies
 from controller.worker_group import Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.state_value import resolved, states_read
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
-from rlhf_dist.roles import State, StateValue
+from rlhf_dist.roles import State
 from rlhf_dist.wire import Call, Reply
 
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
@@ -284,11 +285,12 @@ class RayRunner:
 
     def _kwargs(self, node: Node) -> dict[str, Any]:
         given = dict(self.source_kwargs.get(node.name, {})) if node.kind == "source" else {}
-        numbers = {
-            key: self.numbers[value.role][value.key] if isinstance(value, StateValue) else value
-            for key, value in node.kwargs.items()
-        }
-        return numbers | given
+        try:
+            settings: dict[str, Any] = resolved(node.kwargs, self.numbers)
+        except (ValueError, KeyError, ArithmeticError) as error:
+            held = {state: self.numbers[state] for state in states_read(node.kwargs)}
+            raise NodeError(f"{node.name} ({node.line}) cannot take its settings from {held}: {error!r}") from error
+        return {**settings, **given}
 
     def _check_deadlines(self) -> None:
         now = time.perf_counter()

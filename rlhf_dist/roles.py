@@ -226,14 +226,6 @@ class State(ABC):
         """The numbers a run starts with; `cfg` is the recipe's algorithm section."""
 
 
-@dataclass(frozen=True)
-class StateValue:
-    """A number of a state, to be filled in when the op runs."""
-
-    role: str
-    key: str
-
-
 def state_op(*, reads: Columns) -> Callable[[F], F]:
     """Declare a `State` method that reads `reads` of a batch and returns (new numbers, metrics)."""
 

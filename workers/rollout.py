@@ -68,7 +68,8 @@ class RolloutWorker:
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
         self._stop.clear()
-        staleness = 0 if self.max_staleness is None else call.step - self.weights_step
+        # Weights that this step has trained already are ahead of its number.
+        staleness = 0 if self.max_staleness is None else max(0, call.step - self.weights_step)
         if staleness > (self.max_staleness or 0):
             raise StaleWeights(
                 f"weights may be {self.max_staleness} updates behind (placement.max_staleness), they are {staleness}; "

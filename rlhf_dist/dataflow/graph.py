@@ -107,7 +107,7 @@ class Dataflow:
     """Role -> the name of its interface, in the recipe's order."""
     staleness: int = 0
     """Updates that the weights which generate may be behind: generation of step t waits for the reshard of step
-    t - 1 - staleness."""
+    t - 1 - staleness. It never is behind what its own step trained before it."""
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -171,8 +171,9 @@ def _weight_edges(nodes: Iterable[Node], staleness: int) -> list[Edge]:
                 other, other_writes = sequence[position - back]
                 if other_writes:
                     reason: Any = "write-then-write" if writes else "write-then-read"
-                    behind = staleness if reason == "write-then-read" and state.endswith(".rollout") else 0
-                    distance = int(back > position) + behind
+                    distance = int(back > position)
+                    if distance and reason == "write-then-read" and state.endswith(".rollout"):
+                        distance += staleness  # what the same step wrote is always waited for
                     edges.append(Edge(source=other, target=name, weights=state, distance=distance, reason=reason))
                     break
             if not writes:

@@ -9,26 +9,39 @@ from rlhf_dist.schema import COLUMNS
 
 
 def insert_reshard(dataflow: Dataflow) -> Dataflow:
-    """Add the node that moves a role's weights from its training layout to its generation layout.
+    """Add the nodes that move a role's weights from its training layout to its generation layout.
 
-    `actor.train` and `actor.rollout` are two weight states. Where a recipe writes the first and reads
-    the second, `actor.reshard` is put right after the last write of the step; generation of the next
-    step then depends on it through a loop-carried edge.
+    `actor.train` and `actor.rollout` are two weight states. Generation reads what the last update before it wrote,
+    in the recipe's order and around the loop: between an update and the generation that follows it stands a
+    `reshard`, right after the last update. Where that generation is the next step's, the edge is loop-carried.
     """
     nodes = list(dataflow.nodes)
     for role in dataflow.roles:
-        train, rollout = f"{role}.train", f"{role}.rollout"
-        writers = [position for position, node in enumerate(nodes) if train in node.weights_written]
-        if not writers or not any(rollout in node.weights_read for node in nodes):
-            continue
-        nodes.insert(writers[-1] + 1, reshard_node(role))
+        due = _syncs_due(nodes, role)
+        for number, position in reversed(list(enumerate(due, start=1))):
+            nodes.insert(position + 1, reshard_node(role, number))
     return replace(dataflow, nodes=tuple(nodes))
 
 
-def reshard_node(role: str) -> Node:
-    """The node that reads `role`.train and writes `role`.rollout."""
+def _syncs_due(nodes: list[Node], role: str) -> list[int]:
+    """Positions of the updates whose weights `role` generates with; none for a role that does not generate."""
+    train, rollout = f"{role}.train", f"{role}.rollout"
+    if not any(rollout in node.weights_read for node in nodes):
+        return []
+    due, written = list[int](), None
+    for position, node in enumerate(nodes):
+        if rollout in node.weights_read and written is not None:
+            due.append(written)
+            written = None
+        if train in node.weights_written:
+            written = position
+    return due if written is None else [*due, written]
+
+
+def reshard_node(role: str, number: int = 1) -> Node:
+    """The node that reads `role`.train and writes `role`.rollout, for the `number`th time in a step."""
     return Node(
-        name=f"{role}.reshard",
+        name=f"{role}.reshard" if number == 1 else f"{role}.reshard#{number}",
         role=role,
         op="reshard",
         kind="reshard",

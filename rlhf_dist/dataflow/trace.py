@@ -23,7 +23,8 @@ import numpy as np
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.recipe import Recipe
-from rlhf_dist.roles import OpSpec, RowEffect, StateValue, ops_of
+from rlhf_dist.dataflow.state_value import StateValue, states_read, value_of
+from rlhf_dist.roles import OpSpec, RowEffect, State, ops_of
 from rlhf_dist.schema import COLUMNS
 
 OnNode = Callable[[Node], None]
@@ -180,13 +181,15 @@ class TracedBatch:
     ) -> Node:
         kwargs = dict(kwargs)
         out = _output_names(kwargs.pop("out", None), writes, name, self.tracer)
+        for key in ("every", "after", "out"):
+            if states_read(kwargs.get(key)):
+                raise GraphError(f"{self.tracer.line()}: {name} needs {key}= before it runs, got {kwargs[key]}")
         every, after = int(kwargs.pop("every", 1)), int(kwargs.pop("after", 0))
         if (every != 1 or after) and writes:
             raise GraphError(
                 f"{self.tracer.line()}: {name} writes {', '.join(writes)}, which later nodes may read every step; "
                 f"every= and after= are for updates"
             )
-        values = [value for value in kwargs.values() if isinstance(value, StateValue)]
         read = self.tracer.read(name, self, reads)
         node = Node(
             name=name,
@@ -203,7 +206,7 @@ class TracedBatch:
             writes=tuple(out.get(column, column) for column in writes),
             out=out,
             rows=rows,
-            weights_read=(*weights_read, *(f"{value.role}.state" for value in values)),
+            weights_read=(*weights_read, *(f"{state}.state" for state in states_read(kwargs))),
             weights_written=weights_written,
             kwargs=kwargs,
             spec=spec,
@@ -308,13 +311,20 @@ class RoleHandle:
 class StateHandle:
     """A `State` in a recipe: `value(key)` for a number, its `state_op` methods to update it."""
 
-    def __init__(self, tracer: Tracer, role: str, kind: type) -> None:
+    def __init__(self, tracer: Tracer, role: str, kind: type[State], cfg: Any) -> None:
         self._tracer, self._role, self._kind = tracer, role, kind
         self._ops = ops_of(kind)
+        self._first: dict[str, float] = kind().initial(cfg)
 
     def value(self, key: str) -> float:
-        """Stands for the number `key` wherever an op takes one."""
-        return cast(float, StateValue(self._role, key))
+        """Stands for the number `key` wherever an op takes one, in a loss too; see `state_value.py`."""
+        if key not in self._first:
+            near = difflib.get_close_matches(str(key), self._first, n=1)
+            raise GraphError(
+                f"{self._tracer.line()}: {self._kind.__name__} {self._role!r} starts without a number {key!r}; it has "
+                f"{', '.join(self._first) or 'none'}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        return cast(float, value_of(self._role, key, self._first[key]))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_") or name not in self._ops:
@@ -357,7 +367,7 @@ def run_traced(recipe: Recipe, cfg: Any, on_node: OnNode | None = None, fetch: F
         )
         arguments[name] = TracedBatch(tracer, name, {column: ColumnOrigin(name, column) for column in columns})
     arguments |= {name: RoleHandle(tracer, name, kind) for name, kind in recipe.roles.items()}
-    arguments |= {name: StateHandle(tracer, name, kind) for name, kind in recipe.states.items()}
+    arguments |= {name: StateHandle(tracer, name, kind, cfg) for name, kind in recipe.states.items()}
     for name in inspect.signature(recipe.function).parameters:
         if name not in arguments:
             arguments[name] = cfg
@@ -446,6 +456,11 @@ def _check_keywords(line: str, op: str, function: Callable[..., Any], kwargs: Ma
     for p in parameters.values():
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
             raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
+        if isinstance(kwargs.get(p.name), StateValue) and p.annotation in (int, "int"):
+            raise GraphError(
+                f"{line}: {op} needs {p.name} before it runs, because it decides on rows or steps; got "
+                f"{kwargs[p.name]}, which changes from step to step"
+            )
 
 
 __all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "rehearsal", "run_traced", "trace"]

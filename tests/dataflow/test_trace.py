@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow import Dataflow, GraphError, host_op
 from rlhf_dist.dataflow.recipe import Recipe, recipe
 from rlhf_dist.dataflow.trace import trace
-from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
+from rlhf_dist.roles import Actor, Critic, Examples, Prompts, Reference, Reward, State, state_op
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,31 @@ def test_the_reshard_node_closes_the_loop_of_the_policy() -> None:
         ("actor.reshard", "actor.generate_sequences", "actor.rollout", 1),
         ("critic.update_critic", "critic.compute_values", "critic.train", 1),
     }
+
+
+def test_every_generation_reads_what_the_last_update_before_it_wrote() -> None:
+    @recipe
+    def half_steps(prompts: Prompts, actor: Actor) -> None:
+        for _ in range(2):
+            actor.update_actor(actor.generate_sequences(prompts), loss=Reads(()))
+
+    @recipe
+    def trains_first(examples: Examples, actor: Actor) -> None:
+        actor.update_actor(examples, loss=Reads(()))
+        actor.update_actor(examples, loss=Reads(()))
+        actor.generate_sequences(examples)
+
+    both = trace(half_steps)
+    assert [node.name for node in both if node.role == "actor"] == [
+        *("actor.generate_sequences", "actor.update_actor", "actor.reshard"),
+        *("actor.generate_sequences#2", "actor.update_actor#2", "actor.reshard#2"),
+    ]
+    reads = {edge for edge in weights(replace(both, staleness=1)) if edge[2] == "actor.rollout"}
+    assert reads == {
+        ("actor.reshard#2", "actor.generate_sequences", "actor.rollout", 2),
+        ("actor.reshard", "actor.generate_sequences#2", "actor.rollout", 0),
+    }
+    assert [node.op for node in trace(trains_first)][1:] == ["update_actor"] * 2 + ["reshard", "generate_sequences"]
 
 
 def test_an_update_waits_for_readers_of_the_weights_it_overwrites() -> None:

@@ -139,6 +139,50 @@ def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch: Launch, tm
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+HALF_STEPS = """
+from rlhf_dist.algorithms import ppo_clip
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.metrics import Mean
+from rlhf_dist.roles import Actor, Prompts, Reference, Reward, State, state_op
+from rlhf_dist.transforms import rloo_advantage
+
+class Kl(State):
+    def initial(self, cfg):
+        return {"coef": 0.1}
+
+    @state_op(reads=("policy_version",))
+    def update(self, numbers, batch):
+        versions = batch["policy_version"].values
+        assert versions.min() == versions.max(), "one policy drew all tokens"
+        return {"coef": 0.5 * numbers["coef"]}, {"coef": Mean(numbers["coef"]), "version": Mean(float(versions[0]))}
+
+@recipe
+def half_steps(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, first: Kl, second: Kl) -> None:
+    for kl in (first, second):
+        batch = reward.compute_reward(actor.generate_sequences(prompts, n=2))
+        batch = reference.compute_ref_log_prob(actor.compute_log_prob(rloo_advantage(batch)))
+        actor.update_actor(batch, loss=ppo_clip(0.2, kl_coef=2 * kl.value("coef")))
+        kl.update(batch)
+"""
+
+
+def test_each_generation_of_a_step_has_the_weights_of_the_update_before_it(launch: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "half_steps.py"
+    file.write_text(HALF_STEPS)
+    runs = [
+        launch(str(file), *TRANSFORMERS, "steps=3", root=tmp_path / way, eager=way == "eager")
+        for way in ("graph", "eager")
+    ]
+    apart = ("placement=standalone",)
+    runs.append(launch(str(file), *TRANSFORMERS, "steps=3", *apart, root=tmp_path / "apart"))
+    for summary in runs:
+        versions = [summary[when][f"{kl}/version"] for when in ("first", "last") for kl in ("first", "second")]
+        assert versions == [0, 1, 4, 5], "one update between a step's two generations, one after them"
+        assert (summary["first"]["second/coef"], summary["last"]["second/coef"]) == (0.1, 0.025)
+    graph, eager = (weights(tmp_path / way / "half_steps/models/actor") for way in ("graph", "eager"))
+    assert graph and all(np.array_equal(graph[name], eager[name]) for name in graph)
+
+
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
     settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2")
     every_2 = "output.checkpoint_every=2"
