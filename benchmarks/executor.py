@@ -25,9 +25,10 @@ import ray
 import torch
 
 from benchmarks.executor_roles import ChainProcess
-from controller.cluster import Cluster, Pool, worker_actor
+from controller.cluster import Cluster, worker_actor
 from controller.critical_path import lower_bound_s
 from controller.executor import StepReport, run_steps
+from controller.pool import Pool
 from controller.ray_runner import RayRunner
 from controller.simulated_workers import SimulatedWorkers
 from controller.traffic import ControllerTraffic

@@ -53,30 +53,34 @@ def launch(
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
     eager: bool = False,
+    local: bool = False,
 ) -> RunResult:
     """Run `recipe` (a name, a file, or a function marked @recipe) to its end.
 
     overrides: as on the command line, `key=value`. settings: key -> Python value, before them; where a function is
-    named, the function itself will do. quiet: no progress. eager: line by line.
+    named, the function itself will do. quiet: no progress. eager: line by line. local: in this process, line by line.
 
     Raises ConfigError or GraphError (ValueErrors) for what the settings, the recipe or the data cannot be, before
     anything starts; NodeError, WorkerLost or ClusterError for what failed. KeyboardInterrupt passes through. In all
     cases every process that was started has ended, and another launch may follow.
     """
     from controller.display import Display
+    from controller.local import local_launch
     from controller.run import run
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
     from rlhf_dist.data import with_steps_of_epochs
 
-    made = compose(_spec(recipe), [*(_override(key, value) for key, value in (settings or {}).items()), *overrides])
+    said = [*(_override(key, value) for key, value in (settings or {}).items()), *overrides]
+    made = compose(_spec(recipe), said)
+    made = local_launch(made, said) if local else made
     plan = check_launch(made)
     counted = with_steps_of_epochs(made)
     made, plan = counted, plan if counted is made else check_launch(counted)
     if not quiet:
         print("\n".join(plan), flush=True)
     with _interruptible(), Display(made.run.name, made.run.steps, quiet=quiet) as display:
-        summary = run(made, display, eager=eager)
+        summary = run(made, display, eager=eager or local, local=local)
     return RunResult((Path(made.run.output.root) / made.run.name).resolve(), summary)
 
 

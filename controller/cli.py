@@ -94,8 +94,9 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if type(error).__module__.startswith("controller.") else None
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginning]:
+def _prepared(arguments: argparse.Namespace, local: bool = False) -> tuple[Launch, list[str], Beginning]:
     """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
+    from controller.local import local_launch
     from controller.run_folder import find_beginning
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
@@ -103,6 +104,7 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Launch, list[str], Beginni
 
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        launch = local_launch(launch, arguments.overrides) if local else launch
         plan = check_launch(launch)
         counted = with_steps_of_epochs(launch)  # Reads all rows, so only of a launch that is right otherwise.
         return counted, plan if counted is launch else check_launch(counted), find_beginning(counted)
@@ -120,16 +122,17 @@ def _check(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from rlhf_dist.dataflow.trace import rehearsal
 
-    with rehearsal() if arguments.eager else nullcontext():
-        launch, plan, _ = _prepared(arguments)
+    eager = arguments.eager or arguments.local
+    with rehearsal() if eager else nullcontext():
+        launch, plan, _ = _prepared(arguments, local=arguments.local)
     if not arguments.quiet:
         print("\n".join(plan), flush=True)
     from controller.display import Display
     from controller.run import run
     from controller.run_summary import for_people
 
-    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet, lines=arguments.eager) as display:
-        summary = run(launch, display=display, eager=arguments.eager)
+    with Display(launch.run.name, launch.run.steps, quiet=arguments.quiet, lines=eager) as display:
+        summary = run(launch, display=display, eager=eager, local=arguments.local)
         display.summary(for_people(summary))
     return 0
 
@@ -302,6 +305,11 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[launch], help="run a recipe here, or on the cluster at ray.address")
     run.add_argument("--quiet", action="store_true", help="no progress display")
     run.add_argument("--eager", action="store_true", help="line by line: breakpoint() works in the recipe")
+    run.add_argument(
+        "--local",
+        action="store_true",
+        help="in this process, without Ray, line by line: breakpoint() works in the recipe, host ops and losses",
+    )
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
     commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")

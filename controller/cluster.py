@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,62 +23,18 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from controller.failure_text import explained
+from controller.object_store import ObjectStore
+from controller.pool import RELAYS, SIGNALS, ClusterError, Pool
 from controller.ray_address import address_to_join, prepare_own
+from controller.replies import RayReplies
+from controller.user_files import send_user_files_by_value
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
 
-SIGNALS = "signals"
-"""Concurrency group of calls that must not wait for the call under way."""
-RELAYS = "relays"
-"""Concurrency group of calls for other processes."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 """What tells glibc to keep freed memory."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
-
-
-class ClusterError(RuntimeError):
-    """The cluster cannot give what the placement asks for."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A pool's processes, by rank."""
-
-    name: str
-    processes: tuple[Any, ...]
-    devices: tuple[str, ...] = ()
-    node_ids: tuple[str, ...] = ()
-    pids: tuple[int, ...] = ()
-    leads: tuple[tuple[int, ...], ...] = ()
-    """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
-    logs: tuple[str, ...] = ()
-    """File of each rank that has everything it prints, tracebacks among it; empty where they are not kept."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return len(self.processes)
-
-    def log(self, rank: int) -> str | None:
-        """The log of a rank; None where none is kept."""
-        return self.logs[rank] if self.logs else None
-
-    @property
-    def teams(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks that are called together, through the first of them."""
-        return self.leads or tuple((rank,) for rank in range(self.size))
-
-    @property
-    def nodes(self) -> tuple[int, ...]:
-        """[size] machine of each rank, numbered in order of appearance; one for all where they are not known."""
-        return machines(self.node_ids) or (0,) * self.size
-
-
-def machines(node_ids: Sequence[str]) -> tuple[int, ...]:
-    """Node ids as numbers, in order of appearance."""
-    seen = list(dict.fromkeys(node_ids))
-    return tuple(seen.index(node) for node in node_ids)
 
 
 @dataclass
@@ -93,14 +49,18 @@ class Cluster:
     pools: dict[str, Pool] = field(default_factory=dict)
     about: str = ""
     """Which cluster it is, once entered."""
+    replies: RayReplies = field(default_factory=RayReplies)
+    """How calls to its processes are waited for."""
     _groups: list[Any] = field(default_factory=list)
     _started: bool = False
     _own: bool = False
     """Nobody else's: its ranks may use all cores."""
+    _store: ObjectStore | None = None
     _set_aside: str | None = None
     """RAY_ADDRESS, while a cluster of its own runs."""
 
     def __enter__(self) -> Cluster:
+        send_user_files_by_value()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if ray.is_initialized():
@@ -201,6 +161,11 @@ class Cluster:
         )
         self.pools[name] = made
         return made
+
+    def metrics(self) -> dict[str, float]:
+        """What its object store holds, every few seconds; nothing in between."""
+        self._store = self._store or ObjectStore()
+        return self._store.metrics()
 
     def add_host_pool(self) -> Pool:
         """Start the CPU processes for sources, rule rewards and host ops."""

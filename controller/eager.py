@@ -13,11 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import ray
-
 from controller.executor import Finished, StepReport
 from controller.ray_runner import RayRunner
-from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dataflow.recipe import Recipe
@@ -77,5 +74,5 @@ class _Syncs:
 
 def _fetch(runner: RayRunner, node: str, column: str, step: int) -> Any:
     stored = runner.outputs.batch(node, step).columns[column]
-    objects: list[Batch] = ray.get(list(stored.at.refs), timeout=60.0)
+    objects = runner.objects(stored.at.refs)
     return [objects[o][stored.name].row(int(r)) for o, r in zip(stored.at.object_of, stored.at.row_of, strict=True)]

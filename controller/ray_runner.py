@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from controller.batch_ref import BatchRef, FetchPlan, merge_stored
-from controller.cluster import RELAYS, SIGNALS, Pool
 from controller.executor import Finished
 from controller.failure_text import explained, logs_of
 from controller.outputs import JoinError, NodeOutput, Outputs, join
+from controller.pool import RELAYS, SIGNALS, Pool
 from controller.replies import RayReplies, Replies
 from controller.worker_group import Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
@@ -180,6 +180,10 @@ class RayRunner:
         """Launch one node and wait for it: a live run, line by line."""
         self.launch(node, step)
         return self.wait()[0]
+
+    def objects(self, refs: Sequence[Any]) -> list[Any]:
+        """What workers stored under these references, for looking at it."""
+        return list(self._replies.get(list(refs), 60.0))
 
     # --- calls -----------------------------------------------------------------------------------------
     def _groups_of(self, node: Node) -> tuple[WorkerGroup, ...]:

@@ -1,11 +1,9 @@
-"""How the runner hears from workers: Ray in a run, a clock in a simulation of thousands of them."""
+"""How the controller hears from workers: Ray in a run, nothing to wait for in a local one, a clock in a simulation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
-
-import ray
 
 from rlhf_dist.failure import Failure
 from rlhf_dist.wire import Reply
@@ -33,6 +31,8 @@ class RayReplies:
 
     def ready(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
         """See Replies."""
+        import ray
+
         first, rest = ray.wait(list(refs), num_returns=1, timeout=timeout_s, fetch_local=False)
         if first and rest:
             others, _ = ray.wait(
@@ -43,6 +43,8 @@ class RayReplies:
 
     def get(self, refs: Sequence[Any], timeout_s: float) -> list[Answer]:
         """See Replies."""
+        import ray
+
         try:
             return list(ray.get(list(refs), timeout=timeout_s))
         except ray.exceptions.RayError as error:

@@ -13,20 +13,19 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
-from controller.cluster import Cluster
 from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
+from controller.local import Local
 from controller.metrics import MetricsWriter
-from controller.object_store import ObjectStore
 from controller.plan_feedback import write_feedback
 from controller.run_folder import claim_folder
 from controller.session import Session, slots_needed, start_session
@@ -36,6 +35,9 @@ from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
+
+if TYPE_CHECKING:
+    from controller.cluster import Cluster
 
 PENDING_S = 60.0
 """Longest that a run which ends early waits for the checkpoint it is writing."""
@@ -71,29 +73,40 @@ class _Progress:
     seconds: float = 0.0
 
 
-def run(launch: Launch, display: StepDisplay, *, eager: bool = False) -> dict[str, Any]:
+def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: bool = False) -> dict[str, Any]:
     """Run a launch to its end and return its summary, which is also written to summary.json.
+
+    eager: line by line. local: in this process, for a launch that `local_launch` made.
 
     Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
     every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
     with claim_folder(launch, display.note) as (folder, first_step):
-        return _run_in(folder, first_step, launch, display, eager)
+        return _run_in(folder, first_step, launch, display, eager, local)
 
 
-def _run_in(folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool) -> dict[str, Any]:
+def _cluster(launch: Launch, folder: Path) -> Cluster:
+    from controller.cluster import Cluster  # imports Ray, which a local run does not need
+
+    return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
+
+
+def _run_in(
+    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
+) -> dict[str, Any]:
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
-    cluster = Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
-    display.phase("Ray")
+    cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
+    display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
     with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
-        counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
-        display.phase(f"processes: {counts}, {cluster.about}")
+        if not isinstance(cluster, Local):
+            counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
+            display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager).execute(first_step)
+        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -127,6 +140,7 @@ class _Run:
         display: StepDisplay,
         progress: _Progress,
         eager: bool,
+        store_metrics: Callable[[], dict[str, float]],
     ) -> None:
         self.launch, self.session, self.folder = launch, session, folder
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
@@ -142,7 +156,7 @@ class _Run:
         self.runner = session.runner(None if eager else self.dataflow, numbers)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
-        self.store = ObjectStore()
+        self.store_metrics = store_metrics
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
 
@@ -194,7 +208,7 @@ class _Run:
         seconds, self.closed_s = now - self.closed_s, now
         metrics = report.metrics
         tokens = self._tokens(metrics)
-        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store.metrics()}
+        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
         self.display.step(report.step, metrics, report.seconds)

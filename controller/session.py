@@ -8,23 +8,20 @@ Rule rewards and sources live on the host pool's CPU processes; everything with 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-import ray
-
-from controller.cluster import SIGNALS, Cluster, ClusterError, Pool, machines
 from controller.executor import Finished
 from controller.failure_text import explained, logs_of
+from controller.pool import SIGNALS, ClusterError, Pool, machines
 from controller.ray_runner import RayRunner
-from controller.user_files import send_user_files_by_value
+from controller.replies import Replies
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig, SourceConfig
+from rlhf_dist.config import ActorConfig, CriticConfig, PoolConfig, ReferenceConfig, RewardConfig, SourceConfig
 from rlhf_dist.data.of_launch import tokenizer_of
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
@@ -42,12 +39,31 @@ SYNC_SHARE = 0.8
 """Of what the controller waits for a call: a weight sync takes less, so that ranks say who is missing."""
 
 
+class Processes(Protocol):
+    """Where a session's processes come from: a Ray cluster, or the process of a local run."""
+
+    pools: dict[str, Pool]
+
+    @property
+    def replies(self) -> Replies:
+        """How calls to them are waited for."""
+        ...
+
+    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+        """Processes that share a process group."""
+        ...
+
+    def add_host_pool(self) -> Pool:
+        """CPU processes for sources, rules and host ops."""
+        ...
+
+
 @dataclass
 class Session:
     """Worker groups of a launch, and calls to them."""
 
     launch: Launch
-    cluster: Cluster
+    cluster: Processes
     groups: dict[str, WorkerGroup]
     states: dict[str, State]
 
@@ -77,6 +93,7 @@ class Session:
             source_kwargs={**default, **rows},
             interrupts=run.placement.interrupt,
             beside=beside,
+            replies=self.cluster.replies,
         )
 
     def call_role(
@@ -104,9 +121,8 @@ class Session:
         return self.launch.learning_roles
 
 
-def start_session(launch: Launch, cluster: Cluster, phase: Callable[[str], None]) -> Session:
+def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], None]) -> Session:
     """Start pools and role workers; `phase` hears what begins. Raises ClusterError when something does not come up."""
-    send_user_files_by_value()
     run = launch.run
     placed = pools_of_roles(launch)
     pools = {HOST_POOL: cluster.add_host_pool()}
@@ -135,11 +151,11 @@ def start_session(launch: Launch, cluster: Cluster, phase: Callable[[str], None]
         groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool, name, apart))
         path, settings = _worker_of(launch, role, apart) if name == role else _rollout_worker_of(launch, role)
         starting.append((groups[name], _host_role(launch, groups[name], path, settings)))
-    _await_roles(starting, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
+    _await_roles(starting, cluster.replies, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
     for role in launch.dataflow.generating:
         if rollout_of(role) in groups:
             phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
-            _connect(groups[role], groups[rollout_of(role)], run.ray.call_timeout_s)
+            _connect(groups[role], groups[rollout_of(role)], cluster.replies, run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
@@ -168,9 +184,12 @@ def _is_trained(launch: Launch, role: str) -> bool:
     return any(f"{role}.train" in node.weights_written for node in launch.dataflow)
 
 
-def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> None:
+def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
-    address, port = ray.get(sending.pool.processes[0].open_port.remote(), timeout=timeout_s)
+    (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
+    if isinstance(opened, Exception):
+        raise opened
+    address, port = cast(tuple[str, int], opened)
     bridge = Bridge(
         address=address,
         port=port,
@@ -183,7 +202,7 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, timeout_s: float) -> 
         (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
         for group in (sending, receiving)
     ]
-    _await_roles(joining, timeout_s)
+    _await_roles(joining, replies, timeout_s)
 
 
 def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:
@@ -262,23 +281,27 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
 
 
 def _await_roles(
-    starting: list[tuple[WorkerGroup, list[Any]]], timeout_s: float, phase: Callable[[str], None] = lambda text: None
+    starting: list[tuple[WorkerGroup, list[Any]]],
+    replies: Replies,
+    timeout_s: float,
+    phase: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Wait until every rank of every group has answered, `timeout_s` at most for the next; `phase` hears what the
     first rank of each pool is at. Raises ClusterError for the first that failed."""
     rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in enumerate(refs)}
     left, answered_s = list(rank_of), time.monotonic()
-    phases = _Phases(phase)
+    phases = _Phases(phase, replies)
     while left:
-        ready, left = ray.wait(left, num_returns=1, timeout=1.0)
+        ready = replies.ready(left, 1.0)
+        left = [ref for ref in left if ref not in ready]
         phases.ask({rank_of[ref][0].pool.name: rank_of[ref][0].pool for ref in left})
-        if ready:
+        for ref in ready:
             answered_s = time.monotonic()
-            group, rank = rank_of[ready[0]]
-            remarks = _check_started(ready[0], group, rank)
+            group, rank = rank_of[ref]
+            remarks = _check_started(replies.get([ref], 60.0)[0], group, rank)
             for remark in remarks if rank == 0 else ():
                 phase(f"{group.role}: {remark}")
-        elif time.monotonic() - answered_s > timeout_s:
+        if left and time.monotonic() - answered_s > timeout_s:
             missing = sorted({rank_of[ref][0].role for ref in left})
             logs = [log for ref in left if (log := rank_of[ref][0].pool.log(rank_of[ref][1]))]
             raise ClusterError(
@@ -286,22 +309,19 @@ def _await_roles(
             )
 
 
-def _check_started(ref: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
+def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
     """What the worker has to say. Raises ClusterError if it did not start."""
-    try:
-        answer = ray.get(ref)
-    except ray.exceptions.RayError as error:
-        answer = failure_of_call(error)
-    if isinstance(answer, Failure):
-        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}")
+    failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+    if isinstance(failure, Failure):
+        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(failure, group.pool.log(rank))}")
     return tuple(answer or ())
 
 
 class _Phases:
     """What pools are starting, asked beside the start itself and never waited for."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, tell: Callable[[str], None], replies: Replies) -> None:
+        self._tell, self._replies = tell, replies
         self._asked: dict[str, Any] = {}
         self._told: set[str] = set()
 
@@ -309,13 +329,10 @@ class _Phases:
         for name, pool in pools.items():
             if name not in self._asked:
                 self._asked[name] = pool.processes[0].phase.options(concurrency_group=SIGNALS).remote()
-        if not self._asked:
-            return
-        answered, _ = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=0)
+        answered = self._replies.ready(list(self._asked.values()), 0.0) if self._asked else []
         for name in [name for name, ref in self._asked.items() if ref in answered]:
-            with contextlib.suppress(ray.exceptions.RayError):  # a process that died is found where it is waited for
-                text = ray.get(self._asked[name])
-                if text and text not in self._told:
-                    self._told.add(text)
-                    self._tell(text)
-            del self._asked[name]
+            (text,) = self._replies.get([self._asked.pop(name)], 60.0)
+            # An exception is a process that died, which is found where it is waited for.
+            if isinstance(text, str) and text and text not in self._told:
+                self._told.add(text)
+                self._tell(text)

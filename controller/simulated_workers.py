@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from controller.cluster import Pool
+from controller.pool import Pool
 from controller.ray_runner import RayRunner
 from controller.replies import Answer, Replies
 from controller.worker_group import WorkerGroup

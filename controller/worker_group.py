@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from controller.batch_ref import BatchRef, FetchPlan, RowTable, StoredColumn, merge_stored
-from controller.cluster import Pool
 from controller.outputs import NodeOutput
+from controller.pool import Pool
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp

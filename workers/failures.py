@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import time
 import traceback
+from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -47,6 +48,8 @@ def reported(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
     def attempt(self: S, *args: P.args, **kwargs: P.kwargs) -> R | Failure:
         try:
             return method(self, *args, **kwargs)
+        except BdbQuit:  # `q` at a breakpoint, in a local run
+            raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a worker's failure is the controller's message
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {method.__name__} failed", file=sys.stderr)
             traceback.print_exception(error)
@@ -97,5 +100,6 @@ def is_users(file: str) -> bool:
 def refuse_breakpoint(*args: Any, **kwargs: Any) -> None:
     """What `breakpoint()` does in a worker, where nobody could answer its prompt."""
     raise RuntimeError(
-        "breakpoint() needs a terminal, and a worker has none: it works in the recipe, with `rlhf-dist run ... --eager`"
+        "breakpoint() needs a terminal, and a worker has none; it works anywhere with `rlhf-dist run ... --local`, and in "
+        "the recipe with --eager"
     )

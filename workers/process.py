@@ -1,4 +1,4 @@
-"""The one Ray actor per slot. It hosts role workers, pulls the rows an op needs, stores what it wrote.
+"""The one process per slot, a Ray actor. It hosts role workers, pulls the rows an op needs, stores what it wrote.
 
 Ray calls, one at a time, in the controller's order
   open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)
@@ -25,37 +25,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.wire import Bridge, Call, Fetch, OpResult, Reply, WorkerContext
 from workers.failures import refuse_breakpoint, reported
-
-PULL_TIMEOUT_S = 300.0
-"""Longest wait for rows that another process wrote; they are there already unless that process died."""
+from workers.store import RayStore, Store
 
 
 class WorkerProcess:
-    """Hosts role workers of one slot. Wrapped with `ray.remote` by the controller."""
+    """Hosts role workers of one slot. Wrapped with `ray.remote` by the controller, or used as it is in a local run."""
 
-    def __init__(self, pool: str, rank: int, world: int, log_file: str | None) -> None:
+    def __init__(self, pool: str, rank: int, world: int, log_file: str | None, store: Store | None = None) -> None:
+        """store: where columns lie. None: Ray's, and this process is one of its actors."""
         self.pool, self.rank, self.world = pool, rank, world
+        self.store: Store = store or RayStore()
         self.device = "cpu"
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
         self._phase = ""
-        sys.breakpointhook = refuse_breakpoint
+        if store is None:
+            sys.breakpointhook = refuse_breakpoint
         if log_file:
             _redirect_output(Path(log_file))
 
     def pid(self) -> tuple[int, str]:
         """Process id and node id."""
+        import ray
+
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def open_port(self) -> tuple[str, int]:
         """An address for the pool's rendezvous; called on rank 0."""
+        import ray
+
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
@@ -110,11 +114,11 @@ class WorkerProcess:
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
         started = time.perf_counter()
-        batch = pull(call.fetches, call.num_rows)
+        batch = pull(call.fetches, call.num_rows, self.store)
         pulled = time.perf_counter()
         returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
         result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
-        return _reply(result, call, started, pulled)
+        return _reply(result, call, started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:
         """Rank -> process, for those this one relays calls to; itself among them."""
@@ -126,6 +130,8 @@ class WorkerProcess:
         Runs in its own concurrency group, beside `call`. Returns all replies, or what failed as soon as
         something has: the ranks that wait for a failed one are not waited for.
         """
+        import ray
+
         rank_of = {self._peers[rank].call.remote(role, op, call): rank for rank, call in calls.items()}
         replies: dict[int, Reply | Failure] = {}
         left, deadline = list(rank_of), time.monotonic() + timeout_s
@@ -147,21 +153,21 @@ class WorkerProcess:
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:
         """Run a pure function of a batch."""
         started = time.perf_counter()
-        batch = pull(call.fetches, call.num_rows)
+        batch = pull(call.fetches, call.num_rows, self.store)
         pulled = time.perf_counter()
         result: HostResult = as_result(op.function(batch, **call.kwargs))
-        return _reply(
-            OpResult(columns=result.columns, parent=result.keep, metrics=result.metrics), call, started, pulled
-        )
+        made = OpResult(columns=result.columns, parent=result.keep, metrics=result.metrics)
+        return _reply(made, call, started, pulled, self.store)
 
     @reported
     def run_state_op(self, state: Any, op: str, numbers: Mapping[str, float], call: Call) -> Reply:
         """Run a `State`'s op: (numbers, batch) -> (numbers, metrics)."""
         started = time.perf_counter()
-        batch = pull(call.fetches, call.num_rows)
+        batch = pull(call.fetches, call.num_rows, self.store)
         pulled = time.perf_counter()
         new, metrics = getattr(state, op)(dict(numbers), batch, **call.kwargs)
-        return _reply(OpResult(columns=Batch({}, 0), metrics=metrics, state=new), call, started, pulled)
+        made = OpResult(columns=Batch({}, 0), metrics=metrics, state=new)
+        return _reply(made, call, started, pulled, self.store)
 
     def close(self) -> None:
         """Let every role worker free what outlives the process (shared memory, sockets)."""
@@ -176,11 +182,11 @@ class WorkerProcess:
                 torch.distributed.destroy_process_group()
 
 
-def pull(fetches: Sequence[Fetch], num_rows: int) -> Batch:
-    """The rows a call needs, straight from the object store; a view where one object has them in order."""
+def pull(fetches: Sequence[Fetch], num_rows: int, store: Store) -> Batch:
+    """The rows a call needs, straight from the store; a view where one object has them in order."""
     columns = {}
     for fetch in fetches:
-        objects: list[Batch] = ray.get(list(fetch.refs), timeout=PULL_TIMEOUT_S)
+        objects = store.get(fetch.refs)
         names = {inside: seen for seen, inside in fetch.names.items()}
         parts = [part.select(*names) for part in objects]
         gathered = _gather(parts, fetch)
@@ -189,6 +195,8 @@ def pull(fetches: Sequence[Fetch], num_rows: int) -> Batch:
 
 
 def _received(ref: Any) -> Reply | Failure:
+    import ray
+
     try:
         reply: Reply | Failure = ray.get(ref)
         return reply
@@ -210,12 +218,12 @@ def _gather(parts: list[Batch], fetch: Fetch) -> Batch:
     return together.take(inverse)
 
 
-def _reply(result: OpResult, call: Call, started: float, pulled: float) -> Reply:
+def _reply(result: OpResult, call: Call, started: float, pulled: float, store: Store) -> Reply:
     columns = result.columns
     if call.out:
         columns = columns.rename(**{new: old for old, new in call.out.items()})
     groups = _column_groups(columns)
-    stored = tuple((names, ray.put(columns.select(*names))) for names in groups)
+    stored = tuple((names, store.put(columns.select(*names))) for names in groups)
     return Reply(
         stored=stored,
         num_rows=columns.num_rows,

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from controller.display import Display
+from controller.local import local_launch
 from controller.run import run
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
@@ -60,7 +61,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs a recipe at a tiny size; overrides go last. Returns the run's summary."""
 
-    def start(recipe: str, *overrides: str, eager: bool = False, root: Path = tmp_path) -> dict[str, Any]:
+    def start(
+        recipe: str, *overrides: str, eager: bool = False, local: bool = False, root: Path = tmp_path
+    ) -> dict[str, Any]:
         settings = [
             "task=none",
             f"model.path={model}",
@@ -71,8 +74,9 @@ def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[.
             "resume=overwrite",
         ]
         made = compose(recipe, [*settings, *overrides])
+        made = local_launch(made, overrides) if local else made
         check_launch(made)
         with Display(made.run.name, made.run.steps, quiet=True) as display:
-            return run(made, display, eager=eager)
+            return run(made, display, eager=eager or local, local=local)
 
     return start

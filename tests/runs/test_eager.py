@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import select
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.dataflow.trace import rehearsal, trace
 from rlhf_dist.roles import Actor, Prompts, Reward
+from tests.runs.terminal import Terminal
 
 RECIPE = """
 import numpy as np
@@ -36,51 +33,6 @@ def mine(prompts: Prompts, actor: Actor, reward: Reward) -> None:
     breakpoint()
     print("MEAN", f"{np.mean(batch.fetch('rewards')):.3f}")
 """
-
-
-class Terminal:
-    """A command at a terminal of its own."""
-
-    def __init__(self, command: list[str], folder: Path) -> None:
-        self.said = ""
-        self._at = 0
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CI", "PYTHONBREAKPOINT"))}
-            environment |= {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[2])}
-            os.execvpe(command[0], command, environment)
-
-    def expect(self, text: str, timeout_s: float = 200.0) -> str:
-        """What comes up to and with the next `text`."""
-        deadline = time.monotonic() + timeout_s
-        while (found := self.said.find(text, self._at)) < 0:
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.said[self._at :]}"
-            assert self._read(1.0), f"the command ended without {text!r}:\n{self.said[self._at :]}"
-        found += len(text)
-        part, self._at = self.said[self._at : found], found
-        return part
-
-    def send(self, line: str) -> None:
-        os.write(self._fd, f"{line}\n".encode())
-
-    def ended(self, timeout_s: float = 60.0) -> int:
-        """Exit code; everything that is still said is read."""
-        deadline = time.monotonic() + timeout_s
-        while self._read(1.0):
-            assert time.monotonic() < deadline, f"it goes on:\n{self.said[self._at :]}"
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def _read(self, wait_s: float) -> bool:
-        """False at the end."""
-        if select.select([self._fd], [], [], wait_s)[0]:
-            try:
-                new = os.read(self._fd, 1 << 16)
-            except OSError:  # how Linux says that the other end is closed
-                return False
-            self.said += new.decode(errors="replace").replace("\r\n", "\n")
-            return bool(new)
-        return True
 
 
 def test_a_recipe_is_debugged_line_by_line_at_a_terminal(model: Path, data: Path, tmp_path: Path) -> None:

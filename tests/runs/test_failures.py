@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from controller.cluster import Cluster, ClusterError
+from controller.cluster import Cluster
 from controller.display import Display
+from controller.pool import ClusterError
 from controller.ray_runner import NodeError, WorkerLost
 from controller.run import run
 from rlhf_dist.compose import compose

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import ray
 from ray.cluster_utils import Cluster as Nodes
-from controller.cluster import Cluster, ClusterError
+from controller.cluster import Cluster
+from controller.pool import ClusterError
 from controller.object_store import ObjectStore
 from rlhf_dist.config import PoolConfig, RayConfig
 

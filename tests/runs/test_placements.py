@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from controller.cluster import Cluster, Pool
+from controller.cluster import Cluster
 from controller.metrics import read_metrics
+from controller.pool import Pool
 from controller.timeline import draw
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import PoolConfig, RayConfig

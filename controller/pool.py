@@ -1,0 +1,61 @@
+"""A pool as the controller sees it: processes by rank, and how to call them.
+
+    process.call.remote(role, op, call) -> reference        replies.ready(references) -> replies.get(references)
+
+On a cluster they are Ray actors (`cluster.py`); in a local run they are objects of this process (`local.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SIGNALS = "signals"
+"""Concurrency group of calls that must not wait for the call under way."""
+RELAYS = "relays"
+"""Concurrency group of calls for other processes."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot give what the placement asks for."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool's processes, by rank."""
+
+    name: str
+    processes: tuple[Any, ...]
+    devices: tuple[str, ...] = ()
+    node_ids: tuple[str, ...] = ()
+    pids: tuple[int, ...] = ()
+    leads: tuple[tuple[int, ...], ...] = ()
+    """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
+    logs: tuple[str, ...] = ()
+    """File of each rank that has everything it prints, tracebacks among it; empty where they are not kept."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.processes)
+
+    def log(self, rank: int) -> str | None:
+        """The log of a rank; None where none is kept."""
+        return self.logs[rank] if self.logs else None
+
+    @property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that are called together, through the first of them."""
+        return self.leads or tuple((rank,) for rank in range(self.size))
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """[size] machine of each rank, numbered in order of appearance; one for all where they are not known."""
+        return machines(self.node_ids) or (0,) * self.size
+
+
+def machines(node_ids: Sequence[str]) -> tuple[int, ...]:
+    """Node ids as numbers, in order of appearance."""
+    seen = list(dict.fromkeys(node_ids))
+    return tuple(seen.index(node) for node in node_ids)
