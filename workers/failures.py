@@ -100,6 +100,6 @@ def is_users(file: str) -> bool:
 def refuse_breakpoint(*args: Any, **kwargs: Any) -> None:
     """What `breakpoint()` does in a worker, where nobody could answer its prompt."""
     raise RuntimeError(
-        "breakpoint() needs a terminal, and a worker has none; it works anywhere with `rlhf-dist run ... --local`, and in "
-        "the recipe with --eager"
+        "breakpoint() needs a terminal, and a worker has none; it works anywhere with `rlhf-dist run ... --local`, "
+        "and in the recipe with --eager"
     )
