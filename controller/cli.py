@@ -10,6 +10,7 @@ RLHF_DIST_TRACEBACK=1) shows where it was found.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from bdb import BdbQuit
@@ -22,6 +23,7 @@ from controller.completion import SHELLS, complete, overrides, recipes, shell_co
 if TYPE_CHECKING:
     from controller.run_folder import Beginning
     from rlhf_dist.compose import Launch
+    from rlhf_dist.planner.hardware import Cluster
 
 EPILOG = """examples:
   rlhf-dist recipes
@@ -94,28 +96,45 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if type(error).__module__.startswith("controller.") else None
 
 
-def _prepared(arguments: argparse.Namespace, local: bool = False) -> tuple[Launch, list[str], Beginning]:
+def _prepared(
+    arguments: argparse.Namespace, local: bool = False, cluster: Cluster | None = None
+) -> tuple[Launch, list[str], Beginning]:
     """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
     from controller.local import local_launch
     from controller.run_folder import find_beginning
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
     from rlhf_dist.data import with_steps_of_epochs
+    from rlhf_dist.planner.launch_memory import here_lines, memory_lines
 
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
         launch = local_launch(launch, arguments.overrides) if local else launch
-        plan = check_launch(launch)
-        counted = with_steps_of_epochs(launch)  # Reads all rows, so only of a launch that is right otherwise.
-        return counted, plan if counted is launch else check_launch(counted), find_beginning(counted)
+        plan = check_launch(launch, cluster)
+        memory = memory_lines(launch, cluster) if cluster else here_lines(launch)
+        # Reads all rows, so only of a launch that is right otherwise.
+        counted = launch if cluster else with_steps_of_epochs(launch)
+        plan = plan if counted is launch else check_launch(counted)
+        return counted, [*plan, *memory], find_beginning(counted)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    _, plan, beginning = _prepared(arguments)
+    from rlhf_dist.planner.hardware import parse_cluster
+
+    try:
+        cluster = None if arguments.cluster is None else parse_cluster(arguments.cluster, key="--cluster")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    launch, plan, beginning = _prepared(arguments, cluster=cluster)
+    if arguments.format == "json":
+        from rlhf_dist.planner.launch_memory import memory_report
+
+        print(json.dumps({"ok": True, "plan": plan, **memory_report(launch, cluster)}))
+        return 0
     print("\n".join([*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]))
-    print("ok: settings, graph and batch arithmetic fit together")
+    print("ok: settings, graph, batch arithmetic and memory fit together")
     return 0
 
 
@@ -312,7 +331,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
-    commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    check = commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    check.add_argument(
+        "--cluster",
+        metavar="NxGxKIND",
+        help="a cluster that need not be there, e.g. 4x8xH100; models may be a config.json or a name (llama3-70b)",
+    )
+    check.add_argument("--format", choices=("text", "json"), default="text", help="json: bytes a rank by phase, too")
     from controller.data_command import add_data_parser
 
     add_data_parser(commands, launch)

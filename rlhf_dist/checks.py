@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfig
@@ -23,24 +24,31 @@ from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles,
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.typed import ConfigError
 
+if TYPE_CHECKING:
+    from rlhf_dist.planner.hardware import Cluster
+
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
 CPU_SLOTS = 8
 """Processes that a machine without GPUs may always have, however few cores it has."""
 
 
-def check_launch(launch: Launch) -> list[str]:
-    """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run."""
+def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
+    """The plan of a step, as lines for people. Raises ConfigError (or another ValueError) for what cannot run.
+
+    cluster: one that is described and not there. Models then need no weights and no tokenizer, and may be shapes.
+    """
     _check_numbers(launch)
     _check_name(launch)
     _check_tracker(launch)
     check_rewards(launch)
     shapes = {
-        role: read_shape(model.path, f"{role}.model.path", weights=model.init == "pretrained")
+        role: _shape(model, f"{role}.model.path", cluster is not None)
         for role, settings in launch.used_roles.items()
         if (model := _model(settings)) is not None
     }
-    _check_heads(launch)
+    if cluster is None:
+        _check_heads(launch)
     generating = launch.dataflow.generating
     pools = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, generating)
     check_staleness(launch.run.placement, pools, generating)
@@ -49,15 +57,21 @@ def check_launch(launch: Launch) -> list[str]:
         for name in launch.run.placement.pools
         if any(at == name and role.split(".")[0] in launch.used_roles for role, at in pools.items())
     }
-    _check_slots(launch, sizes)
+    if cluster is None:
+        _check_slots(launch, sizes)
+    else:
+        _check_cluster(launch, sizes, cluster)
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)
     _check_mini_batches(launch, rows)
-    _check_vocabularies(launch)
-    sources = _check_sources(launch)
+    if cluster is None or _has_tokenizers(launch):
+        _check_vocabularies(launch)
+        sources = _check_sources(launch)
+    else:
+        sources = ["data      not read: a model has no tokenizer here"]
     return _plan(launch, pools, sizes, rows, sources)
 
 
@@ -157,6 +171,45 @@ def _check_slots(launch: Launch, sizes: dict[str, int]) -> None:
                 f"placement.pools need {wanted} slots ({each}), but this machine offers {limit} {what}; "
                 f"use fewer slots, place roles together, or set ray.address to a larger cluster"
             )
+
+
+def _check_cluster(launch: Launch, sizes: dict[str, int], cluster: Cluster) -> None:
+    pools = launch.run.placement.pools
+    for name, size in sizes.items():
+        nodes = pools[name].nodes or 1
+        if nodes > cluster.nodes or size // nodes > cluster.gpus_per_node * (1 if pools[name].nodes else cluster.nodes):
+            raise ConfigError(
+                f"placement.pools.{name} needs {size} slots" + (f" on {nodes} nodes" if nodes > 1 else "") + ", and "
+                f"{cluster.text} has {cluster.nodes} nodes of {cluster.gpus_per_node}"
+            )
+    if sum(sizes.values()) > cluster.gpus:
+        each = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"placement.pools need {sum(sizes.values())} slots ({each}), and {cluster.text} has {cluster.gpus}"
+        )
+
+
+def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
+    if not described:
+        return read_shape(model.path, key, weights=model.init == "pretrained")
+    if Path(model.path).is_dir():
+        return read_shape(model.path, key, weights=False)
+    from rlhf_dist.planner.models import model_spec
+
+    spec = model_spec(model.path, key)
+    return ModelShape(
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_size=None if spec.latent else spec.head_dim,
+        max_tokens=None,
+        vocabulary=spec.vocabulary,
+        labels=1 if spec.scalar_head else 2,
+    )
+
+
+def _has_tokenizers(launch: Launch) -> bool:
+    models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
+    return all((Path(model.path).expanduser() / "tokenizer.json").is_file() for model in models)
 
 
 def visible_gpus() -> int:

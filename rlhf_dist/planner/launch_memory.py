@@ -1,0 +1,323 @@
+"""Bytes a rank of a launch, by phase, on its device and in host memory: what `check` prints, and refuses.
+
+    rest       what each role of the pool holds while nothing of it runs
+    load       a role's own shard, and the largest tensor of its files on the way (slices are read, never the model)
+    generate   the generation engine's copy of the weights and its KV cache
+    forward    activations of one layer, logits of one chunk, gathered parameters
+    update     gradients, activations for the backward pass, logits of one chunk, gathered parameters
+    sync       the generation engine's copy, and buckets on their way (two rounds)
+
+On a GPU that trainer and generation share, each gives its bytes to the host while the other works
+(`ROLE.rollout.sleeps`). On a CPU there is one memory, which all ranks of the machine share. Formulas of activations,
+logits and keys and values are those of the planner (`memory.py`); states are what the engines hold: float32 master
+weights, two moments and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_dist.config import ActorConfig, EngineConfig
+from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, rollout_of
+from rlhf_dist.planner.hardware import GIB, Cluster, parse_cluster
+from rlhf_dist.planner.machine import this_machine, usual_efficiency
+from rlhf_dist.planner.memory import activation_bytes_per_token, kv_bytes_per_token, logit_bytes, usable_bytes
+from rlhf_dist.planner.models import ModelSpec, model_spec
+from rlhf_dist.planner.strategy import Generation, Strategy
+from rlhf_dist.typed import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_dist.compose import Launch, RoleConfig
+
+WIDTH = {"float32": 4.0, "bfloat16": 2.0}
+MASTER, MOMENTS, GRADIENT = 4.0, 8.0, 4.0
+"""Bytes of a parameter: float32 master weight, Adam's two moments, float32 gradient."""
+BUCKET = {True: float(1 << 30), False: float(64 << 20)}
+"""Bytes of weights on their way at one time where `bucket_bytes` is not set: on CUDA, on a CPU."""
+PHASES = ("load", "rest", "generate", "forward", "update", "sync")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseBytes:
+    """What one rank of a pool has in one phase."""
+
+    pool: str
+    phase: str
+    device: Mapping[str, float]
+    """What it is (`actor gradients`) -> bytes."""
+    host: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Role:
+    name: str
+    config: RoleConfig
+    model: ModelSpec
+    slots: int
+    trained: bool
+
+    @property
+    def engine(self) -> EngineConfig:
+        return self.config.engine
+
+    @property
+    def width(self) -> float:
+        return WIDTH[self.engine.dtype]
+
+    @property
+    def strategy(self) -> Strategy:
+        engine = self.engine
+        return Strategy(
+            gpus=self.slots // engine.replicas,
+            tp=engine.tensor_parallel,
+            sp=engine.sequence_parallel,
+            zero=3 if engine.name == "fsdp" else engine.zero_stage,
+        )
+
+    @property
+    def whole(self) -> float:
+        """Parameters that a rank computes with at stages that do not shard them."""
+        return self.model.parameters / self.engine.tensor_parallel
+
+    @property
+    def shard(self) -> float:
+        """Parameters of a rank where they are sharded over all ranks of a replica."""
+        return self.model.parameters / self.strategy.gpus
+
+    def states(self) -> dict[str, float]:
+        """At rest: weights and optimizer states. DeepSpeed keeps weights in the engine's dtype beside the master."""
+        kept = self.shard if self.strategy.zero == 3 else self.whole
+        apart = self.engine.name == "deepspeed" and self.width != MASTER
+        if not self.trained:
+            return {f"{self.name} weights": self.width * kept}
+        if self.engine.lora is not None:
+            return {f"{self.name} weights": MASTER * self.shard}  # adapters and their states are a few per cent
+        weights = (self.width if apart else MASTER) * kept
+        return {
+            f"{self.name} weights": weights,
+            f"{self.name} optimizer": (MOMENTS + (MASTER if apart else 0.0)) * self.shard,
+        }
+
+    def forward(self, longest: int) -> dict[str, float]:
+        """Beside the states, while it computes log-probs or values."""
+        tokens, scale = max(self.engine.micro_batch_tokens, longest), self.width / 2.0
+        _, layer = activation_bytes_per_token(self.model, self.strategy, recompute=True)
+        gathered = 0.0
+        if self.strategy.zero == 3 and self.strategy.gpus > self.strategy.tp:
+            gathered = self.width * (2 * self.model.layer + self.model.vocabulary * self.model.hidden)
+        return {
+            f"{self.name} activations": scale * layer * tokens,
+            f"{self.name} logits": logit_bytes(self.model, self.strategy) * self.engine.logit_chunk_tokens / 1024,
+            f"{self.name} gathered": gathered / self.strategy.tp,
+        }
+
+    def update(self, longest: int) -> dict[str, float]:
+        """Beside the states, while it trains."""
+        tokens, scale = max(self.engine.micro_batch_tokens, longest), self.width / 2.0
+        recompute = self.engine.activation_checkpointing
+        kept, _ = activation_bytes_per_token(self.model, self.strategy, recompute=recompute)
+        held = self.shard if self.strategy.zero >= 2 else self.whole
+        gradients = 0.0 if self.engine.lora is not None else GRADIENT * held
+        found = self.forward(longest)
+        found[f"{self.name} activations"] += scale * kept * tokens
+        return {**found, f"{self.name} gradients": gradients}
+
+
+def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
+    """Pools and phases of a launch on `cluster`, in order. Raises ConfigError for a model whose shape is not said."""
+    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    learning, cuda = set(launch.learning_roles), cluster.gpu.name != "CPU"
+    longest = _longest(launch)
+    found: list[PhaseBytes] = []
+    pools = {pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles} - {HOST_POOL}
+    for pool in [name for name in launch.run.placement.pools if name in pools]:
+        slots = pool_size(launch.run.placement, pool)
+        roles = {
+            name: _Role(name, config, model_spec(config.model.path, f"{name}.model.path"), slots, name in learning)
+            for name, config in launch.used_roles.items()
+            if config.model is not None and placed[name] == pool
+        }
+        generators = {
+            name: (config, model_spec(config.model.path, f"{name}.model.path"))
+            for name, config in launch.used_roles.items()
+            if isinstance(config, ActorConfig)
+            and name in launch.dataflow.generating
+            and placed.get(rollout_of(name), placed[name]) == pool
+        }
+        for phase, device, host in _phases(launch, roles, generators, slots, cluster, longest, cuda):
+            found.append(PhaseBytes(pool=pool, phase=phase, device=device, host=host))
+    return found
+
+
+def _phases(
+    launch: Launch,
+    roles: Mapping[str, _Role],
+    generators: Mapping[str, tuple[ActorConfig, ModelSpec]],
+    slots: int,
+    cluster: Cluster,
+    longest: int,
+    cuda: bool,
+) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
+    states = {name: role.states() for name, role in roles.items()}
+    at_rest = {name: size for kept in states.values() for name, size in kept.items()}
+    away = {
+        what: size
+        for name, kept in states.items()
+        for what, size in kept.items()
+        if cuda and (roles[name].engine.offload == "all" or what.endswith("optimizer") and _offloads(roles[name]))
+    }
+    here = {name: size for name, size in at_rest.items() if name not in away}
+    copies, caches, buckets = dict[str, float](), dict[str, float](), dict[str, float]()
+    for name, (config, model) in generators.items():
+        rollout = config.rollout
+        tp = Generation(gpus=slots, tp=rollout.tensor_parallel)
+        copies[f"{name} generation weights"] = WIDTH[rollout.dtype] * model.parameters / rollout.tensor_parallel
+        if rollout.engine == "transformers":
+            rows = max(1, launch.run.data.prompts_per_step // max(1, tp.replicas))
+            cache = rows * longest * kv_bytes_per_token(model, tp) * WIDTH[rollout.dtype] / 2.0
+        else:
+            cache = float(rollout.kv_cache_bytes)
+            cache = cache or max(0.0, rollout.gpu_memory_share * cluster.gpu.memory_bytes - sum(copies.values()))
+        caches[f"{name} KV cache"] = cache
+        buckets[f"{name} buckets"] = 2.0 * float(rollout.bucket_bytes or BUCKET[cuda])
+    shared = bool(roles and generators)
+    takes_turns = cuda and shared and all(config.rollout.sleeps for config, _ in generators.values())
+    beside = {} if takes_turns else {**copies, **caches}
+    for role in roles.values():
+        # In float32, whatever the files have, then cast: both for one tensor at a time.
+        yield "load", role.states(), {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
+    yield "rest", {**here, **beside}, away
+    ops = {node.name: node for node in launch.dataflow if node.role in {*roles, *generators}}
+    if generators:
+        yield "generate", {**({} if takes_turns else here), **copies, **caches}, at_rest if takes_turns else away
+    for node in ops.values():
+        if node.kind != "op" or node.role not in roles or node.rows == "expand" or not _computes(node):
+            continue
+        role, trains = roles[node.role], bool(node.weights_written)
+        needs = role.update(longest) if trains else role.forward(longest)
+        back = {name: size for name, size in away.items() if name.startswith(f"{role.name} ")}
+        yield (
+            "update" if trains else "forward",
+            {**here, **beside, **back, **needs},
+            {name: size for name, size in away.items() if name not in back},
+        )
+    if any(node.kind == "reshard" for node in ops.values()):
+        yield "sync", {**here, **beside, **copies, **buckets}, away
+
+
+def _offloads(role: _Role) -> bool:
+    return role.engine.offload in ("optimizer", "all")
+
+
+def _computes(node: Node) -> bool:
+    return bool(node.inputs)
+
+
+def _largest_tensor(model: ModelSpec) -> float:
+    expert = model.expert / 3 if model.experts else 0.0
+    return max(model.vocabulary * model.hidden, model.hidden * model.intermediate, expert * max(1, model.experts))
+
+
+def _longest(launch: Launch) -> int:
+    from rlhf_dist.checks import max_row_tokens
+
+    return max_row_tokens(launch)[0]
+
+
+def memory_lines(launch: Launch, cluster: Cluster) -> list[str]:
+    """A table for people. Raises ConfigError naming pool, phase and role for what cannot fit."""
+    found = memory_of(launch, cluster)
+    check_memory(launch, found, cluster)
+    room = usable_bytes(cluster, usual_efficiency(cluster))
+    what = "rank" if cluster.gpu.name == "CPU" else f"{cluster.gpu.name}, {_gib(room)} usable"
+    lines = [f"memory    GiB a rank on {cluster.text} ({what}): device + host"]
+    for pool in dict.fromkeys(one.pool for one in found):
+        worst = {
+            phase: max((one for one in found if (one.pool, one.phase) == (pool, phase)), key=_device, default=None)
+            for phase in PHASES
+        }
+        cells = [
+            f"{phase} {_number(_device(one))}" + (f" + {_number(sum(one.host.values()))}" if one.host else "")
+            for phase, one in worst.items()
+            if one is not None
+        ]
+        lines.append(f"          {pool}: {', '.join(cells)}")
+    return lines
+
+
+def here_lines(launch: Launch) -> list[str]:
+    """The table for where the launch will run; nothing where that is not known before the run."""
+    cluster = _here(launch)
+    return [] if cluster is None else memory_lines(launch, cluster)
+
+
+def memory_report(launch: Launch, cluster: Cluster | None) -> dict[str, Any]:
+    """For programs: `cluster`, and `memory` with pool, phase, and bytes a rank by what they are."""
+    cluster = cluster or _here(launch)
+    if cluster is None:
+        return {"cluster": None, "memory": []}
+    return {"cluster": cluster.text, "memory": [asdict(one) for one in memory_of(launch, cluster)]}
+
+
+def _here(launch: Launch) -> Cluster | None:
+    if launch.run.ray.address is not None:
+        described = launch.run.placement.cluster
+        return None if described is None else parse_cluster(described, key="placement.cluster")
+    try:
+        return this_machine()
+    except ConfigError:
+        return None  # A GPU of a kind whose memory nobody has told us.
+
+
+def check_memory(launch: Launch, found: list[PhaseBytes], cluster: Cluster) -> None:
+    """Raises ConfigError for the phase that needs most over what there is, with the role that holds most of it."""
+    if cluster.gpu.name == "CPU":
+        _check_cpu(launch, found, cluster)
+        return
+    room = usable_bytes(cluster, usual_efficiency(cluster))
+    worst = max(found, key=_device, default=None)
+    if worst is not None and _device(worst) > room:
+        raise ConfigError(_refusal(worst, worst.device, room, f"a {cluster.gpu.name} has {_gib(room)} for tensors"))
+    host = 0.9 * cluster.gpu.host_memory_bytes
+    for one in found:
+        if sum(one.host.values()) > host:
+            says = f"a node has {_gib(host)} of host memory for each of its GPUs"
+            raise ConfigError(_refusal(one, one.host, host, says))
+
+
+def _check_cpu(launch: Launch, found: list[PhaseBytes], cluster: Cluster) -> None:
+    """Ranks of all pools share the machine's memory, and none gives anything back."""
+    total = cluster.gpu.memory_bytes * cluster.gpus
+    worst = {pool: max((o for o in found if o.pool == pool), key=_device) for pool in {one.pool for one in found}}
+    needed = {pool: _device(one) * pool_size(launch.run.placement, pool) for pool, one in worst.items()}
+    if sum(needed.values()) > total:
+        pool = max(needed, key=lambda name: needed[name])
+        ranks = pool_size(launch.run.placement, pool)
+        says = f"{ranks} such ranks and the other pools share the machine's {_gib(total)}"
+        raise ConfigError(_refusal(worst[pool], worst[pool].device, total, says))
+
+
+def _refusal(one: PhaseBytes, parts: Mapping[str, float], room: float, says: str) -> str:
+    most = sorted(parts.items(), key=lambda part: -part[1])
+    role = most[0][0].split(" ")[0]
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in most[:4])
+    return (
+        f"pool {one.pool!r} does not fit: {one.phase} needs {_gib(sum(parts.values()))} a rank ({listed}), and {says}; "
+        f"role {role!r} holds most: give the pool more slots, set {role}.engine.offload=all or "
+        f"{role}.engine.activation_checkpointing=true, lower {role}.engine.micro_batch_tokens, or take a smaller model"
+    )
+
+
+def _device(one: PhaseBytes | None) -> float:
+    return 0.0 if one is None else sum(one.device.values())
+
+
+def _number(size: float) -> str:
+    return f"{size / GIB:.3g}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
