@@ -69,7 +69,7 @@ def warm(cluster: None) -> Iterator[WarmCluster]:
 @pytest.fixture
 def launch_warm(launch: Launch, warm: WarmCluster, monkeypatch: pytest.MonkeyPatch) -> Launch:
     """`launch`, in processes that are there already."""
-    monkeypatch.setattr("controller.run.Cluster", lambda *settings: warm)
+    monkeypatch.setattr("controller.cluster.Cluster", lambda *settings: warm)
     return launch
 
 
