@@ -51,7 +51,7 @@ class Part:
         """A box of the parameter inside this part, as the box of the file tensor that it is."""
         named = [dim for dim in self.dims if dim is not None]
         rest = [dim for dim in range(tensor.ndim) if dim not in named]
-        view = tensor.permute(*named, *rest)
+        view = tensor.permute((*named, *rest))
         for _ in rest:
             view = view.select(-1, 0)
         for place, dim in enumerate(self.dims):

@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
 from workers.engines.checkpoint import State, flat_tensor
+from workers.engines.file_tensors import kept_buffers
 from workers.engines.mesh import training_mesh
-from workers.engines.models import Head, build_model, parameters_of
+from workers.engines.models import Head, RoleModel, build_model, parameters_of
 from workers.engines.optimizer import new_optimizer, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
+from workers.engines.slices import FolderWeights, allocate
 from workers.engines.training import OffloadPart, WeightPart
 
 Range = tuple[int, int]
@@ -60,22 +62,55 @@ class DeepSpeedEngine(PackedEngine):
         self._world = dist.get_world_size(self._mesh.world)
         self._rank = dist.get_rank(self._mesh.world)
         self._stage = engine.zero_stage
-        self._parameters = parameters_of(module)
-        self._whole = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        self._whole = {name: tuple(parameter.shape) for name, parameter in parameters_of(module).items()}
         self._engine: Any = None
-        if optimizer is not None or self._stage == 3:
+        uses_deepspeed = optimizer is not None or self._stage == 3
+        if uses_deepspeed:
+            _prepare(self._rank, self._world, device)
+        if module.weights is not None:
+            if self._stage == 3:
+                self._partition(optimizer)
+            else:  # A stage that cuts no parameters: every rank's device has them, and nothing else is needed.
+                self._read_whole(module, module.weights)
+        self._parameters = parameters_of(module)
+        if uses_deepspeed:
             self._engine = self._initialize(optimizer)
         else:
             module.to(device)
+        if module.weights is not None:
+            self._fill()
+            self._follow_masters()
         self._choose_way()
 
-    def _initialize(self, optimizer: OptimizerConfig | None) -> Any:
-        _set_launcher_environment(self._rank, self._world, self._device)
+    def _partition(self, optimizer: OptimizerConfig | None) -> None:
+        """Give parameters on meta their place: one at a time it is made whole, without values, and cut.
+
+        DeepSpeed sends each from rank 0 before it cuts it, values or none: a model's bytes, once.
+        """
         import deepspeed
 
-        # DeepSpeed's own all-reduce over shared memory is compiled at first use, and leaves 64 MiB a rank in /dev/shm.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if self._device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+        settings = _settings(self._config, optimizer, self._device)
+        made: dict[int, nn.Parameter] = {}
+        for module in self._module.modules():
+            for name, empty in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if id(empty) not in made:
+                    place = nn.Module()
+                    place.weight = made[id(empty)] = nn.Parameter(
+                        torch.empty(empty.shape, dtype=self._dtype), requires_grad=empty.requires_grad
+                    )
+                    deepspeed.zero.Init(module=place, config_dict_or_path=settings, dtype=self._dtype)
+                module.register_parameter(name, made[id(empty)])
+
+    def _read_whole(self, module: RoleModel, weights: FolderWeights) -> None:
+        allocate(module, self._device)
+        module.hf.tie_weights()
+        held = {name: tensor.detach() for name, tensor in (parameters_of(module) | kept_buffers(module.hf)).items()}
+        weights.fill_whole(self._files, held)
+        module.weights = None
+
+    def _initialize(self, optimizer: OptimizerConfig | None) -> Any:
+        import deepspeed
+
         engine, *_ = deepspeed.initialize(
             model=self._module,
             optimizer=new_optimizer(self._parameters, optimizer) if optimizer else None,
@@ -235,7 +270,13 @@ class DeepSpeedEngine(PackedEngine):
         optimizer = self._engine.optimizer
         for flat in _flat_masters(optimizer, self._stage):
             optimizer.optimizer.state[flat]["step"].fill_(float(self.version))
-        # What is computed with follows the masters.
+        self._follow_masters()
+
+    def _follow_masters(self) -> None:
+        """Give what is computed with the values of the master weights."""
+        if self._optimizer_config is None:
+            return
+        optimizer = self._engine.optimizer
         if self._stage == 3:
             for masters, parts in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
                 at = 0
@@ -278,6 +319,15 @@ def _settings(engine: EngineConfig, optimizer: OptimizerConfig | None, device: t
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
+
+
+def _prepare(rank: int, world: int, device: torch.device) -> None:
+    _set_launcher_environment(rank, world, device)
+    import deepspeed
+
+    # DeepSpeed's own all-reduce over shared memory is compiled at first use, and leaves 64 MiB a rank in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 
 def _set_launcher_environment(rank: int, world: int, device: torch.device) -> None:

@@ -27,6 +27,7 @@ from workers.engines.models import Head, build_model, layers_of, parameters_of
 from workers.engines.optimizer import clip_, new_optimizer, norm_of, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
+from workers.engines.slices import allocate
 from workers.engines.tensor_parallel import split_over_tensor_ranks
 from workers.engines.training import OffloadPart, WeightPart
 
@@ -55,18 +56,24 @@ class FsdpEngine(PackedEngine):
         if mesh.tensor is not None:
             split_over_tensor_ranks(module.hf, mesh.tensor)
         self._shard()
+        if module.weights is not None:
+            allocate(module, torch.device("cpu") if self._on_host else device)
         self._parameters = parameters_of(module)
         self._adapters = adapters_of(module, self._parameters)
+        self._fill()
         self._optimizer = new_optimizer(self._parameters, optimizer) if optimizer else None
         self._choose_way()
         if engine.compile:
             for layer in layers_of(module):
                 layer.compile(dynamic=True)
 
+    @property
+    def _on_host(self) -> bool:
+        return self._config.offload == "all" and self._device.type == "cuda"
+
     def _shard(self) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
-        on_host = self._config.offload == "all" and self._device.type == "cuda"
-        offload = CPUOffloadPolicy() if on_host else OffloadPolicy()
+        offload = CPUOffloadPolicy() if self._on_host else OffloadPolicy()
         mesh, resharded = self._mesh.parameters, self._config.zero_stage == 3
         # Inner layers first: some families have layers within layers.
         for module in [*reversed(layers_of(self._module)), self._module]:

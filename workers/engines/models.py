@@ -21,8 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
-from rlhf_dist.model_folder import head_problem
+from rlhf_dist.model_folder import HEAD, head_problem
 from workers.engines.attention import running
+from workers.engines.file_tensors import UnknownFiles, file_tensors, kept_buffers
 from workers.engines.heads import library_logits, matrix_head, trunk_of
 from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
 from workers.engines.lora import add_adapters, weight_name
@@ -30,6 +31,7 @@ from workers.engines.mixers import mix_by_row
 from workers.engines.packing import Packed
 from workers.engines.rotary import rotate_by_row, row_lengths
 from workers.engines.router import balance_of_rows
+from workers.engines.slices import FolderWeights, ReadWhole, parameters_on_meta
 from workers.engines.token_split import gather_tokens, summed_gradient
 
 Head = Literal["policy", "value"]
@@ -46,6 +48,10 @@ class RoleModel(nn.Module, ABC):
         self._mixers = mix_by_row(trunk_of(hf))
         self.alike_up_to = rotate_by_row(hf)
         """Tokens up to which a row's positions do not depend on its length; None for any."""
+        self.weights: FolderWeights | None = None
+        """Reads the parameters, which are on the meta device until then; None: they are there."""
+        self.read_whole = ""
+        """Why every rank has held the whole model for a moment; empty where none has."""
         self.failure: Exception | None = None
         """What the last trial pass raised."""
         self.windows: set[int] = set()
@@ -178,7 +184,10 @@ class ValueModel(RoleModel):
 
 
 def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: int, trained: bool) -> RoleModel:
-    """The model of a folder on the CPU, dropout off; the same on every rank.
+    """The model of a folder, dropout off; the same on every rank.
+
+    Its parameters are on the meta device where the folder can be read in slices, and `weights` reads them; else on
+    the CPU, with their values: random starts, adapters, folders in an older form.
 
     In float32 if it is trained (master weights); a frozen one in the engine's dtype, in which it computes anyway.
 
@@ -189,7 +198,7 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
-    hf = _load(folder, config.init, head, seed, trained)
+    hf, weights, read_whole = _load(folder, config.init, head, seed, trained, adapters=engine.lora is not None)
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off.
     hf.train(False)
     hf.requires_grad_(trained)
@@ -203,7 +212,9 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
         hf.gradient_checkpointing_enable({"use_reentrant": engine.name == "deepspeed"})
         for layer in layers_of(hf):
             _recompute(layer)
-    return PolicyModel(hf, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf)
+    module = PolicyModel(hf, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf)
+    module.weights, module.read_whole = weights, read_whole
+    return module
 
 
 def _recompute(layer: nn.Module) -> None:
@@ -230,7 +241,10 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {weight_name(name.removeprefix("hf.")): parameter for name, parameter in model.named_parameters()}
 
 
-def _load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> PreTrainedModel:
+def _load(
+    folder: Path, init: str, head: Head, seed: int, trained: bool, *, adapters: bool
+) -> tuple[PreTrainedModel, FolderWeights | None, str]:
+    """The model, what reads its weights, or why there is no such and they are there."""
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init must be pretrained or random, got {init!r}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -244,10 +258,22 @@ def _load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> PreT
     # Eager, as every family has it; a pass sets its own (`RoleModel.trunk`).
     options = {"attn_implementation": "eager", "dtype": torch.float32}
     new_head = head == "value"
+    weights, read_whole, sliced = None, "it starts at random" if init == "random" else "", None
+    if init == "pretrained":
+        try:
+            sliced = _skeleton(folder, config, family, options, adapters)
+        except ReadWhole as reason:
+            read_whole = str(reason)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if init == "random":
             hf = family.from_config(config, **options)
+        elif sliced is not None:
+            hf, weights = sliced
+            new_head = False  # zeros where the folder has none
+            held = {*weights.unused, *weights.names.values()}
+            if head == "value" and (problem := head_problem(held, needed=not trained)):
+                raise ValueError(f"{folder} {problem}")
         else:
             hf, info = family.from_pretrained(
                 folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
@@ -264,4 +290,20 @@ def _load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> PreT
     if new_head:
         nn.init.zeros_(hf.score.weight)
     assert isinstance(hf, PreTrainedModel)
-    return hf
+    return hf, weights, read_whole
+
+
+def _skeleton(
+    folder: Path, config: Any, family: Any, options: Any, adapters: bool
+) -> tuple[PreTrainedModel, FolderWeights]:
+    """The model without memory for its parameters, and what reads them. Raises ReadWhole, which says why not."""
+    if adapters:
+        raise ReadWhole("adapters are made beside weights that are there")
+    try:
+        with parameters_on_meta():
+            hf = family.from_config(config, **options)
+        held = {name: tensor.shape for name, tensor in (parameters_of(hf) | kept_buffers(hf)).items()}
+        tensors = file_tensors(hf, held)
+    except (UnknownFiles, RuntimeError, NotImplementedError) as error:
+        raise ReadWhole(f"it cannot be made without memory ({error})") from error
+    return hf, FolderWeights.open(folder, hf, tensors, frozenset({HEAD}) & held.keys())

@@ -84,6 +84,12 @@ class PackedEngine(ABC):
         held_shapes = {name: tensor.shape for name, tensor in (held | kept_buffers(module.hf)).items()}
         self._files = file_tensors(module.hf, held_shapes)
 
+    def _fill(self) -> None:
+        """Read what this rank holds, where the model came without values."""
+        weights, self._module.weights = self._module.weights, None
+        if weights is not None:
+            weights.fill(self.layout(), self.local_shards(), dist.get_rank(self._mesh.world))
+
     def _choose_way(self) -> None:
         """Find out how rows go through this model; the last thing a constructor does. Collective.
 
@@ -103,6 +109,8 @@ class PackedEngine(ABC):
             raise ValueError(f"the head of {type(module.hf).__name__} is not one matrix; set tensor_parallel=1")
         if finding.refused:
             self.remarks = (f"{type(module.hf).__name__}: {finding.way} ({'; '.join(finding.refused)})",)
+        if module.read_whole and self._mesh.world.size() > 1:
+            self.remarks += (f"every rank read the whole model before it was cut: {module.read_whole}",)
         if self._config.router_aux_loss and self._optimizer_config is not None:
             if self._mesh.tokens.size > 1:
                 raise ValueError(
