@@ -22,13 +22,11 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
 from workers.engines.checkpoint import State, flat_tensor
-from workers.engines.file_tensors import kept_buffers
 from workers.engines.mesh import training_mesh
-from workers.engines.models import Head, RoleModel, build_model, parameters_of
+from workers.engines.models import Head, build_model, parameters_of, read_whole
 from workers.engines.optimizer import new_optimizer, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
-from workers.engines.slices import FolderWeights, allocate
 from workers.engines.training import OffloadPart, WeightPart
 
 Range = tuple[int, int]
@@ -71,7 +69,7 @@ class DeepSpeedEngine(PackedEngine):
             if self._stage == 3:
                 self._partition(optimizer)
             else:  # A stage that cuts no parameters: every rank's device has them, and nothing else is needed.
-                self._read_whole(module, module.weights)
+                read_whole(module, device)
         self._parameters = parameters_of(module)
         if uses_deepspeed:
             self._engine = self._initialize(optimizer)
@@ -100,13 +98,6 @@ class DeepSpeedEngine(PackedEngine):
                     )
                     deepspeed.zero.Init(module=place, config_dict_or_path=settings, dtype=self._dtype)
                 module.register_parameter(name, made[id(empty)])
-
-    def _read_whole(self, module: RoleModel, weights: FolderWeights) -> None:
-        allocate(module, self._device)
-        module.hf.tie_weights()
-        held = {name: tensor.detach() for name, tensor in (parameters_of(module) | kept_buffers(module.hf)).items()}
-        weights.fill_whole(self._files, held)
-        module.weights = None
 
     def _initialize(self, optimizer: OptimizerConfig | None) -> Any:
         import deepspeed

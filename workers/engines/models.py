@@ -31,7 +31,7 @@ from workers.engines.mixers import mix_by_row
 from workers.engines.packing import Packed
 from workers.engines.rotary import rotate_by_row, row_lengths
 from workers.engines.router import balance_of_rows
-from workers.engines.slices import FolderWeights, ReadWhole, parameters_on_meta
+from workers.engines.slices import FolderWeights, ReadWhole, allocate, parameters_on_meta
 from workers.engines.token_split import gather_tokens, summed_gradient
 
 Head = Literal["policy", "value"]
@@ -215,6 +215,18 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     module = PolicyModel(hf, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf)
     module.weights, module.read_whole = weights, read_whole
     return module
+
+
+def read_whole(module: RoleModel, device: torch.device) -> None:
+    """Have all values of a model that came without them, on `device`: one file tensor at a time is on its way."""
+    weights, module.weights = module.weights, None
+    if weights is None:
+        return
+    allocate(module, device)
+    module.hf.tie_weights()
+    held = {name: tensor.detach() for name, tensor in (parameters_of(module) | kept_buffers(module.hf)).items()}
+    tensors = file_tensors(module.hf, {name: tensor.shape for name, tensor in held.items()})
+    weights.fill_whole(tensors, held)
 
 
 def _recompute(layer: nn.Module) -> None:
