@@ -314,7 +314,13 @@ class StateHandle:
     def __init__(self, tracer: Tracer, role: str, kind: type[State], cfg: Any) -> None:
         self._tracer, self._role, self._kind = tracer, role, kind
         self._ops = ops_of(kind)
-        self._first: dict[str, float] = kind().initial(cfg)
+        try:
+            self._first: dict[str, float] = kind().initial(cfg)
+        except Exception as error:  # the user's own code
+            raise GraphError(
+                f"{tracer.recipe.file.name}: {kind.__name__}.initial, which gives {role!r} its numbers at the start, "
+                f"raised {type(error).__name__}: {error}"
+            ) from error
 
     def value(self, key: str) -> float:
         """Stands for the number `key` wherever an op takes one, in a loss too; see `state_value.py`."""

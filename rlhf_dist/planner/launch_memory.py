@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_dist.checks import max_row_tokens, rows_of_nodes
 from rlhf_dist.config import ActorConfig, EngineConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, rollout_of
@@ -101,9 +102,14 @@ class _Role:
             f"{self.name} optimizer": (MOMENTS + (MASTER if apart else 0.0)) * self.shard,
         }
 
-    def forward(self, longest: int) -> dict[str, float]:
-        """Beside the states, while it computes log-probs or values."""
-        tokens, scale = max(self.engine.micro_batch_tokens, longest), self.width / 2.0
+    def pass_tokens(self, rows: int, longest: int) -> int:
+        """Most tokens of one forward pass, where the role has `rows` rows a step and each may be the longest."""
+        ranks = self.slots // (self.strategy.tp * self.strategy.sp)
+        return max(longest, min(self.engine.micro_batch_tokens, -(-rows // ranks) * longest))
+
+    def forward(self, tokens: int) -> dict[str, float]:
+        """Beside the states, while it computes log-probs or values in passes of `tokens`."""
+        scale = self.width / 2.0
         _, layer = activation_bytes_per_token(self.model, self.strategy, recompute=True)
         gathered = 0.0
         if self.strategy.zero == 3 and self.strategy.gpus > self.strategy.tp:
@@ -114,14 +120,14 @@ class _Role:
             f"{self.name} gathered": gathered / self.strategy.tp,
         }
 
-    def update(self, longest: int) -> dict[str, float]:
-        """Beside the states, while it trains."""
-        tokens, scale = max(self.engine.micro_batch_tokens, longest), self.width / 2.0
+    def update(self, tokens: int) -> dict[str, float]:
+        """Beside the states, while it trains in passes of `tokens`."""
+        scale = self.width / 2.0
         recompute = self.engine.activation_checkpointing
         kept, _ = activation_bytes_per_token(self.model, self.strategy, recompute=recompute)
         held = self.shard if self.strategy.zero >= 2 else self.whole
         gradients = 0.0 if self.engine.lora is not None else GRADIENT * held
-        found = self.forward(longest)
+        found = self.forward(tokens)
         found[f"{self.name} activations"] += scale * kept * tokens
         return {**found, f"{self.name} gradients": gradients}
 
@@ -130,7 +136,7 @@ def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
     """Pools and phases of a launch on `cluster`, in order. Raises ConfigError for a model whose shape is not said."""
     placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
     learning, cuda = set(launch.learning_roles), cluster.gpu.name != "CPU"
-    longest = _longest(launch)
+    longest = max_row_tokens(launch)[0]
     found: list[PhaseBytes] = []
     pools = {pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles} - {HOST_POOL}
     for pool in [name for name in launch.run.placement.pools if name in pools]:
@@ -161,6 +167,7 @@ def _phases(
     longest: int,
     cuda: bool,
 ) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
+    rows = rows_of_nodes(launch)
     states = {name: role.states() for name, role in roles.items()}
     at_rest = {name: size for kept in states.values() for name, size in kept.items()}
     away = {
@@ -176,8 +183,8 @@ def _phases(
         tp = Generation(gpus=slots, tp=rollout.tensor_parallel)
         copies[f"{name} generation weights"] = WIDTH[rollout.dtype] * model.parameters / rollout.tensor_parallel
         if rollout.engine == "transformers":
-            rows = max(1, launch.run.data.prompts_per_step // max(1, tp.replicas))
-            cache = rows * longest * kv_bytes_per_token(model, tp) * WIDTH[rollout.dtype] / 2.0
+            own = max(1, launch.run.data.prompts_per_step // max(1, tp.replicas))
+            cache = own * longest * kv_bytes_per_token(model, tp) * WIDTH[rollout.dtype] / 2.0
         else:
             cache = float(rollout.kv_cache_bytes)
             cache = cache or max(0.0, rollout.gpu_memory_share * cluster.gpu.memory_bytes - sum(copies.values()))
@@ -197,7 +204,8 @@ def _phases(
         if node.kind != "op" or node.role not in roles or node.rows == "expand" or not _computes(node):
             continue
         role, trains = roles[node.role], bool(node.weights_written)
-        needs = role.update(longest) if trains else role.forward(longest)
+        tokens = role.pass_tokens(rows[node.name][0], longest)
+        needs = role.update(tokens) if trains else role.forward(tokens)
         back = {name: size for name, size in away.items() if name.startswith(f"{role.name} ")}
         yield (
             "update" if trains else "forward",
@@ -221,15 +229,12 @@ def _largest_tensor(model: ModelSpec) -> float:
     return max(model.vocabulary * model.hidden, model.hidden * model.intermediate, expert * max(1, model.experts))
 
 
-def _longest(launch: Launch) -> int:
-    from rlhf_dist.checks import max_row_tokens
-
-    return max_row_tokens(launch)[0]
-
-
 def memory_lines(launch: Launch, cluster: Cluster) -> list[str]:
     """A table for people. Raises ConfigError naming pool, phase and role for what cannot fit."""
-    found = memory_of(launch, cluster)
+    return _lines(launch, memory_of(launch, cluster), cluster)
+
+
+def _lines(launch: Launch, found: list[PhaseBytes], cluster: Cluster) -> list[str]:
     check_memory(launch, found, cluster)
     room = usable_bytes(cluster, usual_efficiency(cluster))
     what = "rank" if cluster.gpu.name == "CPU" else f"{cluster.gpu.name}, {_gib(room)} usable"
@@ -249,9 +254,18 @@ def memory_lines(launch: Launch, cluster: Cluster) -> list[str]:
 
 
 def here_lines(launch: Launch) -> list[str]:
-    """The table for where the launch will run; nothing where that is not known before the run."""
+    """The table for where the launch will run; nothing where that is not known before the run.
+
+    A model whose config.json has other names for its sizes is no reason to refuse it: it is said.
+    """
     cluster = _here(launch)
-    return [] if cluster is None else memory_lines(launch, cluster)
+    if cluster is None:
+        return []
+    try:
+        found = memory_of(launch, cluster)
+    except ConfigError as unknown:
+        return [f"memory    not computed: {unknown}"]
+    return _lines(launch, found, cluster)
 
 
 def memory_report(launch: Launch, cluster: Cluster | None) -> dict[str, Any]:

@@ -141,3 +141,18 @@ def test_a_number_that_would_travel_unfilled_is_refused_where_it_is_sent() -> No
     with pytest.raises(GraphError, match="is sent to a worker as it is"):
         cloudpickle.dumps(lambda: number)
     assert copy.deepcopy(number) is number
+
+
+def test_an_initial_that_fails_is_named() -> None:
+    class Broken(Kl):
+        def initial(self, cfg: Any) -> dict[str, float]:
+            return {"coef": cfg.coef}
+
+    def mine(prompts: Prompts, broken: Any) -> None:
+        raise AssertionError("not reached")
+
+    mine.__annotations__ |= {"prompts": Prompts, "broken": Broken}
+    with pytest.raises(
+        GraphError, match="Broken.initial.*'broken' its numbers at the start, raised AttributeError.*coef"
+    ):
+        trace(recipe(mine))

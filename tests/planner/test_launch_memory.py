@@ -11,7 +11,7 @@ import pytest
 from controller.cli import main
 from rlhf_dist.compose import compose
 from rlhf_dist.planner.hardware import parse_cluster
-from rlhf_dist.planner.launch_memory import PhaseBytes, check_memory, memory_of
+from rlhf_dist.planner.launch_memory import PhaseBytes, check_memory, here_lines, memory_of
 from rlhf_dist.planner.machine import cpu_node
 from rlhf_dist.planner.models import BUILT_IN
 from rlhf_dist.typed import ConfigError
@@ -104,3 +104,16 @@ def test_ranks_on_a_cpu_share_one_memory() -> None:
     cluster = cpu_node()
     with pytest.raises(ConfigError, match="2 such ranks and the other pools share the machine's"):
         check_memory(launch, memory_of(launch, cluster), cluster)
+
+
+def test_a_model_whose_sizes_have_other_names_is_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "odd", "d_model": 64}')
+    (line,) = here_lines(compose("ppo", [*LLAMA, f"model.path={tmp_path / 'odd'}"]))
+    assert line.startswith("memory    not computed") and "hidden_size" in line
+
+
+def test_passes_are_no_longer_than_the_rows_there_are() -> None:
+    few = phases("data.prompts_per_step=8", "actor.engine.micro_batch_tokens=1000000")["forward"].device
+    many = phases("data.prompts_per_step=2048", "actor.engine.micro_batch_tokens=1000000")["forward"].device
+    assert sum(few.values()) < sum(many.values())
