@@ -61,12 +61,21 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         send_user_files_by_value()
+        self._connect()
+        try:
+            self._store = ObjectStore()  # What is spilled counts from here.
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if ray.is_initialized():
             self.about = "in the Ray cluster that this process is connected to"
             self._own = self.config.address is None
-            return self
+            return
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         address = address_to_join(self.config.address)
@@ -74,7 +83,7 @@ class Cluster:
             self._init(f"could not join the cluster at {address}", address=address, **options)
             self.about = f"in the Ray cluster at {address}"
             self._check_size(address)
-            return self
+            return
         self._own, self._set_aside = True, prepare_own()
         self._init(
             "could not start a cluster on this machine",
@@ -86,7 +95,6 @@ class Cluster:
         )
         aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
         self.about = f"in a Ray cluster of its own{aside}"
-        return self
 
     def _init(self, failing: str, **options: Any) -> None:
         # Ray puts its own debugger into the environment: in this process breakpoint() stays what it was.
@@ -164,8 +172,7 @@ class Cluster:
 
     def metrics(self) -> dict[str, float]:
         """What its object store holds, every few seconds; nothing in between."""
-        self._store = self._store or ObjectStore()
-        return self._store.metrics()
+        return {} if self._store is None else self._store.metrics()
 
     def add_host_pool(self) -> Pool:
         """Start the CPU processes for sources, rule rewards and host ops."""

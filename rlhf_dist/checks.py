@@ -7,8 +7,6 @@ fails raises ConfigError with the key, the value, the rule and the next step.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
+from rlhf_dist.slot_checks import check_cluster, check_slots, visible_gpus
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
-CPU_SLOTS = 8
-"""Processes that a machine without GPUs may always have, however few cores it has."""
 
 
 def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
@@ -58,9 +55,9 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
         if any(at == name and role.split(".")[0] in launch.used_roles for role, at in pools.items())
     }
     if cluster is None:
-        _check_slots(launch, sizes)
+        check_slots(launch, sizes)
     else:
-        _check_cluster(launch, sizes, cluster)
+        check_cluster(launch, sizes, cluster)
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)
@@ -145,50 +142,6 @@ def _check_tracker(launch: Launch) -> None:
 
 
 # --- settings against the machine and the model --------------------------------------------------------------
-def _check_slots(launch: Launch, sizes: dict[str, int]) -> None:
-    if launch.run.ray.address is not None:
-        return  # The cluster knows what it has; the controller asks it and waits a bounded time.
-    pools = {name: launch.run.placement.pools[name] for name in sizes}
-    for name, pool in pools.items():
-        if pool.nodes > 1:
-            raise ConfigError(
-                f"placement.pools.{name}.nodes = {pool.nodes} needs a cluster, and a run without ray.address has this "
-                f"machine only; set ray.address, or placement.pools.{name}.nodes=0"
-            )
-    gpus = visible_gpus()
-    on_gpu = {name: pool for name, pool in pools.items() if pool.device == "cuda" or (pool.device == "auto" and gpus)}
-    if on_gpu and not gpus:
-        raise ConfigError(
-            f"placement.pools.{next(iter(on_gpu))}.device is cuda, but this machine has no GPU; "
-            f"set it to auto or cpu, or ray.address to a cluster that has one"
-        )
-    limits = (("GPUs", on_gpu, gpus), ("processes", pools.keys() - on_gpu.keys(), max(CPU_SLOTS, os.cpu_count() or 1)))
-    for what, names, limit in limits:
-        wanted = sum(sizes[name] for name in names)
-        if wanted > limit:
-            each = ", ".join(f"{name} {sizes[name]}" for name in names)
-            raise ConfigError(
-                f"placement.pools need {wanted} slots ({each}), but this machine offers {limit} {what}; "
-                f"use fewer slots, place roles together, or set ray.address to a larger cluster"
-            )
-
-
-def _check_cluster(launch: Launch, sizes: dict[str, int], cluster: Cluster) -> None:
-    pools = launch.run.placement.pools
-    for name, size in sizes.items():
-        nodes = pools[name].nodes or 1
-        if nodes > cluster.nodes or size // nodes > cluster.gpus_per_node * (1 if pools[name].nodes else cluster.nodes):
-            raise ConfigError(
-                f"placement.pools.{name} needs {size} slots" + (f" on {nodes} nodes" if nodes > 1 else "") + ", and "
-                f"{cluster.text} has {cluster.nodes} nodes of {cluster.gpus_per_node}"
-            )
-    if sum(sizes.values()) > cluster.gpus:
-        each = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ConfigError(
-            f"placement.pools need {sum(sizes.values())} slots ({each}), and {cluster.text} has {cluster.gpus}"
-        )
-
-
 def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
     if not described:
         return read_shape(model.path, key, weights=model.init == "pretrained")
@@ -210,17 +163,6 @@ def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
 def _has_tokenizers(launch: Launch) -> bool:
     models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
     return all((Path(model.path).expanduser() / "tokenizer.json").is_file() for model in models)
-
-
-def visible_gpus() -> int:
-    """GPUs this process may use, asked of nvidia-smi (0 where there is none) and CUDA_VISIBLE_DEVICES."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if visible is None else min(count, len([entry for entry in visible.split(",") if entry.strip()]))
 
 
 def _check_heads(launch: Launch) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.checks import check_launch, max_row_tokens, rows_of_nodes, visible_gpus
+from rlhf_dist.checks import check_launch, max_row_tokens, rows_of_nodes
 from rlhf_dist.compose import compose
 from rlhf_dist.dataflow.graph import GraphError
+from rlhf_dist.slot_checks import visible_gpus
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_classifier, save_llama, save_tokenizer
 

@@ -1,4 +1,6 @@
-"""The one process per slot, a Ray actor. It hosts role workers, pulls the rows an op needs, stores what it wrote.
+"""The one process of a slot: a Ray actor, or this process in a local run.
+
+It hosts role workers, pulls the rows an op needs, stores what it wrote.
 
 Ray calls, one at a time, in the controller's order
   open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)

@@ -29,26 +29,36 @@ Numbers = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class StateValue:
-    """An expression over numbers of states. `compute` gives it for the numbers held; `first` is the number at the
-    start of a run, NaN-free because a state starts with numbers."""
+    """An expression over numbers of states."""
 
     text: str
     """`kl.value('coef') * 0.5`, for messages and drawings."""
     states: tuple[str, ...]
     """States it reads."""
     first: float
+    """Its number at the start of a run."""
     compute: Callable[[Numbers], float]
+    """Its number for those that are held."""
+    line: Callable[[], str]
+    """The recipe's line that is being traced."""
 
     def _with(self, function: Callable[..., float], sign: str, other: Any, *, turned: bool = False) -> StateValue:
         if not isinstance(other, StateValue | int | float):
-            raise TypeError(f"{self} {sign} {other!r}: a state's number is combined with numbers only")
+            raise GraphError(f"{self.line()}: {self} {sign} {other!r}: a state's number is combined with numbers only")
         left, right = (other, self) if turned else (self, other)
 
         def compute(numbers: Numbers) -> float:
             return function(resolved(left, numbers), resolved(right, numbers))
 
-        states = tuple(dict.fromkeys((*states_read(left), *states_read(right))))
-        return StateValue(f"({left} {sign} {right})", states, function(_first(left), _first(right)), compute)
+        text, states = f"({left} {sign} {right})", states_read([left, right])
+        try:
+            first = function(_first(left), _first(right))
+        except ArithmeticError as error:
+            raise GraphError(
+                f"{self.line()}: {text} has no value for the numbers at the start, {_first(left)} and {_first(right)} "
+                f"({error})"
+            ) from error
+        return StateValue(text, states, first, compute, self.line)
 
     def __add__(self, other: Any) -> StateValue:
         return self._with(operator.add, "+", other)
@@ -108,8 +118,8 @@ class StateValue:
 
     def __reduce__(self) -> NoReturn:
         raise GraphError(
-            f"{self} is inside something that is sent to a worker as it is (a closure, perhaps), so its number would "
-            "never be filled in; keep it as a field of the loss, or give it as a setting of the op"
+            f"{self.line()}: {self} is inside something that is sent to a worker as it is (a closure, perhaps), so its "
+            "number would never be filled in; keep it as a field of the loss, or give it as a setting of the op"
         )
 
     def __bool__(self) -> bool:
@@ -141,14 +151,14 @@ class StateValue:
 
     def _refuse(self, what: str) -> NoReturn:
         raise GraphError(
-            f"{what} needs the number, which is known when an op runs and changes from step to step; decide in a "
-            "state_op or a host op, which are given the number, or write arithmetic (+ - * / **)"
+            f"{self.line()}: {what} needs the number, which is known when an op runs and changes from step to step; "
+            "decide in a state_op or a host op, which are given the number, or write arithmetic (+ - * / **)"
         )
 
 
-def value_of(state: str, key: str, first: float) -> StateValue:
-    """The number `key` of `state`, which starts as `first`."""
-    return StateValue(f"{state}.value({key!r})", (state,), first, lambda numbers: numbers[state][key])
+def value_of(state: str, key: str, first: float, line: Callable[[], str]) -> StateValue:
+    """The number `key` of `state`, which starts as `first`; line: see StateValue."""
+    return StateValue(f"{state}.value({key!r})", (state,), first, lambda numbers: numbers[state][key], line)
 
 
 def states_read(value: Any) -> tuple[str, ...]:
@@ -175,11 +185,12 @@ def resolved(value: Any, numbers: Numbers) -> Any:
     return copied
 
 
-def _within(value: Any) -> Iterator[StateValue]:
+def _within(value: Any, above: tuple[int, ...] = ()) -> Iterator[StateValue]:
     if isinstance(value, StateValue):
         yield value
-    for _, one in _parts(value):
-        yield from _within(one)
+    elif id(value) not in above:  # a user's object may lead back to itself
+        for _, one in _parts(value):
+            yield from _within(one, (*above, id(value)))
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:

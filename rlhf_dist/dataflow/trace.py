@@ -22,8 +22,9 @@ import numpy as np
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
+from rlhf_dist.dataflow.op_settings import check_known, check_settings, defaults, output_names
 from rlhf_dist.dataflow.recipe import Recipe
-from rlhf_dist.dataflow.state_value import StateValue, states_read, value_of
+from rlhf_dist.dataflow.state_value import states_read, value_of
 from rlhf_dist.roles import OpSpec, RowEffect, State, ops_of
 from rlhf_dist.schema import COLUMNS
 
@@ -150,7 +151,7 @@ class TracedBatch:
                 f"{self.tracer.line()}: {host_op.name} takes one batch and keyword settings, got {len(args)} "
                 f"positional arguments; use batch.join(...) to bring two batches together"
             )
-        _check_keywords(self.tracer.line(), host_op.name, host_op.function, kwargs)
+        check_settings(self.tracer.line(), host_op.name, host_op.function, kwargs)
         node = self._record(
             name=host_op.name,
             role="host",
@@ -180,10 +181,8 @@ class TracedBatch:
         weights_written: tuple[str, ...] = (),
     ) -> Node:
         kwargs = dict(kwargs)
-        out = _output_names(kwargs.pop("out", None), writes, name, self.tracer)
-        for key in ("every", "after", "out"):
-            if states_read(kwargs.get(key)):
-                raise GraphError(f"{self.tracer.line()}: {name} needs {key}= before it runs, got {kwargs[key]}")
+        check_known(self.tracer.line(), name, kwargs)
+        out = output_names(self.tracer.line(), kwargs.pop("out", None), writes, name)
         every, after = int(kwargs.pop("every", 1)), int(kwargs.pop("after", 0))
         if (every != 1 or after) and writes:
             raise GraphError(
@@ -288,8 +287,8 @@ class RoleHandle:
         where = f"{self._role}.{spec.name}"
         if not isinstance(batch, TracedBatch):
             raise GraphError(f"{self._tracer.line()}: {where} takes a batch first, got {type(batch).__name__}")
-        _check_keywords(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
-        settings = {**_defaults(getattr(self._interface, spec.name)), **kwargs}
+        check_settings(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
+        settings = {**defaults(getattr(self._interface, spec.name)), **kwargs}
         needed = spec.columns(spec.reads, settings)
         more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))
         node = batch._record(
@@ -330,7 +329,7 @@ class StateHandle:
                 f"{self._tracer.line()}: {self._kind.__name__} {self._role!r} starts without a number {key!r}; it has "
                 f"{', '.join(self._first) or 'none'}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
-        return cast(float, value_of(self._role, key, self._first[key]))
+        return cast(float, value_of(self._role, key, self._first[key], self._tracer.line))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_") or name not in self._ops:
@@ -429,44 +428,6 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
     return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))
-
-
-def _output_names(out: Any, writes: tuple[str, ...], op: str, tracer: Tracer) -> dict[str, str]:
-    if out is None:
-        return {}
-    if isinstance(out, str):
-        if len(writes) != 1:
-            raise GraphError(f"{tracer.line()}: {op} writes {', '.join(writes) or 'nothing'}; out= must be a mapping")
-        return {writes[0]: out}
-    unknown = [name for name in out if name not in writes]
-    if unknown:
-        raise GraphError(f"{tracer.line()}: {op} does not write {unknown[0]!r}; it writes {', '.join(writes)}")
-    return dict(out)
-
-
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
-
-
-def _check_keywords(line: str, op: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters
-    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in kwargs:
-        if name not in (*keywords, "out", "every", "after"):
-            near = difflib.get_close_matches(name, keywords, n=1)
-            raise GraphError(
-                f"{line}: {op} has no setting {name!r}; it has {', '.join(keywords) or 'none'}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    for p in parameters.values():
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
-            raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
-        if isinstance(kwargs.get(p.name), StateValue) and p.annotation in (int, "int"):
-            raise GraphError(
-                f"{line}: {op} needs {p.name} before it runs, because it decides on rows or steps; got "
-                f"{kwargs[p.name]}, which changes from step to step"
-            )
 
 
 __all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "rehearsal", "run_traced", "trace"]

@@ -1,7 +1,8 @@
 """Bytes a rank of a launch, by phase, on its device and in host memory: what `check` prints, and refuses.
 
     rest       what each role of the pool holds while nothing of it runs
-    load       a role's own shard, and the largest tensor of its files on the way (slices are read, never the model)
+    load       a role's own shard, and the largest tensor of its files on the way; the whole model for a moment where it
+               starts at random or has adapters
     generate   the generation engine's copy of the weights and its KV cache
     forward    activations of one layer, logits of one chunk, gathered parameters
     update     gradients, activations for the backward pass, logits of one chunk, gathered parameters
@@ -21,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.checks import max_row_tokens, rows_of_nodes
 from rlhf_dist.config import ActorConfig, EngineConfig
-from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.planner.hardware import GIB, Cluster, parse_cluster
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
 from rlhf_dist.planner.memory import activation_bytes_per_token, kv_bytes_per_token, logit_bytes, usable_bytes
 from rlhf_dist.planner.models import ModelSpec, model_spec
 from rlhf_dist.planner.strategy import Generation, Strategy
+from rlhf_dist.reshard.schedule import default_bucket_bytes
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 WIDTH = {"float32": 4.0, "bfloat16": 2.0}
 MASTER, MOMENTS, GRADIENT = 4.0, 8.0, 4.0
 """Bytes of a parameter: float32 master weight, Adam's two moments, float32 gradient."""
-BUCKET = {True: float(1 << 30), False: float(64 << 20)}
-"""Bytes of weights on their way at one time where `bucket_bytes` is not set: on CUDA, on a CPU."""
 PHASES = ("load", "rest", "generate", "forward", "update", "sync")
 
 
@@ -174,7 +173,7 @@ def _phases(
         what: size
         for name, kept in states.items()
         for what, size in kept.items()
-        if cuda and (roles[name].engine.offload == "all" or what.endswith("optimizer") and _offloads(roles[name]))
+        if cuda and (roles[name].engine.offload == "all" or roles[name].engine.offload == what.split()[-1])
     }
     here = {name: size for name, size in at_rest.items() if name not in away}
     copies, caches, buckets = dict[str, float](), dict[str, float](), dict[str, float]()
@@ -189,19 +188,24 @@ def _phases(
             cache = float(rollout.kv_cache_bytes)
             cache = cache or max(0.0, rollout.gpu_memory_share * cluster.gpu.memory_bytes - sum(copies.values()))
         caches[f"{name} KV cache"] = cache
-        buckets[f"{name} buckets"] = 2.0 * float(rollout.bucket_bytes or BUCKET[cuda])
+        buckets[f"{name} buckets"] = 2.0 * float(
+            rollout.bucket_bytes or default_bucket_bytes("cuda" if cuda else "cpu")
+        )
     shared = bool(roles and generators)
     takes_turns = cuda and shared and all(config.rollout.sleeps for config, _ in generators.values())
     beside = {} if takes_turns else {**copies, **caches}
     for role in roles.values():
-        # In float32, whatever the files have, then cast: both for one tensor at a time.
-        yield "load", role.states(), {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
+        if role.config.model is not None and role.config.model.init == "random" or role.engine.lora is not None:
+            held = {f"{role.name} whole model": MASTER * role.model.parameters}  # `slices.py` says why
+        else:
+            held = {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
+        yield "load", role.states(), held
     yield "rest", {**here, **beside}, away
     ops = {node.name: node for node in launch.dataflow if node.role in {*roles, *generators}}
     if generators:
         yield "generate", {**({} if takes_turns else here), **copies, **caches}, at_rest if takes_turns else away
     for node in ops.values():
-        if node.kind != "op" or node.role not in roles or node.rows == "expand" or not _computes(node):
+        if node.kind != "op" or node.role not in roles or node.rows == "expand" or not node.inputs:
             continue
         role, trains = roles[node.role], bool(node.weights_written)
         tokens = role.pass_tokens(rows[node.name][0], longest)
@@ -214,14 +218,6 @@ def _phases(
         )
     if any(node.kind == "reshard" for node in ops.values()):
         yield "sync", {**here, **beside, **copies, **buckets}, away
-
-
-def _offloads(role: _Role) -> bool:
-    return role.engine.offload in ("optimizer", "all")
-
-
-def _computes(node: Node) -> bool:
-    return bool(node.inputs)
 
 
 def _largest_tensor(model: ModelSpec) -> float:

@@ -120,12 +120,17 @@ def test_losses_of_any_kind_are_made_again_and_check_the_number_each_time() -> N
 @pytest.mark.parametrize(
     ("use", "says"),
     [
-        (lambda batch, actor, kl: kl.value("coef") > 1 or None, r"kl.value\('coef'\) > 1 needs the number"),
+        (
+            lambda batch, actor, kl: kl.value("coef") > 1 or None,
+            r"value.py:\d+: kl.value\('coef'\) > 1 needs the number",
+        ),
         (lambda batch, actor, kl: scaled(batch) if kl.value("coef") else batch, "a condition on kl.value"),
         (lambda batch, actor, kl: float(kl.value("coef")), "decide in a state_op or a host op"),
         (lambda batch, actor, kl: scaled(batch, steps=kl.value("coef")), "scaled needs steps before it runs"),
         (lambda batch, actor, kl: actor.generate_sequences(batch, n=kl.value("coef")), "needs n before it runs"),
         (lambda batch, actor, kl: kl.update(batch, every=kl.value("coef")), "needs every= before it runs"),
+        (lambda batch, actor, kl: 1 / (kl.value("coef") - 0.25), r"test_state_value.py:\d+: .* has no value"),
+        (lambda batch, actor, kl: kl.value("coef") + "1", r"test_state_value.py:\d+: .* combined with numbers only"),
         (lambda batch, actor, kl: kl.value("coeff"), "starts without a number 'coeff'; .* did you mean 'coef'?"),
     ],
 )
@@ -141,6 +146,12 @@ def test_a_number_that_would_travel_unfilled_is_refused_where_it_is_sent() -> No
     with pytest.raises(GraphError, match="is sent to a worker as it is"):
         cloudpickle.dumps(lambda: number)
     assert copy.deepcopy(number) is number
+
+
+def test_a_loss_that_leads_back_to_itself_is_taken() -> None:
+    loss = Plain([0.5])
+    loss.itself = loss  # type: ignore[attr-defined]
+    assert settings(update(lambda kl: loss), "actor.update_actor")["loss"] is loss
 
 
 def test_an_initial_that_fails_is_named() -> None:

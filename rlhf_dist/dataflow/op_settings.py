@@ -1,0 +1,59 @@
+"""The keyword settings of an op in a recipe: its own, and `out`, `every` and `after` that all have."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf_dist.dataflow.graph import GraphError
+from rlhf_dist.dataflow.state_value import StateValue, states_read
+
+
+def check_known(line: str, op: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises GraphError for `out`, `every` or `after` that is a state's number: they shape the graph."""
+    for key in ("every", "after", "out"):
+        if states_read(kwargs.get(key)):
+            raise GraphError(f"{line}: {op} needs {key}= before it runs, got {kwargs[key]}")
+
+
+def output_names(line: str, out: Any, writes: tuple[str, ...], op: str) -> dict[str, str]:
+    """The op's own column name -> the recipe's, from its `out` setting."""
+    if out is None:
+        return {}
+    if isinstance(out, str):
+        if len(writes) != 1:
+            raise GraphError(f"{line}: {op} writes {', '.join(writes) or 'nothing'}; out= must be a mapping")
+        return {writes[0]: out}
+    unknown = [name for name in out if name not in writes]
+    if unknown:
+        raise GraphError(f"{line}: {op} does not write {unknown[0]!r}; it writes {', '.join(writes)}")
+    return dict(out)
+
+
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Settings of an op that have a value of their own."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def check_settings(line: str, op: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises GraphError for a setting that the op does not have, lacks, or needs to know before it runs."""
+    parameters = inspect.signature(function).parameters
+    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in kwargs:
+        if name not in (*keywords, "out", "every", "after"):
+            near = difflib.get_close_matches(name, keywords, n=1)
+            raise GraphError(
+                f"{line}: {op} has no setting {name!r}; it has {', '.join(keywords) or 'none'}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    for p in parameters.values():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
+            raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
+        if isinstance(kwargs.get(p.name), StateValue) and p.annotation in (int, "int"):
+            raise GraphError(
+                f"{line}: {op} needs {p.name} before it runs, because it decides on rows or steps; got "
+                f"{kwargs[p.name]}, which changes from step to step"
+            )
