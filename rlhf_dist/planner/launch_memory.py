@@ -195,11 +195,7 @@ def _phases(
     takes_turns = cuda and shared and all(config.rollout.sleeps for config, _ in generators.values())
     beside = {} if takes_turns else {**copies, **caches}
     for role in roles.values():
-        if role.config.model is not None and role.config.model.init == "random" or role.engine.lora is not None:
-            held = {f"{role.name} whole model": MASTER * role.model.parameters}  # `slices.py` says why
-        else:
-            held = {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
-        yield "load", role.states(), held
+        yield "load", role.states(), {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
     yield "rest", {**here, **beside}, away
     ops = {node.name: node for node in launch.dataflow if node.role in {*roles, *generators}}
     if generators:
