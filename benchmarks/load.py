@@ -3,8 +3,8 @@
 Two gloo ranks (a GPU each where there are two), a Llama of 42M parameters stored in bfloat16 and computed in float32.
 `shard_bytes` is a rank's part of the weights, `held_bytes` its private memory in the end (DeepSpeed makes gradients
 and moments at the start), `peak_extra_bytes` the most on the way, of the rank that took most; `within_bound` says
-whether that is under two shards and the largest tensor; `whole` is the library's own loading. Each engine starts twice, the first
-time on a tiny model: what imports and first buffers take is not the model's.
+whether that is under two shards and the largest tensor; `whole` is the library's own loading. Each engine starts twice,
+first on a tiny model: what imports and first buffers take is not the model's.
 """
 
 from __future__ import annotations
