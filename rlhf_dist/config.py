@@ -303,6 +303,9 @@ class PoolConfig:
     """Slots as a share of `placement.slots` instead, rounded down; 0 for `slots`."""
     device: str = "auto"
     """`auto` (cuda where there is one), `cuda` or `cpu`."""
+    device_bytes: int | None = None
+    """Most bytes that the roles' weights, optimizer states and caches may have on the device of a slot; what is not at
+    work waits in host memory. None: what the GPU has; on a CPU no limit, and nothing moves."""
 
 
 @dataclass(frozen=True, kw_only=True)

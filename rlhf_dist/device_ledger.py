@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 Part = tuple[str, str]
 """(tenant, kind): what moves as one."""
-LEAVE_FIRST = ("gradients", "optimizer", "cache", "parameters", "weights")
+LEAVE_FIRST = ("buckets", "gradients", "optimizer", "cache", "parameters", "weights")
 """Of parts that are needed again at the same time: a cache goes with its weights, and before them."""
 
 

@@ -35,6 +35,7 @@ Bucket: TypeAlias = list[tuple[str, Tensor]]
 SleepPart = Literal["weights", "cache"]
 """What a generation engine holds on its device."""
 BOTH: tuple[SleepPart, ...] = ("weights", "cache")
+DROPPED = "the weights were given up, since a sync was to come before they are used"
 ShardSync: TypeAlias = Callable[[Shards, Callable[[], None], Callable[[int], None]], int]
 """(target shards, prepare, finish) -> version: calls `prepare`, fills the shards, calls `finish(version)`, and
 verifies on all ranks."""
@@ -145,12 +146,21 @@ class GenerationEngine(Protocol):
         """Generate nothing until a sync completes: the weights held are stale, or not what was trained."""
         ...
 
-    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
-        """Give the device memory back for training (nothing to do on a CPU); the cache never stays without weights."""
+    def held_bytes(self) -> dict[SleepPart, int]:
+        """Bytes of each part on the device now."""
         ...
 
-    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
-        """Take it again; the weights held before sleep() are held after wake(). A sync needs the weights only."""
+    def sleep(self, parts: Sequence[SleepPart] = BOTH, *, keep: bool = True) -> int:
+        """Give the device's memory back; the cache never stays without weights. Returns bytes copied.
+
+        keep False: the weights are not wanted again, since a sync comes before they are used; until then `generate`
+        refuses.
+        """
+        ...
+
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> int:
+        """Take it again; weights that were kept are held as before. A sync needs the weights only. Returns bytes
+        copied."""
         ...
 
     def close(self) -> None:
