@@ -120,7 +120,7 @@ class WorkerContext:
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
     memory: Any = None
-    """What the engines of this process share their device by (`workers/memory/arbiter.py`). None: nothing limits them."""
+    """The arbiter of this process's device (`workers/memory/arbiter.py`). None: nothing limits its engines."""
     phase: Callable[[str], None] = lambda text: None
     """To be told what of the start-up begins: people see it."""
 

@@ -162,11 +162,11 @@ def test_hidden_states_are_those_that_tokens_are_predicted_from(
 def away_between_steps(
     folder: Path, engine: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
-    """Weights after steps with everything moved in between, and without; bytes that gradients took beside the parts."""
+    """Weights after steps with everything moved in between, and without; bytes of each part while it was away."""
     rows, results, left = my_rows(make_batch(), "groups in turn"), [], {}
     for moves in (True, False):
         trained = new_engine(folder, STEADY, **engine)
-        for _ in range(3):
+        for _ in range(2):
             if moves:
                 parts = trained.device_parts()
                 sizes = {kind: part.leave() for kind, part in parts.items()}
