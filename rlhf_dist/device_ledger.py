@@ -129,7 +129,7 @@ class Ledger:
             weights = (part[0], "weights")
             if self.sizes[part] <= room and not (part[1] == "cache" and weights in leave):
                 room -= self.sizes[part]
-            elif self.sizes[part]:
+            else:
                 leave.append(part)
         return leave[::-1]
 

@@ -65,6 +65,7 @@ def colocate(device: str = "cpu", order: tuple[str, ...] | None = None) -> str |
     order: of phases, where the device holds the largest of them and no more; None: no limit.
     """
     global _sync, _memory
+    rank._engine.wake()
     _memory = Arbiter(torch.device(device), None if order is None else 1 << 40, order or ())
     _memory.add_training("actor", _trainer, trained=True)
     _sync = ColocatedSync(_trainer, rank._engine, ROLLOUT, replace(_context(device), memory=_memory))
