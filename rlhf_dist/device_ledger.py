@@ -113,7 +113,7 @@ class Ledger:
         needs = self.phases[phase].needs
         others = [part for part in sorted(there) if part not in needs]
         # The soonest needed first: of them as many stay as fit.
-        others.sort(key=lambda part: (self._next_use(part, at)[0], -_rank(part)))
+        others.sort(key=lambda part: (self._next_use(part, at)[0], -leaves_at(part)))
         leave = [] if self.budget is None else self._too_much(others, phase, working)
         return Moves(
             {part: not self._next_use(part, at)[1] for part in leave},
@@ -142,7 +142,7 @@ class Ledger:
         return len(self.order) + 1, False
 
 
-def _rank(part: Part) -> int:
-    """Later leaves later."""
+def leaves_at(part: Part) -> int:
+    """Its place in `LEAVE_FIRST`."""
     kind = part[1]
     return LEAVE_FIRST.index(kind) if kind in LEAVE_FIRST else len(LEAVE_FIRST)

@@ -112,7 +112,7 @@ class TransformersEngine(SyncedEngine):
             return 0
         if not keep:
             self.refuse(DROPPED)
-        return self._held.leave(keep)
+        return self._held.leave(keep and self._began)  # before the first sync there is nothing to keep
 
     def wake(self, parts: Sequence[SleepPart] = BOTH) -> int:
         """See GenerationEngine."""

@@ -101,6 +101,7 @@ class VllmEngine(SyncedEngine):
         self._end_tokens = end_token_ids(model_path)
         self._request_ids = count()
         self._tracing: vllm_trace.Tracing | None = None
+        self._random_devices = [device] if device.type == "cuda" else []
         name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
         order = [rank for group in copies for rank in group] if copies else list(range(world))
@@ -151,13 +152,18 @@ class VllmEngine(SyncedEngine):
             if not before.interrupted:
                 continue
             own, request_id, drawn = copy.copy(params), str(next(self._request_ids)), len(before.token_ids)
-            own.seed = None if sampling.greedy else stream_seed(resumed_seed(seed, drawn))
+            # A seed of its own is a kernel for each request and token. Where generation may be stopped at any token,
+            # what is drawn depends on the moment anyway, and one stream serves all requests.
+            own.seed = None if sampling.greedy or stop is not None else stream_seed(resumed_seed(seed, drawn))
             own.max_tokens = sampling.max_tokens - drawn
             tokens = [*prompts[place // sampling.n].tolist(), *before.token_ids.tolist()]
             engine.add_request(request_id, {"type": "token", "prompt_token_ids": tokens}, own)
             places[request_id] = place
         latest: dict[str, Any] = {}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=self._random_devices):
+            if stop is not None and seeds:
+                before_all = sum(len(response.token_ids) for response in responses)
+                torch.manual_seed(stream_seed(resumed_seed(seeds[0], before_all)))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     latest[output.request_id] = output.outputs[0]
@@ -187,6 +193,7 @@ class VllmEngine(SyncedEngine):
         leaving: Sequence[SleepPart] = ("cache", "weights") if "weights" in parts else parts
         if "weights" in parts and not keep:
             self.refuse(DROPPED)
+        keep = keep and self._began  # before the first sync there is nothing to keep
         return sum(self._bed.lay(part, keep) for part in leaving if part not in self._bed.asleep)
 
     def wake(self, parts: Sequence[SleepPart] = BOTH) -> int:

@@ -8,7 +8,7 @@ Each part goes and comes alone: nothing is woken to be put to sleep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ class Bed(Protocol):
     asleep: set[SleepPart]
 
     def held_bytes(self) -> dict[SleepPart, int]:
-        """Bytes of each part on the device now; only what this side can count."""
+        """Bytes of each part on the device now."""
         ...
 
     def lay(self, part: SleepPart, keep: bool) -> int:
@@ -49,13 +49,16 @@ class CudaBed:
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine, self._executor = engine, engine.model_executor
-        self._bytes = sum(p.nbytes for p in _model(engine).parameters())
+        self._sizes: dict[SleepPart, int] = {
+            "weights": _storage_bytes(_model(engine).parameters()),
+            "cache": _storage_bytes(_tensors(_runner(engine).kv_caches)),
+        }
         self._kept = False
         self.asleep: set[SleepPart] = set()
 
     def held_bytes(self) -> dict[SleepPart, int]:
-        """See Bed. The driver is asked for what is physically there (`workers/memory/meter.py`)."""
-        return {}
+        """See Bed."""
+        return {part: 0 if part in self.asleep else size for part, size in self._sizes.items()}
 
     def lay(self, part: SleepPart, keep: bool) -> int:
         """See Bed."""
@@ -67,13 +70,13 @@ class CudaBed:
         # The executor's sleep passes over what sleeps already; the engine's would also pause the scheduler.
         self._executor.sleep(level=1 if keep else 2)
         self._kept = keep
-        return self._bytes if keep else 0
+        return self._sizes[part] if keep else 0
 
     def wake(self, part: SleepPart) -> int:
         """See Bed."""
         self.asleep.remove(part)
         self._executor.wake_up([self._TAGS[part]])
-        return self._bytes if part == "weights" and self._kept else 0
+        return self._sizes[part] if part == "weights" and self._kept else 0
 
     def written(self) -> None:
         """See Bed. Each sleep copies anew."""
@@ -132,6 +135,11 @@ def _runner(engine: LLMEngine) -> Any:
 def _model(engine: LLMEngine) -> nn.Module:
     model: nn.Module = _runner(engine).model
     return model
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _tensors(nested: Any) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """The one arbiter of a process's device: every role's engines register here, and using one is its turn.
 
-    engine built     add_...     what it holds is measured as it leaves, and waits in host memory
-    engine used      turn(phase) others leave until it fits, then it comes         (device_ledger.py says who)
+    engine to build  make_room()  all others leave
+    engine built     add_...      what it holds, and what each use of it needs, is entered in the ledger
+    engine used      turn(phase)  others leave until it fits, then it comes         (device_ledger.py says who)
 
 Sizes are the largest of all ranks of the pool; calls come in one order on all of them; so they decide alike. Without a
 limit (a CPU, unless `placement.pools.X.device_bytes` makes it act like a device) nothing moves at all.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from rlhf_dist.device_ledger import Ledger, Part, Phase
+from rlhf_dist.device_ledger import Ledger, Moves, Part, Phase, leaves_at
 from rlhf_dist.metrics import Largest, Mean, Metrics
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation import GenerationEngine
@@ -55,6 +56,8 @@ class Arbiter:
     _working: dict[str, int] = field(default_factory=dict)
     _turns: dict[str, _Turn] = field(default_factory=dict)
     _at: int = -1
+    _used: int = 0
+    """Bytes on the device after the last move."""
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.device)
@@ -116,15 +119,33 @@ class Arbiter:
         self.ledger.check()
 
     # --- turns -----------------------------------------------------------------------------------------
+    def make_room(self) -> None:
+        """Before another engine is built: everything leaves, since nobody knows yet what that needs."""
+        if self.limited:
+            self._move(Moves(dict.fromkeys(sorted(self._there, key=leaves_at), True), ()), _Turn())
+            self.phase = None
+
     def turn(self, phase: str) -> None:
         """Bring the device into a phase; nothing where it is in it already."""
         if not self.limited or phase == self.phase:
             return
         self._remember_working()
-        started, turn = time.perf_counter(), self._turns.setdefault(phase, _Turn())
         self._at = self.ledger.position(self._at, phase)
         known = self._working.get(phase, 0 if self.device.type == "cpu" else None)
-        moves = self.ledger.moves(self._there, phase, self._at, known)
+        moves, turn = self.ledger.moves(self._there, phase, self._at, known), self._turns.setdefault(phase, _Turn())
+        self._move(moves, turn)
+        one = self.ledger.phases[phase]
+        for tenant, kind in one.writes:
+            self._tenants[tenant].written(kind)
+        self._dropped -= one.overwrites
+        turn.used = max(turn.used, self._used)
+        self.phase = phase
+        self._meter.begin()
+
+    def _move(self, moves: Moves, turn: _Turn) -> None:
+        if not moves.leave and not moves.come:
+            return
+        started = time.perf_counter()
         for (tenant, kind), keep in moves.leave.items():
             turn.copied += self._tenants[tenant].leave(kind, keep)
             self._there.remove((tenant, kind))
@@ -134,15 +155,8 @@ class Arbiter:
         for tenant, kind in moves.come:
             turn.copied += self._tenants[tenant].come(kind)
             self._there.add((tenant, kind))
-        one = self.ledger.phases[phase]
-        for tenant, kind in one.writes:
-            self._tenants[tenant].written(kind)
-        self._dropped -= one.overwrites
-        self._meter.settle()
+        self._used = self._meter.used(self.held_bytes())
         turn.seconds += time.perf_counter() - started
-        turn.used = max(turn.used, self._meter.used(self.held_bytes()))
-        self.phase = phase
-        self._meter.begin()
 
     def has_dropped(self, tenant: str, kind: str) -> bool:
         """Whether the contents are gone, since a sync was to come first."""
@@ -167,18 +181,15 @@ class Arbiter:
 
     # --- within ----------------------------------------------------------------------------------------
     def _add(self, name: str, tenant: Tenant) -> None:
-        """Measure each kind as it leaves."""
         self._tenants[name] = tenant
-        sizes, before = [], self._meter.used(self.held_bytes())
-        for kind in tenant.kinds:
-            tenant.leave(kind, True)
-            after = self._meter.used(self.held_bytes())
-            sizes.append(before - after)
-            before = after
-        # What stays, of this tenant and of everything that is no tenant's, is fixed.
+        held = tenant.held()
+        sizes = [held[kind] for kind in tenant.kinds]
+        # What no tenant can give back is fixed: contexts, communicators and fragments too, where the driver counts.
         known = sum(self.ledger.fixed.values()) + sum(self.ledger.sizes[part] for part in self._there)
-        *sizes, stays = self._largest([*sizes, max(0, before - known)])
+        stays = self._meter.used(self.held_bytes()) - known - sum(sizes)
+        *sizes, stays = self._largest([*sizes, max(0, stays)])
         self.ledger.add(name, dict(zip(tenant.kinds, sizes, strict=True)), {"what cannot leave": stays})
+        self._there |= {(name, kind) for kind in tenant.kinds}
 
     def _before_use(self, role: str) -> Callable[[Use], None]:
         return lambda use: self.turn(f"{role}.{use}")

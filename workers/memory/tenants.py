@@ -63,7 +63,8 @@ class GenerationTenant:
     def __init__(self, engine: GenerationEngine, *, sleeps: bool) -> None:
         """sleeps: whether it gives anything back."""
         self._engine = engine
-        self.kinds: tuple[str, ...] = ("cache", "weights") if sleeps else ()
+        there = engine.held_bytes() if sleeps else {}
+        self.kinds: tuple[str, ...] = tuple(kind for kind in ("cache", "weights") if kind in there)
 
     def held(self) -> Mapping[str, int]:
         """See Tenant."""
