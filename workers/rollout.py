@@ -59,6 +59,8 @@ class RolloutWorker:
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
         self.name, self.memory = rollout_of(context.role.removesuffix(rollout_of(""))), arbiter_of(context)
+        if context.role == self.name:  # beside a trainer it is traced first (`colocated.py`)
+            self.memory.add_generation(self.name, self.engine, sleeps=config.rollout.sleeps)
         self.weights_step = 0
         """Steps whose updates the weights held contain."""
         self._interrupts, self._stop = interrupts, Event()
@@ -140,7 +142,6 @@ class RolloutWorker:
         """Meet the ranks that train, in a pool of their own; all of both pools do."""
         device = torch.device(self.context.device)
         self.end = GenerationEnd(self.engine, self.config.rollout, bridge, self.context.rank, device)
-        self.memory.add_generation(self.name, self.engine, sleeps=self.config.rollout.sleeps)
         # Weights of another pool come when that pool sends: nothing may be given up in the hope of it.
         self.memory.add_sync(
             f"{self.name}.sync", {self.name: "weights"}, overwrites=False, buckets=2 * self.end.bucket_bytes

@@ -111,6 +111,13 @@ def random_launches(
     return calls, max(map(len, tokens)), len(set(tokens)) > len(prompts)
 
 
+def eager_on(device: str) -> bool:
+    """Whether vLLM runs without CUDA graphs there."""
+    from workers.engines.vllm import _engine_args
+
+    return bool(_engine_args(str(_folder), RolloutConfig(), torch.device(device)).enforce_eager)
+
+
 def own_share(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Answers | str:
     """Data parallel: rank r generates every world-th prompt, starting at r."""
     rank, world = dist.get_rank(), dist.get_world_size()

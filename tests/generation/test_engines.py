@@ -194,6 +194,7 @@ def test_a_kernel_for_each_request_only_where_its_stream_is_promised(
     assert rows < calls <= rows * tokens and differ
     alone = [one.random_launches(SHORT, SAMPLING, SEEDS, True) for _ in range(2)]
     assert alone[0] == alone[1] and alone[0][0] <= alone[0][1] and alone[0][2], "one for all requests, each token"
+    assert one.eager_on("cpu") and not one.eager_on("cuda"), "graphs are kept where there are any"
     assert one.random_launches(SHORT, Sampling(greedy=True, max_tokens=4, n=SAMPLING.n), SEEDS, False)[0] == 0
     one.close_engine()
 

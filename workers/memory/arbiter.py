@@ -76,15 +76,15 @@ class Arbiter:
             return
         parts = engine.device_parts()
         self._add(role, TrainingTenant(parts))
-        parameters = frozenset({(role, "parameters")})
-        self.add_phase(Phase(name=f"{role}.forward", needs=parameters))
+        phases = [Phase(name=f"{role}.forward", needs=frozenset({(role, "parameters")}))]
         if trained:
             everything = frozenset((role, kind) for kind in parts)
             written = frozenset({(role, "parameters"), (role, "optimizer")})
             gradients = self._largest([engine.gradient_bytes])[0]
-            self.add_phase(
+            phases.append(
                 Phase(name=f"{role}.update", needs=everything, writes=written, transient={"gradients": gradients})
             )
+        self._enter(*phases)
         engine.before_use = self._before_use(role)
 
     def add_generation(self, name: str, engine: GenerationEngine, *, sleeps: bool) -> None:
@@ -93,17 +93,16 @@ class Arbiter:
             return
         self._add(name, GenerationTenant(engine, sleeps=sleeps))
         needs = frozenset({(name, "weights"), (name, "cache")}) & self.ledger.sizes.keys()
-        self.add_phase(Phase(name=generating(name), needs=needs))
+        self._enter(Phase(name=generating(name), needs=needs))
 
-    def add_sync(
-        self, name: str, needs: Mapping[str, str], *, overwrites: bool, buckets: int, adapters: bool = False
-    ) -> None:
-        """Enter a weight sync. needs: tenant -> kind. overwrites: every weight is written. Collective."""
+    def add_sync(self, name: str, needs: Mapping[str, str], *, overwrites: bool, buckets: int) -> None:
+        """Enter a weight sync. needs: tenant -> kind. overwrites: every weight is written. buckets: bytes on their way.
+        Collective; raises DeviceTooSmall."""
         if not self.limited:
             return
         parts = frozenset(needs.items()) & self.ledger.sizes.keys()
         weights = frozenset(part for part in parts if part[1] == "weights")
-        self.add_phase(
+        self._enter(
             Phase(
                 name=name,
                 needs=parts,
@@ -112,11 +111,6 @@ class Arbiter:
                 transient={"buckets": self._largest([buckets])[0]},
             )
         )
-
-    def add_phase(self, phase: Phase) -> None:
-        """Enter a use of what is there. Raises DeviceTooSmall, on all ranks, for one that cannot fit."""
-        self.ledger.phases[phase.name] = phase
-        self.ledger.check()
 
     # --- turns -----------------------------------------------------------------------------------------
     def make_room(self) -> None:
@@ -190,6 +184,10 @@ class Arbiter:
         *sizes, stays = self._largest([*sizes, max(0, stays)])
         self.ledger.add(name, dict(zip(tenant.kinds, sizes, strict=True)), {"what cannot leave": stays})
         self._there |= {(name, kind) for kind in tenant.kinds}
+
+    def _enter(self, *phases: Phase) -> None:
+        self.ledger.phases |= {phase.name: phase for phase in phases}
+        self.ledger.check()
 
     def _before_use(self, role: str) -> Callable[[Use], None]:
         return lambda use: self.turn(f"{role}.{use}")
