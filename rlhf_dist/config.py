@@ -139,7 +139,7 @@ class RolloutConfig:
     """Most bytes of weights on their way at one time in a weight sync, per rank; None: 1 GiB on CUDA, 64 MiB on a
     CPU."""
     sleeps: bool = True
-    """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
+    """Weights and cache leave the device while other roles of the pool need the room. False: they never do."""
     canary_tolerance: float = 0.0
     """After each weight sync compare the log-probs of a few tokens with the trainer's, and fail above this; measured:
     5e-7 in float32, outliers of 0.5 in bfloat16. 0: no canary."""

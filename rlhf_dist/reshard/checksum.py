@@ -96,7 +96,7 @@ def _parts(tensor: Tensor, columns: int, rows: int) -> Iterable[Tensor]:
     elif tensor.ndim < 2:
         yield tensor.reshape(1, -1).contiguous()
     elif tensor.numel() <= rows * columns:
-        yield tensor.reshape(-1, columns)
+        yield tensor.reshape(-1, columns).contiguous()
     else:
         for inner in tensor.unbind(0):
             yield from _parts(inner, columns, rows)

@@ -102,6 +102,7 @@ def test_what_is_asleep_does_not_generate(
     generating.run(trainer.open_trainer, folder, engine)
     assert generating.run(trainer.colocate, "cpu", order) == [None, None]
     for found in generating.run(trainer.take_turns, SHORT, SEEDS):
+        assert found["held"] == found["predicted"], "nothing but what the update needs"
         assert "needs an engine that is awake" in found["asleep"]
         assert found["dropped"] == (planned and not engine)
         assert isinstance(found["first"], list) and (found["first"] == found["again"]) == (not found["dropped"])

@@ -119,6 +119,7 @@ def take_turns(prompts: list[list[int]], seeds: list[int]) -> dict[str, Any]:
     first = rank.generate(prompts, SAMPLING, seeds)
     _memory.report()
     step()
+    held = _memory.held_bytes()
     asleep, dropped = rank.generate(prompts, SAMPLING, seeds), _sync.dropped
     if dropped:
         _sync.run(True)
@@ -129,6 +130,8 @@ def take_turns(prompts: list[list[int]], seeds: list[int]) -> dict[str, Any]:
         "asleep": asleep,
         "again": again,
         "dropped": dropped,
+        "held": held,
+        "predicted": _memory.ledger.predicted_bytes("actor.update") - _trainer.gradient_bytes,
         "moved": int(moved["moved_bytes_update"].value),
         "sizes": {f"{tenant} {kind}": size for (tenant, kind), size in _memory.ledger.sizes.items()},
     }
