@@ -57,7 +57,7 @@ class Arbiter:
     _turns: dict[str, _Turn] = field(default_factory=dict)
     _at: int = -1
     _used: int = 0
-    """Bytes on the device after the last move."""
+    """Bytes on the device since something last moved."""
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.device)
@@ -180,8 +180,8 @@ class Arbiter:
         sizes = [held[kind] for kind in tenant.kinds]
         # What no tenant can give back is fixed: contexts, communicators and fragments too, where the driver counts.
         known = sum(self.ledger.fixed.values()) + sum(self.ledger.sizes[part] for part in self._there)
-        stays = self._meter.used(self.held_bytes()) - known - sum(sizes)
-        *sizes, stays = self._largest([*sizes, max(0, stays)])
+        self._used = self._meter.used(self.held_bytes())
+        *sizes, stays = self._largest([*sizes, max(0, self._used - known - sum(sizes))])
         self.ledger.add(name, dict(zip(tenant.kinds, sizes, strict=True)), {"what cannot leave": stays})
         self._there |= {(name, kind) for kind in tenant.kinds}
 
