@@ -186,11 +186,7 @@ def _phases(
             rollout.bucket_bytes or default_bucket_bytes("cuda" if cuda else "cpu")
         )
     for role in roles.values():
-        if role.config.model is not None and role.config.model.init == "random" or role.engine.lora is not None:
-            held = {f"{role.name} whole model": MASTER * role.model.parameters}  # `slices.py` says why
-        else:
-            held = {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
-        yield "load", role.states(), held
+        yield "load", role.states(), {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
     uses: list[tuple[str, dict[str, float], dict[str, float]]] = []
     """Phase, what must be there of what the roles hold, what it takes for a while."""
     if generators:

@@ -55,9 +55,13 @@ def plain_adapters(folder: Path, batches: list[Batch]) -> dict[str, Tensor]:
     import peft
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    torch.manual_seed(0)
     settings = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=LORA.targets, lora_dropout=0.0)
     peft.inject_adapter_in_model(settings, model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, start in model.named_parameters():
+            if "lora_A" in name:
+                torch.nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=STEADY.lr, betas=STEADY.betas, eps=STEADY.eps, weight_decay=0.0)
     for batch in batches:

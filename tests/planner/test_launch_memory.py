@@ -130,9 +130,3 @@ def test_passes_are_no_longer_than_the_rows_there_are() -> None:
     few = phases("data.prompts_per_step=8", "actor.engine.micro_batch_tokens=1000000")["forward"].device
     many = phases("data.prompts_per_step=2048", "actor.engine.micro_batch_tokens=1000000")["forward"].device
     assert sum(few.values()) < sum(many.values())
-
-
-def test_what_is_read_whole_is_said_of_the_host() -> None:
-    sliced, random = phases()["load"].host, phases("actor.model.init=random", "critic.model.init=random")["load"].host
-    assert not any("whole" in name for name in sliced)
-    assert sum(random.values()) == pytest.approx(4 * P)

@@ -11,7 +11,7 @@ import torch
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation import GenerationEngine
-from workers.engines.models import Head
+from workers.engines.load import Head
 from workers.engines.training import TrainingEngine
 from workers.memory.arbiter import arbiter_of
 

@@ -22,8 +22,10 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
 from workers.engines.checkpoint import State, flat_tensor
+from workers.engines.file_tensors import parameters_of
+from workers.engines.load import Head, fill_whole
 from workers.engines.mesh import training_mesh
-from workers.engines.models import Head, build_model, parameters_of, read_weights
+from workers.engines.models import build_model
 from workers.engines.optimizer import new_optimizer, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
@@ -70,7 +72,8 @@ class DeepSpeedEngine(PackedEngine):
             if self._stage == 3:
                 self._partition(optimizer)
             else:  # A stage that cuts no parameters: every rank's device has them, and nothing else is needed.
-                read_weights(module, device)
+                fill_whole(module.hf, module.weights, device)
+                module.weights = None
         self._parameters = parameters_of(module)
         if uses_deepspeed:
             self._engine = self._initialize(optimizer)

@@ -22,9 +22,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards
+from workers.engines.file_tensors import parameters_of
+from workers.engines.load import Head
 from workers.engines.lora import Adapter, adapters_of
 from workers.engines.mesh import training_mesh
-from workers.engines.models import Head, build_model, layers_of, parameters_of
+from workers.engines.models import build_model, layers_of
 from workers.engines.optimizer import clip_, new_optimizer, norm_of, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed

@@ -38,11 +38,11 @@ from workers.engines import checkpoint
 from workers.engines.accumulation import Accumulation, even_passes, loss_name
 from workers.engines.checkpoint import CheckpointWriter, ModelCard
 from workers.engines.export import FILE_BYTES, write_model
-from workers.engines.file_tensors import file_tensors, kept_buffers
+from workers.engines.file_tensors import file_tensors, kept_buffers, parameters_of
 from workers.engines.gather import full_tensors
 from workers.engines.lora import Adapter, is_adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
-from workers.engines.models import RoleModel, parameters_of
+from workers.engines.models import RoleModel
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import probe
 from workers.engines.router import check_balance
@@ -90,7 +90,7 @@ class PackedEngine(ABC):
         """Read what this rank holds, where the model came without values."""
         weights, self._module.weights = self._module.weights, None
         if weights is not None:
-            weights.fill(self.layout(), self.local_shards(), dist.get_rank(self._mesh.world))
+            weights.fill(self.layout("base"), self.local_shards("base"), dist.get_rank(self._mesh.world))
 
     def _choose_way(self) -> None:
         """Find out how rows go through this model; the last thing a constructor does. Collective.
