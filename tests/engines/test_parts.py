@@ -28,6 +28,7 @@ from workers.engines.log_probs import Head, log_probs_and_entropy, log_probs_of_
 from workers.engines.packing import micro_batches, pack
 from workers.engines.schedule import learning_rate
 from workers.engines.ways import Way
+from workers.memory import movable
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,26 @@ def test_a_checksum_on_a_device_is_a_few_kernels_whatever_its_size(monkeypatch: 
     cpu, gpu = found
     assert [value for _, value in cpu] == [value for _, value in gpu]
     assert [count for count, _ in gpu] <= [9, 9] and cpu[0][0] > 3 * gpu[0][0]
+
+
+# --- memory ----------------------------------------------------------------------------------------
+def test_storages_leave_with_everything_that_lies_in_them_and_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movable, "CHUNK_BYTES", 1000)  # so that storages lie across the host buffer's chunks
+    flat, other = torch.randn(700), torch.randn(3, 5, dtype=torch.bfloat16)
+    view, before = flat[100:400].view(10, 30), flat.clone()
+    foreign = torch.from_numpy(np.ones(4, np.float32))
+    part = movable.Movable([flat, view, other, foreign], CPU)
+    assert (part.nbytes, part.fixed_bytes, part.held_bytes) == (2830, 16, 2830)
+    assert part.leave() == 2830 and part.held_bytes == 0 and part.leave() == 0
+    assert part.come() == 2830 and torch.equal(flat, before) and torch.equal(view, before[100:400].view(10, 30))
+    assert part.leave() == 0 and part.come() == 2830, "nobody wrote: the copy is good"
+    view.fill_(7.0)
+    part.written()
+    assert part.leave() == 2830 and part.come() == 2830 and bool((flat[100:400] == 7).all())
+    assert part.leave(keep=False) == 0 and part.come() == 0 and not flat.any(), "given up"
+    gone = movable.Movable([other], CPU, comes_as="zeros")
+    other.fill_(1.0)
+    assert gone.leave() == 0 and gone.come() == 0 and not other.any()
 
 
 # --- log-probs -------------------------------------------------------------------------------------
