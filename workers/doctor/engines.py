@@ -1,0 +1,172 @@
+"""Training and generation engines on a tiny model: a step, a verified sync, sleep and wake, and the bytes they hold.
+
+Each check is a role's worker of its own, and finds the engines of those before it among its peers.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_dist.algorithms.losses.nll import nll
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.wire import WorkerContext
+from workers.engines.build import new_generation_engine, new_training_engine
+from workers.reshard.colocated import ColocatedSync
+from workers.reshard.turns import sizes_on_device
+
+MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192}
+"""8 M parameters. Heads of 64: vLLM's attention takes no smaller ones everywhere."""
+ROLLOUT = RolloutConfig(
+    max_prompt_tokens=16, max_response_tokens=8, kv_cache_bytes=16 << 20, canary_tolerance=1e-2, bucket_bytes=16 << 20
+)
+_PROMPTS = [np.array(tokens, np.int32) for tokens in ([5, 9, 4], [7, 11, 12, 13])]
+
+
+class Training:
+    """FSDP2: the model read by slices, and a step."""
+
+    def __init__(self, context: WorkerContext, engine: EngineConfig | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="rlhf-dist-doctor-")
+        self.path = _save_model(Path(self._folder.name))
+        before = live_bytes(context.device)
+        config = engine or EngineConfig()
+        optimizer = OptimizerConfig(lr=1e-3)
+        self.engine = new_training_engine(ModelConfig(path=str(self.path)), config, optimizer, "policy", context)
+        found = [self.engine.step(_batch(), nll())["loss"] for _ in range(2)]
+        self.held_bytes = live_bytes(context.device) - before
+        first, second = (one.value / max(one.count, 1) for one in found)
+        if not second < first:
+            raise RuntimeError(f"the loss of the same rows must fall in a step, got {first:.6f}, then {second:.6f}")
+        self.remarks = (f"{config.name} over {context.world} ranks: two steps, loss {first:.3f} to {second:.3f}",)
+
+    def close(self) -> None:
+        """Remove the model."""
+        self._folder.cleanup()
+
+
+class Cycle:
+    """vLLM in the same process: sync, generate, sleep while the trainer works, sync and wake, generate the same."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        """Raises what a sync raises (the log-probs of what is drawn are compared with the trainer's in it)."""
+        self.training: Training = context.peers.get("training") or Training(context)
+        before = live_bytes(context.device)
+        alone = [[rank] for rank in range(context.world)]
+        self.engine = new_generation_engine(str(self.training.path), ROLLOUT, context, alone)
+        self.held_bytes = live_bytes(context.device) - before
+        self.sync = ColocatedSync(self.training.engine, self.engine, ROLLOUT, context)
+        report = self.sync.run(must_change=False)
+        drawn = self._generate()
+        self.training.engine.forward(_batch(), ["log_probs"])  # the trainer's turn
+        self._must_refuse()
+        self.sync.run(must_change=False)
+        if self._generate() != drawn:
+            raise RuntimeError("greedy responses must be the same after sleep, sync and wake, and they are not")
+        how = "whole tensors" if self.sync.fallback else "pieces"
+        self.remarks = (
+            f"vLLM beside the trainer: {report.parameters} parameters synced in {how} and verified in "
+            f"{report.seconds:.2f} s; refuses while the trainer works, and draws the same after waking",
+        )
+
+    def _generate(self) -> list[list[int]]:
+        self.sync.turn("generate")
+        sampling = Sampling(n=1, greedy=True, temperature=1.0, max_tokens=ROLLOUT.max_response_tokens)
+        return [one.token_ids.tolist() for one in self.engine.generate(_PROMPTS, sampling, [0] * len(_PROMPTS))]
+
+    def _must_refuse(self) -> None:
+        try:
+            self.engine.generate(_PROMPTS, Sampling(n=1, greedy=True, temperature=1.0, max_tokens=1), [0] * len(_PROMPTS))
+        except RuntimeError:
+            return
+        raise RuntimeError("vLLM must refuse to generate while it is the trainer's turn, and it generated")
+
+    def close(self) -> None:
+        """End the engine."""
+        self.engine.close()
+
+
+class Ledger:
+    """Bytes of live tensors that each engine brought, and the most of each turn on a GPU, against the ledger's."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        """Raises RuntimeError where they are further apart than allocators explain."""
+        cycle: Cycle = context.peers.get("generation") or Cycle(context)
+        told = [
+            (what, measured, predicted)
+            for what, (measured, predicted) in _measured_and_predicted(cycle, context).items()
+        ]
+        wrong = [one for one in told if abs(one[1] - one[2]) > 0.1 * one[2] + _SLACK_BYTES]
+        text = ", ".join(f"{what} {measured / 1e6:.1f} MB ({predicted / 1e6:.1f})" for what, measured, predicted in told)
+        failed: list[Any] = [None] * context.world
+        dist.all_gather_object(failed, text if wrong else "")
+        if any(failed):
+            rank = next(rank for rank, text in enumerate(failed) if text)
+            raise RuntimeError(f"rank {rank} holds other bytes than the ledger says (in brackets): {failed[rank]}")
+        self.remarks = (f"on rank 0, and in the ledger: {text}",)
+
+
+_SLACK_BYTES = 16 << 20
+
+
+def _measured_and_predicted(cycle: Cycle, context: WorkerContext) -> dict[str, tuple[int, int]]:
+    """What -> (bytes found, bytes that the ledger has). The one place that knows the ledger."""
+    weights = sum(parameter.nbytes for parameter in cycle.engine._model.parameters())
+    sizes = sizes_on_device(cycle.training.engine, context.rank, weights, 0, ROLLOUT.kv_cache_bytes)
+    found = {
+        "trainer": (cycle.training.held_bytes, sizes["parameters"] + sizes["optimizer"]),
+        "vLLM": (cycle.held_bytes, sizes["weights"] + sizes["cache"]),
+    }
+    turns = cycle.sync.turns
+    if turns is not None:
+        found |= {f"peak of {phase}": (peak, turns.predicted[phase]) for phase, peak in turns.peak_bytes.items()}
+    return found
+
+
+class DeepSpeed(Training):
+    """DeepSpeed ZeRO-3, the same steps."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        super().__init__(context, EngineConfig(name="deepspeed"))
+
+
+def live_bytes(device: str) -> int:
+    """Bytes of all storages that tensors of this process have on a device."""
+    kind, storages = torch.device(device).type, {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == kind:
+            try:
+                storage = item.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # a wrapper without memory of its own
+                continue
+    return sum(storages.values())
+
+
+def _save_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    heads = MODEL["hidden_size"] // 64
+    config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=False, **MODEL)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _batch() -> Batch:
+    responses = [np.array(tokens, np.int32) for tokens in ([6, 13, 21], [8, 5])]
+    ids = Column.ragged(responses, dtype=np.int32)
+    columns = {
+        "prompt_ids": Column.ragged(_PROMPTS, dtype=np.int32),
+        "response_ids": ids,
+        "response_mask": Column(np.ones(len(ids.values), np.uint8), ids.offsets),
+        "group_id": Column.dense(range(len(responses)), dtype=np.int64),
+    }
+    return Batch(columns, len(responses))
