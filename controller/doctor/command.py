@@ -36,8 +36,10 @@ def doctor_command(arguments: argparse.Namespace, address: str | None) -> int:
     found: list[dict[str, Any]] = []
     as_json = arguments.format == "json"
     with open_subject(address, arguments.folder, packages()) as subject:
+        started = time.monotonic()
         for check, finding in examine(subject, chosen, deadline):
-            found.append({"name": check.name, **asdict(finding)})
+            found.append({"name": check.name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
+            started = time.monotonic()
             if not as_json:
                 print(line(check.name, finding, sys.stdout), flush=True)
         about = subject.about

@@ -32,6 +32,7 @@ class RankPool:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._pool: Pool | None = None
+        self._layout: PoolConfig | None = None
         self._count = 0
         self._broken = ""
 
@@ -40,10 +41,11 @@ class RankPool:
         if self._broken:
             raise NoRanks(f"no ranks: {self._broken}")
         if self._pool is None:
-            layout = layout_of(list(_free_by_node().values()), ray.cluster_resources().get("GPU", 0) > 0)
+            if self._layout is None:
+                self._layout = layout_of(list(_free_by_node().values()), ray.cluster_resources().get("GPU", 0) > 0)
             self._count += 1
             try:
-                self._pool = self._cluster.add_pool(self._name, layout)
+                self._pool = self._cluster.add_pool(self._name, self._layout)
             except ClusterError as error:
                 self._broken = str(error)
                 self.end()

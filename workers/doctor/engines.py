@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_dist.algorithms.losses.nll import nll
@@ -42,9 +43,8 @@ class Training:
         config = engine or EngineConfig()
         optimizer = OptimizerConfig(lr=1e-3)
         self.engine = new_training_engine(ModelConfig(path=str(self.path)), config, optimizer, "policy", context)
-        found = [self.engine.step(_batch(), nll())["loss"] for _ in range(2)]
+        first, second = (self.engine.step(_batch(), nll())["loss"].value for _ in range(2))
         self.held_bytes = live_bytes(context.device) - before
-        first, second = (one.value / max(one.count, 1) for one in found)
         if not second < first:
             raise RuntimeError(f"the loss of the same rows must fall in a step, got {first:.6f}, then {second:.6f}")
         self.remarks = (f"{config.name} over {context.world} ranks: two steps, loss {first:.3f} to {second:.3f}",)
@@ -142,6 +142,7 @@ class DeepSpeed(Training):
 def live_bytes(device: str) -> int:
     """Bytes of all storages that tensors of this process have on a device."""
     kind, storages = torch.device(device).type, {}
+    gc.unfreeze()  # vLLM hides what there was before it from the collector
     for item in gc.get_objects():
         if issubclass(type(item), torch.Tensor) and item.device.type == kind:
             try:
@@ -156,7 +157,10 @@ def _save_model(folder: Path) -> Path:
     torch.manual_seed(0)
     heads = MODEL["hidden_size"] // 64
     config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=False, **MODEL)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    # Not save_pretrained: inside a process group it writes on one rank only, and other nodes do not see its folder.
+    save_file(LlamaForCausalLM(config).state_dict(), folder / "model.safetensors", {"format": "pt"})
+    config.architectures = ["LlamaForCausalLM"]
+    config.to_json_file(folder / "config.json", use_diff=False)
     return folder
 
 
