@@ -350,11 +350,15 @@ def _parser() -> argparse.ArgumentParser:
         help="a cluster that need not be there, e.g. 4x8xH100; models may be a config.json or a name (llama3-70b)",
     )
     check.add_argument("--format", choices=("text", "json"), default="text", help="json: bytes a rank by phase, too")
-    doctor = commands.add_parser("doctor", parents=[common], help="what of this machine, or a cluster, would stop a run")
-    doctor.add_argument("--address", metavar="HOST:PORT", help="a cluster (or auto); default: Ray on this machine alone")
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="what of this machine, or a cluster, would stop a run"
+    )
+    doctor.add_argument(
+        "--address", metavar="HOST:PORT", help="a cluster (or auto); default: Ray on this machine alone"
+    )
     doctor.add_argument("--format", choices=("text", "json"), default="text")
     doctor.add_argument("--folder", default="runs", help="where runs are to be written (output.root); default: runs")
-    doctor.add_argument("--only", metavar="CHECK", action="append", help="this check; may be given several times")
+    doctor.add_argument("--only", metavar="CHECK[,CHECK]", help="these checks, e.g. gloo,weight-transfer")
     doctor.add_argument("--limit", metavar="SECONDS", type=float, default=120.0, help="for all checks; default: 120")
     from controller.data_command import add_data_parser
 

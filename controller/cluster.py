@@ -205,7 +205,7 @@ class Cluster:
         for process in processes:
             with contextlib.suppress(Exception):
                 ray.kill(process)
-        for group in self._groups.values():
+        for group in list(self._groups.values()):
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
         self.pools.clear()

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -23,6 +23,7 @@ from controller.doctor.rank_pool import NoRanks
 from controller.doctor.subject import Subject, open_subject
 from controller.doctor.versions import packages
 from rlhf_dist.failure import text_of
+from rlhf_dist.typed import ConfigError, unknown
 
 _COLOURS: dict[State, str] = {"ok": "32", "skipped": "2", "warning": "33", "failed": "31"}
 _MOST_TEXT = 300
@@ -31,38 +32,49 @@ _MOST_TEXT = 300
 
 def doctor_command(arguments: argparse.Namespace, address: str | None) -> int:
     """Run the checks on the cluster at `address` (None: one of its own). Raises ClusterError."""
-    chosen = [check for check in CHECKS if not arguments.only or check.name in arguments.only]
-    deadline = time.monotonic() + arguments.limit
-    found: list[dict[str, Any]] = []
-    as_json = arguments.format == "json"
+    checks, deadline = chosen(arguments.only), time.monotonic() + arguments.limit
     with open_subject(address, arguments.folder, packages()) as subject:
+        return report(subject, checks, deadline, arguments.format == "json")
+
+
+def chosen(names: str | None) -> list[Check]:
+    """All checks, or those that are named, with commas. Raises ConfigError for another name."""
+    wanted = [name.strip() for name in names.split(",")] if names else []
+    known = [check.name for check in CHECKS]
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(unknown(name, known, "check"))
+    return [check for check in CHECKS if not wanted or check.name in wanted]
+
+
+def report(subject: Subject, checks: Sequence[Check], deadline: float, as_json: bool) -> int:
+    """Run them and print what is found, line by line or as one JSON object; the exit code."""
+    found: list[dict[str, Any]] = []
+    for check in checks:
+        if sys.stdout.isatty() and not as_json:
+            print(f"{'...':<7}  {check.name}", end="\r", flush=True)
         started = time.monotonic()
-        for check, finding in examine(subject, chosen, deadline):
-            found.append({"name": check.name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
-            started = time.monotonic()
-            if not as_json:
-                print(line(check.name, finding, sys.stdout), flush=True)
-        about = subject.about
+        finding = examine(check, subject, deadline)
+        found.append({"name": check.name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
+        if not as_json:
+            print(line(check.name, finding, sys.stdout), flush=True)
     bad = any(one["state"] == "failed" for one in found)
     if as_json:
-        print(json.dumps({"ok": not bad, "cluster": about, "checks": found}, indent=2))
+        print(json.dumps({"ok": not bad, "cluster": subject.about, "checks": found}, indent=2))
     else:
         counts = {state: sum(one["state"] == state for one in found) for state in _COLOURS}
         print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
     return int(bad)
 
 
-def examine(subject: Subject, checks: Sequence[Check], deadline: float) -> Iterator[tuple[Check, Finding]]:
-    """Each check with its finding; `deadline`: of all together, on the monotonic clock."""
-    for check in checks:
-        if not subject.nodes and check.name != "nodes":
-            yield check, skipped("no node answers")
-            continue
-        left = deadline - time.monotonic()
-        if left <= 0:
-            yield check, failed("the time for all checks was over", f"run again with --only '{check.name}', or --limit")
-            continue
-        yield check, _within(check, subject, min(left, check.limit_s))
+def examine(check: Check, subject: Subject, deadline: float) -> Finding:
+    """What one check says; `deadline`: of all together, on the monotonic clock."""
+    if not subject.nodes and check.name != "nodes":
+        return skipped("no node answers")
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return failed("the time for all checks was over", f"run again with --only {check.name}, or a longer --limit")
+    return _within(check, subject, min(left, check.limit_s))
 
 
 def _within(check: Check, subject: Subject, limit_s: float) -> Finding:

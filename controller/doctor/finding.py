@@ -60,7 +60,7 @@ def failed(found: str, advice: str) -> Finding:
 
 def of_nodes(nodes: Sequence[NodeFacts], judge: Callable[[NodeFacts], Finding]) -> Finding:
     """One finding for all nodes: the worst of them, and on which nodes it is."""
-    findings = {node.address: judge(node) for node in nodes}
+    findings = {node.name: judge(node) for node in nodes}
     worst = max(findings.values(), key=lambda finding: _BY_WEIGHT.index(finding.state))
     if len(set(findings.values())) == 1:
         return worst
@@ -77,3 +77,8 @@ def nbytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")

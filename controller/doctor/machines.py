@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from controller.doctor.finding import Finding, failed, nbytes, of_nodes, ok, skipped, warning
+from controller.doctor.finding import Finding, counted, failed, nbytes, of_nodes, ok, skipped, warning
 from controller.doctor.node_facts import NodeFacts
 from controller.doctor.subject import Subject
 
@@ -25,19 +25,19 @@ def reachable(subject: Subject) -> Finding:
         more = f" ({len(subject.unreachable)} nodes)" if len(subject.unreachable) > 1 else ""
         return failed(
             f"{address} does not answer{more}: {why}",
-            "install rlhf-dist on every node, in the environment of its `ray start`, and look at the raylet's log there",
+            "install rlhf-dist on every node, in the environment of its `ray start`; look at the raylet's log there",
         )
     cores = sum(node.cores for node in subject.nodes)
-    return ok(f"{len(subject.nodes)} nodes, {cores} cores, {subject.about}")
+    return ok(f"{counted(len(subject.nodes), 'node')}, {counted(cores, 'core')}, {subject.about}")
 
 
 def devices(subject: Subject) -> Finding:
     """GPUs and their drivers; whether Ray counts the GPUs that a node has."""
     for node in subject.nodes:
-        counted = subject.gpus_of(node)
-        if counted != len(node.gpus):
+        by_ray = subject.gpus_of(node)
+        if by_ray != len(node.gpus):
             return warning(
-                f"{node.address} has {len(node.gpus)} GPUs by nvidia-smi, and Ray counts {counted:g} there",
+                f"{node.name} has {len(node.gpus)} GPUs by nvidia-smi, and Ray counts {by_ray:g} there",
                 "start Ray with --num-gpus of what the node has, and look at CUDA_VISIBLE_DEVICES where it was started",
             )
     if not any(node.gpus for node in subject.nodes):
@@ -48,7 +48,7 @@ def devices(subject: Subject) -> Finding:
     )
     if len(kinds) > 1:
         return warning(found, "place a pool on nodes of one kind: its slowest GPU sets the pace; use one driver")
-    return ok(f"{found}; on {len(subject.nodes)} nodes")
+    return ok(f"{found}; on {counted(len(subject.nodes), 'node')}")
 
 
 def processors(subject: Subject) -> Finding:
@@ -61,7 +61,9 @@ def processors(subject: Subject) -> Finding:
             return skipped("/proc/cpuinfo says nothing of its instructions")
         if found := sorted(BF16_FLAGS & node.cpu_flags):
             return ok(f"{node.cores} cores with bfloat16 in hardware ({', '.join(found)})")
-        widest = next((flag for flag in ("avx512f", "avx2", "asimd") if flag in node.cpu_flags), "neither AVX2 nor more")
+        widest = next(
+            (flag for flag in ("avx512f", "avx2", "asimd") if flag in node.cpu_flags), "neither AVX2 nor more"
+        )
         return warning(
             f"{node.cores} cores ({widest}) without bfloat16 instructions: it is emulated, ten times slower",
             "compute in float32 on this CPU: ROLE.engine.dtype=float32, actor.rollout.dtype=float32",
@@ -100,9 +102,9 @@ def open_files(subject: Subject) -> Finding:
 
 def clocks(subject: Subject) -> Finding:
     """Each node's clock against this machine's, as near as the shortest of a few round trips tells."""
-    skews = {address: subject.clock_skew_s(address) for address in subject.probes}
-    address, (skew, error) = max(skews.items(), key=lambda item: abs(item[1][0]))
-    found = f"at most {abs(skew) * 1e3:.1f} ms apart (+- {error * 1e3:.1f}; {address})"
+    skews = {name: subject.clock_skew_s(name) for name in subject.probes}
+    name, (skew, error) = max(skews.items(), key=lambda item: abs(item[1][0]))
+    found = f"at most {abs(skew) * 1e3:.1f} ms apart (+- {error * 1e3:.1f}; {name})"
     advice = "start a time service (chrony, systemd-timesyncd) on all nodes"
     if abs(skew) - error > CLOCK_FAILED_S:
         return failed(found, advice)

@@ -20,7 +20,9 @@ def interfaces(subject: Subject) -> Finding:
     def judge(node: NodeFacts) -> Finding:
         ray_interface = interface_of(node, node.address)
         if ray_interface is None:
-            there = ", ".join(f"{name} {'/'.join(addresses)}" for name, addresses in node.interfaces.items() if addresses)
+            there = ", ".join(
+                f"{name} {'/'.join(addresses)}" for name, addresses in node.interfaces.items() if addresses
+            )
             return failed(
                 f"none of its interfaces has {node.address}, by which Ray knows it ({there or 'none is up'})",
                 "start Ray there with --node-ip-address of an interface that the other nodes reach",

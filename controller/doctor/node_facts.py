@@ -37,6 +37,8 @@ class Gpu:
 class NodeFacts:
     """One node. Sizes are bytes."""
 
+    name: str
+    """Its address, told apart where two raylets share it."""
     address: str
     """By which Ray knows it."""
     python: str
@@ -73,13 +75,14 @@ class NodeFacts:
 class NodeProbe:
     """Answers for its node."""
 
-    def facts(self, address: str, packages: Sequence[str], run_folder: str, ray_temp: str) -> NodeFacts:
+    def facts(self, name: str, address: str, packages: Sequence[str], run_folder: str, ray_temp: str) -> NodeFacts:
         """See NodeFacts; packages: distributions to look for."""
         shm = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
         memory = psutil.virtual_memory()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        name = socket.gethostname()
+        host = socket.gethostname()
         return NodeFacts(
+            name=name,
             address=address,
             python=platform.python_version(),
             packages=_versions(packages),
@@ -88,8 +91,8 @@ class NodeProbe:
             cores=os.cpu_count() or 1,
             cpu_flags=_cpu_flags(),
             interfaces=_interfaces(),
-            host_name=name,
-            host_addresses=_addresses(name),
+            host_name=host,
+            host_addresses=_addresses(host),
             gloo_interface=os.environ.get("GLOO_SOCKET_IFNAME"),
             shm_total=shm.total if shm else 0,
             shm_free=shm.free if shm else 0,

@@ -35,6 +35,7 @@ class RankPool:
         self._layout: PoolConfig | None = None
         self._count = 0
         self._broken = ""
+        """Why no other pool is started."""
 
     def start(self) -> Pool:
         """The pool. Raises NoRanks where nothing is free, or an earlier start failed."""
@@ -47,7 +48,7 @@ class RankPool:
             try:
                 self._pool = self._cluster.add_pool(self._name, self._layout)
             except ClusterError as error:
-                self._broken = str(error)
+                self._broken = self._broken or str(error)
                 self.end()
                 raise
         return self._pool
@@ -58,23 +59,30 @@ class RankPool:
         pool = self.start()
         context = {"seed": 0, "nodes": pool.nodes, "sync_timeout_s": CALL_S}
         rank_of = {
-            process.host_role.remote(name, worker, settings, context): rank for rank, process in enumerate(pool.processes)
+            process.host_role.remote(name, worker, settings, context): rank
+            for rank, process in enumerate(pool.processes)
         }
         found, left = "", list(rank_of)
         while left:
             ready, left = ray.wait(left, num_returns=1)
             answer = _answer(ready[0])
             if isinstance(answer, Failure):
-                self.end()
+                self.end(pool)
                 raise RuntimeError(f"rank {rank_of[ready[0]]}: {answer.text}")
             if rank_of[ready[0]] == 0:
                 found = "; ".join(answer)
         return found
 
-    def end(self) -> None:
-        """End the processes, whatever they are at; the next check gets new ones."""
+    def end(self, pool: Pool | None = None) -> None:
+        """End the processes, whatever they are at; the next check gets new ones. pool: only if it is still that one."""
+        if pool is not None and pool is not self._pool:
+            return
         self._pool = None
         self._cluster.end_pool(self._name)
+
+    def close(self) -> None:
+        """No more pools: a check that was given up may still be under way in its thread."""
+        self._broken = "the doctor is done"
 
     @property
     def _name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from controller.doctor.finding import Finding, failed, ok, skipped
+from controller.doctor.finding import Finding, counted, failed, ok, skipped
 from controller.doctor.subject import Subject
 
 ROUND = "workers.doctor.ranks:CollectiveRound"
@@ -16,7 +16,7 @@ def processes(subject: Subject) -> Finding:
     started = time.perf_counter()
     pool = subject.ranks.start()
     kinds = sorted({device.partition(":")[0] for device in pool.devices})
-    found = f"{pool.size} ranks on {len(set(pool.nodes))} nodes, on {' and '.join(kinds)}"
+    found = f"{counted(pool.size, 'rank')} on {counted(len(set(pool.nodes)), 'node')}, on {' and '.join(kinds)}"
     if kinds == ["cpu"] and any(node.gpus for node in subject.nodes):
         return failed(
             f"{found}, though nvidia-smi shows GPUs: torch or Ray sees none",

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
-from controller.doctor.finding import Finding, failed, nbytes, of_nodes, ok, warning
+from controller.doctor.finding import Finding, counted, failed, nbytes, of_nodes, ok, warning
 from controller.doctor.node_facts import NodeFacts
 from controller.doctor.subject import Subject
 
 LEAST_SHM, LITTLE_SHM = 64 << 20, 1 << 30
 """Docker gives a container 64 MiB, in which no object store fits; the store's default here is half a GiB."""
+LITTLE_STORE = 128 << 20
+"""A batch of a thousand rows of 8,192 tokens with six columns is 200 MB."""
 LEAST_DISK, LITTLE_DISK = 1 << 30, 20 << 30
 """A checkpoint of a 1B model with its optimizer is 16 GB."""
 LITTLE_TEMP = 5 << 30
@@ -39,11 +41,15 @@ def object_store(subject: Subject) -> Finding:
     seconds = time.perf_counter() - started
     lost = [address for address, size in sizes.items() if size != _OBJECT]
     if lost:
-        return failed(f"an object of {nbytes(_OBJECT)} did not reach {', '.join(lost)}", "look at the raylet's log there")
-    least, address = min((subject.store_bytes(node), node.address) for node in subject.nodes)
-    found = f"{nbytes(least)} a node, {nbytes(_OBJECT)} to {len(sizes)} nodes in {seconds:.2f} s"
-    if least < LITTLE_SHM // 8:
-        return warning(f"{found} (least on {address})", "ray.object_store_bytes here, ray start --object-store-memory")
+        return failed(
+            f"an object of {nbytes(_OBJECT)} did not reach {', '.join(lost)}", "look at the raylet's log there"
+        )
+    least, name = min((subject.store_bytes(node), node.name) for node in subject.nodes)
+    found = f"{nbytes(least)} a node, {nbytes(_OBJECT)} to {counted(len(sizes), 'node')} in {seconds:.2f} s"
+    if least < LITTLE_STORE:
+        return warning(
+            f"{found} (least on {name})", "make it larger: ray start --object-store-memory, ray.object_store_bytes"
+        )
     return ok(found)
 
 
@@ -83,7 +89,7 @@ def run_folder(subject: Subject) -> Finding:
                 path.rmdir()
     if blind:
         return failed(f"{folder} is not the same folder on {', '.join(blind)} as here", advice)
-    return ok(f"{folder} is seen and written by {len(answers)} nodes")
+    return ok(f"{folder} is seen and written by {counted(len(answers), 'node')}")
 
 
 def _enough(free: int, where: str, least: int, little: int) -> Finding:

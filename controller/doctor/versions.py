@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from controller.doctor.finding import Finding, failed, of_nodes, ok, warning
+from controller.doctor.finding import Finding, counted, failed, of_nodes, ok, warning
 from controller.doctor.node_facts import NodeFacts
 from controller.doctor.subject import Subject
 
@@ -66,11 +66,15 @@ def same_versions(subject: Subject) -> Finding:
         there = _known(node)
         for name in sorted(here.keys() | there.keys()):
             if here.get(name) != there.get(name):
-                differing.append(f"{name} {there.get(name, 'missing')} on {node.address}, {here.get(name, 'none')} here")
+                differing.append(f"{name} {there.get(name, 'missing')} on {node.name}, {here.get(name, 'none')} here")
     if differing:
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        return failed("; ".join(differing[:3]) + more, "install the same versions, and the same rlhf-dist, on all nodes")
-    return ok(f"{len(here)} versions and rlhf-dist's own files are the same on {len(subject.nodes)} nodes and here")
+        return failed(
+            "; ".join(differing[:3]) + more, "install the same versions, and the same rlhf-dist, on all nodes"
+        )
+    return ok(
+        f"{len(here)} versions and rlhf-dist's own files are the same on {counted(len(subject.nodes), 'node')} and here"
+    )
 
 
 def _wrong(node: NodeFacts, wanted: dict[str, tuple[SpecifierSet, bool]], python: SpecifierSet) -> Iterator[str]:

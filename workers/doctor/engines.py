@@ -85,7 +85,9 @@ class Cycle:
 
     def _must_refuse(self) -> None:
         try:
-            self.engine.generate(_PROMPTS, Sampling(n=1, greedy=True, temperature=1.0, max_tokens=1), [0] * len(_PROMPTS))
+            self.engine.generate(
+                _PROMPTS, Sampling(n=1, greedy=True, temperature=1.0, max_tokens=1), [0] * len(_PROMPTS)
+            )
         except RuntimeError:
             return
         raise RuntimeError("vLLM must refuse to generate while it is the trainer's turn, and it generated")
@@ -106,7 +108,9 @@ class Ledger:
             for what, (measured, predicted) in _measured_and_predicted(cycle, context).items()
         ]
         wrong = [one for one in told if abs(one[1] - one[2]) > 0.1 * one[2] + _SLACK_BYTES]
-        text = ", ".join(f"{what} {measured / 1e6:.1f} MB ({predicted / 1e6:.1f})" for what, measured, predicted in told)
+        text = ", ".join(
+            f"{what} {measured / 1e6:.1f} MB ({predicted / 1e6:.1f})" for what, measured, predicted in told
+        )
         failed: list[Any] = [None] * context.world
         dist.all_gather_object(failed, text if wrong else "")
         if any(failed):
