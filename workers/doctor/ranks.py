@@ -42,9 +42,9 @@ class CollectiveRound:
             torch.cuda.synchronize(where)
         seconds = time.perf_counter() - started
         ranks = torch.arange(world, device=where)
-        gathered = torch.empty_like(ranks)
-        dist.all_gather_into_tensor(gathered, ranks[rank : rank + 1].clone())
-        self._check("all-gather", gathered, ranks)
+        gathered = list(torch.empty_like(ranks).split(1))
+        dist.all_gather(gathered, ranks[rank : rank + 1].clone())
+        self._check("all-gather", torch.cat(gathered), ranks)
         swapped = torch.empty_like(ranks)
         dist.all_to_all_single(swapped, world * ranks + rank)
         self._check("all-to-all", swapped, world * rank + ranks)
