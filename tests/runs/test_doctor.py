@@ -34,8 +34,9 @@ def hangs(subject: Subject) -> Any:
 @pytest.fixture(scope="module")
 def told(cluster: None) -> dict[str, Any]:
     """What is told of this machine, with ranks that hang between those that do not."""
-    at = [check.name for check in CHECKS].index("training")
-    checks = [*CHECKS[:at], Check(name="hangs", run=hangs, limit_s=3.0, advice="wait no longer"), *CHECKS[at:]]
+    checks = [check for check in CHECKS if check.name != "deepspeed"]  # 12 s, most of them imports
+    at = [check.name for check in checks].index("training")
+    checks.insert(at, Check(name="hangs", run=hangs, limit_s=3.0, advice="wait no longer"))
     said = io.StringIO()
     with open_subject(None, NOWHERE, packages()) as subject, contextlib.redirect_stdout(said):
         code = report(subject, checks, time.monotonic() + 200, as_json=True)
@@ -44,7 +45,7 @@ def told(cluster: None) -> dict[str, Any]:
 
 def test_what_is_wrong_fails_and_nothing_else_does(told: dict[str, Any]) -> None:
     states = {check["name"]: check["state"] for check in told["checks"]}
-    assert len(states) == len(CHECKS) + 1 and told["code"] == 1
+    assert len(states) == len(CHECKS) and told["code"] == 1
     assert {name for name, state in states.items() if state == "failed"} == {"disk", "run-folder", "hangs"}, told
     assert all(set(check) == {"name", "state", "found", "advice", "seconds"} for check in told["checks"])
     assert all(check["advice"] for check in told["checks"] if check["state"] in ("failed", "warning"))
@@ -61,7 +62,7 @@ def test_what_the_checks_found_is_there(told: dict[str, Any]) -> None:
     assert found["run-folder"].startswith(f"{NOWHERE} cannot be written to: ")
     assert "2 ranks agree" in found["gloo"] and "3 tensors verified" in found["weight-transfer"]
     assert "16 MiB to 1 node" in found["object-store"] and found["clocks"].startswith("at most ")
-    assert "synced in pieces and verified" in found["generation"] and "deepspeed over 2 ranks" in found["deepspeed"]
+    assert "synced in pieces and verified" in found["generation"]
     measured, _, ledger = found["memory-ledger"].partition("trainer ")[2].split(" ", 2)
     assert float(ledger[1:].split(")")[0]) == pytest.approx(float(measured), rel=0.02) and float(measured) > 40
 
