@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
@@ -29,6 +26,7 @@ from controller.metrics import MetricsWriter
 from controller.plan_feedback import write_feedback
 from controller.run_folder import claim_folder
 from controller.session import Session, slots_needed, start_session
+from controller.signals import terminate_as_interrupt
 from controller.step_warnings import StepWarnings
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
@@ -101,7 +99,7 @@ def _run_in(
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
         if not isinstance(cluster, Local):
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
@@ -333,20 +331,3 @@ def _write_json(path: Path, data: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(data, indent=2))
     partial.replace(path)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (what a job scheduler sends) like Ctrl-C, so that the same clean-up runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -22,6 +22,7 @@ from controller.doctor.finding import Check, Finding, State, failed, skipped
 from controller.doctor.rank_pool import NoRanks
 from controller.doctor.subject import Subject, open_subject
 from controller.doctor.versions import packages
+from controller.signals import terminate_as_interrupt
 from rlhf_dist.failure import text_of
 from rlhf_dist.typed import ConfigError, unknown
 
@@ -33,7 +34,7 @@ _MOST_TEXT = 300
 def doctor_command(arguments: argparse.Namespace, address: str | None) -> int:
     """Run the checks on the cluster at `address` (None: one of its own). Raises ClusterError."""
     checks, deadline = chosen(arguments.only), time.monotonic() + arguments.limit
-    with open_subject(address, arguments.folder, packages()) as subject:
+    with open_subject(address, arguments.folder, packages()) as subject, terminate_as_interrupt():
         return report(subject, checks, deadline, arguments.format == "json")
 
 

