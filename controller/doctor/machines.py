@@ -66,7 +66,7 @@ def processors(subject: Subject) -> Finding:
         )
         return warning(
             f"{node.cores} cores ({widest}) without bfloat16 instructions: it is emulated, ten times slower",
-            "compute in float32 on this CPU: ROLE.engine.dtype=float32, actor.rollout.dtype=float32",
+            "compute in float32 on this CPU: model.dtype=float32",
         )
 
     return of_nodes([node for node in subject.nodes if not node.gpus], judge)
