@@ -26,7 +26,7 @@ from controller.metrics import MetricsWriter
 from controller.plan_feedback import write_feedback
 from controller.run_folder import claim_folder
 from controller.session import Session, slots_needed, start_session
-from controller.signals import terminate_as_interrupt
+from controller.termination import terminate_as_interrupt
 from controller.step_warnings import StepWarnings
 from controller.timeline import Timeline
 from controller.tracking import new_tracker

@@ -22,7 +22,7 @@ from controller.doctor.finding import Check, Finding, State, failed, skipped
 from controller.doctor.rank_pool import NoRanks
 from controller.doctor.subject import Subject, open_subject
 from controller.doctor.versions import packages
-from controller.signals import terminate_as_interrupt
+from controller.termination import terminate_as_interrupt
 from rlhf_dist.failure import text_of
 from rlhf_dist.typed import ConfigError, unknown
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from controller.doctor.node_facts import NodeFacts
     from controller.doctor.subject import Subject
 
-State = Literal["ok", "skipped", "warning", "failed"]
-_BY_WEIGHT: tuple[State, ...] = ("ok", "skipped", "warning", "failed")
+State = Literal["skipped", "ok", "warning", "failed"]
+_BY_WEIGHT: tuple[State, ...] = ("skipped", "ok", "warning", "failed")
 _MOST_NODES = 3
 """Nodes that a line names."""
 
@@ -34,7 +34,7 @@ class Check:
     run: Callable[[Subject], Finding]
     limit_s: float = 10.0
     """Longest it may take; a check that takes longer has failed."""
-    advice: str = "run again with --only for this check and --traceback for where it was raised"
+    advice: str = "this should not happen, whatever the cluster is like: report it with this line"
     """What to do where it raises or hangs."""
 
 

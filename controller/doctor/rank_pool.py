@@ -45,11 +45,12 @@ class RankPool:
             if self._layout is None:
                 self._layout = layout_of(list(_free_by_node().values()), ray.cluster_resources().get("GPU", 0) > 0)
             self._count += 1
+            name = self._name
             try:
-                self._pool = self._cluster.add_pool(self._name, self._layout)
+                self._pool = self._cluster.add_pool(name, self._layout)
             except ClusterError as error:
                 self._broken = self._broken or str(error)
-                self.end()
+                self._cluster.end_pool(name)
                 raise
         return self._pool
 

@@ -44,7 +44,7 @@ class Training:
     def __init__(self, context: WorkerContext, engine: EngineConfig | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rlhf-dist-doctor-")
         self.path = _save_model(Path(self._folder.name))
-        before = live_bytes(context.device)
+        before, self.host_before = live_bytes(context.device), live_bytes("cpu")
         config = engine or EngineConfig()
         optimizer = OptimizerConfig(lr=1e-3)
         self.engine = new_training_engine(ModelConfig(path=str(self.path)), config, optimizer, "policy", context)
@@ -74,6 +74,8 @@ class Cycle:
         self.sync = ColocatedSync(self.training.engine, self.engine, self.rollout, context)
         report = self.sync.run(must_change=False)
         drawn = self._generate()
+        self.host_bytes = live_bytes("cpu") - self.training.host_before
+        """While it is vLLM's turn."""
         self.training.engine.forward(_batch(), ["log_probs"])  # the trainer's turn
         self._must_refuse()
         self.sync.run(must_change=False)
@@ -100,8 +102,9 @@ class Cycle:
         raise RuntimeError("vLLM must refuse to generate while it is the trainer's turn, and it generated")
 
     def close(self) -> None:
-        """End the engine."""
+        """End the engine; again is no harm."""
         self.engine.close()
+        self.training.close()
 
 
 class Ledger:
@@ -114,6 +117,7 @@ class Ledger:
         dist.all_gather_object(told, _found_and_predicted(cycle, context))
         worst = max(told, key=lambda rank: max(abs(found - predicted) for found, predicted in rank.values()))
         self.remarks = (json.dumps(worst),)
+        self.close = cycle.close
 
 
 def _found_and_predicted(cycle: Cycle, context: WorkerContext) -> dict[str, tuple[int, int]]:
@@ -124,6 +128,8 @@ def _found_and_predicted(cycle: Cycle, context: WorkerContext) -> dict[str, tupl
         "trainer": (cycle.training.held_bytes, sizes["parameters"] + sizes["optimizer"]),
         "vLLM": (cycle.held_bytes, sizes["weights"] + sizes["cache"]),
     }
+    if torch.device(context.device).type == "cuda":
+        found["host, in vLLM's turn"] = (cycle.host_bytes, sizes["parameters"] + sizes["optimizer"])
     turns = cycle.sync.turns
     if turns is not None:
         found |= {f"peak of {phase}": (peak, turns.predicted[phase]) for phase, peak in turns.peak_bytes.items()}
