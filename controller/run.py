@@ -26,8 +26,8 @@ from controller.metrics import MetricsWriter
 from controller.plan_feedback import write_feedback
 from controller.run_folder import claim_folder
 from controller.session import Session, slots_needed, start_session
-from controller.termination import terminate_as_interrupt
 from controller.step_warnings import StepWarnings
+from controller.termination import terminate_as_interrupt
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
