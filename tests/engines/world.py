@@ -70,8 +70,10 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
     import torch
 
     from workers.device import device_for, init_distributed
+    from workers.network import use_network
 
     torch.set_num_threads(1)
+    use_network("127.0.0.1", one_node=True)
     init_distributed(
         rank=rank,
         world=size,
@@ -79,7 +81,6 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
         master_port=port,
         device=device_for(rank, device),
         timeout_s=call_timeout_s / 2,
-        one_node=True,
     )
     while True:
         try:
