@@ -28,6 +28,7 @@ from controller.pool import RELAYS, SIGNALS, ClusterError, Pool
 from controller.ray_address import address_to_join, prepare_own
 from controller.replies import RayReplies
 from controller.user_files import send_user_files_by_value
+from controller.worker_environment import is_sent
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
@@ -256,7 +257,7 @@ class Cluster:
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(gpus, self._threads)},
+                runtime_env={"env_vars": _environment(gpus, self._threads, self.config.worker_env)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // per_bundle
                 ),
@@ -297,8 +298,11 @@ def worker_actor(kind: type) -> Any:
     return ray.remote(**threads)(kind)
 
 
-def _environment(gpus: int, threads: int) -> dict[str, str]:
-    """Environment of worker processes, each of which computes with `threads` threads."""
+def _environment(gpus: int, threads: int, own: Mapping[str, str]) -> dict[str, str]:
+    """Environment of worker processes on any node, each of which computes with `threads` threads.
+
+    own: `ray.worker_env`, which goes before this process's environment, and that before the defaults.
+    """
     defaults = {
         # A CPU rank frees and takes hundreds of megabytes every step; keeping them saves the page faults that
         # were a third of a 135M model's training step. Calls run in threads of the actor, whose own arenas
@@ -311,7 +315,8 @@ def _environment(gpus: int, threads: int) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+    here = {name: value for name, value in os.environ.items() if name in defaults or is_sent(name)}
+    return {**defaults, **here, **own}
 
 
 def _resources(bundle: Mapping[str, float]) -> str:

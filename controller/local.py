@@ -11,7 +11,6 @@ Every role has one slot of one pool. Generation is the transformers engine unles
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -131,10 +130,10 @@ class Local:
     def add_pool(self, name: str, pool: PoolConfig) -> Pool:
         """This process as a pool of one, in a process group of one. Raises ClusterError where it cannot be."""
         process = _Process(name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        device = process.worker.join("127.0.0.1", port, pool.device, True, self.timeout_s)
+        opened = process.worker.open_port()
+        device = (
+            opened if isinstance(opened, Failure) else process.worker.join(*opened, pool.device, True, self.timeout_s)
+        )
         if isinstance(device, Failure):
             raise ClusterError(f"this process could not be a worker: {device.text}")
         self.pools[name] = Pool(name, (process,), devices=(device,), pids=(os.getpid(),))

@@ -343,6 +343,8 @@ class RayConfig:
     """Longest wait for slots to become free."""
     call_timeout_s: float = 1800.0
     """Longest a single operation may take before the run fails, naming it."""
+    worker_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)

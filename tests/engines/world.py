@@ -82,10 +82,12 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
     import torch
 
     from workers.device import device_for, init_distributed
+    from workers.network import use_network
 
     torch.set_num_threads(1)
     if ":" in device:
         _share_one_gpu(rank)
+    use_network("127.0.0.1", one_node=True)
     init_distributed(
         rank=rank,
         world=size,
@@ -93,7 +95,6 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
         master_port=port,
         device=torch.device(device) if ":" in device else device_for(rank, device),
         timeout_s=call_timeout_s / 2,
-        one_node=True,
     )
     while True:
         try:
