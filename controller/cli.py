@@ -102,14 +102,17 @@ def _prepared(
     """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
     from controller.local import local_launch
     from controller.run_folder import find_beginning
+    from rlhf_dist.auto_settings import settle
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
     from rlhf_dist.data import with_steps_of_epochs
+    from rlhf_dist.machine import described_machine
     from rlhf_dist.planner.launch_memory import here_lines, memory_lines
 
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
         launch = local_launch(launch, arguments.overrides) if local else launch
+        launch = settle(launch, described_machine(cluster)) if cluster else launch
         plan = check_launch(launch, cluster)
         memory = memory_lines(launch, cluster) if cluster else here_lines(launch)
         # Reads all rows, so only of a launch that is right otherwise.
@@ -131,7 +134,8 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         from rlhf_dist.planner.launch_memory import memory_report
 
-        print(json.dumps({"ok": True, "plan": plan, **memory_report(launch, cluster)}))
+        chosen = [{"keys": one.keys, "value": one.value, "why": one.why} for one in launch.choices]
+        print(json.dumps({"ok": True, "plan": plan, "auto": chosen, **memory_report(launch, cluster)}))
         return 0
     print("\n".join([*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]))
     print("ok: settings, graph, batch arithmetic and memory fit together")

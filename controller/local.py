@@ -21,9 +21,11 @@ from typing import Any
 
 from controller.pool import ClusterError, Pool
 from controller.replies import Answer
+from rlhf_dist.auto_settings import settle
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, PlacementConfig, PoolConfig
 from rlhf_dist.failure import Failure
+from rlhf_dist.machine import local_machine
 from rlhf_dist.placement.roles import HOST_POOL
 
 POOL = "local"
@@ -45,7 +47,8 @@ def local_launch(launch: Launch, overrides: Sequence[str]) -> Launch:
     """
     placement = PlacementConfig(pools={POOL: PoolConfig()}, roles={"default": POOL}, host_processes=1)
     roles = {role: _without_vllm(role, config, overrides) for role, config in launch.roles.items()}
-    return replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    here = replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    return settle(here, local_machine())
 
 
 def _without_vllm(role: str, config: Any, overrides: Sequence[str]) -> Any:

@@ -101,6 +101,11 @@ def _run_in(
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
     with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
         if not isinstance(cluster, Local):
+            if launch.run.ray.address is not None:
+                from controller.cluster_machine import settled_on_cluster
+
+                launch = settled_on_cluster(launch, display.note)
+                cluster.slots = slots_needed(launch)
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
@@ -118,6 +123,7 @@ def _run_in(
         "last": progress.last,
         "evaluations": progress.evaluations,
         "steps_without_signal": progress.warnings.steps,
+        "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
     }
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
