@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
+from rlhf_dist.reshard import checksum
 from rlhf_dist.reshard.checksum import box_checksum, full_checksum, unsigned
 from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
@@ -83,6 +84,32 @@ def test_a_checksum_sees_one_changed_bit_and_any_two_elements_exchanged() -> Non
         exchanged[left], exchanged[right] = -1.5, 1.5
         assert full_checksum(exchanged.view(6, 50)) != before
     assert full_checksum(tensor.t().contiguous()) != original
+
+
+def launches(function: Any) -> int:
+    """Kernels that a device would run: views and bare memory left out."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    kernels = ("copy_", "mv", "mul", "sum", "add_", "zero_", "bitwise_right_shift", "stack", "cat", "index_add_")
+    return sum(event.count for event in profile.key_averages() if event.key.removeprefix("aten::") in kernels)
+
+
+def test_a_checksum_on_a_device_is_a_few_kernels_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.randn(2048, 1024)  # in words of 64 bit, as bfloat16
+    experts = torch.randn(6, 300, 64)[:, :, ::2]
+    found = []
+    for device in (False, True):
+        if device:
+            monkeypatch.delitem(checksum.BLOCK_WORDS, "cpu")  # any device but a CPU has the large blocks
+        sums = []
+        for tensor, width, dtype in ((large, 8, torch.bfloat16), (experts, 4, torch.float32)):
+            box = tuple((0, size) for size in tensor.shape)
+            args = (tensor, box, tensor.shape, width, dtype)
+            sums.append((launches(lambda args=args: box_checksum(*args)), unsigned(box_checksum(*args))))
+        found.append(sums)
+    cpu, gpu = found
+    assert [value for _, value in cpu] == [value for _, value in gpu]
+    assert [count for count, _ in gpu] <= [9, 9] and cpu[0][0] > 3 * gpu[0][0]
 
 
 # --- log-probs -------------------------------------------------------------------------------------

@@ -52,11 +52,13 @@ def test_turns_with_vllm_take_the_bytes_they_say(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     world = World(1, "cuda:0")
     try:
-        [peaks] = world.run(_turns, save_llama(tmp_path, hidden=1024, layers=8))
+        [found] = world.run(_turns, save_llama(tmp_path, hidden=1024, layers=8))
     finally:
         world.close()
-    for phase in ("train", "sync"):
-        assert peaks["measured"][phase] <= 1.1 * peaks["predicted"][phase] + (64 << 20), peaks
+    # The driver's bytes, in an update that leaves no room for anything else and in all phases together.
+    assert found["device_bytes_update"] <= 1.1 * found["predicted_bytes_update"] + (64 << 20), found
+    assert max(found[f"device_bytes_{use}"] for use in ("update", "sync", "generate")) <= 1.1 * found["budget"], found
+    assert found["moved_bytes_per_s_update"] > 5e9, "pinned buffers, that are there already"
 
 
 def _turns(folder: Path) -> dict[str, Any]:
@@ -66,14 +68,15 @@ def _turns(folder: Path) -> dict[str, Any]:
 
     trainer.open_trainer(folder, {}, "cuda:0")
     generation_rank.open_engine("vllm", folder, device="cuda:0")
-    trainer.colocate("cuda:0", True)
-    sync = trainer._sync
+    trainer.colocate("cuda:0", ("actor.generate", "actor.update", "actor.sync"))
+    memory = trainer._memory
     for _ in range(2):
+        memory.report()
         trainer.step()
         trainer.run(True)
-        sync.turn("generate")
+        memory.turn("actor.generate")
         assert not isinstance(generation_rank.generate(SHORT, SAMPLING, SEEDS), str)
-    return {"measured": dict(sync.turns.peak_bytes), "predicted": sync.turns.predicted}
+    return {name: metric.value for name, metric in memory.report().items()} | {"budget": memory.ledger.budget}
 
 
 def test_the_doctor_finds_nothing_that_fails(tmp_path: Path) -> None:
