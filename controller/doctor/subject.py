@@ -22,7 +22,7 @@ from controller.doctor.node_facts import NodeFacts, NodeProbe
 from controller.doctor.rank_pool import CALL_S, READY_S, RankPool
 from rlhf_dist.config import RayConfig
 from rlhf_dist.failure import failure_of_call
-from rlhf_dist.slot_checks import visible_gpus
+from rlhf_dist.machine import local_machine
 
 FACTS_S = 30.0
 """Until a node counts as one that does not answer: its process starts and imports Ray."""
@@ -99,7 +99,7 @@ def open_subject(address: str | None, run_folder: str, packages: tuple[str, ...]
     packages: distributions to look for. Everything that was started ends with it. Raises ClusterError.
     """
     folder = str(Path(run_folder).resolve())
-    ranks = visible_gpus() or _RANKS_ON_CPU
+    ranks = len(local_machine().gpus) or _RANKS_ON_CPU
     config = RayConfig(address=address, ready_timeout_s=READY_S, call_timeout_s=CALL_S)
     with Cluster(config, slots=1 if address else ranks, host_processes=0) as cluster:
         alive = _by_name([node for node in ray.nodes() if node["Alive"]])

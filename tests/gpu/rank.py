@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,18 @@ def log_probs(folder: Path, device: str, batch: Batch, settings: dict[str, Any])
 
 
 def away_and_back(folder: Path, device: str, batch: Batch) -> dict[str, Any]:
-    """A trained engine leaves the device, and comes back: bits before and after, and bytes on a GPU meanwhile."""
+    """A trained engine leaves the device, and comes back: bits before and after, and bytes on the device meanwhile."""
     made = new_engine(folder, device)
     rows = my_rows(batch, "groups in turn")
     made.step(rows, TokenLoss(), TEMPERATURE)
-    before, there = _copied(made.local_shards()), _allocated(device)
-    held = sum(shard.nbytes for shards in before.values() for shard in shards)
-    made.offload(["parameters", "optimizer"])
-    away = _allocated(device)
-    made.onload(["parameters", "optimizer"])
-    after, back = _copied(made.local_shards()), _allocated(device)
+    parts = made.device_parts()
+    before, there = _copied(made.local_shards()), _held(parts, device)
+    for part in parts.values():
+        part.leave()
+    away = _held(parts, device)
+    for part in parts.values():
+        part.come()
+    after, back = _copied(made.local_shards()), _held(parts, device)
     same = all(torch.equal(a, b) for name in before for a, b in zip(before[name], after[name], strict=True))
     made.step(rows, TokenLoss(), TEMPERATURE)
     moved = any(
@@ -92,6 +95,7 @@ def away_and_back(folder: Path, device: str, batch: Batch) -> dict[str, Any]:
         for name, held_now in _copied(made.local_shards()).items()
         for a, b in zip(before[name], held_now, strict=True)
     )
+    held = sum(shard.nbytes for shards in before.values() for shard in shards)
     return {"same": same, "trains on": moved, "left": there - away, "came back": back - away, "held": 3 * held}
 
 
@@ -99,5 +103,8 @@ def _copied(shards: Shards) -> dict[str, list[torch.Tensor]]:
     return {name: [shard.detach().cpu().clone() for shard in held] for name, held in shards.items()}
 
 
-def _allocated(device: str) -> int:
-    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+def _held(parts: Mapping[str, Any], device: str) -> int:
+    """Bytes on the device: torch's count on a GPU, the storages' own on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device)
+    return sum(part.held_bytes for part in parts.values())

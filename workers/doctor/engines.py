@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,21 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, Rollout
 from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import WorkerContext
 from workers.engines.build import new_generation_engine, new_training_engine
+from workers.memory.arbiter import new_arbiter
 from workers.reshard.colocated import ColocatedSync
-from workers.reshard.turns import sizes_on_device
 
 MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192}
 """8 M parameters. Heads of 64: vLLM's attention takes no smaller ones everywhere."""
-LIMITS = {"max_prompt_tokens": 16, "max_response_tokens": 8, "kv_cache_bytes": 16 << 20, "bucket_bytes": 16 << 20}
+LIMITS = {"max_prompt_tokens": 16, "max_response_tokens": 8, "kv_cache_bytes": 16 << 20, "bucket_bytes": 1 << 20}
 ROLLOUT = {
     "cpu": RolloutConfig(**LIMITS, dtype="float32", canary_tolerance=1e-2),
     # What vLLM's attention is made for on a GPU; against a float32 trainer log-probs differ by some hundredths.
     "cuda": RolloutConfig(**LIMITS, dtype="bfloat16", canary_tolerance=0.5),
 }
 """By kind of device."""
+_PHASES = ("actor.generate", "actor.update", "actor.sync")
+_ANY_BYTES = 1 << 50
+"""Of a device, until it is known what the largest phase needs."""
 _PROMPTS = [np.array(tokens, np.int32) for tokens in ([5, 9, 4], [7, 11, 12, 13])]
 
 
@@ -44,7 +48,7 @@ class Training:
     def __init__(self, context: WorkerContext, engine: EngineConfig | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rlhf-dist-doctor-")
         self.path = _save_model(Path(self._folder.name))
-        before, self.host_before = live_bytes(context.device), live_bytes("cpu")
+        before = live_bytes(context.device)
         config = engine or EngineConfig()
         optimizer = OptimizerConfig(lr=1e-3)
         self.engine = new_training_engine(ModelConfig(path=str(self.path)), config, optimizer, "policy", context)
@@ -61,22 +65,28 @@ class Training:
 
 
 class Cycle:
-    """vLLM in the same process: sync, generate, sleep while the trainer works, sync and wake, generate the same."""
+    """vLLM in the same process: sync, generate, leave the device to the trainer, sync and wake, generate the same.
+
+    The device is as large as the largest phase needs, so that the others have to leave for it: on a CPU too.
+    """
 
     def __init__(self, context: WorkerContext) -> None:
         """Raises what a sync raises (the log-probs of what is drawn are compared with the trainer's in it)."""
         self.training: Training = context.peers.get("training") or Training(context)
         self.rollout = ROLLOUT[torch.device(context.device).type]
+        self.memory = new_arbiter(context.device, _ANY_BYTES, _PHASES, "doctor")
+        here = replace(context, role="actor", memory=self.memory)
+        self.memory.add_training("actor", self.training.engine, trained=True)
+        self.memory.make_room()
         before = live_bytes(context.device)
         alone = [[rank] for rank in range(context.world)]
-        self.engine = new_generation_engine(str(self.training.path), self.rollout, context, alone)
+        self.engine = new_generation_engine(str(self.training.path), self.rollout, here, alone)
         self.held_bytes = live_bytes(context.device) - before
-        self.sync = ColocatedSync(self.training.engine, self.engine, self.rollout, context)
+        self.sync = ColocatedSync(self.training.engine, self.engine, self.rollout, here)
+        self.memory.ledger.budget = max(map(self.memory.ledger.predicted_bytes, self.memory.ledger.phases))
         report = self.sync.run(must_change=False)
         drawn = self._generate()
-        self.host_bytes = live_bytes("cpu") - self.training.host_before
-        """While it is vLLM's turn."""
-        self.training.engine.forward(_batch(), ["log_probs"])  # the trainer's turn
+        self.memory.turn("actor.update")
         self._must_refuse()
         self.sync.run(must_change=False)
         if self._generate() != drawn:
@@ -84,19 +94,18 @@ class Cycle:
         how = "whole tensors" if self.sync.fallback else "pieces"
         self.remarks = (
             f"vLLM beside the trainer: {report.parameters} parameters synced in {how} and verified in "
-            f"{report.seconds:.2f} s; refuses while the trainer works, and draws the same after waking",
+            f"{report.seconds:.2f} s; leaves for the trainer, refuses meanwhile, draws the same after waking",
         )
 
     def _generate(self) -> list[list[int]]:
-        self.sync.turn("generate")
+        self.memory.turn("actor.generate")
         sampling = Sampling(n=1, greedy=True, temperature=1.0, max_tokens=self.rollout.max_response_tokens)
         return [one.token_ids.tolist() for one in self.engine.generate(_PROMPTS, sampling, [0] * len(_PROMPTS))]
 
     def _must_refuse(self) -> None:
+        sampling = Sampling(n=1, greedy=True, temperature=1.0, max_tokens=1)
         try:
-            self.engine.generate(
-                _PROMPTS, Sampling(n=1, greedy=True, temperature=1.0, max_tokens=1), [0] * len(_PROMPTS)
-            )
+            self.engine.generate(_PROMPTS, sampling, [0] * len(_PROMPTS))
         except RuntimeError:
             return
         raise RuntimeError("vLLM must refuse to generate while it is the trainer's turn, and it generated")
@@ -108,32 +117,28 @@ class Cycle:
 
 
 class Ledger:
-    """Bytes of live tensors that each engine brought, and the most of each turn on a GPU, beside the ledger's."""
+    """Bytes that each engine brought, and that are on the device in each turn, beside the ledger's."""
 
     def __init__(self, context: WorkerContext) -> None:
         """`remarks`: what -> [bytes found, bytes that the ledger has] as JSON, of the rank where they differ most."""
         cycle: Cycle = context.peers.get("generation") or Cycle(context)
         told: list[Any] = [None] * context.world
-        dist.all_gather_object(told, _found_and_predicted(cycle, context))
+        dist.all_gather_object(told, _found_and_predicted(cycle))
         worst = max(told, key=lambda rank: max(abs(found - predicted) for found, predicted in rank.values()))
         self.remarks = (json.dumps(worst),)
         self.close = cycle.close
 
 
-def _found_and_predicted(cycle: Cycle, context: WorkerContext) -> dict[str, tuple[int, int]]:
-    """What -> (bytes found, bytes that the ledger has). The one place that knows the ledger."""
-    weights = sum(parameter.nbytes for parameter in cycle.engine._model.parameters())
-    sizes = sizes_on_device(cycle.training.engine, context.rank, weights, 0, cycle.rollout.kv_cache_bytes)
+def _found_and_predicted(cycle: Cycle) -> dict[str, tuple[int, int]]:
+    """What -> (bytes found, bytes that the ledger has)."""
+    ledger, moved = cycle.memory.ledger, cycle.memory.report()
+    of = {tenant: sum(size for (who, _), size in ledger.sizes.items() if who == tenant) for tenant, _ in ledger.sizes}
     found = {
-        "trainer": (cycle.training.held_bytes, sizes["parameters"] + sizes["optimizer"]),
-        "vLLM": (cycle.held_bytes, sizes["weights"] + sizes["cache"]),
+        "trainer": (cycle.training.held_bytes, of["actor"]),
+        "vLLM": (cycle.held_bytes, of["actor.rollout"]),
     }
-    if torch.device(context.device).type == "cuda":
-        found["host, in vLLM's turn"] = (cycle.host_bytes, sizes["parameters"] + sizes["optimizer"])
-    turns = cycle.sync.turns
-    if turns is not None:
-        found |= {f"peak of {phase}": (peak, turns.predicted[phase]) for phase, peak in turns.peak_bytes.items()}
-    return found
+    most = max(moved[f"device_bytes_{name.rpartition('.')[2]}"].value for name in _PHASES)
+    return {**found, "most in a turn": (int(most), int(ledger.budget or 0))}
 
 
 class DeepSpeed(Training):
