@@ -30,7 +30,7 @@ LINKS = {"cpu": "strict", "cuda:0": "cuda nccl"}
 @EACH_DEVICE
 def test_weights_go_there_and_back_by_the_rules_of_nccl(world: World, device: str) -> None:
     link = LINKS[device]
-    assert world.run(rank.round_trips, 0, 15, link) == [[], []]
+    assert world.run(rank.round_trips, 0, 8, link) == [[], []]
     wanted = "StrictGroup" if device == "cpu" else "ProcessGroupNCCL"
     assert world.run(rank.backend_of, link) == [wanted, wanted]
 

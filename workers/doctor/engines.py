@@ -32,8 +32,8 @@ MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, 
 LIMITS = {"max_prompt_tokens": 16, "max_response_tokens": 8, "kv_cache_bytes": 16 << 20, "bucket_bytes": 1 << 20}
 ROLLOUT = {
     "cpu": RolloutConfig(**LIMITS, dtype="float32", canary_tolerance=1e-2),
-    # What vLLM's attention is made for on a GPU; against a float32 trainer log-probs differ by some hundredths.
-    "cuda": RolloutConfig(**LIMITS, dtype="bfloat16", canary_tolerance=0.5),
+    # What vLLM's attention is made for on a GPU; in bfloat16 log-probs have outliers of 0.5.
+    "cuda": RolloutConfig(**LIMITS, dtype="bfloat16", canary_tolerance=1.0),
 }
 """By kind of device."""
 _PHASES = ("actor.generate", "actor.update", "actor.sync")

@@ -48,7 +48,7 @@ class CollectiveRound:
         swapped = torch.empty_like(ranks)
         dist.all_to_all_single(swapped, world * ranks + rank)
         self._check("all-to-all", swapped, world * rank + ranks)
-        by = os.environ.get(f"{'NCCL' if where.type == 'cuda' else 'GLOO'}_SOCKET_IFNAME")
+        by = os.environ.get(f"{'NCCL' if where.type == 'cuda' else 'GLOO'}_SOCKET_IFNAME", "").lstrip("=")
         rate = summed.nbytes / seconds / 1e9
         self.remarks = (
             f"{world} ranks agree{f' over {by}' if by else ''}; all-reduce of {summed.nbytes >> 20} MiB in "
