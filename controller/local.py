@@ -12,7 +12,6 @@ transformers engine unless the launch says another.
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,9 +22,11 @@ from typing import Any
 
 from controller.pool import ClusterError, Pool
 from controller.replies import Answer
+from rlhf_dist.auto_settings import settle
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, PlacementConfig, PoolConfig
 from rlhf_dist.failure import Failure
+from rlhf_dist.machine import local_machine
 from rlhf_dist.placement.roles import HOST_POOL
 
 POOL = "local"
@@ -49,7 +50,8 @@ def local_launch(launch: Launch, overrides: Sequence[str]) -> Launch:
     pool = PoolConfig(device_bytes=min(limits, default=None))
     placement = PlacementConfig(pools={POOL: pool}, roles={"default": POOL}, host_processes=1)
     roles = {role: _without_vllm(role, config, overrides) for role, config in launch.roles.items()}
-    return replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    here = replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    return settle(here, local_machine())
 
 
 def _without_vllm(role: str, config: Any, overrides: Sequence[str]) -> Any:
@@ -134,10 +136,10 @@ class Local:
     def add_pool(self, name: str, pool: PoolConfig) -> Pool:
         """This process as a pool of one, in a process group of one. Raises ClusterError where it cannot be."""
         process = _Process(name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        device = process.worker.join("127.0.0.1", port, pool.device, True, self.timeout_s)
+        opened = process.worker.open_port()
+        device = (
+            opened if isinstance(opened, Failure) else process.worker.join(*opened, pool.device, True, self.timeout_s)
+        )
         if isinstance(device, Failure):
             raise ClusterError(f"this process could not be a worker: {device.text}")
         self.pools[name] = Pool(name, (process,), devices=(device,), pids=(os.getpid(),))

@@ -179,8 +179,8 @@ def _phases(
             own = max(1, launch.run.data.prompts_per_step // max(1, tp.replicas))
             cache = own * longest * kv_bytes_per_token(model, tp) * WIDTH[rollout.dtype] / 2.0
         else:
-            cache = float(rollout.kv_cache_bytes)
-            cache = cache or max(0.0, rollout.gpu_memory_share * cluster.gpu.memory_bytes - sum(copies.values()))
+            share = (rollout.gpu_memory_share or 0.0) * cluster.gpu.memory_bytes
+            cache = float(rollout.kv_cache_bytes or 0) or max(0.0, share - sum(copies.values()))
         caches[f"{name} KV cache"] = cache
         buckets[f"{name} buckets"] = 2.0 * float(
             rollout.bucket_bytes or default_bucket_bytes("cuda" if cuda else "cpu")

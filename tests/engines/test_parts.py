@@ -22,7 +22,6 @@ from rlhf_dist.reshard import checksum
 from rlhf_dist.reshard.checksum import box_checksum, full_checksum, unsigned
 from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
-from workers.device import backend_for, device_for
 from workers.engines.attention import Packing, packed_attention, running
 from workers.engines.log_probs import Head, log_probs_and_entropy, log_probs_of_logits
 from workers.engines.packing import micro_batches, pack
@@ -349,12 +348,3 @@ def test_schedules_by_hand() -> None:
 def test_a_schedule_that_makes_no_sense_is_refused(config: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="schedule"):
         learning_rate(0, OptimizerConfig(**config))  # type: ignore[arg-type]
-
-
-def test_devices_are_chosen_in_one_place() -> None:
-    assert device_for(3, "cpu") == CPU
-    assert backend_for(CPU) == "gloo"
-    with pytest.raises(ValueError, match="auto, cpu or cuda"):
-        device_for(0, "tpu")
-    with pytest.raises(ValueError, match="needs a GPU of its own"):
-        device_for(torch.cuda.device_count(), "cuda")

@@ -62,6 +62,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
 
+from workers.device import sees_its_peers  # noqa: E402
 from workers.engines import vllm_classes, vllm_trace, vllm_weights  # noqa: E402
 from workers.engines.vllm_sampler import FullVocabularySampler  # noqa: E402
 from workers.engines.vllm_sleep import Bed, CudaBed, HostBed  # noqa: E402
@@ -104,10 +105,13 @@ class VllmEngine(SyncedEngine):
         self._random_devices = [device] if device.type == "cuda" else []
         name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
-        order = [rank for group in copies for rank in group] if copies else list(range(world))
+        size = rollout.tensor_parallel
+        copies = copies or [range(first, first + size) for first in range(0, world, size)]
+        order = [rank for group in copies for rank in group]
+        sees_peers = sees_its_peers(copies, _device_indices(device, world))
         kept = vllm_classes.classes_kept()
         with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order), kept as decorated:
-            vllm_config = _engine_args(model_path, rollout, device).create_engine_config()
+            vllm_config = _engine_args(model_path, rollout, device, sees_peers).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
                 vllm_config,
                 executor_class=_executor_class(name, rank, device),
@@ -329,7 +333,7 @@ def _rank_order(order: Sequence[int]) -> Iterator[None]:
         parallel_state.init_model_parallel_group = make
 
 
-def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) -> EngineArgs:
+def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device, sees_peers: bool) -> EngineArgs:
     cpu = device.type == "cpu"
     max_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
     where: dict[str, Any] = (
@@ -347,6 +351,8 @@ def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device) 
         skip_tokenizer_init=True,
         generation_config="vllm",
         enforce_eager=cpu,
+        # It opens the other ranks' memory as devices 0, 1, ... of this process; NCCL needs no such names.
+        disable_custom_all_reduce=not sees_peers,
         kv_cache_memory_bytes=rollout.kv_cache_bytes if cpu or rollout.kv_cache_bytes else None,
         max_model_len=max_tokens,
         max_num_seqs=_MAX_REQUESTS,
@@ -363,6 +369,13 @@ def _shared_name() -> str:
     name: list[str] = [uuid4().hex]
     dist.broadcast_object_list(name, src=0)
     return name[0]
+
+
+def _device_indices(device: torch.device, world: int) -> list[int]:
+    """[world] the index of each rank's device among those its own process sees."""
+    told: list[int] = [0] * world
+    dist.all_gather_object(told, device.index or 0)
+    return told
 
 
 def _unlink_shared_memory(name: str) -> None:
