@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from rlhf_dist.algorithms.contract import Loss
+from rlhf_dist.algorithms.contract import Loss, Output
 from rlhf_dist.batch import Batch
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
@@ -43,6 +43,8 @@ class OpSpec:
     dispatch: TransferProtocol = ROWS
     mesh: str = "train"
     """Which of the role's meshes the rows are spread over: `train` or `rollout`."""
+    outputs: tuple[Output, ...] = ()
+    """What the role's model can give a loss; empty for ops without one."""
     streams: bool = False
     """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
     processes), it may be given the first finished rows of its input while the others are being made."""
@@ -62,6 +64,7 @@ def op(
     weights_written: str | None = None,
     dispatch: TransferProtocol = ROWS,
     mesh: str = "train",
+    outputs: tuple[Output, ...] = (),
     streams: bool = False,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
@@ -77,6 +80,7 @@ def op(
             weights_written=weights_written,
             dispatch=dispatch,
             mesh=mesh,
+            outputs=outputs,
             streams=streams,
         )
         return function
@@ -127,7 +131,7 @@ class Actor(Role, Protocol):
         from those of sampling, where the batch has them."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train")
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("log_probs", "entropy"))
     def update_actor(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """`epochs` passes over the batch cut into `mini_batches`, one optimizer step for each."""
         ...
@@ -143,7 +147,7 @@ class Critic(Role, Protocol):
         """V(s_t) before each response token."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train")
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
     def update_critic(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `Actor.update_actor`."""
         ...
@@ -187,7 +191,7 @@ class RewardModel(Role, Protocol):
         """The score of every row."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train")
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
     def update_reward_model(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `Actor.update_actor`."""
         ...

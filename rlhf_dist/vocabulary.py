@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 from rlhf_dist import transforms
 from rlhf_dist.algorithms import losses
+from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.roles import Actor, Columns, Critic, Reference, Reward, RewardModel, ops_of
 
@@ -28,7 +28,7 @@ def describe_ops() -> str:
         for name, op in _public(transforms)
         if isinstance(op, HostOp)
     ]
-    made = [(name, _settings(make), make) for name, make in _public(losses) if inspect.isfunction(make)]
+    made = [(name, _settings(make), make) for name, make in _public(losses) if isinstance(make, LossFunction)]
     return "\n\n".join(
         f"{title}\n{_table(rows)}"
         for title, rows in (
@@ -52,12 +52,9 @@ def _columns(columns: Columns) -> str:
     return ", ".join(names) or "nothing"
 
 
-def _settings(function: Callable[..., Any]) -> str:
-    return ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in _parameters(function))
-
-
-def _parameters(function: Callable[..., Any]) -> Iterable[inspect.Parameter]:
-    return inspect.signature(function).parameters.values()
+def _settings(loss: LossFunction[Any]) -> str:
+    parameters = loss.signature.parameters.values()
+    return ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters)
 
 
 def _table(rows: list[tuple[str, str, Any]]) -> str:

@@ -51,7 +51,7 @@ def test_the_guides_op_loss_and_reward_do_what_they_say(mine: Path) -> None:
     batch = Batch({"rewards": Column(np.ones(3, dtype=np.float32)), "response_mask": mask})
     result = module.less_for_length(batch, longest=8, slack=4)
     np.testing.assert_allclose(result.columns["rewards"].values, [1.0, 0.5, 0.0])
-    loss = module.Entropic(bonus=0.5)
+    loss = module.entropic(bonus=0.5)
     assert isinstance(loss, Loss)
     said = SimpleNamespace(log_probs=torch.tensor([-2.0]), entropy=torch.tensor([1.0]))
     value, metrics = loss(said, {"advantages": torch.tensor([3.0])})

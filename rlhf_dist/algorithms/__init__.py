@@ -7,6 +7,7 @@ numpy functions in `advantages/`; recipes use them through `rlhf_dist.transforms
 from rlhf_dist.algorithms.contract import Average, Loss, ModelOutput, Output, Rows
 from rlhf_dist.algorithms.kl import KlEstimator, adapted_kl_coef
 from rlhf_dist.algorithms.lagrange import combined_advantages, updated_log_multiplier
+from rlhf_dist.algorithms.loss import FunctionLoss, loss
 from rlhf_dist.algorithms.losses import (
     bradley_terry,
     dpo,
@@ -20,6 +21,7 @@ from rlhf_dist.algorithms.losses import (
 
 __all__ = [
     "Average",
+    "FunctionLoss",
     "KlEstimator",
     "Loss",
     "ModelOutput",
@@ -30,6 +32,7 @@ __all__ = [
     "combined_advantages",
     "dpo",
     "ipo",
+    "loss",
     "nll",
     "policy_gradient",
     "ppo_clip",

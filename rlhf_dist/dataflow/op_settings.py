@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
+from rlhf_dist.algorithms.contract import Average, Loss, Output
+from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.state_value import StateValue, states_read
 
@@ -36,6 +38,29 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Settings of an op that have a value of their own."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def check_loss(line: str, op: str, loss: Any, outputs: tuple[Output, ...]) -> None:
+    """Raises GraphError for what is no loss, or one that asks for what the role's model does not give.
+
+    outputs: what that gives; empty where a user's own op does not say.
+    """
+    if isinstance(loss, LossFunction):
+        raise GraphError(f"{line}: {op} got loss={loss.name}, which is not called; write loss={loss.name}()")
+    if not isinstance(loss, Loss):
+        raise GraphError(
+            f"{line}: {op} needs a loss, something with reads, outputs and average that is called with (model, rows), "
+            f"such as ppo_clip() or a function under @loss; got {loss!r}"
+        )
+    name = getattr(loss, "name", type(loss).__name__)
+    if loss.average not in get_args(Average):
+        raise GraphError(f"{line}: {name} averages over {loss.average!r}; it can be {', '.join(get_args(Average))}")
+    for output in loss.outputs:
+        if outputs and output not in outputs:
+            raise GraphError(
+                f"{line}: {op} cannot give {name} the output {output!r} that it asks for; its model gives "
+                f"{', '.join(outputs)}"
+            )
 
 
 def check_settings(line: str, op: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

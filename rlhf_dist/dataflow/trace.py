@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ import numpy as np
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
-from rlhf_dist.dataflow.op_settings import check_known, check_settings, defaults, output_names
+from rlhf_dist.dataflow.op_settings import check_known, check_loss, check_settings, defaults, output_names
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.state_value import states_read, value_of
 from rlhf_dist.roles import OpSpec, RowEffect, State, ops_of
@@ -289,6 +290,8 @@ class RoleHandle:
             raise GraphError(f"{self._tracer.line()}: {where} takes a batch first, got {type(batch).__name__}")
         check_settings(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
         settings = {**defaults(getattr(self._interface, spec.name)), **kwargs}
+        if "loss" in settings:
+            check_loss(self._tracer.line(), where, settings["loss"], spec.outputs)
         needed = spec.columns(spec.reads, settings)
         more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))
         node = batch._record(
@@ -418,13 +421,19 @@ def _made_up(node: str, column: str) -> Any:
 def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     """The recipe's graph for settings `cfg` (default: the recipe's own defaults), reshard nodes inserted.
 
-    Raises GraphError for a column nobody wrote, an unknown op or setting, or a condition on data.
+    Raises GraphError for a column nobody wrote, an unknown op or setting, a condition on data, or a ValueError.
     """
     from rlhf_dist.dataflow.passes import insert_reshard
 
     if cfg is None and recipe.config is not None:
         cfg = recipe.config()
-    tracer = _rehearsed(recipe, cfg) if _rehearsing.get() else run_traced(recipe, cfg)
+    try:
+        tracer = _rehearsed(recipe, cfg) if _rehearsing.get() else run_traced(recipe, cfg)
+    except GraphError:
+        raise
+    except ValueError as error:  # of something that the recipe makes: a loss with a setting out of range
+        lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(recipe.file)]
+        raise GraphError(f"{recipe.file.name}:{lines[-1]}: {error}" if lines else str(error)) from error
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
     return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))

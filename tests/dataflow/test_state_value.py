@@ -41,6 +41,8 @@ class Plain:
     """A loss that is no dataclass."""
 
     reads: tuple[str, ...] = ("rewards",)
+    outputs: tuple[str, ...] = ()
+    average: str = "tokens"
 
     def __init__(self, weights: list[float]) -> None:
         self.weights = weights
@@ -56,6 +58,8 @@ class Halved:
     coef: float
     half: float = field(init=False)
     reads: tuple[str, ...] = ("rewards",)
+    outputs: tuple[str, ...] = ()
+    average: str = "tokens"
 
     def __post_init__(self) -> None:
         if not 0 <= self.coef <= 1:

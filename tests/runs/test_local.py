@@ -17,7 +17,7 @@ RECIPE = """
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import ppo_clip
-from rlhf_dist.algorithms.losses.ppo_clip import PpoClip
+from rlhf_dist.algorithms import loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
@@ -37,18 +37,17 @@ def centred(batch):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mine(PpoClip):
-    def __call__(self, model, rows):
-        breakpoint()
-        return super().__call__(model, rows)
+@loss(reads=("advantages",), average="tokens")
+def plain(model, rows, weight: float = 1.0):
+    breakpoint()
+    return -weight * rows["advantages"] * model.log_probs, {}
 
 
 @recipe
 def mine(prompts: Prompts, actor: Actor, reward: Reward) -> None:
     batch = reward.compute_reward(actor.generate_sequences(prompts, n=2))
     breakpoint()
-    actor.update_actor(centred(actor.compute_log_prob(batch)), loss=Mine())
+    actor.update_actor(centred(actor.compute_log_prob(batch)), loss=plain(0.5))
 """
 
 

@@ -30,7 +30,7 @@ _NAMED_GROUPS = 16
 
 def loss_name(loss: Loss) -> str:
     """What errors and metrics call a loss."""
-    return type(loss).__name__
+    return str(getattr(loss, "name", type(loss).__name__))
 
 
 def even_passes(

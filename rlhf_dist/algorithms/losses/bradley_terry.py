@@ -6,56 +6,42 @@ the centring term c of Eisenstein et al. 2023 (2312.09244). r is the score at th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_dist.algorithms.contract import Average, ModelOutput, Output, Rows
+from rlhf_dist.algorithms.contract import ModelOutput, Rows
+from rlhf_dist.algorithms.loss import loss
 from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class BradleyTerry:
-    """Reads label [B] (and margin [B] when used); averaged over pairs."""
+@loss(
+    reads=lambda settings: ("label", "margin") if settings["use_margin"] else ("label",),
+    outputs=("scores",),
+    average="groups",
+)
+def bradley_terry(
+    model: ModelOutput, rows: Rows, *, use_margin: bool = False, centre_coef: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`bradley_terry()` is the plain pair likelihood. Reads label [B] (and margin [B] when used); averaged over pairs.
 
-    use_margin: bool = False
-    """Ask for a gap of at least `margin` between the two rewards."""
-    centre_coef: float = 0.0
-    """Weight of the term that keeps rewards around 0; 0 for none."""
+    use_margin     ask for a gap of at least `margin` between the two rewards
+    centre_coef    weight of the term that keeps rewards around 0; 0 for none
+    """
+    from torch.nn.functional import logsigmoid
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("label", "margin") if self.use_margin else ("label",)
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return ("scores",)
-
-    @property
-    def average(self) -> Average:
-        return "groups"
-
-    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        from torch.nn.functional import logsigmoid
-
-        assert model.scores is not None, "bradley_terry asked for scores"
-        chosen, rejected = chosen_and_rejected(model.scores, rows)
-        gap = chosen - rejected
-        if self.use_margin:
-            margin, _ = chosen_and_rejected(rows["margin"], rows)
-            gap = gap - margin
-        loss = -logsigmoid(gap) + self.centre_coef * (chosen + rejected) ** 2
-        return loss, {
-            "preference_loss": loss.detach(),
-            "accuracy": (chosen > rejected).to(gap.dtype).detach(),
-            "margin": (chosen - rejected).detach(),
-            "chosen_reward": chosen.detach(),
-            "rejected_reward": rejected.detach(),
-        }
-
-
-def bradley_terry(*, use_margin: bool = False, centre_coef: float = 0.0) -> BradleyTerry:
-    """`bradley_terry()` is the plain pair likelihood."""
-    return BradleyTerry(use_margin=use_margin, centre_coef=centre_coef)
+    assert model.scores is not None
+    chosen, rejected = chosen_and_rejected(model.scores, rows)
+    gap = chosen - rejected
+    if use_margin:
+        margin, _ = chosen_and_rejected(rows["margin"], rows)
+        gap = gap - margin
+    value = -logsigmoid(gap) + centre_coef * (chosen + rejected) ** 2
+    return value, {
+        "preference_loss": value.detach(),
+        "accuracy": (chosen > rejected).to(gap.dtype).detach(),
+        "margin": (chosen - rejected).detach(),
+        "chosen_reward": chosen.detach(),
+        "rejected_reward": rejected.detach(),
+    }

@@ -13,142 +13,97 @@ simpo  -log sigma(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_dist.algorithms.contract import Average, ModelOutput, Output, Rows
+from rlhf_dist.algorithms.contract import ModelOutput, Rows
+from rlhf_dist.algorithms.loss import loss
 from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PairLoss:
-    """What the three share: one number per pair, from log-probs and labels."""
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("label", "ref_log_probs")
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return ("log_probs",)
-
-    @property
-    def average(self) -> Average:
-        return "groups"
+def _check_dpo(beta: float, label_smoothing: float, smoothing: str, **others: Any) -> None:
+    _check_positive("beta", beta)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if smoothing not in ("conservative", "robust"):
+        raise ValueError(f"smoothing must be 'conservative' or 'robust', got {smoothing!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dpo(_PairLoss):
-    """Reads ref_log_probs [T] and label [B]; averaged over pairs."""
-
-    beta: float = 0.1
-    """Strength of the pull to the reference."""
-    label_smoothing: float = 0.0
-    """Share of labels believed to be flipped, in [0, 0.5)."""
-    smoothing: Literal["conservative", "robust"] = "conservative"
-    """What is done about them: cDPO, or the unbiased loss of robust DPO (which is not bounded from below)."""
-    length_normalised: bool = False
-    """Mean instead of sum over the response's tokens (Tulu 3, 2411.15124)."""
-
-    def __post_init__(self) -> None:
-        _check_positive("beta", self.beta)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.smoothing not in ("conservative", "robust"):
-            raise ValueError(f"smoothing must be 'conservative' or 'robust', got {self.smoothing!r}")
-
-    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        from torch.nn.functional import logsigmoid
-
-        per_row = _log_ratio(model, rows, self.length_normalised)
-        chosen, rejected = chosen_and_rejected(self.beta * per_row, rows)
-        margin, flipped = chosen - rejected, self.label_smoothing
-        if self.smoothing == "robust":
-            loss = (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
-        else:
-            loss = -(1 - flipped) * logsigmoid(margin) - flipped * logsigmoid(-margin)
-        return loss, _metrics(loss, chosen, rejected)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ipo(_PairLoss):
-    """Reads ref_log_probs [T] and label [B]; averaged over pairs."""
-
-    tau: float = 0.1
-    """Strength of the pull to the reference: the log-ratios are drawn 1 / (2 tau) apart."""
-    length_normalised: bool = False
-    """Mean instead of sum over the response's tokens."""
-
-    def __post_init__(self) -> None:
-        _check_positive("tau", self.tau)
-
-    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = chosen_and_rejected(_log_ratio(model, rows, self.length_normalised), rows)
-        loss = (chosen - rejected - 1 / (2 * self.tau)) ** 2
-        return loss, _metrics(loss, self.tau * chosen, self.tau * rejected)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimPo(_PairLoss):
-    """Reads label [B]; averaged over pairs."""
-
-    beta: float = 2.0
-    """Scale of the length-normalised log-probs."""
-    gamma: float = 1.0
-    """Target margin."""
-
-    def __post_init__(self) -> None:
-        _check_positive("beta", self.beta)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("label",)
-
-    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        from torch.nn.functional import logsigmoid
-
-        assert model.log_probs is not None, "simpo asked for log_probs"
-        chosen, rejected = chosen_and_rejected(self.beta * rows.mean_tokens(model.log_probs), rows)
-        loss = -logsigmoid(chosen - rejected - self.gamma)
-        return loss, _metrics(loss, chosen, rejected)
-
-
+@loss(reads=("label", "ref_log_probs"), average="groups", check=_check_dpo)
 def dpo(
+    model: ModelOutput,
+    rows: Rows,
     beta: float = 0.1,
     *,
     label_smoothing: float = 0.0,
     smoothing: Literal["conservative", "robust"] = "conservative",
     length_normalised: bool = False,
-) -> Dpo:
-    """`dpo(0.1)`."""
-    return Dpo(beta=beta, label_smoothing=label_smoothing, smoothing=smoothing, length_normalised=length_normalised)
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`dpo(0.1)`. Reads ref_log_probs [T] and label [B]; averaged over pairs.
+
+    beta                 strength of the pull to the reference
+    label_smoothing      share of labels believed to be flipped, in [0, 0.5)
+    smoothing            what is done about them: cDPO, or the unbiased loss of robust DPO (not bounded from below)
+    length_normalised    mean instead of sum over the response's tokens (Tulu 3, 2411.15124)
+    """
+    from torch.nn.functional import logsigmoid
+
+    chosen, rejected = chosen_and_rejected(beta * _log_ratio(model, rows, length_normalised), rows)
+    margin, flipped = chosen - rejected, label_smoothing
+    if smoothing == "robust":
+        value = (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
+    else:
+        value = -(1 - flipped) * logsigmoid(margin) - flipped * logsigmoid(-margin)
+    return value, _metrics(value, chosen, rejected)
 
 
-def ipo(tau: float = 0.1, *, length_normalised: bool = False) -> Ipo:
-    """`ipo(0.1)`."""
-    return Ipo(tau=tau, length_normalised=length_normalised)
+@loss(
+    reads=("label", "ref_log_probs"),
+    average="groups",
+    check=lambda tau, length_normalised: _check_positive("tau", tau),
+)
+def ipo(
+    model: ModelOutput, rows: Rows, tau: float = 0.1, *, length_normalised: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ipo(0.1)`. Reads ref_log_probs [T] and label [B]; averaged over pairs.
+
+    tau                  strength of the pull to the reference: the log-ratios are drawn 1 / (2 tau) apart
+    length_normalised    mean instead of sum over the response's tokens
+    """
+    chosen, rejected = chosen_and_rejected(_log_ratio(model, rows, length_normalised), rows)
+    value = (chosen - rejected - 1 / (2 * tau)) ** 2
+    return value, _metrics(value, tau * chosen, tau * rejected)
 
 
-def simpo(beta: float = 2.0, gamma: float = 1.0) -> SimPo:
-    """`simpo(2.0, 1.0)`."""
-    return SimPo(beta=beta, gamma=gamma)
+@loss(reads=("label",), average="groups", check=lambda beta, gamma: _check_positive("beta", beta))
+def simpo(model: ModelOutput, rows: Rows, beta: float = 2.0, gamma: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """`simpo(2.0, 1.0)`. Reads label [B]; averaged over pairs.
+
+    beta     scale of the length-normalised log-probs
+    gamma    target margin
+    """
+    from torch.nn.functional import logsigmoid
+
+    assert model.log_probs is not None
+    chosen, rejected = chosen_and_rejected(beta * rows.mean_tokens(model.log_probs), rows)
+    value = -logsigmoid(chosen - rejected - gamma)
+    return value, _metrics(value, chosen, rejected)
 
 
 def _log_ratio(model: ModelOutput, rows: Rows, length_normalised: bool) -> Tensor:
     """[B] h(y); its mean over the response's tokens where it is length-normalised."""
-    assert model.log_probs is not None, "the loss asked for log_probs"
+    assert model.log_probs is not None
     per_token = model.log_probs - rows["ref_log_probs"]
     return rows.mean_tokens(per_token) if length_normalised else rows.sum_tokens(per_token)
 
 
-def _metrics(loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+def _metrics(value: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Of implicit rewards, [G] each."""
     chosen, rejected = chosen.detach(), rejected.detach()
     return {
-        "preference_loss": loss.detach(),
+        "preference_loss": value.detach(),
         "accuracy": (chosen > rejected).to(chosen.dtype),
         "margin": chosen - rejected,
         "chosen_reward": chosen,

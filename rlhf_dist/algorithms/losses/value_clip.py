@@ -6,58 +6,49 @@ L_t = coef * max((v_t - R_t)^2, (v'_t - R_t)^2)                 coef 1/2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
+from rlhf_dist.algorithms.contract import ModelOutput, Rows
+from rlhf_dist.algorithms.loss import loss
 from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class ValueClip:
-    """Reads returns [T] (and the values [T] before the update, with clip > 0)."""
-
-    clip: float = 0.2
-    """How far a value may move from the one before the update, in reward units; 0 for no bound."""
-    coef: float = 0.5
-    """Factor of the squared error."""
-    average: TokenAverage = "tokens"
-    """tokens, rows, rows_with_tokens or groups (see average.py)."""
-
-    def __post_init__(self) -> None:
-        if self.clip < 0:
-            raise ValueError(f"the value clip must be > 0 reward units, or 0 for none, got {self.clip}")
-        if self.coef <= 0:
-            raise ValueError(f"the value loss's coef must be > 0, got {self.coef}")
-        check_average(self.average)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("returns", "values") if self.clip else ("returns",)
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return ("values",)
-
-    def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        assert model.values is not None, "value_clip asked for values"
-        values, returns = model.values, rows["returns"]
-        squared_error = (values - returns) ** 2
-        loss = self.coef * squared_error
-        metrics = {"value": values, "value_error_squared": squared_error}
-        if self.clip:
-            old = rows["values"]
-            clipped_error = (old + (values - old).clamp(-self.clip, self.clip) - returns) ** 2
-            loss = self.coef * squared_error.maximum(clipped_error)
-            metrics["value_clip_fraction"] = (clipped_error > squared_error).to(values.dtype)
-        metrics["value_loss"] = loss
-        means = {name: averaged(value.detach(), rows, self.average, 0.0) for name, value in metrics.items()}
-        return averaged(loss, rows, self.average, 0.0), means
+def _check(clip: float, coef: float, average: str) -> None:
+    if clip < 0:
+        raise ValueError(f"the value clip must be > 0 reward units, or 0 for none, got {clip}")
+    if coef <= 0:
+        raise ValueError(f"the value loss's coef must be > 0, got {coef}")
+    check_average(average)
 
 
-def value_clip(clip: float = 0.2, *, coef: float = 0.5, average: TokenAverage = "tokens") -> ValueClip:
-    """`value_clip(0)` is half the squared error."""
-    return ValueClip(clip=clip, coef=coef, average=average)
+@loss(
+    reads=lambda settings: ("returns", "values") if settings["clip"] else ("returns",),
+    outputs=("values",),
+    average=lambda settings: settings["average"],
+    check=_check,
+)
+def value_clip(
+    model: ModelOutput, rows: Rows, clip: float = 0.2, *, coef: float = 0.5, average: TokenAverage = "tokens"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`value_clip(0)` is half the squared error. Reads returns [T], and the values [T] before the update with clip > 0.
+
+    clip       how far a value may move from the one before the update, in reward units; 0 for no bound
+    coef       factor of the squared error
+    average    tokens, rows, rows_with_tokens or groups (see average.py)
+    """
+    values, returns = model.values, rows["returns"]
+    assert values is not None
+    squared_error = (values - returns) ** 2
+    value_loss = coef * squared_error
+    metrics = {"value": values, "value_error_squared": squared_error}
+    if clip:
+        old = rows["values"]
+        clipped_error = (old + (values - old).clamp(-clip, clip) - returns) ** 2
+        value_loss = coef * squared_error.maximum(clipped_error)
+        metrics["value_clip_fraction"] = (clipped_error > squared_error).to(values.dtype)
+    metrics["value_loss"] = value_loss
+    means = {name: averaged(metric.detach(), rows, average, 0.0) for name, metric in metrics.items()}
+    return averaged(value_loss, rows, average, 0.0), means
