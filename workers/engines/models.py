@@ -56,6 +56,8 @@ class RoleModel(nn.Module, ABC):
         """What the last trial pass raised."""
         self.windows: set[int] = set()
         """Local attention that the last pass over a pack knew of, in tokens."""
+        self.softcaps: set[float] = set()
+        """Caps on scores that layers of that pass asked attention for."""
         self.balances = False
         """Training passes give `router_balance` [B] as well (`router.py`)."""
         self._accepts = set(inspect.signature(trunk_of(hf).forward).parameters)
@@ -105,7 +107,7 @@ class RoleModel(nn.Module, ABC):
             inputs["packing"] = packed.packing
         with running(packed.packing) as one, row_lengths(packed.row_tokens):
             states = trunk(**inputs)
-        self.windows = one.windows
+        self.windows, self.softcaps = one.windows, one.softcaps
         return states
 
 
