@@ -8,6 +8,7 @@ head) exist whole only there. How rows go through (`ways.py`) comes with the pac
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
 from rlhf_dist.model_folder import HEAD, head_problem
+from rlhf_dist.quantised import quantised
 from workers.engines.attention import running
 from workers.engines.file_tensors import UnknownFiles, file_tensors, kept_buffers
 from workers.engines.heads import library_logits, matrix_head, trunk_of
@@ -200,6 +202,8 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
+    if how := quantised(folder, json.loads((folder / "config.json").read_text())):
+        raise ValueError(f"{folder} {how}")
     hf, weights, read_whole = _load(folder, config.init, head, seed, trained, adapters=engine.lora is not None)
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off.
     hf.train(False)
