@@ -26,8 +26,8 @@ def quantised(folder: Path, settings: Mapping[str, Any]) -> str:
     and sent. settings: its config.json.
     """
     for where, part in (("", settings), ("text_config.", settings.get("text_config"))):
-        for field in _QUANTISED_BY if isinstance(part, Mapping) else ():
-            found = part.get(field)
+        for field in _QUANTISED_BY:
+            found = part.get(field) if isinstance(part, Mapping) else None
             if found:
                 method = found.get("quant_method") or _any_method(found) if isinstance(found, Mapping) else found
                 return f"holds weights quantised by {method} ({where}{field} in config.json), {_DEQUANTISE}"
