@@ -215,7 +215,7 @@ def test_pools_divide_the_gpus_and_pools_on_cpus_do_not_count() -> None:
 def test_check_says_what_settings_became_here_and_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     here = "\n".join(machine_lines(launch_on(cpu(EPYC_MILAN, cores=1))))
     assert "dtype float32 (actor.engine, actor.rollout, critic.engine, reference.engine): this processor has no" in here
-    assert "slots 1 (main): there is one core" in here and "gpu_memory_share" not in here
+    assert "slots 1 (main): one core for it on this machine" in here and "gpu_memory_share" not in here
     cluster = parse_cluster("4x8xH100")
     lines = "\n".join(check_launch(compose("ppo", [*SETTINGS]), cluster))
     assert "machine   4x8xH100: 32 x H100, 80.0 GiB each" in lines
