@@ -1,4 +1,4 @@
-"""The command `rlhf-dist`: run, submit, check, data, graph, timeline, config, recipes, export, plan and others.
+"""The command `rlhf-dist`: run, submit, check, doctor, data, graph, timeline, config, recipes, export, plan and others.
 
 Nothing heavy is imported before it is needed: `graph`, `check`, `data`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
@@ -273,11 +273,23 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from controller.doctor.command import doctor_command
+    from controller.ray_address import AddressError, address_to_join
+
+    try:
+        address = address_to_join(arguments.address, key="--address")
+    except AddressError as error:
+        raise UserError(str(error)) from error
+    return doctor_command(arguments, address)
+
+
 COMMANDS = {
     "export": _export,
     "run": _run,
     "submit": _submit,
     "check": _check,
+    "doctor": _doctor,
     "data": _data,
     "graph": _graph,
     "timeline": _timeline,
@@ -342,6 +354,16 @@ def _parser() -> argparse.ArgumentParser:
         help="a cluster that need not be there, e.g. 4x8xH100; models may be a config.json or a name (llama3-70b)",
     )
     check.add_argument("--format", choices=("text", "json"), default="text", help="json: bytes a rank by phase, too")
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="what of this machine, or a cluster, would stop a run"
+    )
+    doctor.add_argument(
+        "--address", metavar="HOST:PORT", help="a cluster (or auto); default: Ray on this machine alone"
+    )
+    doctor.add_argument("--format", choices=("text", "json"), default="text")
+    doctor.add_argument("--folder", default="runs", help="where runs are to be written (output.root); default: runs")
+    doctor.add_argument("--only", metavar="CHECK[,CHECK]", help="these checks, e.g. gloo,weight-transfer")
+    doctor.add_argument("--limit", metavar="SECONDS", type=float, default=120.0, help="for all checks; default: 120")
     from controller.data_command import add_data_parser
 
     add_data_parser(commands, launch)

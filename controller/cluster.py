@@ -28,6 +28,7 @@ from controller.pool import RELAYS, SIGNALS, ClusterError, Pool
 from controller.ray_address import address_to_join, prepare_own
 from controller.replies import RayReplies
 from controller.user_files import send_user_files_by_value
+from controller.worker_environment import is_sent
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
@@ -51,7 +52,8 @@ class Cluster:
     """Which cluster it is, once entered."""
     replies: RayReplies = field(default_factory=RayReplies)
     """How calls to its processes are waited for."""
-    _groups: list[Any] = field(default_factory=list)
+    _groups: dict[str, Any] = field(default_factory=dict)
+    """Pool -> its placement group."""
     _started: bool = False
     _own: bool = False
     """Nobody else's: its ranks may use all cores."""
@@ -184,6 +186,16 @@ class Cluster:
         self.pools[HOST_POOL] = made
         return made
 
+    def end_pool(self, name: str) -> None:
+        """End one pool's processes at once, whatever they are at, and free its slots; also one that is starting."""
+        pool, group = self.pools.pop(name, None), self._groups.pop(name, None)
+        for process in pool.processes if pool else ():
+            with contextlib.suppress(Exception):
+                ray.kill(process)
+        if group is not None:
+            with contextlib.suppress(Exception):
+                remove_placement_group(group)
+
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
         if not ray.is_initialized():
@@ -194,7 +206,7 @@ class Cluster:
         for process in processes:
             with contextlib.suppress(Exception):
                 ray.kill(process)
-        for group in self._groups:
+        for group in list(self._groups.values()):
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
         self.pools.clear()
@@ -218,7 +230,7 @@ class Cluster:
 
     def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
         group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
-        self._groups.append(group)
+        self._groups[name] = group
         deadline = time.monotonic() + self.config.ready_timeout_s
         if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
             raise ClusterError(
@@ -245,7 +257,7 @@ class Cluster:
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(gpus, self._threads)},
+                runtime_env={"env_vars": _environment(gpus, self._threads, self.config.worker_env)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // per_bundle
                 ),
@@ -286,8 +298,11 @@ def worker_actor(kind: type) -> Any:
     return ray.remote(**threads)(kind)
 
 
-def _environment(gpus: int, threads: int) -> dict[str, str]:
-    """Environment of worker processes, each of which computes with `threads` threads."""
+def _environment(gpus: int, threads: int, own: Mapping[str, str]) -> dict[str, str]:
+    """Environment of worker processes on any node, each of which computes with `threads` threads.
+
+    own: `ray.worker_env`, which goes before this process's environment, and that before the defaults.
+    """
     defaults = {
         # A CPU rank frees and takes hundreds of megabytes every step; keeping them saves the page faults that
         # were a third of a 135M model's training step. Calls run in threads of the actor, whose own arenas
@@ -300,7 +315,8 @@ def _environment(gpus: int, threads: int) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+    here = {name: value for name, value in os.environ.items() if name in defaults or is_sent(name)}
+    return {**defaults, **here, **own}
 
 
 def _resources(bundle: Mapping[str, float]) -> str:

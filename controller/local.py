@@ -5,13 +5,13 @@
     cluster          Ray actors, object store, one process group a pool        engines, rules, sources: the same
     local            objects of this process, their own memory, a group of one      "
 
-Every role has one slot of one pool. Generation is the transformers engine unless the launch says another.
+Every role has one slot of one pool, with the least `device_bytes` that a pool of the launch has. Generation is the
+transformers engine unless the launch says another.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,7 +46,9 @@ def local_launch(launch: Launch, overrides: Sequence[str]) -> Launch:
 
     overrides: what the command line says: an engine for generation that it names is kept.
     """
-    placement = PlacementConfig(pools={POOL: PoolConfig()}, roles={"default": POOL}, host_processes=1)
+    limits = [pool.device_bytes for pool in launch.run.placement.pools.values() if pool.device_bytes is not None]
+    pool = PoolConfig(device_bytes=min(limits, default=None))
+    placement = PlacementConfig(pools={POOL: pool}, roles={"default": POOL}, host_processes=1)
     roles = {role: _without_vllm(role, config, overrides) for role, config in launch.roles.items()}
     here = replace(launch, run=replace(launch.run, placement=placement), roles=roles)
     return settle(here, local_machine())
@@ -134,10 +136,10 @@ class Local:
     def add_pool(self, name: str, pool: PoolConfig) -> Pool:
         """This process as a pool of one, in a process group of one. Raises ClusterError where it cannot be."""
         process = _Process(name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        device = process.worker.join("127.0.0.1", port, pool.device, True, self.timeout_s)
+        opened = process.worker.open_port()
+        device = (
+            opened if isinstance(opened, Failure) else process.worker.join(*opened, pool.device, True, self.timeout_s)
+        )
         if isinstance(device, Failure):
             raise ClusterError(f"this process could not be a worker: {device.text}")
         self.pools[name] = Pool(name, (process,), devices=(device,), pids=(os.getpid(),))

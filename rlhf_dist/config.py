@@ -140,7 +140,7 @@ class RolloutConfig:
     """Most bytes of weights on their way at one time in a weight sync, per rank; None: 1 GiB on CUDA, 64 MiB on a
     CPU."""
     sleeps: bool = True
-    """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
+    """Weights and cache leave the device while other roles of the pool need the room. False: they never do."""
     canary_tolerance: float = 0.0
     """After each weight sync compare the log-probs of a few tokens with the trainer's, and fail above this; measured:
     5e-7 in float32, outliers of 0.5 in bfloat16. 0: no canary."""
@@ -305,6 +305,9 @@ class PoolConfig:
     """Slots as a share of `placement.slots` instead, rounded down; 0 for `slots`."""
     device: str = "auto"
     """`auto` (cuda where there is one), `cuda` or `cpu`."""
+    device_bytes: int | None = None
+    """Most bytes that the roles' weights, optimizer states and caches may have on the device of a slot; what is not at
+    work waits in host memory. None: what the GPU has; on a CPU no limit, and nothing moves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +348,8 @@ class RayConfig:
     """Longest wait for slots to become free."""
     call_timeout_s: float = 1800.0
     """Longest a single operation may take before the run fails, naming it."""
+    worker_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ class WorkerProcess:
         """store: where columns lie. None: Ray's, and this process is one of its actors."""
         self.pool, self.rank, self.world = pool, rank, world
         self.store: Store = store or RayStore()
+        self._is_actor = store is None
         self.device = "cpu"
+        self._joined = False
+        self._memory: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
         self._phase = ""
@@ -58,21 +61,22 @@ class WorkerProcess:
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
+    @reported
     def open_port(self) -> tuple[str, int]:
-        """An address for the pool's rendezvous; called on rank 0."""
-        import ray
+        """Where ranks can meet this one, whose process listens there from now on; called on rank 0."""
+        from workers.network import reserve_port
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+        address = self._address()
+        return address, reserve_port(address)
 
     @reported
     def join(self, address: str, port: int, device: str, one_node: bool, timeout_s: float) -> str:
         """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device."""
         from workers.device import device_for, init_distributed
+        from workers.network import use_network
 
-        local_rank = 0 if os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 else self.rank
-        chosen = device_for(local_rank, device)
+        chosen = device_for(self._device_index(), device)
+        use_network(self._address(), one_node)
         init_distributed(
             rank=self.rank,
             world=self.world,
@@ -80,16 +84,24 @@ class WorkerProcess:
             master_port=port,
             device=chosen,
             timeout_s=timeout_s,
-            one_node=one_node,
         )
-        self.device = str(chosen)
+        self.device, self._joined = str(chosen), True
         return self.device
 
     @reported
     def host_role(
-        self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]
+        self,
+        role: str,
+        worker_path: str,
+        settings: Mapping[str, Any],
+        context: Mapping[str, Any],
+        device_bytes: int | None = None,
+        phases: Sequence[str] = (),
     ) -> tuple[str, ...]:
-        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it."""
+        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it.
+
+        device_bytes, phases: of the pool, the same for all its roles (`placement.pools.X.device_bytes`, `phases.py`).
+        """
 
         def phase(text: str) -> None:
             self._phase = f"{role}: {text}"
@@ -97,8 +109,19 @@ class WorkerProcess:
         phase("importing")
         module, name = worker_path.split(":")
         worker = getattr(importlib.import_module(module), name)
+        if self._joined and self._memory is None:
+            from workers.memory.arbiter import new_arbiter
+
+            self._memory = new_arbiter(self.device, device_bytes, phases, self.pool)
         where = WorkerContext(
-            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, phase=phase, **context
+            role=role,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+            peers=self._roles,
+            memory=self._memory,
+            phase=phase,
+            **context,
         )
         self._roles[role] = worker(context=where, **settings)
         return tuple(getattr(self._roles[role], "remarks", ()))
@@ -106,6 +129,25 @@ class WorkerProcess:
     def phase(self) -> str:
         """What is being started. Called in a concurrency group of its own, beside `host_role`."""
         return self._phase
+
+    def _address(self) -> str:
+        """Of this machine, as Ray knows it; a process that is no actor meets nobody else's."""
+        if not self._is_actor:
+            return "127.0.0.1"
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
+    def _device_index(self) -> int | None:
+        """Of the GPU that Ray assigned; the first where there is no Ray to ask."""
+        if not self._is_actor:
+            return 0
+        import ray
+
+        from workers.device import assigned_index
+
+        assigned = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        return assigned_index(assigned, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     @reported
     def connect(self, role: str, bridge: Bridge) -> None:
@@ -120,6 +162,8 @@ class WorkerProcess:
         pulled = time.perf_counter()
         returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
         result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+        if self._memory is not None:
+            result = replace(result, metrics={**result.metrics, **self._memory.report()})
         return _reply(result, call, started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:

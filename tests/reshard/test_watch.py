@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from workers.reshard.connect import rendezvous
+from workers.network import rendezvous
 from workers.reshard.watch import Record, Watch, stack_of
 
 

@@ -11,7 +11,6 @@ NCCL would match by order of posting, and gloo by tag, is used.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,31 +63,6 @@ def open_connections(
     options._timeout = timedelta(seconds=WATCHDOG_TIMES * timeout_s + WATCHDOG_MORE_S)
     nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, world, options)
     return Connections(gloo, nccl, device)
-
-
-def rendezvous(address: str, port: int, hosts: bool, timeout_s: float) -> dist.Store:
-    """The store of ranks that share no process group; the one that `hosts` it listens on `address` and nowhere else.
-
-    Raises RuntimeError where it cannot.
-    """
-    if not hosts:
-        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        listener = socket.create_server((address, port), family=family, backlog=4096)
-    except OSError as error:
-        raise RuntimeError(
-            f"the store of a weight link must listen on {address}:{port}, as the other ranks reach this machine, got "
-            f"{error.strerror}; does the node's address belong to one of its interfaces?"
-        ) from error
-    return dist.TCPStore(
-        address,
-        listener.getsockname()[1],
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),  # the store closes it
-    )
 
 
 def _abort(groups: list[Any]) -> None:

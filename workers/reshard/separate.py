@@ -14,7 +14,6 @@ and the next `run` of both starts afresh. A pool that was built anew gets new en
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -31,8 +30,8 @@ from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge
 from workers.engines.generation import Bucket, GenerationEngine, Untraceable
 from workers.engines.training import TrainingEngine
+from workers.network import own_address, rendezvous
 from workers.reshard.canary import send_canary
-from workers.reshard.connect import rendezvous
 from workers.reshard.exchange import exchange
 from workers.reshard.link import Link
 from workers.reshard.offer import Offer, Wanted, offer_of, wanted_by, wanted_from_json, whole_on
@@ -48,9 +47,9 @@ class _End(ABC):
     def __init__(self, bridge: Bridge, rank: int, config: RolloutConfig, device: torch.device) -> None:
         self._bridge, self._rank, self._config, self._device = bridge, rank, config, device
         store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
-        host = bridge.address if rank == 0 else _own_address(bridge.address)
+        host = bridge.address if rank == 0 else own_address(bridge.address)
         self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
-        self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
+        self.bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         self._plan: PieceSync | _WholeTensors | None = None
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
@@ -71,14 +70,14 @@ class _End(ABC):
         wanted = [wanted_from_json(told) for told in self._link.gather_json(self._wanted(offer))]
         nodes = self._bridge.nodes or (0,) * self._bridge.world
         try:
-            return PieceSync(offer, wanted, nodes, self._rank, self._bucket_bytes, self._link, self._device)
+            return PieceSync(offer, wanted, nodes, self._rank, self.bucket_bytes, self._link, self._device)
         except Untraceable as error:
             self.fallback = str(error)
             if self._rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
             dtype = getattr(torch, self._config.dtype)
             return _WholeTensors(
-                offer.weights, self._bridge, self._rank, dtype, self._bucket_bytes, self._link, self._device
+                offer.weights, self._bridge, self._rank, dtype, self.bucket_bytes, self._link, self._device
             )
 
     @abstractmethod
@@ -254,10 +253,3 @@ def _buckets(weights: Layout, bucket_bytes: int) -> Iterator[Layout]:
         names.append(name)
         size += new
     yield Layout(weights.world, {n: weights.parameters[n] for n in names})
-
-
-def _own_address(other: str) -> str:
-    """The address of this machine's interface that reaches `other`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))  # a datagram socket sends nothing here, it only chooses the interface
-        return str(probe.getsockname()[0])
