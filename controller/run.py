@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
+from controller.cluster_machine import settled_on_cluster
 from controller.eager import run_eagerly
 from controller.evaluation import Evaluation
 from controller.executor import StepReport, run_steps
@@ -102,8 +103,6 @@ def _run_in(
     with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
-                from controller.cluster_machine import settled_on_cluster
-
                 launch = settled_on_cluster(launch, display.note)
                 cluster.slots = slots_needed(launch)
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"

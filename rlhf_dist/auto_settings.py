@@ -27,6 +27,7 @@ from rlhf_dist.machine_settings import (
     slots_on,
 )
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, rollout_of
+from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_dist.compose import Launch, RoleConfig
@@ -35,9 +36,13 @@ if TYPE_CHECKING:
 def settle(launch: Launch, machine: Machine) -> Launch:
     """The launch with a value for every setting that was left to the machine, and `choices` that say why.
 
-    Settings that an earlier call chose are chosen anew. Raises ConfigError for a placement that cannot be.
+    Settings that an earlier call chose are chosen anew. A launch whose placement cannot be is left as it is:
+    `check_launch` says what is wrong with it.
     """
-    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    try:
+        placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    except ConfigError:
+        return launch
     chosen = dict(_slots(launch, placed, machine))
     for role in launch.roles:
         chosen |= dict(_of_role(launch, role, placed, machine))

@@ -90,7 +90,7 @@ def _check_numbers(launch: Launch) -> None:
         "placement.slots": (run.placement.slots, 0),
         "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
         **{f"output.{name}": (value, 0) for name, value in vars(run.output).items() if type(value) is int},
-        **{f"placement.pools.{name}.slots": (pool.slots, 1) for name, pool in run.placement.pools.items()},
+        **{f"placement.pools.{name}.slots": (pool.slots, 0) for name, pool in run.placement.pools.items()},
         **{f"placement.pools.{name}.nodes": (pool.nodes, 0) for name, pool in run.placement.pools.items()},
     }
     above_zero = {"ray.ready_timeout_s": run.ray.ready_timeout_s, "ray.call_timeout_s": run.ray.call_timeout_s}

@@ -88,7 +88,11 @@ def slots_on(machine: Machine, device: Device, pools: int, taken: int, on_each_n
         on = f" on each node of {machine.text}" if on_each_node else f" of {machine.text}"
         return _choice(max(1, (there - taken) // pools), f"{what}{rest or on}{others}", there == 1)
     cores = 1 if machine.processor is None else machine.processor.cores
-    why = "there is one core" if cores == 1 else f"processes on the {cores} cores of {machine.text}{others}"
+    why = (
+        f"one core for it on {machine.text}"
+        if cores == 1
+        else f"processes on the {cores} cores of {machine.text}{others}"
+    )
     return _choice(max(1, min(CPU_SLOTS, cores) // pools), why, cores == 1)
 
 

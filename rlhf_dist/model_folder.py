@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.quantised import quantised
 from rlhf_dist.typed import ConfigError
 
 PREPARED_BY = {"models/smollm2": "make smollm2", "runs/demo/model": "make demo"}
@@ -46,9 +47,11 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
     Raises ConfigError if the folder, its config.json, or (with `weights`) its weights are missing.
     """
     folder = Path(path)
-    how = PREPARED_BY.get(folder.as_posix())
+    made_by = PREPARED_BY.get(folder.as_posix())
     hint = (
-        f"run `{how}` to make it" if how else "give a Hugging Face model folder, or choose model=demo or model=smollm2"
+        f"run `{made_by}` to make it"
+        if made_by
+        else "give a Hugging Face model folder, or choose model=demo or model=smollm2"
     )
     if re.fullmatch(HUB_ID, path) and not folder.parent.is_dir():
         hint = no_download(path, key)
@@ -63,6 +66,8 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
         raise ConfigError(f"{key}: {file} is not JSON ({error}); {hint}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{key}: {file} must hold a JSON object; {hint}")
+    if how := quantised(folder, settings):
+        raise ConfigError(f"{key}: {path!r} {how}")
     if weights:
         _check_weights(folder, path, key, hint, settings)
     text = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
@@ -132,13 +137,6 @@ def _check_weights(folder: Path, path: str, key: str, hint: str, settings: dict[
             f"{key}: {path!r} has pytorch_model.bin only, a pickle, which is not read; convert it once: python -c "
             f"\"from transformers import {kind} as M; M.from_pretrained('{path}').save_pretrained('NEW')\", and copy "
             "the tokenizer's files to NEW"
-        )
-    if (quantised := settings.get("quantization_config")) is not None:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise ConfigError(
-            f"{key}: {path!r} holds weights quantised by {method} (quantization_config in config.json), which are "
-            "neither trained nor computed with here; give the model in bfloat16 or float32 (transformers' "
-            "model.dequantize() makes one where the method has it)"
         )
     index = folder / "model.safetensors.index.json"
     try:

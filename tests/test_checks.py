@@ -210,7 +210,7 @@ def test_a_group_of_one_in_a_users_recipe_names_the_argument(model: Path, tmp_pa
         (["~placement.roles.default"], "role 'actor' has no pool"),
         (["placement.pools.spare.slots=1"], "pool 'spare' has no role"),
         (["placement.pools.host.slots=1"], "placement.pools.host is taken"),
-        (["placement.pools.main.slots=-1"], "placement.pools.main.slots must be at least 1, got -1"),
+        (["placement.pools.main.slots=-1"], "placement.pools.main.slots must be at least 0, got -1"),
         (["placement.pools.main.slots=3", "actor.rollout.tensor_parallel=2"], "must divide the 3 slots of pool 'main'"),
         (["placement.pools.main.slots=4", "actor.rollout.tensor_parallel=4"], "2 key-value heads"),
     ],

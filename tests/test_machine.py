@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from controller.cluster_machine import machine_of_nodes
 from rlhf_dist import machine as machine_module
 from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.checks import check_launch
-from rlhf_dist.compose import Launch, compose
-from rlhf_dist.config import PoolConfig
+from rlhf_dist.compose import Launch, compose, list_recipes
+from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.machine import Gpu, Machine, described_machine, local_machine, read_gpus, read_processor, visible
 from rlhf_dist.machine_settings import attention_on, device_of, dtype_on, gpu_share, slots_on
 from rlhf_dist.planner.hardware import parse_cluster
+from tests.tiny import save_llama
 
 # Cut down to the lines that are read, and some beside them.
 XEON_SAPPHIRE_RAPIDS = """processor\t: 0
@@ -211,7 +215,7 @@ def test_pools_divide_the_gpus_and_pools_on_cpus_do_not_count() -> None:
 def test_check_says_what_settings_became_here_and_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     here = "\n".join(machine_lines(launch_on(cpu(EPYC_MILAN, cores=1))))
     assert "dtype float32 (actor.engine, actor.rollout, critic.engine, reference.engine): this processor has no" in here
-    assert "slots 1 (main): there is one core" in here and "gpu_memory_share" not in here
+    assert "slots 1 (main): one core for it on this machine" in here and "gpu_memory_share" not in here
     cluster = parse_cluster("4x8xH100")
     lines = "\n".join(check_launch(compose("ppo", [*SETTINGS]), cluster))
     assert "machine   4x8xH100: 32 x H100, 80.0 GiB each" in lines
@@ -221,8 +225,6 @@ def test_check_says_what_settings_became_here_and_on_a_cluster(monkeypatch: pyte
 
 
 def test_a_head_size_that_vllm_lacks_on_a_cpu_is_no_fault_of_a_gpu_cluster(tmp_path: Path) -> None:
-    from tests.tiny import save_llama
-
     odd = save_llama(tmp_path / "odd", hidden=160)  # heads of 40
     settings = ["task=addition", f"model.path={odd}", "placement.pools.main.slots=2"]
     lines = check_launch(compose("ppo", settings), parse_cluster("1x8xH100"))
@@ -237,3 +239,44 @@ def test_a_described_cluster_says_nothing_of_processors() -> None:
     assert machine.processor is None and len(machine.gpus) == 8 and machine.nodes == 2
     assert dtype_on(machine, "cuda").value == "bfloat16"
     assert "nobody says" in dtype_on(machine, "cpu").why
+
+
+# --- one slot ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and rows of each form beside it."""
+    folder = save_llama(tmp_path_factory.mktemp("tiny"), hidden=128)
+    rows = {
+        "examples": {"prompt": "1+1=", "response": "2"},
+        "preferences": {"prompt": "1", "chosen": "2", "rejected": "3"},
+    }
+    for name, row in {"prompts": {"prompt": "1+1=", "answer": "2"}, **rows}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", sorted(list_recipes()))
+@pytest.mark.parametrize("machine", [cpu(EPYC_MILAN, cores=1), gpus(H100)], ids=["core", "GPU"])
+def test_every_recipe_starts_with_the_one_slot_there_is(recipe: str, machine: Machine, tiny: Path) -> None:
+    rows = {"sft": "examples", "dpo": "preferences", "reward_model": "preferences"}.get(recipe, "prompts")
+    reward = "rlhf_dist.rewards:exact_match"
+    settings = [f"model.path={tiny}", "task=none", f"data.train.path={tiny / rows}.jsonl", "data.prompts_per_step=4"]
+    scored = {"safe_rlhf": ("reward", "cost"), "sft": (), "dpo": (), "reward_model": ()}.get(recipe, ("reward",))
+    launch = settle(compose(recipe, [*settings, *(f"{role}.function={reward}" for role in scored)]), machine)
+    assert launch.run.placement.pools["main"].slots == 1
+    if machine.gpus and not local_machine().gpus:
+        launch = replace(launch, run=replace(launch.run, ray=RayConfig(address="auto")))  # where there is one
+    assert any(line.startswith("pool      main: 1 slots (auto)") for line in check_launch(launch))
+
+
+def test_a_cluster_that_is_joined_is_what_its_nodes_say() -> None:
+    def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": {name.replace("__", ":"): amount for name, amount in resources.items()}}
+
+    head, worker = node(CPU=8), node(CPU=64, GPU=8, accelerator_type__H100=1)
+    machine = machine_of_nodes([head, worker, worker, node(alive=False, CPU=64, GPU=8)], host_processes=1)
+    assert (len(machine.gpus), machine.nodes, machine.gpus[0].name) == (16, 2, "H100")
+    assert dtype_on(machine, "cuda").value == "bfloat16" and slots_on(machine, "cuda", 1, 0, True).value == 8
+    old = machine_of_nodes([node(CPU=8, GPU=4, accelerator_type__T4=1)], host_processes=1)
+    assert dtype_on(old, "cuda").value == "float32"
+    assert slots_on(machine_of_nodes([node(CPU=2)], host_processes=1), "cpu", 1, 0, False).value == 1

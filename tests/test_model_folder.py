@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForTokenClassification, LlamaForCausalLM
 
+from rlhf_dist.config import EngineConfig, ModelConfig
 from rlhf_dist.data import end_token_ids
 from rlhf_dist.model_folder import check_head, read_shape
 from rlhf_dist.typed import ConfigError
 from tests.test_checks import plan
 from tests.tiny import llama_config, save_classifier, save_llama, save_tokenizer
+from workers.engines.models import build_model
 
 KEY = "reward.model.path"
 
@@ -35,12 +38,49 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path: Path) -
     assert "pytorch_model.bin only" in says and "LlamaForCausalLM as M; M.from_pretrained(" in says
 
 
-def test_quantised_weights_are_refused_by_their_method(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised by gptq (quantization_config in"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised by bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised by fp8"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
+            "compressed-tensors",
+        ),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised by mxfp4"),
+        ({"quantization_config": {"quant_algo": "NVFP4"}}, "quantised by NVFP4"),
+        ({"quantization_config": {"bits": 4}}, "quantised by some method"),
+        ({"compression_config": {"format": "pack-quantized"}}, "pack-quantized (compression_config in config.json)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq (text_config.quantization_config in"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_method(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
     save_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert "quantised by gptq" in _refusal(tmp_path)
-    read_shape(str(tmp_path), KEY, weights=False)
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    assert named in (says := _refusal(tmp_path)) and "give the model in bfloat16 or float32" in says
+    with pytest.raises(ConfigError, match="quantised"):  # vLLM would build its layers for it at random weights too
+        read_shape(str(tmp_path), KEY, weights=False)
+    with pytest.raises(ValueError, match="quantised"):
+        build_model(ModelConfig(path=str(tmp_path)), EngineConfig(), head="policy", seed=0, trained=True)
+
+
+def test_quantised_weights_are_known_by_their_files_too(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": None})
+    )
+    read_shape(str(tmp_path), KEY)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    assert "holds quantised weights (it has hf_quant_config.json)" in _refusal(tmp_path)
+    (tmp_path / "hf_quant_config.json").unlink()
+    weights = {
+        name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "mostly F8_E4M3 (in its safetensors files)" in _refusal(tmp_path)
 
 
 def test_a_folder_that_lacks_a_file_of_its_index_is_named(tmp_path: Path) -> None:

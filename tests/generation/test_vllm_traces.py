@@ -119,3 +119,33 @@ def test_a_model_that_cannot_be_traced_takes_whole_tensors(world: World, folders
     answers: Any = world.run(rank.generate, SHORT, Sampling(n=2, max_tokens=8), SEEDS)
     assert max(world.run(rank.largest_difference, 6, SHORT, answers[0], Sampling(n=2, max_tokens=8))) < 2e-4
     world.run(rank.close_engine)
+
+
+def _refusal_with(backend: str) -> str:
+    """On a rank: what is said of the open model where vLLM has chosen this backend for its experts."""
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    from workers.engines.vllm_weights import check_experts
+
+    check_experts(rank._engine._model)
+    layer = next(one for one in rank._engine._model.modules() if hasattr(one, "w13_weight"))
+    chosen = layer.quant_method.unquantized_backend
+    layer.quant_method.unquantized_backend = UnquantizedMoeBackend[backend]
+    try:
+        check_experts(rank._engine._model)
+    except ValueError as error:
+        return str(error)
+    finally:
+        layer.quant_method.unquantized_backend = chosen
+    return ""
+
+
+def test_experts_that_vllm_rearranges_after_loading_are_refused(world: World, folders: dict[str, Path]) -> None:
+    if _size(world) > 1:
+        pytest.skip("the same on every rank")
+    world.run(_open, folders["mixtral"], 1)
+    assert world.run(_refusal_with, "TRITON") == [""]
+    for backend in ("FLASHINFER_TRTLLM", "FLASHINFER_CUTLASS", "AITER"):
+        (says,) = world.run(_refusal_with, backend)
+        assert "vLLM computes the experts of model.layers.0" in says and f"with {backend}" in says
+    world.run(rank.close_engine)

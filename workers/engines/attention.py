@@ -156,6 +156,8 @@ class Pass:
     packing: Packing
     windows: set[int]
     """Local attention that masks or layers have asked for so far, in tokens."""
+    softcaps: set[float]
+    """Caps on scores that layers have asked for so far."""
 
 
 _running: list[Pass] = []
@@ -164,7 +166,7 @@ _running: list[Pass] = []
 @contextmanager
 def running(packing: Packing) -> Iterator[Pass]:
     """Masks that models make inside are of this packing; models make theirs before the first layer."""
-    _running.append(Pass(packing, set()))
+    _running.append(Pass(packing, set(), set()))
     try:
         yield _running[-1]
     finally:
@@ -213,6 +215,8 @@ def packed_attention(
             _running[-1].windows.add(sliding_window)
     if not isinstance(mask, RowMask):
         raise ValueError(f"{type(module).__name__} makes attention masks of its own, which do not know about packs")
+    if _running and softcap is not None:
+        _running[-1].softcaps.add(softcap)
     group = mask.packing.group
     if group is not None:
         if s_aux is not None:

@@ -8,6 +8,7 @@ head) exist whole only there. How rows go through (`ways.py`) comes with the pac
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
+from rlhf_dist.quantised import quantised
 from workers.engines.attention import running
 from workers.engines.heads import library_logits, matrix_head, trunk_of
 from workers.engines.load import Head, Weights, load
@@ -52,6 +54,8 @@ class RoleModel(nn.Module, ABC):
         """What the last trial pass raised."""
         self.windows: set[int] = set()
         """Local attention that the last pass over a pack knew of, in tokens."""
+        self.softcaps: set[float] = set()
+        """Caps on scores that layers of that pass asked attention for."""
         self.balances = False
         """Training passes give `router_balance` [B] as well (`router.py`)."""
         self._accepts = set(inspect.signature(trunk_of(hf).forward).parameters)
@@ -101,7 +105,7 @@ class RoleModel(nn.Module, ABC):
             inputs["packing"] = packed.packing
         with running(packed.packing) as one, row_lengths(packed.row_tokens):
             states = trunk(**inputs)
-        self.windows = one.windows
+        self.windows, self.softcaps = one.windows, one.softcaps
         return states
 
 
@@ -194,6 +198,8 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
+    if how := quantised(folder, json.loads((folder / "config.json").read_text())):
+        raise ValueError(f"{folder} {how}")
     hf, weights, read_whole = load(folder, config.init, head, seed, trained)
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off.
     hf.train(False)

@@ -102,7 +102,7 @@ class PackedEngine(ABC):
             self._trial,
             dtype=self._config.dtype,
             policy="log_probs" in module.outputs,
-            windows=lambda: module.windows,
+            asked=lambda: (module.windows, module.softcaps),
             config=module.hf.config,
             whole_rows=self._mesh.tokens.sequence == 1,
         )

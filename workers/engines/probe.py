@@ -10,8 +10,8 @@ The first that agrees is taken; none: `InexactModel`, as for a model whose A cha
 Costs seven forward passes of a few tokens where the first ways hold.
 
 What short rows cannot show is decided elsewhere: positions that depend on the length of a row (`rotary.py`) and local
-attention (the library's own rule for its masks, `attention.py`); a window that config.json names and no layer of
-the packed pass asked for is a reason against packing.
+attention (the library's own rule for its masks, `attention.py`); a window, a cap on scores or a sparse choice of keys
+that config.json names and no layer of the packed pass asked for is a reason against packing (`unseen.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from rlhf_dist.batch import Batch
+from workers.engines.unseen import caps_scores, head_cap, unseen
 from workers.engines.ways import ALONE, Way
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,6 @@ class InexactModel(ValueError):
     """No way through the model gives what the library's own forward of a row gives."""
 
 
-_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "window_size")
-
-
 @dataclass(frozen=True)
 class Finding:
     """What the probe found."""
@@ -65,20 +63,19 @@ def probe(
     *,
     dtype: str,
     policy: bool,
-    windows: Callable[[], set[int]],
+    asked: Callable[[], tuple[set[int], set[float]]],
     config: PretrainedConfig,
     whole_rows: bool,
 ) -> Finding:
     """The fastest way that is exact. Every rank makes the same calls and `trial` gives every rank the same answers.
 
-    windows: local attention that the last packed pass knew of. whole_rows: a rank has whole rows (sequence parallelism
-    cuts them); else packed rows are all there is. Raises InexactModel.
+    asked: windows and caps on scores that the last packed pass knew of. whole_rows: a rank has whole rows (sequence
+    parallelism cuts them); else packed rows are all there is. Raises InexactModel.
     """
     batch = probe_rows(int(config.get_text_config().vocab_size))
-    configured = _configured_windows(config)
     truth = _truth(trial, batch, policy, dtype)
     refused: list[str] = []
-    head = _head(trial, batch, truth, dtype, refused) if policy else "matrix"
+    head = _head(trial, batch, truth, dtype, refused, head_cap(config)) if policy else "matrix"
     for way in _ways(head, whole_rows, config):
         found = trial(batch, way)
         wrong = _difference(found, truth, dtype)
@@ -89,8 +86,8 @@ def probe(
             reason = f"{wrong:.2g} off"
         elif not way.grid and (moved := _moved(trial, batch, found, way, dtype)) > LEAK[dtype]:
             reason = f"a row moves by {moved:.2g} with the tokens of other rows"
-        elif not way.grid and (unseen := configured - windows()):
-            reason = f"config.json names attention windows of {sorted(unseen)} tokens that no layer asked for"
+        elif not way.grid:
+            reason = unseen(config, *asked())
         if not reason:
             if refused:
                 logger.warning("the model runs with %s (%s)", way, "; ".join(refused))
@@ -99,17 +96,6 @@ def probe(
     raise InexactModel(
         "no way through this model gives the log-probs of the library's own forward; " + "; ".join(refused)
     )
-
-
-def _configured_windows(config: PretrainedConfig) -> set[int]:
-    """Sliding windows and attention chunks that the language model's config names for any of its layers, in tokens."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    local = kinds is None or any(word in kind for kind in kinds for word in ("sliding", "chunk", "local"))
-    if not local or getattr(text, "use_sliding_window", True) is False:
-        return set()
-    named = (getattr(text, name, None) for name in _WINDOWS)
-    return {int(size) for size in named if isinstance(size, int) and not isinstance(size, bool) and size > 0}
 
 
 def probe_rows(vocabulary: int) -> Batch:
@@ -158,16 +144,16 @@ def _truth(trial: Try, batch: Batch, policy: bool, dtype: str) -> Outputs:
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
-def _head(trial: Try, batch: Batch, truth: Outputs, dtype: str, refused: list[str]) -> Any:
-    """`matrix` or `library`, on the first row alone."""
+def _head(trial: Try, batch: Batch, truth: Outputs, dtype: str, refused: list[str], cap: str) -> Any:
+    """`matrix` or `library`, on the first row alone. cap: why it is no matrix where small logits do not show it."""
     first = batch.take(np.array([0]))
     tokens = first["response_ids"].lengths[0]
     for head in ("matrix", "library"):
         found = trial(first, Way(rows="alone", attention="eager", head=head))  # type: ignore[arg-type]
         wrong = _difference(found, {name: values[:tokens] for name, values in truth.items()}, dtype)
-        if wrong <= TOLERANCE[dtype]:
+        if wrong <= TOLERANCE[dtype] and not (head == "matrix" and cap):
             return head
-        why = f"{type(found).__name__}: {found}" if isinstance(found, Exception) else f"{wrong:.2g} off"
+        why = f"{type(found).__name__}: {found}" if isinstance(found, Exception) else cap or f"{wrong:.2g} off"
         refused.append(f"the head as {'one matrix' if head == 'matrix' else 'its own code over hidden states'}: {why}")
     raise InexactModel("the model's logits cannot be computed from its trunk's last states; " + "; ".join(refused))
 
@@ -178,8 +164,7 @@ def _ways(head: Any, whole_rows: bool, config: PretrainedConfig) -> Iterator[Way
     yield Way(rows="packed", attention="packed", head=head)
     if whole_rows:
         # The library's sdpa leaves soft caps on scores out, which small scores do not show.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-        for attention in ("eager",) if capped else ("sdpa", "eager"):
+        for attention in ("eager",) if caps_scores(config) else ("sdpa", "eager"):
             yield Way(rows="grid", attention=attention, head=head)
 
 

@@ -36,6 +36,7 @@ from workers.engines.generation import (
     resumed_seed,
     stream_seed,
 )
+from workers.engines.unseen import caps_scores
 from workers.memory.movable import Movable
 
 _NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
@@ -57,7 +58,10 @@ class TransformersEngine(SyncedEngine):
         self._end_tokens = torch.tensor(end_token_ids(model_path), dtype=torch.int64, device=device)
         # Random weights, never generated with; the process's random streams are the trainer's.
         with torch.random.fork_rng():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=self._dtype)
+            config = AutoConfig.from_pretrained(model_path)
+            # The library's sdpa leaves caps on scores out.
+            attention = {"attn_implementation": "eager"} if caps_scores(config) else {}
+            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, **attention)
         self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
         _check_cache(self._model, device)
         self._files = file_tensors(model, {name: tensor.shape for name, tensor in self._weights().items()})

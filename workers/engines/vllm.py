@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.data.ends import end_token_ids
+from rlhf_dist.quantised import quantised
 from rlhf_dist.reshard.checks import check_tensor_parallel
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
@@ -92,6 +93,8 @@ class VllmEngine(SyncedEngine):
         """copies: the ranks of each copy of the model, ascending; None: consecutive ranks."""
         super().__init__(getattr(torch, rollout.dtype))
         config = json.loads((Path(model_path) / "config.json").read_text())
+        if how := quantised(Path(model_path), config):
+            raise ValueError(f"{model_path} {how}")
         check_tensor_parallel(config, rollout.tensor_parallel, world)
         if not dist.is_initialized() or dist.get_world_size() != world:
             raise ValueError(
@@ -125,6 +128,7 @@ class VllmEngine(SyncedEngine):
         runner.sampler = FullVocabularySampler()
         self._model: torch.nn.Module = runner.model
         vllm_classes.move(self._model, decorated)
+        vllm_weights.check_experts(self._model)
         self._bed: Bed = CudaBed(self._engine) if device.type == "cuda" else HostBed(self._engine, device)
 
     def generate(

@@ -34,6 +34,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _pack_layer: Callable[..., None] = vllm_layers.dispatch_cpu_unquantized_gemm
 _pack_experts: Callable[..., None] = CPUUnquantizedExperts.process_weights_after_loading
 _EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
+_PLAIN_EXPERTS = ("TRITON", "BATCHED_TRITON", "CPU")
+"""vLLM's backends for experts that compute with parameters as they were loaded (on a CPU: kept aside, see above)."""
 
 
 @contextmanager
@@ -56,6 +58,22 @@ def parameters_kept() -> Iterator[None]:
     finally:
         vllm_layers.dispatch_cpu_unquantized_gemm = original
         CPUUnquantizedExperts.process_weights_after_loading = _pack_experts
+
+
+def check_experts(model: nn.Module) -> None:
+    """Raises ValueError for experts that vLLM has rearranged after loading and keeps the shape of: what a sync writes
+    into them would be read as other numbers."""
+    for name, layer in model.named_modules():
+        if not all(hasattr(layer, weight) for weight in _EXPERT_WEIGHTS):
+            continue
+        method = getattr(layer, "quant_method", None)
+        backend = getattr(getattr(method, "unquantized_backend", None), "name", type(method).__name__)
+        if backend not in _PLAIN_EXPERTS:
+            raise ValueError(
+                f"vLLM computes the experts of {name} with {backend}, which rearranges their weights after loading, so "
+                f"that none could be synced; it may be {', '.join(_PLAIN_EXPERTS)}: unset VLLM_* variables that choose "
+                "a backend, or set rollout.engine=transformers"
+            )
 
 
 @torch.no_grad()
