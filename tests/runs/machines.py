@@ -179,7 +179,20 @@ def refusal() -> str | None:
     """Why this process may not make machines; None where it may."""
     try:
         made = subprocess.run(
-            ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"],
+            [
+                "unshare",
+                "--net",
+                "--mount",
+                "--uts",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "ip",
+                "link",
+                "set",
+                "lo",
+                "up",
+            ],
             capture_output=True,
             text=True,
             check=False,
