@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from controller.pool import ClusterError, Pool
@@ -65,12 +66,12 @@ def check_files_are_shared(
             left = [ref for ref in left if ref not in ready]
             for ref, answer in zip(ready, replies.get(ready, wait_s), strict=True):
                 need, name, rank = asked[ref]
-                failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+                told: Any = failure_of_call(answer) if isinstance(answer, Exception) else answer
                 where = f"pool {name!r}, rank {rank}"
-                if isinstance(failure, Failure):
-                    raise ClusterError(f"{where}, could not look for files: {failure.text}")
-                if failure is not None:
-                    address, lacks = failure
+                if isinstance(told, Failure):
+                    raise ClusterError(f"{where}, could not look for files: {told.text}")
+                if told is not None:
+                    address, lacks = told
                     raise ClusterError(f"{need.rule}: on node {address} ({where}) {lacks}; {need.advice}")
 
 
@@ -112,7 +113,7 @@ def _needs_of_sources(launch: Launch) -> Iterator[Need]:
         yield _model(tokenizer, "the model whose tokenizer encodes the rows")
     data = launch.run.data
     for key, source in (("data.train", data.train), ("data.heldout", data.heldout)):
-        parts = [] if source is None else [source, *source.mix.values()]
+        parts: list[SourceConfig | PartConfig] = [] if source is None else [source, *source.mix.values()]
         files = [file for part in parts for file in _files_of(part)]
         if files:
             yield Need(f"what {key} reads must be where rows are read", _sizes(files), COPY)
