@@ -37,8 +37,8 @@ class Elsewhere(_Process):
         )
 
 
-def look(launch: Launch, folder: Path, lacking: str) -> None:
-    pools = {name: Pool(name, (Elsewhere(lacking),), node_ids=("node",)) for name in (HOST_POOL, "main")}
+def look(launch: Launch, folder: Path, lacking: str, names: tuple[str, ...] = (HOST_POOL, "main")) -> None:
+    pools = {name: Pool(name, (Elsewhere(lacking),), node_ids=("node",)) for name in names}
     check_files_are_shared(launch, folder, {"actor": "main"}, pools, LocalReplies(), 5.0)
 
 
@@ -54,7 +54,9 @@ def test_every_file_that_a_process_reads_is_looked_for(
         look(launch, tmp_path, "mine.py")
     with pytest.raises(ClusterError, match="the model whose tokenizer encodes the rows, .*tokenizer.json"):
         look(launch, tmp_path, "tokenizer.json")
-    look(launch, tmp_path, "reward.py")
+    with pytest.raises(ClusterError, match="the model of actor, .*rank 0.*config.json") as refused:
+        look(launch, tmp_path, "config.json", ("main",))
+    assert "copy it to the same path there" in str(refused.value)
 
 
 def test_a_file_of_another_size_is_not_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,18 +119,14 @@ def test_ppo_over_three_machines_generates_on_another_than_it_trains_on(machines
     assert summary["steps"] == 2
 
 
-def test_what_another_machine_lacks_is_named_before_a_role_is_built(machines: Machines, folder: Path) -> None:
-    refused = {
-        "model": r"the model of actor, \S+/model, must be on every node that reads it: on node (10\.87\.0\.\d) .* "
-        r"\S+/model/config.json cannot be read: No such file",
-        "runs": r"the run's folder \S+/runs/ppo must be on a file system that all its nodes share: on node "
-        r"(10\.87\.0\.\d) .*; set output.root to a folder on a shared",
-    }
+def test_a_run_folder_that_another_machine_does_not_see_is_refused(machines: Machines, folder: Path) -> None:
     (folder / "runs").mkdir()
-    for name, text in refused.items():
-        with hidden(machines, folder / name):
-            done = ppo(machines, folder, *TOGETHER)
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        assert done.returncode != 0 and len(lines) == 1, done.stdout[-2000:] + done.stderr[-2000:]
-        found = re.search(text, lines[0])
-        assert found and found[1] != machines.address(0), lines
+    with hidden(machines, folder / "runs"):
+        done = ppo(machines, folder, *TOGETHER)
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode != 0 and len(lines) == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    text = (
+        r"run's folder \S+/ppo must be on a file system that all its nodes share: on node (10\S+) .*; set output.root"
+    )
+    found = re.search(text, lines[0])
+    assert found and found[1] != machines.address(0), lines
