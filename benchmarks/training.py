@@ -119,11 +119,13 @@ class PlainLoop:
     """What one would write by hand: a module, micro-batches, autocast, AdamW."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        from workers.engines.models import build_model, read_weights
+        from workers.engines.load import fill_whole
+        from workers.engines.models import build_model
 
         settings = EngineConfig(dtype=dtype)
         self._model = build_model(ModelConfig(path=str(folder)), settings, head="policy", seed=0, trained=True)
-        read_weights(self._model, torch.device("cpu"))
+        if self._model.weights is not None:
+            fill_whole(self._model.hf, self._model.weights, torch.device("cpu"))
         self._dtype = getattr(torch, dtype)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=OPTIMIZER.lr)
 

@@ -1,4 +1,4 @@
-"""The command `rlhf-dist`: run, submit, check, data, graph, timeline, config, recipes, export, plan and others.
+"""The command `rlhf-dist`: run, submit, check, doctor, data, graph, timeline, config, recipes, export, plan and others.
 
 Nothing heavy is imported before it is needed: `graph`, `check`, `data`, `config`, `recipes` and `plan` load none of
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
@@ -102,14 +102,17 @@ def _prepared(
     """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
     from controller.local import local_launch
     from controller.run_folder import find_beginning
+    from rlhf_dist.auto_settings import settle
     from rlhf_dist.checks import check_launch
     from rlhf_dist.compose import compose
     from rlhf_dist.data import with_steps_of_epochs
+    from rlhf_dist.machine import described_machine
     from rlhf_dist.planner.launch_memory import here_lines, memory_lines
 
     try:
         launch = compose(arguments.recipe, arguments.overrides, arguments.config)
         launch = local_launch(launch, arguments.overrides) if local else launch
+        launch = settle(launch, described_machine(cluster)) if cluster else launch
         plan = check_launch(launch, cluster)
         memory = memory_lines(launch, cluster) if cluster else here_lines(launch)
         # Reads all rows, so only of a launch that is right otherwise.
@@ -131,7 +134,8 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         from rlhf_dist.planner.launch_memory import memory_report
 
-        print(json.dumps({"ok": True, "plan": plan, **memory_report(launch, cluster)}))
+        chosen = [{"keys": one.keys, "value": one.value, "why": one.why} for one in launch.choices]
+        print(json.dumps({"ok": True, "plan": plan, "auto": chosen, **memory_report(launch, cluster)}))
         return 0
     print("\n".join([*plan, f"folder    {beginning.folder}: {beginning.note or 'new'}"]))
     print("ok: settings, graph, batch arithmetic and memory fit together")
@@ -269,11 +273,23 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from controller.doctor.command import doctor_command
+    from controller.ray_address import AddressError, address_to_join
+
+    try:
+        address = address_to_join(arguments.address, key="--address")
+    except AddressError as error:
+        raise UserError(str(error)) from error
+    return doctor_command(arguments, address)
+
+
 COMMANDS = {
     "export": _export,
     "run": _run,
     "submit": _submit,
     "check": _check,
+    "doctor": _doctor,
     "data": _data,
     "graph": _graph,
     "timeline": _timeline,
@@ -338,6 +354,16 @@ def _parser() -> argparse.ArgumentParser:
         help="a cluster that need not be there, e.g. 4x8xH100; models may be a config.json or a name (llama3-70b)",
     )
     check.add_argument("--format", choices=("text", "json"), default="text", help="json: bytes a rank by phase, too")
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="what of this machine, or a cluster, would stop a run"
+    )
+    doctor.add_argument(
+        "--address", metavar="HOST:PORT", help="a cluster (or auto); default: Ray on this machine alone"
+    )
+    doctor.add_argument("--format", choices=("text", "json"), default="text")
+    doctor.add_argument("--folder", default="runs", help="where runs are to be written (output.root); default: runs")
+    doctor.add_argument("--only", metavar="CHECK[,CHECK]", help="these checks, e.g. gloo,weight-transfer")
+    doctor.add_argument("--limit", metavar="SECONDS", type=float, default=120.0, help="for all checks; default: 120")
     from controller.data_command import add_data_parser
 
     add_data_parser(commands, launch)

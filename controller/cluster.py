@@ -52,7 +52,8 @@ class Cluster:
     """Which cluster it is, once entered."""
     replies: RayReplies = field(default_factory=RayReplies)
     """How calls to its processes are waited for."""
-    _groups: list[Any] = field(default_factory=list)
+    _groups: dict[str, Any] = field(default_factory=dict)
+    """Pool -> its placement group."""
     _started: bool = False
     _own: bool = False
     """Nobody else's: its ranks may use all cores."""
@@ -185,6 +186,16 @@ class Cluster:
         self.pools[HOST_POOL] = made
         return made
 
+    def end_pool(self, name: str) -> None:
+        """End one pool's processes at once, whatever they are at, and free its slots; also one that is starting."""
+        pool, group = self.pools.pop(name, None), self._groups.pop(name, None)
+        for process in pool.processes if pool else ():
+            with contextlib.suppress(Exception):
+                ray.kill(process)
+        if group is not None:
+            with contextlib.suppress(Exception):
+                remove_placement_group(group)
+
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
         if not ray.is_initialized():
@@ -195,7 +206,7 @@ class Cluster:
         for process in processes:
             with contextlib.suppress(Exception):
                 ray.kill(process)
-        for group in self._groups:
+        for group in list(self._groups.values()):
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
         self.pools.clear()
@@ -219,7 +230,7 @@ class Cluster:
 
     def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
         group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
-        self._groups.append(group)
+        self._groups[name] = group
         deadline = time.monotonic() + self.config.ready_timeout_s
         if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
             raise ClusterError(

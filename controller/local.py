@@ -5,7 +5,8 @@
     cluster          Ray actors, object store, one process group a pool        engines, rules, sources: the same
     local            objects of this process, their own memory, a group of one      "
 
-Every role has one slot of one pool. Generation is the transformers engine unless the launch says another.
+Every role has one slot of one pool, with the least `device_bytes` that a pool of the launch has. Generation is the
+transformers engine unless the launch says another.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Any
 
 from controller.pool import ClusterError, Pool
 from controller.replies import Answer
+from rlhf_dist.auto_settings import settle
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, PlacementConfig, PoolConfig
 from rlhf_dist.failure import Failure
+from rlhf_dist.machine import local_machine
 from rlhf_dist.placement.roles import HOST_POOL
 
 POOL = "local"
@@ -43,9 +46,12 @@ def local_launch(launch: Launch, overrides: Sequence[str]) -> Launch:
 
     overrides: what the command line says: an engine for generation that it names is kept.
     """
-    placement = PlacementConfig(pools={POOL: PoolConfig()}, roles={"default": POOL}, host_processes=1)
+    limits = [pool.device_bytes for pool in launch.run.placement.pools.values() if pool.device_bytes is not None]
+    pool = PoolConfig(device_bytes=min(limits, default=None))
+    placement = PlacementConfig(pools={POOL: pool}, roles={"default": POOL}, host_processes=1)
     roles = {role: _without_vllm(role, config, overrides) for role, config in launch.roles.items()}
-    return replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    here = replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    return settle(here, local_machine())
 
 
 def _without_vllm(role: str, config: Any, overrides: Sequence[str]) -> Any:

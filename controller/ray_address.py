@@ -28,16 +28,17 @@ class AddressError(RuntimeError):
     """There is no cluster to join at `ray.address`; the message says what was tried and what to do."""
 
 
-def address_to_join(configured: str | None) -> str | None:
+def address_to_join(configured: str | None, key: str = "ray.address") -> str | None:
     """host:port of a cluster that answers, of which this machine is a node; None: start one.
 
-    configured: `ray.address`. Raises AddressError within CONNECT_S + ANSWER_S.
+    configured: `ray.address`, or what is called `key` where it was given. Raises AddressError within CONNECT_S +
+    ANSWER_S.
     """
     if configured is None and IN_A_JOB not in os.environ:
         return None
     wanted = configured or "auto"
-    source = f"ray.address={wanted}"
-    address = _found(source) if wanted == "auto" else wanted
+    source = f"{key}={wanted}"
+    address = _found(source, key) if wanted == "auto" else wanted
     if wanted == "auto" and address == os.environ.get(ADDRESS):
         source += f" with {ADDRESS}={address}"
     _check_form(address, source)
@@ -58,7 +59,7 @@ def prepare_own() -> str | None:
     return os.environ.pop(ADDRESS, None)
 
 
-def _found(source: str) -> str:
+def _found(source: str, key: str) -> str:
     from ray._private import services
 
     try:
@@ -66,7 +67,7 @@ def _found(source: str) -> str:
     except ConnectionError:
         raise AddressError(
             f"{source} finds no cluster on this machine; start one with `ray start --head`, give its host:port, or "
-            f"leave ray.address out for a cluster that lives as long as the run"
+            f"leave {key} out for a cluster that lives as long as this command"
         ) from None
     return str(found)
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
@@ -30,6 +27,7 @@ from controller.plan_feedback import write_feedback
 from controller.run_folder import claim_folder
 from controller.session import Session, slots_needed, start_session
 from controller.step_warnings import StepWarnings
+from controller.termination import terminate_as_interrupt
 from controller.timeline import Timeline
 from controller.tracking import new_tracker
 from rlhf_dist.compose import Launch
@@ -101,8 +99,13 @@ def _run_in(
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, _terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
         if not isinstance(cluster, Local):
+            if launch.run.ray.address is not None:
+                from controller.cluster_machine import settled_on_cluster
+
+                launch = settled_on_cluster(launch, display.note)
+                cluster.slots = slots_needed(launch)
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
@@ -120,6 +123,7 @@ def _run_in(
         "last": progress.last,
         "evaluations": progress.evaluations,
         "steps_without_signal": progress.warnings.steps,
+        "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
     }
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
@@ -333,20 +337,3 @@ def _write_json(path: Path, data: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(data, indent=2))
     partial.replace(path)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (what a job scheduler sends) like Ctrl-C, so that the same clean-up runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

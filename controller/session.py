@@ -28,6 +28,7 @@ from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
 from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
 from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
 from rlhf_dist.roles import OpSpec, State
@@ -277,6 +278,13 @@ def _folder(launch: Launch) -> Path:
     return (Path(launch.run.output.root) / launch.run.name).resolve()
 
 
+def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
+    """What a step asks of the devices of `pool`, in order."""
+    references = [name for name in launch.used_roles if isinstance(launch.roles[name], ReferenceConfig)]
+    bases = {name: base for name in references if (base := role_with_base(launch, name)) is not None}
+    return phases_of(launch.dataflow, pools_of_roles(launch), pool, bases)
+
+
 def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
     context = {
         "seed": launch.run.seed,
@@ -286,7 +294,11 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
         "folder": str(_folder(launch)),
     }
-    return [process.host_role.remote(group.role, path, settings, context) for process in group.pool.processes]
+    memory: dict[str, Any] = {}
+    if group.pool.name != HOST_POOL:
+        device_bytes = launch.run.placement.pools[group.pool.name].device_bytes
+        memory = {"device_bytes": device_bytes, "phases": phases_of_pool(launch, group.pool.name)}
+    return [process.host_role.remote(group.role, path, settings, context, **memory) for process in group.pool.processes]
 
 
 def _await_roles(

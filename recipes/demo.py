@@ -26,6 +26,7 @@ from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
 
 SFT = {
+    "model.dtype": "float32",
     "task": "addition",
     "data.train.generator": "recipes.addition:demonstration",
     "data.heldout": "null",
@@ -37,6 +38,7 @@ SFT = {
     "steps": "90",
 }
 PPO = {
+    "model.dtype": "float32",
     "task": "addition",
     "data.prompts_per_step": "64",
     "algorithm.samples_per_prompt": "8",
@@ -86,7 +88,8 @@ def _stage(recipe: str, root: Path, seed: int, settings: dict[str, Any], overrid
     fixed = {**settings, "output.root": root, "seed": seed, "resume": "overwrite"}
     launch = compose(recipe, [*(f"{key}={value}" for key, value in fixed.items()), *overrides])
     check_launch(launch)
-    print(f"\n--- {recipe}: {launch.run.steps} steps", flush=True)
+    departs = [f"    {choice.line}" for choice in launch.choices if choice.departs]
+    print("\n".join([f"\n--- {recipe}: {launch.run.steps} steps", *departs]), flush=True)
     with Display(launch.run.name, launch.run.steps) as display:
         return run(launch, display)
 

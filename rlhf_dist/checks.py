@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.launch_lines import epoch_lines, model_lines
+from rlhf_dist.machine import described_machine, local_machine
+from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
-from rlhf_dist.slot_checks import check_cluster, check_slots, visible_gpus
+from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
 
     cluster: one that is described and not there. Models then need no weights and no tokenizer, and may be shapes.
     """
+    if cluster is not None:
+        launch = settle(launch, described_machine(cluster))
     _check_numbers(launch)
     _check_name(launch)
     _check_tracker(launch)
@@ -68,7 +73,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
         _check_vocabularies(launch)
         sources = _check_sources(launch)
     else:
-        sources = ["data      not read: a model has no tokenizer here"]
+        sources = ["not read: a model has no tokenizer here"]
     return _plan(launch, pools, sizes, rows, sources)
 
 
@@ -110,6 +115,7 @@ def _check_numbers(launch: Launch) -> None:
             if rollout.bucket_bytes is not None:
                 at_least[f"{role}.rollout.bucket_bytes"] = (rollout.bucket_bytes, 1)
             at_least[f"{role}.rollout.top_k"] = (rollout.top_k, 0)
+            at_least[f"{role}.rollout.kv_cache_bytes"] = (rollout.kv_cache_bytes or 0, 0)
             at_least[f"{role}.rollout.ratio_tolerance"] = (rollout.ratio_tolerance, 0)
             at_least[f"{role}.rollout.canary_tolerance"] = (rollout.canary_tolerance, 0)
             above_zero[f"{role}.rollout.temperature"] = rollout.temperature
@@ -184,8 +190,12 @@ def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[st
         if slots % size:
             raise ConfigError(f"{key} must divide the {slots} slots of pool {pool!r}, got {size}")
         shape = shapes[role]
-        device = launch.run.placement.pools[pool].device
-        on_cpu = device == "cpu" or (device == "auto" and launch.run.ray.address is None and not visible_gpus())
+        config = launch.run.placement.pools[pool]
+        on_cpu = device_of(config, launch.machine or local_machine()) == "cpu"
+        if launch.run.ray.address is not None and config.device == "auto":
+            on_cpu = False  # The cluster may have GPUs; its engines say so where it has none.
+        if on_cpu and settings.rollout.engine == "vllm" and settings.rollout.kv_cache_bytes == 0:
+            raise ConfigError(f"{role}.rollout.kv_cache_bytes must be above 0 without a GPU, got 0; leave it null")
         if on_cpu and settings.rollout.engine == "vllm" and shape.head_size not in (None, *CPU_HEAD_SIZES):
             raise ConfigError(
                 f"{role}.rollout.engine=vllm cannot generate with {settings.model.path} without a GPU: its attention "
@@ -366,6 +376,7 @@ def _plan(
         *epoch_lines(launch),
         *(f"data      {line}" for line in sources),
         *model_lines(launch),
+        *machine_lines(launch),
     ]
     for node, mini_batches, epochs in _updates(launch):
         lines.append(

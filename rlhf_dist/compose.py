@@ -27,10 +27,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_dist import typed
+from rlhf_dist.auto_settings import settle
 from rlhf_dist.config import MISSING, ActorConfig, CriticConfig, PathText, ReferenceConfig, RewardConfig, RunConfig
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.machine import Machine, local_machine
+from rlhf_dist.machine_settings import Choice
 from rlhf_dist.overrides import apply_setting, check_key, first_line, read_overrides
 from rlhf_dist.placement.file import AUTO, apply_placement, asked_placement, read_placement
 from rlhf_dist.recipe_files import list_recipes, load_recipe, parse_spec, recipes_folder
@@ -59,8 +62,8 @@ class SharedModel:
 
     path: PathText = MISSING
     """Folder with config.json, weights and tokenizer."""
-    dtype: str = "float32"
-    """`float32` or `bfloat16`, for training engines and generation."""
+    dtype: str = "auto"
+    """`float32` or `bfloat16`, for training engines and generation; `auto`: what the machine is fast in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,12 @@ class Launch:
     """The resolved settings, for people and for the run's folder."""
     epoch_rows: int = 0
     """Rows of an epoch, where `data.epochs` has set the steps (`data/of_launch.py`); else 0."""
+    machine: Machine | None = None
+    """What it runs on, as far as that is known."""
+    auto: frozenset[str] = frozenset()
+    """Settings that were left to the machine and have its values here (`auto_settings.py`)."""
+    choices: tuple[Choice, ...] = ()
+    """What those that matter became, and why."""
 
     @property
     def used_roles(self) -> dict[str, RoleConfig]:
@@ -102,7 +111,8 @@ def compose(spec: str, overrides: Sequence[str] = (), config: str | None = None)
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
 
     config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run.
-    `placement=auto` plans, `placement=FILE.yaml` takes a plan from a file (`rlhf-dist plan --format yaml`).
+    What is left to the machine is what this one has. `placement=auto` plans, `placement=FILE.yaml` takes a plan from a
+    file (`rlhf-dist plan --format yaml`).
     Raises ConfigError for a setting that cannot be right, GraphError for a recipe that cannot run.
     """
     asked, overrides = asked_placement(overrides)
@@ -126,7 +136,7 @@ def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any], con
     recipe = replace(recipe, reads=_reward_columns(recipe, settings))
     dataflow = trace(recipe, algorithm) if recipe.reads else dataflow
     run = RunConfig(**{item.name: getattr(settings, item.name) for item in fields(RunConfig)})
-    return Launch(
+    launch = Launch(
         recipe=recipe,
         run=run,
         algorithm=algorithm,
@@ -134,6 +144,7 @@ def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any], con
         dataflow=replace(dataflow, staleness=max(run.placement.max_staleness, 0)),
         yaml=OmegaConf.to_yaml(composed, resolve=True),
     )
+    return settle(launch, local_machine())
 
 
 def compose_dataflow(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Dataflow:
@@ -197,6 +208,7 @@ def _schema(recipe: Recipe, root: type) -> dict[str, Any]:
             section["model"]["path"] = "${model.path}"
         if "rollout" in section:
             section["rollout"] |= {"dtype": "${model.dtype}", "max_prompt_tokens": "${data.max_prompt_tokens}"}
+            section["rollout"] |= {"kv_cache_bytes": None, "gpu_memory_share": None}  # the machine says
     return schema
 
 

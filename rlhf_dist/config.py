@@ -74,7 +74,8 @@ class EngineConfig:
     name: str = "fsdp"
     """Training engine: `fsdp` or `deepspeed`; `actor.engine=deepspeed` is short for `actor.engine.name=deepspeed`."""
     dtype: str = "float32"
-    """Compute and gather dtype: `float32` or `bfloat16`. Master weights and gradients reduce in float32."""
+    """Compute and gather dtype: `float32`, `bfloat16`, or `auto`: what the machine is fast in. Master weights and
+    gradients reduce in float32."""
     micro_batch_tokens: int = 4096
     """Most tokens (prompt + response) in one forward pass of one rank; a longer row gets a pass of its own."""
     logit_chunk_tokens: int = 1024
@@ -117,7 +118,7 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """Ranks that share one copy of the model; data parallel over the rest."""
     dtype: str = "float32"
-    """Dtype of the generation weights and KV cache: `float32` or `bfloat16`."""
+    """Dtype of the generation weights and KV cache: `float32`, `bfloat16`, or `auto`: what the machine is fast in."""
     max_prompt_tokens: int = 256
     """Longer prompts are dropped by the source, and counted."""
     max_response_tokens: int = 64
@@ -128,10 +129,10 @@ class RolloutConfig:
     """Nucleus; 1 for the whole vocabulary (anything else makes rollout and training policies differ)."""
     top_k: int = 0
     """Most likely tokens kept; 0 for all."""
-    kv_cache_bytes: int = 64 << 20
-    """KV cache per rank, bytes (CPU); on CUDA 0 lets vLLM take `gpu_memory_share`."""
-    gpu_memory_share: float = 0.5
-    """Share of the GPU's memory for vLLM when kv_cache_bytes is 0."""
+    kv_cache_bytes: int | None = 64 << 20
+    """KV cache per rank, bytes; on CUDA 0 lets vLLM take `gpu_memory_share`. None: 64 MiB on a CPU, 0 on CUDA."""
+    gpu_memory_share: float | None = 0.5
+    """Share of the GPU's memory for vLLM when kv_cache_bytes is 0. None: 0.5 beside other models, 0.85 alone."""
     ratio_tolerance: float = 0.0
     """Largest mean |pi_train / pi_rollout - 1| over a step's tokens where both hold the same weights; more is an
     error. 0: 0.01 in float32, 0.5 in bfloat16."""
@@ -139,7 +140,7 @@ class RolloutConfig:
     """Most bytes of weights on their way at one time in a weight sync, per rank; None: 1 GiB on CUDA, 64 MiB on a
     CPU."""
     sleeps: bool = True
-    """On a GPU that the trainer shares, each gives its memory back while the other works. False where both fit."""
+    """Weights and cache leave the device while other roles of the pool need the room. False: they never do."""
     canary_tolerance: float = 0.0
     """After each weight sync compare the log-probs of a few tokens with the trainer's, and fail above this; measured:
     5e-7 in float32, outliers of 0.5 in bfloat16. 0: no canary."""
@@ -296,13 +297,17 @@ class PoolConfig:
     """A set of slots (a GPU, or a process on a machine without one); roles in one pool share its processes."""
 
     slots: int = 1
-    """Processes, one per GPU; with `nodes`, on each of them."""
+    """Processes, one per GPU; with `nodes`, on each of them. 0: all GPUs, or two processes on a machine without (one
+    where it has one core), divided among the pools that say 0."""
     nodes: int = 0
     """Nodes the pool spans, `slots` on each; 0: `slots` in all, on as few nodes as have room."""
     share: float = 0.0
     """Slots as a share of `placement.slots` instead, rounded down; 0 for `slots`."""
     device: str = "auto"
     """`auto` (cuda where there is one), `cuda` or `cpu`."""
+    device_bytes: int | None = None
+    """Most bytes that the roles' weights, optimizer states and caches may have on the device of a slot; what is not at
+    work waits in host memory. None: what the GPU has; on a CPU no limit, and nothing moves."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_dist.compose import Launch
+from rlhf_dist.machine import local_machine
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check_slots(launch: Launch, sizes: Mapping[str, int]) -> None:
                 f"placement.pools.{name}.nodes = {pool.nodes} needs a cluster, and a run without ray.address has this "
                 f"machine only; set ray.address, or placement.pools.{name}.nodes=0"
             )
-    gpus = visible_gpus()
+    gpus = len(local_machine().gpus)
     on_gpu = {name: pool for name, pool in pools.items() if pool.device == "cuda" or (pool.device == "auto" and gpus)}
     if on_gpu and not gpus:
         raise ConfigError(
@@ -61,14 +61,3 @@ def check_cluster(launch: Launch, sizes: Mapping[str, int], cluster: Cluster) ->
         raise ConfigError(
             f"placement.pools need {sum(sizes.values())} slots ({each}), and {cluster.text} has {cluster.gpus}"
         )
-
-
-def visible_gpus() -> int:
-    """GPUs this process may use, asked of nvidia-smi (0 where there is none) and CUDA_VISIBLE_DEVICES."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if visible is None else min(count, len([entry for entry in visible.split(",") if entry.strip()]))

@@ -119,6 +119,8 @@ class WorkerContext:
     """[world] which machine each rank of the pool is on; empty for one machine."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
+    memory: Any = None
+    """The arbiter of this process's device (`workers/memory/arbiter.py`). None: nothing limits its engines."""
     phase: Callable[[str], None] = lambda text: None
     """To be told what of the start-up begins: people see it."""
 

@@ -10,7 +10,7 @@ import pytest
 from rlhf_dist.checks import check_launch, max_row_tokens, rows_of_nodes
 from rlhf_dist.compose import compose
 from rlhf_dist.dataflow.graph import GraphError
-from rlhf_dist.slot_checks import visible_gpus
+from rlhf_dist.machine import local_machine
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_classifier, save_llama, save_tokenizer
 
@@ -20,6 +20,7 @@ CHECKED = [
     "data.heldout=null",
     "data.prompts_per_step=8",
     "data.max_prompt_tokens=256",
+    "model.dtype=float32",
 ]
 TEXT = '{"prompt": "1+1=", "answer": "2"}\n'
 
@@ -48,7 +49,9 @@ def failure(recipe: str, model: Path, *overrides: str) -> str:
 
 # --- the plan --------------------------------------------------------------------------------------------------
 def test_the_plan_of_a_step_states_rows_tokens_updates_and_pools(model: Path) -> None:
-    text = "\n".join(plan("ppo", model, "algorithm.samples_per_prompt=2", "algorithm.epochs=3"))
+    text = "\n".join(
+        plan("ppo", model, "algorithm.samples_per_prompt=2", "algorithm.epochs=3", "placement.pools.main.slots=2")
+    )
     assert "8 prompts -> 16 rows, at most 5,120 tokens (320 a row)" in text
     assert "actor: 4 mini-batches x 3 epochs = 12 optimizer steps" in text
     assert "pool      main: 2 slots (auto) for actor, critic, reference" in text
@@ -207,7 +210,7 @@ def test_a_group_of_one_in_a_users_recipe_names_the_argument(model: Path, tmp_pa
         (["~placement.roles.default"], "role 'actor' has no pool"),
         (["placement.pools.spare.slots=1"], "pool 'spare' has no role"),
         (["placement.pools.host.slots=1"], "placement.pools.host is taken"),
-        (["placement.pools.main.slots=0"], "placement.pools.main.slots must be at least 1, got 0"),
+        (["placement.pools.main.slots=-1"], "placement.pools.main.slots must be at least 1, got -1"),
         (["placement.pools.main.slots=3", "actor.rollout.tensor_parallel=2"], "must divide the 3 slots of pool 'main'"),
         (["placement.pools.main.slots=4", "actor.rollout.tensor_parallel=4"], "2 key-value heads"),
     ],
@@ -228,7 +231,7 @@ def test_more_slots_than_the_machine_are_named_unless_a_cluster_is_asked(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible_gpus() == 0
+    assert local_machine().gpus == ()
     many = "placement.pools.main.slots=500"
     assert "need 500 slots (main 500), but this machine offers" in failure("ppo", model, many)
     assert "this machine has no GPU" in failure("ppo", model, "placement.pools.main.device=cuda")

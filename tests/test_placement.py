@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from controller.session import phases_of_pool
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose, list_recipes
 from rlhf_dist.config import PlacementConfig, PoolConfig
@@ -48,6 +49,23 @@ def test_every_preset_places_every_recipe(recipe: str, preset: str, model: Path)
     launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}"])
     found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
     assert set(launch.roles) <= set(found)
+
+
+def test_the_phases_of_a_step_on_each_pool_s_devices(model: Path) -> None:
+    def phases(recipe: str, *overrides: str) -> dict[str, tuple[str, ...]]:
+        launch = compose(recipe, [f"model.path={model}", "task=gcd", *overrides])
+        return {pool: phases_of_pool(launch, pool) for pool in launch.run.placement.pools}
+
+    assert phases("ppo", "placement=colocate")["main"] == (
+        *("actor.generate", "actor.forward", "critic.forward", "reference.forward"),
+        *("critic.update", "actor.update", "actor.sync"),
+    )
+    alone = phases("ppo", "placement=standalone")
+    assert alone["actor"] == ("actor.forward", "actor.update", "actor.sync")
+    assert alone["rollout"] == ("actor.generate", "actor.rollout.sync") and alone["critic"][-1] == "critic.update"
+    # A reference that is the actor's base is the actor's engine.
+    shared = phases("grpo", "placement=colocate", "actor.engine.lora.rank=4")["main"]
+    assert shared == ("actor.generate", "actor.forward", "actor.update", "actor.sync")
 
 
 def test_presets_place_as_they_say(model: Path) -> None:

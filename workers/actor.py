@@ -16,6 +16,7 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd
+from workers.reshard.sync import SyncReport
 from workers.rollout import RolloutWorker, sync_metrics
 from workers.trained_role import NOTHING, TrainedRole
 
@@ -55,7 +56,8 @@ class ActorWorker(TrainedRole):
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt."""
         assert self.generation is not None, "the recipe was planned without generation in this pool"
-        self.sync.turn("generate")
+        if self.sync.dropped:  # what is generated now, in an evaluation, was not in the plan of a step
+            self._sync_weights()
         return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
@@ -91,23 +93,29 @@ class ActorWorker(TrainedRole):
     def reshard(self, batch: Batch, call: Call) -> OpResult:
         """Move the trained weights to the generation engine, verified: version, count, per-parameter checksums."""
         assert self.generation is not None, "the recipe was planned without generation in this pool"
+        report = self._sync_weights()
+        self.generation.weights_step = call.step + 1
+        return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})
+
+    def _sync_weights(self) -> SyncReport:
         report = self.sync.run(must_change=self.moved)
         self.moved = False
-        self.generation.weights_step = call.step + 1
-        metrics = sync_metrics(report)
-        if self.sync.turns is not None:
-            for phase, peak in self.sync.turns.peak_bytes.items():
-                metrics[f"peak_bytes_{phase}"] = Mean(float(peak), 1)
-                metrics[f"predicted_bytes_{phase}"] = Mean(float(self.sync.turns.predicted[phase]), 1)
-        return OpResult(columns=NOTHING, metrics=metrics if self.context.rank == 0 else {})
+        return report
 
     def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that generate, in a pool of their own; all of both pools do."""
         device = torch.device(self.context.device)
         self.end = TrainingEnd(self.engine, self.config.rollout, bridge, self.context.rank, device)
+        self.memory.add_sync(
+            f"{self.context.role}.sync",
+            {self.context.role: "parameters"},
+            overwrites=False,
+            buckets=2 * self.end.bucket_bytes,
+        )
 
     def send_weights(self, batch: Batch, call: Call) -> OpResult:
         """The same move to another pool, whose ranks receive and verify meanwhile."""
+        self.memory.turn(f"{self.context.role}.sync")
         self.end.run(must_change=self.moved)
         self.moved = False
         return OpResult(columns=NOTHING)

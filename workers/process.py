@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class WorkerProcess:
         self.store: Store = store or RayStore()
         self._is_actor = store is None
         self.device = "cpu"
+        self._joined = False
+        self._memory: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
         self._phase = ""
@@ -97,7 +100,7 @@ class WorkerProcess:
             device=chosen,
             timeout_s=timeout_s,
         )
-        self.device = str(chosen)
+        self.device, self._joined = str(chosen), True
         _log.info(
             "rank %d of pool %s: %s on %s, gloo over %s",
             self.rank,
@@ -110,9 +113,18 @@ class WorkerProcess:
 
     @reported
     def host_role(
-        self, role: str, worker_path: str, settings: Mapping[str, Any], context: Mapping[str, Any]
+        self,
+        role: str,
+        worker_path: str,
+        settings: Mapping[str, Any],
+        context: Mapping[str, Any],
+        device_bytes: int | None = None,
+        phases: Sequence[str] = (),
     ) -> tuple[str, ...]:
-        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it."""
+        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it.
+
+        device_bytes, phases: of the pool, the same for all its roles (`placement.pools.X.device_bytes`, `phases.py`).
+        """
 
         def phase(text: str) -> None:
             self._phase = f"{role}: {text}"
@@ -120,8 +132,19 @@ class WorkerProcess:
         phase("importing")
         module, name = worker_path.split(":")
         worker = getattr(importlib.import_module(module), name)
+        if self._joined and self._memory is None:
+            from workers.memory.arbiter import new_arbiter
+
+            self._memory = new_arbiter(self.device, device_bytes, phases, self.pool)
         where = WorkerContext(
-            role=role, rank=self.rank, world=self.world, device=self.device, peers=self._roles, phase=phase, **context
+            role=role,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+            peers=self._roles,
+            memory=self._memory,
+            phase=phase,
+            **context,
         )
         self._roles[role] = worker(context=where, **settings)
         return tuple(getattr(self._roles[role], "remarks", ()))
@@ -168,6 +191,8 @@ class WorkerProcess:
         pulled = time.perf_counter()
         returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
         result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+        if self._memory is not None:
+            result = replace(result, metrics={**result.metrics, **self._memory.report()})
         return _reply(result, call, started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:

@@ -7,6 +7,7 @@ from rlhf_dist.config import ReferenceConfig
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
 from workers.engines.training import TrainingEngine
+from workers.memory.arbiter import arbiter_of
 
 
 class ReferenceWorker:
@@ -18,12 +19,14 @@ class ReferenceWorker:
         """`temperature`: the actor's, so that both log-probs are of the same kind. `base_of`: a role of this process
         whose model, without its adapters, is the reference: it is held once."""
         self.temperature, self.base = temperature, base_of is not None
-        self.engine: TrainingEngine = (
-            context.peers[base_of].engine
-            if base_of
-            else new_training_engine(config.model, config.engine, None, "policy", context)
-        )
-        self.remarks = () if base_of else self.engine.remarks
+        self.engine: TrainingEngine
+        self.remarks: tuple[str, ...] = ()
+        if base_of:
+            self.engine = context.peers[base_of].engine
+            return
+        self.engine = new_training_engine(config.model, config.engine, None, "policy", context)
+        self.remarks = self.engine.remarks
+        arbiter_of(context).add_training(context.role, self.engine, trained=False)
 
     def compute_ref_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs of the responses under the frozen policy."""

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Largest, Mean, Metrics
+from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine
 from workers.engines.generation import Response, StaleWeights
+from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
 
@@ -56,6 +58,9 @@ class RolloutWorker:
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
+        self.name, self.memory = rollout_of(context.role.removesuffix(rollout_of(""))), arbiter_of(context)
+        if context.role == self.name:  # beside a trainer it is traced first (`colocated.py`)
+            self.memory.add_generation(self.name, self.engine, sleeps=config.rollout.sleeps)
         self.weights_step = 0
         """Steps whose updates the weights held contain."""
         self._interrupts, self._stop = interrupts, Event()
@@ -68,6 +73,7 @@ class RolloutWorker:
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
         self._stop.clear()
+        self.memory.turn(generating(self.name))
         # Weights that this step has trained already are ahead of its number.
         staleness = 0 if self.max_staleness is None else max(0, call.step - self.weights_step)
         if staleness > (self.max_staleness or 0):
@@ -136,9 +142,14 @@ class RolloutWorker:
         """Meet the ranks that train, in a pool of their own; all of both pools do."""
         device = torch.device(self.context.device)
         self.end = GenerationEnd(self.engine, self.config.rollout, bridge, self.context.rank, device)
+        # Weights of another pool come when that pool sends: nothing may be given up in the hope of it.
+        self.memory.add_sync(
+            f"{self.name}.sync", {self.name: "weights"}, overwrites=False, buckets=2 * self.end.bucket_bytes
+        )
 
     def receive_weights(self, batch: Batch, call: Call) -> OpResult:
         """Take the weights that the actor's ranks send, verified: version, count, per-parameter checksums."""
+        self.memory.turn(f"{self.name}.sync")
         report = self.end.run()
         self.weights_step = call.step + 1
         return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})

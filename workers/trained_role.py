@@ -14,6 +14,7 @@ from rlhf_dist.metrics import Mean, Metrics, combine
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.checkpoint import SAVE_TIMEOUT_S
 from workers.engines.training import NonFiniteLoss, TrainingEngine
+from workers.memory.arbiter import arbiter_of
 
 NOTHING = Batch({}, 0)
 
@@ -22,7 +23,8 @@ class TrainedRole:
     """One rank of a role with a training engine."""
 
     def __init__(self, context: WorkerContext, engine: TrainingEngine, optimizer: OptimizerConfig | None) -> None:
-        self.context, self.engine = context, engine
+        self.context, self.engine, self.memory = context, engine, arbiter_of(context)
+        self.memory.add_training(context.role, engine, trained=optimizer is not None)
         self.remarks = engine.remarks
         self.moved = False
         """A step with a gradient was made since this was last set to False."""

@@ -1,6 +1,6 @@
 """Bytes a rank of a launch, by phase, on its device and in host memory: what `check` prints, and refuses.
 
-    rest       what each role of the pool holds while nothing of it runs
+    rest       what lies there while no role of the pool runs
     load       a role's own shard, and the largest tensor of its files on the way; the whole model for a moment where it
                starts at random or has adapters
     generate   the generation engine's copy of the weights and its KV cache
@@ -8,10 +8,10 @@
     update     gradients, activations for the backward pass, logits of one chunk, gathered parameters
     sync       the generation engine's copy, and buckets on their way (two rounds)
 
-On a GPU that trainer and generation share, each gives its bytes to the host while the other works
-(`ROLE.rollout.sleeps`). On a CPU there is one memory, which all ranks of the machine share. Formulas of activations,
-logits and keys and values are those of the planner (`memory.py`); states are what the engines hold: float32 master
-weights, two moments and gradients.
+On a GPU the roles of a pool take turns (`device_ledger.py`): the largest phase must fit, and what is not at work waits
+in host memory; where everything fits at one time nothing moves. On a CPU there is one memory, which all ranks of the
+machine share. Formulas of activations, logits and keys and values are those of the planner (`memory.py`); states are
+what the engines hold: float32 master weights, two moments and gradients.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
             and name in launch.dataflow.generating
             and placed.get(rollout_of(name), placed[name]) == pool
         }
-        for phase, device, host in _phases(launch, roles, generators, slots, cluster, longest, cuda):
+        room = _room(launch, pool, cluster)
+        for phase, device, host in _phases(launch, roles, generators, slots, cluster, longest, cuda, room):
             found.append(PhaseBytes(pool=pool, phase=phase, device=device, host=host))
     return found
 
@@ -165,17 +166,10 @@ def _phases(
     cluster: Cluster,
     longest: int,
     cuda: bool,
+    room: float,
 ) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
     rows = rows_of_nodes(launch)
     states = {name: role.states() for name, role in roles.items()}
-    at_rest = {name: size for kept in states.values() for name, size in kept.items()}
-    away = {
-        what: size
-        for name, kept in states.items()
-        for what, size in kept.items()
-        if cuda and (roles[name].engine.offload == "all" or roles[name].engine.offload == what.split()[-1])
-    }
-    here = {name: size for name, size in at_rest.items() if name not in away}
     copies, caches, buckets = dict[str, float](), dict[str, float](), dict[str, float]()
     for name, (config, model) in generators.items():
         rollout = config.rollout
@@ -185,39 +179,45 @@ def _phases(
             own = max(1, launch.run.data.prompts_per_step // max(1, tp.replicas))
             cache = own * longest * kv_bytes_per_token(model, tp) * WIDTH[rollout.dtype] / 2.0
         else:
-            cache = float(rollout.kv_cache_bytes)
-            cache = cache or max(0.0, rollout.gpu_memory_share * cluster.gpu.memory_bytes - sum(copies.values()))
+            share = (rollout.gpu_memory_share or 0.0) * cluster.gpu.memory_bytes
+            cache = float(rollout.kv_cache_bytes or 0) or max(0.0, share - sum(copies.values()))
         caches[f"{name} KV cache"] = cache
         buckets[f"{name} buckets"] = 2.0 * float(
             rollout.bucket_bytes or default_bucket_bytes("cuda" if cuda else "cpu")
         )
-    shared = bool(roles and generators)
-    takes_turns = cuda and shared and all(config.rollout.sleeps for config, _ in generators.values())
-    beside = {} if takes_turns else {**copies, **caches}
     for role in roles.values():
-        if role.config.model is not None and role.config.model.init == "random" or role.engine.lora is not None:
-            held = {f"{role.name} whole model": MASTER * role.model.parameters}  # `slices.py` says why
-        else:
-            held = {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
-        yield "load", role.states(), held
-    yield "rest", {**here, **beside}, away
-    ops = {node.name: node for node in launch.dataflow if node.role in {*roles, *generators}}
+        yield "load", role.states(), {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
+    uses: list[tuple[str, dict[str, float], dict[str, float]]] = []
+    """Phase, what must be there of what the roles hold, what it takes for a while."""
     if generators:
-        yield "generate", {**({} if takes_turns else here), **copies, **caches}, at_rest if takes_turns else away
+        uses.append(("generate", {**copies, **caches}, {}))
+    ops = {node.name: node for node in launch.dataflow if node.role in {*roles, *generators}}
     for node in ops.values():
         if node.kind != "op" or node.role not in roles or node.rows == "expand" or not node.inputs:
             continue
         role, trains = roles[node.role], bool(node.weights_written)
         tokens = role.pass_tokens(rows[node.name][0], longest)
-        needs = role.update(tokens) if trains else role.forward(tokens)
-        back = {name: size for name, size in away.items() if name.startswith(f"{role.name} ")}
-        yield (
-            "update" if trains else "forward",
-            {**here, **beside, **back, **needs},
-            {name: size for name, size in away.items() if name not in back},
-        )
+        needs = {what: size for what, size in states[role.name].items() if trains or what.endswith(" weights")}
+        uses.append(("update", needs, role.update(tokens)) if trains else ("forward", needs, role.forward(tokens)))
     if any(node.kind == "reshard" for node in ops.values()):
-        yield "sync", {**here, **beside, **copies, **buckets}, away
+        weights = {what: size for name in generators for what, size in states.get(name, {}).items()}
+        weights = {what: size for what, size in weights.items() if what.endswith(" weights")}
+        uses.append(("sync", {**weights, **copies}, buckets))
+    held = {what: size for kept in states.values() for what, size in kept.items()}
+    away = {what: size for what, size in held.items() if cuda and _offloaded(roles[what.split()[0]].engine, what)}
+    fixed = {**copies, **caches} if not all(config.rollout.sleeps for config, _ in generators.values()) else {}
+    most = max((sum(transient.values()) for _, _, transient in uses), default=0.0)
+    everything = {**{what: size for what, size in held.items() if what not in away}, **copies, **caches}
+    if cuda and sum(everything.values()) + most > room:
+        # Host buffers stay once they are there. Generation weights come with the next sync, caches from nowhere.
+        everything, away = fixed, held
+    yield "rest", everything, away
+    for phase, needs, transient in uses:
+        yield phase, {**everything, **needs, **transient}, away
+
+
+def _offloaded(engine: EngineConfig, what: str) -> bool:
+    return engine.offload == "all" or engine.offload == what.split()[-1]
 
 
 def _largest_tensor(model: ModelSpec) -> float:
@@ -282,15 +282,24 @@ def _here(launch: Launch) -> Cluster | None:
         return None  # A GPU of a kind whose memory nobody has told us.
 
 
+def _room(launch: Launch, pool: str, cluster: Cluster) -> float:
+    """Bytes for tensors on a device of `pool`."""
+    usable = usable_bytes(cluster, usual_efficiency(cluster))
+    limit = launch.run.placement.pools[pool].device_bytes
+    return usable if limit is None else min(usable, float(limit))
+
+
 def check_memory(launch: Launch, found: list[PhaseBytes], cluster: Cluster) -> None:
     """Raises ConfigError for the phase that needs most over what there is, with the role that holds most of it."""
     if cluster.gpu.name == "CPU":
         _check_cpu(launch, found, cluster)
         return
-    room = usable_bytes(cluster, usual_efficiency(cluster))
-    worst = max(found, key=_device, default=None)
-    if worst is not None and _device(worst) > room:
-        raise ConfigError(_refusal(worst, worst.device, room, f"a {cluster.gpu.name} has {_gib(room)} for tensors"))
+    for worst in sorted(found, key=_device, reverse=True):
+        room = _room(launch, worst.pool, cluster)
+        if _device(worst) > room:
+            limited = launch.run.placement.pools[worst.pool].device_bytes is not None
+            whose = f"placement.pools.{worst.pool}.device_bytes leaves" if limited else f"a {cluster.gpu.name} has"
+            raise ConfigError(_refusal(worst, worst.device, room, f"{whose} {_gib(room)} for tensors"))
     host = 0.9 * cluster.gpu.host_memory_bytes
     for one in found:
         if sum(one.host.values()) > host:

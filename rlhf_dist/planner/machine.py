@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 
+from rlhf_dist import machine
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.hardware import KINDS, Cluster, Gpu
 from rlhf_dist.typed import ConfigError
@@ -26,7 +27,7 @@ def this_machine() -> Cluster:
 
     Raises ConfigError for a GPU whose kind is not known.
     """
-    gpus = _gpu_names()
+    gpus = machine.local_machine().gpus
     return _gpu_node(gpus) if gpus else cpu_node()
 
 
@@ -53,25 +54,14 @@ def usual_efficiency(cluster: Cluster) -> Efficiency:
     return CPU_EFFICIENCY if cluster.gpu.name == "CPU" else Efficiency()
 
 
-def _gpu_names() -> list[str]:
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return lines if visible is None else lines[: len([entry for entry in visible.split(",") if entry.strip()])]
-
-
-def _gpu_node(listed: list[str]) -> Cluster:
-    name, _, mebibytes = listed[0].rpartition(",")
+def _gpu_node(gpus: Sequence[machine.Gpu]) -> Cluster:
+    name = gpus[0].name
     kind = next((kind for part, kind in NAMES.items() if re.search(rf"\b{part}\b", name.upper())), None)
     if kind is None:
         raise ConfigError(
             f"placement=auto: this machine's GPU {name!r} is none of {', '.join(KINDS)}; set placement.cluster to a "
             f"cluster of a known kind, or plan with a case file that describes it under `gpus`"
         )
-    gpu = replace(KINDS[kind], memory_bytes=float(mebibytes) * (1 << 20))
-    network = gpu.network_bytes_per_s * len(listed) / 8
-    return Cluster(nodes=1, gpus_per_node=len(listed), gpu=gpu, network_bytes_per_s=network)
+    gpu = replace(KINDS[kind], memory_bytes=float(gpus[0].memory_bytes or KINDS[kind].memory_bytes))
+    network = gpu.network_bytes_per_s * len(gpus) / 8
+    return Cluster(nodes=1, gpus_per_node=len(gpus), gpu=gpu, network_bytes_per_s=network)

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from rlhf_dist.reshard.layout import Box, ParameterLayout
 
-_WORDS_AT_ONCE = 1 << 17
-"""Words copied, where a box is no contiguous memory or its words are narrower than 64 bit: 1 MiB."""
+BLOCK_WORDS: dict[str, int] = {"cpu": 1 << 17}
+"""Kind of device -> words that are added up at one time. 1 MiB on a CPU stays in its cache."""
+DEVICE_BLOCK_WORDS = 1 << 25
+"""On any other device, where each block costs some launches: 256 MiB, twice that while it is added up."""
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -59,14 +61,16 @@ def box_checksum(
         return torch.zeros((), dtype=torch.int64, device=tensor.device)
     *leading, (first, last) = box or ((0, 1),)
     per_word = width // dtype.itemsize
-    row_weights = _weights(_row_ids(leading, shape), tensor.device)
+    row_weights = _row_weights(tuple(leading), tuple(shape), tensor.device)
     column_weights = _column_weights(first // per_word, last // per_word, tensor.device)
     matrix = tensor.detach().reshape(-1, last - first) if tensor.is_contiguous() else tensor.detach()
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     columns = last - first
-    scratch = torch.empty(max(_WORDS_AT_ONCE, len(column_weights)), dtype=torch.int64, device=tensor.device)
+    most = BLOCK_WORDS.get(tensor.device.type, DEVICE_BLOCK_WORDS)
+    scratch_words = max(min(most, -(-tensor.numel() // per_word)), len(column_weights))
+    scratch = torch.empty(scratch_words, dtype=torch.int64, device=tensor.device)
     at = 0
-    for part in _parts(matrix, columns, per_word):
+    for part in _parts(matrix, columns, max(1, most * per_word // columns)):
         words = part.to(dtype).view(_INTEGER[width])
         some = row_weights[at : at + len(words)]
         at += len(words)
@@ -84,17 +88,18 @@ def _width(item: int, edges: Iterable[int]) -> int:
     return max(width for width in (1, 2, 4, 8) if width <= max(step, item) and max(step, item) % width == 0)
 
 
-def _parts(tensor: Tensor, columns: int, per_word: int) -> Iterable[Tensor]:
-    """[rows, columns] contiguous, together the tensor in order of its leading dims."""
+def _parts(tensor: Tensor, columns: int, rows: int) -> Iterable[Tensor]:
+    """[at most `rows`, columns] contiguous, together the tensor in order of its leading dims."""
     if tensor.ndim == 2:
-        step = max(1, _WORDS_AT_ONCE * per_word // columns)
-        for at in range(0, len(tensor), step):
-            yield tensor[at : at + step].contiguous()
+        for at in range(0, len(tensor), rows):
+            yield tensor[at : at + rows].contiguous()
     elif tensor.ndim < 2:
         yield tensor.reshape(1, -1).contiguous()
+    elif tensor.numel() <= rows * columns:
+        yield tensor.reshape(-1, columns).contiguous()
     else:
         for inner in tensor.unbind(0):
-            yield from _parts(inner, columns, per_word)
+            yield from _parts(inner, columns, rows)
 
 
 def _dot_rows(words: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
@@ -117,6 +122,12 @@ def _row_ids(leading: Sequence[tuple[int, int]], shape: Sequence[int]) -> np.nda
         step = np.uint64(prod(shape[k + 1 : -1]))
         ids = (ids[:, None] + np.arange(start, stop, dtype=np.uint64) * step).reshape(-1)
     return ids
+
+
+@lru_cache(maxsize=1 << 14)
+def _row_weights(leading: tuple[tuple[int, int], ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of the rows of a box: made once for all syncs, 8 bytes a row."""
+    return _weights(_row_ids(leading, shape), device)
 
 
 @lru_cache(maxsize=64)

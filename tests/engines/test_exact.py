@@ -118,12 +118,15 @@ def plain_training(
 
 
 # --- on the ranks ----------------------------------------------------------------------------------
-def new_engine(folder: Path, head: str = "policy", trained: bool = True, **engine: Any) -> Any:
+def new_engine(
+    folder: Path, head: str = "policy", trained: bool = True, init: str = "pretrained", **engine: Any
+) -> Any:
     from workers.engines.build import new_training_engine
 
     context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
     optimizer = OPTIMIZER if trained else None
-    return new_training_engine(ModelConfig(path=str(folder)), EngineConfig(**engine), optimizer, head, context)  # type: ignore[arg-type]
+    model = ModelConfig(path=str(folder), init=init)
+    return new_training_engine(model, EngineConfig(**engine), optimizer, head, context)  # type: ignore[arg-type]
 
 
 def my_rows(batch: Batch, split: str, sharing: int = 1) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,13 @@ def plain_adapters(folder: Path, batches: list[Batch]) -> dict[str, Tensor]:
     import peft
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    torch.manual_seed(0)
     settings = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=LORA.targets, lora_dropout=0.0)
     peft.inject_adapter_in_model(settings, model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, start in model.named_parameters():
+            if "lora_A" in name:
+                torch.nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=STEADY.lr, betas=STEADY.betas, eps=STEADY.eps, weight_decay=0.0)
     for batch in batches:
@@ -159,24 +164,51 @@ def test_hidden_states_are_those_that_tokens_are_predicted_from(
         np.testing.assert_allclose(row, value.numpy(), rtol=2e-5, atol=2e-5)
 
 
-def offload_between_steps(folder: Path, engine: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    rows, results = my_rows(make_batch(), "groups in turn"), []
+def applied(apply: Any, engine: Any, lr: float) -> float:
+    """The engine's own step, once its gradients are seen to take what it says they do."""
+    gradients = [p.grad.to_local() for p in engine._parameters.values() if p.grad is not None]
+    assert sum(gradient.nbytes for gradient in gradients) == engine.gradient_bytes
+    return float(apply(lr))
+
+
+def away_between_steps(
+    folder: Path, engine: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
+    """Weights after steps with everything moved in between, and without; bytes of each part while it was away."""
+    rows, results, left = my_rows(make_batch(), "groups in turn"), [], {}
     for moves in (True, False):
         trained = new_engine(folder, STEADY, **engine)
+        if trained._config.name == "fsdp":
+            trained._apply = partial(applied, trained._apply, trained)
         for _ in range(2):
             if moves:
-                trained.offload(["optimizer", "gradients"])
-                trained.offload(["parameters"])
-                trained.onload(["parameters", "optimizer", "gradients"])
+                parts = trained.device_parts()
+                sizes = {kind: part.leave() for kind, part in parts.items()}
+                left = {kind: part.held_bytes for kind, part in parts.items()}
+                with pytest.raises(RuntimeError, match="take the turn first"):
+                    trained.local_shards()
+                for kind, part in parts.items():
+                    assert part.come() in (part.nbytes, 0) and part.held_bytes == part.nbytes >= sizes[kind]
+                    part.written()
             trained.step(rows, TokenLoss())
         results.append(weights_of(trained))
-    return results[0], results[1]
+    return results[0], results[1], left
 
 
-@pytest.mark.parametrize("engine", [{}, {"name": "deepspeed"}], ids=["fsdp", "deepspeed"])
-def test_offloading_between_steps_changes_nothing(world2: World, llama: Path, engine: dict[str, Any]) -> None:
-    for one, other in world2.run(offload_between_steps, llama, engine):
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {},
+        {"lora": LoraConfig(rank=4)},
+        {"name": "deepspeed", "zero_stage": 1, "dtype": "bfloat16"},
+        {"name": "deepspeed"},
+    ],
+    ids=["fsdp", "lora", "zero-1", "zero-3"],
+)
+def test_what_leaves_between_steps_comes_back_as_it_was(world2: World, llama: Path, engine: dict[str, Any]) -> None:
+    for one, other, left in world2.run(away_between_steps, llama, engine):
         assert all(np.array_equal(one[name], other[name]) for name in other)
+        assert {"parameters", "optimizer"} <= left.keys() and not any(left.values()), "nothing of it stays"
 
 
 class NoisyLoss(RowLoss):

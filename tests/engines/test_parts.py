@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
+from rlhf_dist.reshard import checksum
 from rlhf_dist.reshard.checksum import box_checksum, full_checksum, unsigned
 from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
@@ -26,6 +27,7 @@ from workers.engines.log_probs import Head, log_probs_and_entropy, log_probs_of_
 from workers.engines.packing import micro_batches, pack
 from workers.engines.schedule import learning_rate
 from workers.engines.ways import Way
+from workers.memory import movable
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,52 @@ def test_a_checksum_sees_one_changed_bit_and_any_two_elements_exchanged() -> Non
         exchanged[left], exchanged[right] = -1.5, 1.5
         assert full_checksum(exchanged.view(6, 50)) != before
     assert full_checksum(tensor.t().contiguous()) != original
+
+
+def launches(function: Any) -> int:
+    """Kernels that a device would run: views and bare memory left out."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    kernels = ("copy_", "mv", "mul", "sum", "add_", "zero_", "bitwise_right_shift", "stack", "cat", "index_add_")
+    return sum(event.count for event in profile.key_averages() if event.key.removeprefix("aten::") in kernels)
+
+
+def test_a_checksum_on_a_device_is_a_few_kernels_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.randn(2048, 1024)  # in words of 64 bit, as bfloat16
+    experts = torch.randn(6, 300, 64)[:, :, ::2]
+    found = []
+    for device in (False, True):
+        if device:
+            monkeypatch.delitem(checksum.BLOCK_WORDS, "cpu")  # any device but a CPU has the large blocks
+        sums = []
+        for tensor, width, dtype in ((large, 8, torch.bfloat16), (experts, 4, torch.float32)):
+            box = tuple((0, size) for size in tensor.shape)
+            args = (tensor, box, tensor.shape, width, dtype)
+            sums.append((launches(lambda args=args: box_checksum(*args)), unsigned(box_checksum(*args))))
+        found.append(sums)
+    cpu, gpu = found
+    assert [value for _, value in cpu] == [value for _, value in gpu]
+    assert [count for count, _ in gpu] <= [9, 9] and cpu[0][0] > 3 * gpu[0][0]
+
+
+# --- memory ----------------------------------------------------------------------------------------
+def test_storages_leave_with_everything_that_lies_in_them_and_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movable, "CHUNK_BYTES", 1000)  # so that storages lie across the host buffer's chunks
+    flat, other = torch.randn(700), torch.randn(3, 5, dtype=torch.bfloat16)
+    view, before = flat[100:400].view(10, 30), flat.clone()
+    foreign = torch.from_numpy(np.ones(4, np.float32))
+    part = movable.Movable([flat, view, other, foreign], CPU)
+    assert (part.nbytes, part.fixed_bytes, part.held_bytes) == (2830, 16, 2830)
+    assert part.leave() == 2830 and part.held_bytes == 0 and part.leave() == 0
+    assert part.come() == 2830 and torch.equal(flat, before) and torch.equal(view, before[100:400].view(10, 30))
+    assert part.leave() == 0 and part.come() == 2830, "nobody wrote: the copy is good"
+    view.fill_(7.0)
+    part.written()
+    assert part.leave() == 2830 and part.come() == 2830 and bool((flat[100:400] == 7).all())
+    assert part.leave(keep=False) == 0 and part.come() == 0 and not flat.any(), "given up"
+    gone = movable.Movable([other], CPU, comes_as="zeros")
+    other.fill_(1.0)
+    assert gone.leave() == 0 and gone.come() == 0 and not other.any()
 
 
 # --- log-probs -------------------------------------------------------------------------------------

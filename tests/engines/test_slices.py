@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from rlhf_dist.config import LoraConfig
+from tests.engines.loading import WIDE, Peak, peak_of_building
 from tests.engines.test_exact import new_engine
 from tests.engines.world import World
 from tests.families import tiny_config, tiny_model
@@ -106,10 +104,6 @@ def weights_of(folder: Path) -> dict[str, np.ndarray]:
     return {name: w.numpy().copy() for bucket in made.full_weights(torch.float32, 1 << 20) for name, w in bucket}
 
 
-WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192}
-"""42 M parameters, 168 MB in float32; the largest tensor 16.8 MB."""
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "model"
@@ -118,71 +112,31 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_whole(*args: Any) -> None:
-    from workers.engines.slices import ReadWhole
-
-    raise ReadWhole("the test says so")
-
-
-def peak_of_building(folder: Path, engine: dict[str, Any], whole: bool) -> tuple[int, int, int]:
-    """(most private memory beside what there was, this rank's shards, the largest tensor), bytes, until it is loaded.
-
-    Pages of the files, which ranks of a node share and the kernel may drop, are not the process's own. The passes
-    that an engine makes to find its way come after, and need what passes need.
-    """
-    from workers.engines import models
-    from workers.engines.packed_engine import PackedEngine
-
-    skeleton, choose = models._skeleton, PackedEngine._choose_way
-    if whole:
-        models._skeleton = read_whole  # type: ignore[assignment]
-    process, most, stop = psutil.Process(os.getpid()), [0], threading.Event()
-
-    def own() -> int:
-        memory = process.memory_info()
-        return int(memory.rss - memory.shared)
-
-    before = own()
-
-    def watch() -> None:
-        while not stop.is_set():
-            most[0] = max(most[0], own() - before)
-            time.sleep(0.001)
-
-    def loaded_now(self: Any) -> None:
-        stop.set()
-        watcher.join()
-        choose(self)
-
-    PackedEngine._choose_way = loaded_now  # type: ignore[method-assign]
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        made = new_engine(folder, trained=False, **engine)
-    finally:
-        stop.set()
-        watcher.join()
-        models._skeleton, PackedEngine._choose_way = skeleton, choose  # type: ignore[method-assign]
-    shards = [shard for held in made.local_shards().values() for shard in held]
-    largest = max(int(np.prod(p.shape)) * 4 for p in made.layout().parameters.values())
-    return most[0], sum(shard.numel() * shard.element_size() for shard in shards), largest
-
-
 def test_a_rank_never_holds_the_model(wide: Path, families: dict[str, Path]) -> None:
-    """In worlds of their own, whose memory nobody has warmed. Reading all of a bfloat16 folder takes the whole model
-    in float32, which on two ranks is within two shards: told apart by the ratio."""
-    found = {}
-    for whole, engines in ((False, ("fsdp", "zero 3")), (True, ("fsdp",))):
-        world = World(2)
-        try:
-            for engine in engines:
-                world.run(loaded, families["llama"], False, ENGINES[engine])  # imports, first buffers
-            for engine in engines:
-                found[engine, whole] = world.run(peak_of_building, wide, ENGINES[engine], whole)
-        finally:
-            world.close()
-    over = {key: [peak > 2 * shard + largest for peak, shard, largest in ranks] for key, ranks in found.items()}
-    del over["fsdp", True]
-    assert not any(any(ranks) for ranks in over.values()), found
-    sliced, whole = (max(peak for peak, _, _ in found["fsdp", how]) for how in (False, True))
-    assert whole > 1.5 * sliced, found
+    """In a world of its own, whose memory nobody has warmed. Reading all of a bfloat16 folder takes the whole model in
+    float32, which on two ranks is within two shards: told apart by the ratio."""
+    ways: dict[str, dict[str, Any]] = {
+        "fsdp": ENGINES["fsdp"],
+        "random": {"init": "random"},
+        "adapters": {"lora": LoraConfig(rank=4), "trained": True},
+        "zero 3": ENGINES["zero 3"],
+        "whole": {"whole": True},
+    }
+    found: dict[str, list[Peak]] = {}
+    world = World(2)
+    try:
+        for way in ways.values():
+            world.run(start, families["llama"], way)  # imports, first buffers
+        for name, way in ways.items():
+            found[name] = world.run(start, wide, way)
+    finally:
+        world.close()
+    whole = found.pop("whole")
+    assert not [(name, peak) for name, ranks in found.items() for peak in ranks if peak.peak_extra_bytes > peak.bound]
+    assert min(p.peak_extra_bytes for p in whole) > 1.5 * max(p.peak_extra_bytes for p in found["fsdp"]), found
+
+
+def start(folder: Path, way: dict[str, Any]) -> Peak:
+    way = dict(way)
+    trained, whole = way.pop("trained", False), way.pop("whole", False)
+    return peak_of_building(folder, way, trained, whole)

@@ -19,7 +19,8 @@ CALL_TIMEOUT_S = 150.0
 
 
 class World:
-    """`size` processes, each a rank of one group on this machine: gloo, or NCCL too where the device is `cuda`."""
+    """`size` processes, each a rank of one group on this machine: gloo, or NCCL too where the device is `cuda` (a GPU
+    each) or `cuda:0` (that one for all)."""
 
     def __init__(self, size: int, device: str = "cpu", call_timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._call_timeout_s = call_timeout_s
@@ -65,6 +66,17 @@ class World:
             process.join(5)
 
 
+def _share_one_gpu(rank: int) -> None:
+    """NCCL refuses two ranks on one GPU of one host: each says that it is a host of its own, and talks over sockets."""
+    os.environ |= {
+        "NCCL_HOSTID": f"rank-{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_SHM_DISABLE": "1",
+        "NCCL_IB_DISABLE": "1",
+    }
+
+
 def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_timeout_s: float) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -73,13 +85,15 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
     from workers.network import use_network
 
     torch.set_num_threads(1)
+    if ":" in device:
+        _share_one_gpu(rank)
     use_network("127.0.0.1", one_node=True)
     init_distributed(
         rank=rank,
         world=size,
         master_addr="127.0.0.1",
         master_port=port,
-        device=device_for(rank, device),
+        device=torch.device(device) if ":" in device else device_for(rank, device),
         timeout_s=call_timeout_s / 2,
     )
     while True:

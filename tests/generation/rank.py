@@ -99,6 +99,25 @@ def generate(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> 
     return [(r.token_ids.tolist(), r.log_probs.tolist(), r.finished) for r in responses]
 
 
+def random_launches(
+    prompts: list[list[int]], sampling: Sampling, seeds: list[int], stops: bool
+) -> tuple[int, int, bool]:
+    """(calls that draw random numbers, tokens of the longest response, whether responses of one prompt differ)."""
+    rows = [np.array(prompt, dtype=np.int32) for prompt in prompts]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        responses = _engine.generate(rows, sampling, seeds, stop=(lambda: False) if stops else None)
+    calls = sum(event.count for event in profile.key_averages() if event.key in ("aten::random_", "aten::exponential_"))
+    tokens = [tuple(response.token_ids.tolist()) for response in responses]
+    return calls, max(map(len, tokens)), len(set(tokens)) > len(prompts)
+
+
+def eager_on(device: str) -> bool:
+    """Whether vLLM runs without CUDA graphs there."""
+    from workers.engines.vllm import _engine_args
+
+    return bool(_engine_args(str(_folder), RolloutConfig(), torch.device(device)).enforce_eager)
+
+
 def own_share(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Answers | str:
     """Data parallel: rank r generates every world-th prompt, starting at r."""
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -183,6 +183,22 @@ def test_sleep_refuses_and_wake_remembers(engine: tuple[str, Single]) -> None:
     assert "awake" in asleep and after == before
 
 
+def test_a_kernel_for_each_request_only_where_its_stream_is_promised(
+    generation_world1: World, folders: dict[str, Path]
+) -> None:
+    one = Single(generation_world1)
+    one.open_engine("vllm", folders["tied"])
+    one.sync(1, 33)
+    rows = len(SHORT) * SAMPLING.n
+    calls, tokens, differ = one.random_launches(SHORT, SAMPLING, SEEDS, False)
+    assert rows < calls <= rows * tokens and differ
+    alone = [one.random_launches(SHORT, SAMPLING, SEEDS, True) for _ in range(2)]
+    assert alone[0] == alone[1] and alone[0][0] <= alone[0][1] and alone[0][2], "one for all requests, each token"
+    assert one.eager_on("cpu") and not one.eager_on("cuda"), "graphs are kept where there are any"
+    assert one.random_launches(SHORT, Sampling(greedy=True, max_tokens=4, n=SAMPLING.n), SEEDS, False)[0] == 0
+    one.close_engine()
+
+
 def test_both_engines_agree_on_greedy_tokens(generation_world1: World, folders: dict[str, Path]) -> None:
     one, greedy, answers = Single(generation_world1), Sampling(greedy=True, max_tokens=12), []
     for kind in ENGINES:

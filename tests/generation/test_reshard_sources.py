@@ -92,11 +92,25 @@ def test_adapters_travel_alone_and_generation_follows_them(generating: World, fo
         world.run(trainer.step)
 
 
-def test_what_is_asleep_does_not_generate(generating: World, folder: Path) -> None:
-    generating.run(trainer.open_trainer, folder, {})
-    assert generating.run(trainer.colocate, "cpu", True) == [None, None]
-    for first, asleep, again in generating.run(trainer.take_turns, SHORT, SEEDS):
-        assert "needs an engine that is awake" in asleep and isinstance(first, list) and first == again
+@pytest.mark.parametrize("engine", [{}, {"lora": trainer.LORA}], ids=["whole", "adapters"])
+@pytest.mark.parametrize("planned", [True, False], ids=["sync next", "no plan"])
+def test_what_is_asleep_does_not_generate(
+    generating: World, folder: Path, planned: bool, engine: dict[str, Any]
+) -> None:
+    """Weights that a sync overwrites before they are used are given up; all others are kept, adapters' bases too."""
+    order = ("actor.generate", "actor.update", "actor.sync") if planned else ()
+    generating.run(trainer.open_trainer, folder, engine)
+    assert generating.run(trainer.colocate, "cpu", order) == [None, None]
+    for found in generating.run(trainer.take_turns, SHORT, SEEDS):
+        assert found["held"] == found["predicted"], "nothing but what the update needs"
+        assert "needs an engine that is awake" in found["asleep"]
+        assert found["dropped"] == (planned and not engine)
+        assert isinstance(found["first"], list) and (found["first"] == found["again"]) == (not found["dropped"])
+        sizes = found["sizes"]
+        kept = 0 if found["dropped"] else sizes["actor.rollout weights"]
+        assert found["moved"] == kept + sizes["actor parameters"] + sizes["actor optimizer"]
+    if planned and not engine:
+        assert_follows(generating, generating)
 
 
 # --- two worlds --------------------------------------------------------------------------------------

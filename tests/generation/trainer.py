@@ -18,6 +18,7 @@ from tests.engines.losses import TokenLoss, make_batch
 from tests.generation import rank
 from tests.generation.test_engines import SAMPLING
 from workers.engines.build import new_training_engine
+from workers.memory.arbiter import Arbiter
 from workers.reshard.canary import CanaryDied
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.link import SyncStopped
@@ -31,6 +32,7 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 
 _trainer: Any = None
 _sync: Any = None
+_memory: Any = None
 
 
 def open_trainer(folder: Path, settings: dict[str, Any], device: str = "cpu") -> None:
@@ -57,10 +59,19 @@ def step() -> None:
     _trainer.step(make_batch(), TokenLoss())
 
 
-def colocate(device: str = "cpu", sleeps: bool = False) -> str | None:
-    """This rank's end beside the generation engine of `rank.open_engine`; returns why it sends whole tensors."""
-    global _sync
-    _sync = ColocatedSync(_trainer, rank._engine, replace(ROLLOUT, sleeps=sleeps), _context(device))
+def colocate(device: str = "cpu", order: tuple[str, ...] | None = None) -> str | None:
+    """This rank's end beside the generation engine of `rank.open_engine`; returns why it sends whole tensors.
+
+    order: of phases, where the device holds the largest of them and no more; None: no limit.
+    """
+    global _sync, _memory
+    rank._engine.wake()
+    _memory = Arbiter(torch.device(device), None if order is None else 1 << 40, order or ())
+    _memory.add_training("actor", _trainer, trained=True)
+    _sync = ColocatedSync(_trainer, rank._engine, ROLLOUT, replace(_context(device), memory=_memory))
+    if order is not None:
+        _memory.ledger.budget = max(map(_memory.ledger.predicted_bytes, _memory.ledger.phases))
+        _memory._working["actor.update"] = 1 << 40  # seen to need all that is left
     return _sync.fallback  # type: ignore[no-any-return]
 
 
@@ -101,15 +112,29 @@ def planned_bytes() -> int:
     return int(_sync.pieces.planned_bytes)
 
 
-def take_turns(prompts: list[list[int]], seeds: list[int]) -> list[rank.Answers | str]:
+def take_turns(prompts: list[list[int]], seeds: list[int]) -> dict[str, Any]:
     """Generation before and after the trainer has been used, and in its turn again."""
     _sync.run(False)
-    _sync.turn("generate")
-    answers = [rank.generate(prompts, SAMPLING, seeds)]
+    _memory.turn("actor.generate")
+    first = rank.generate(prompts, SAMPLING, seeds)
+    _memory.report()
     step()
-    answers.append(rank.generate(prompts, SAMPLING, seeds))
-    _sync.turn("generate")
-    return [*answers, rank.generate(prompts, SAMPLING, seeds)]
+    held = _memory.held_bytes()
+    asleep, dropped = rank.generate(prompts, SAMPLING, seeds), _sync.dropped
+    if dropped:
+        _sync.run(True)
+    _memory.turn("actor.generate")
+    again, moved = rank.generate(prompts, SAMPLING, seeds), _memory.report()
+    return {
+        "first": first,
+        "asleep": asleep,
+        "again": again,
+        "dropped": dropped,
+        "held": held,
+        "predicted": _memory.ledger.predicted_bytes("actor.update") - _trainer.gradient_bytes,
+        "moved": int(moved["moved_bytes_update"].value),
+        "sizes": {f"{tenant} {kind}": size for (tenant, kind), size in _memory.ledger.sizes.items()},
+    }
 
 
 def adapter_bytes() -> int:

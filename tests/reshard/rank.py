@@ -78,11 +78,11 @@ def blank(layout: Layout, rank: int) -> dict[str, list[Tensor]]:
     return made
 
 
-def round_trips(first: int, count: int, name: str = "trips") -> list[str]:
+def round_trips(first: int, count: int, name: str = "trips", world: int = 4) -> list[str]:
     """Train layout -> generation layout -> back, compared element for element; returns what went wrong."""
     wrong, rank = [], dist.get_rank()
     for seed in range(first, first + count):
-        source, target = random_pair(random.Random(seed))
+        source, target = random_pair(random.Random(seed), world)
         full = whole(target, seed % 7)
         wanted = {n: t.to(getattr(torch, target.parameters[n].dtype)) for n, t in full.items()}
         there, met = make_plan(source, target), link(name)

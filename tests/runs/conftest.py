@@ -67,6 +67,7 @@ def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[.
         settings = [
             "task=none",
             f"model.path={model}",
+            "model.dtype=float32",
             f"data.train.path={data}",
             "data.prompts_per_step=4",
             "steps=2",

@@ -101,7 +101,16 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
     cluster: None, model: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = ["task=none", f"model.path={model}", f"data.train.path={data}", f"output.root={tmp_path}", *ROLLOUT]
-    launch = compose("grpo", [*settings, f"reward.function={REWARD}", "data.prompts_per_step=4", "steps=1000"])
+    launch = compose(
+        "grpo",
+        [
+            *settings,
+            f"reward.function={REWARD}",
+            "data.prompts_per_step=4",
+            "steps=1000",
+            "placement.pools.main.slots=2",
+        ],
+    )
 
     class Killer(Display):
         def step(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from rlhf_dist.machine_settings import takes_packs
 from workers.engines.token_split import heads_for_tokens, tokens_for_heads
 
 
@@ -217,7 +218,9 @@ def packed_attention(
         if s_aux is not None:
             s_aux = s_aux.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
         query, key, value = (heads_for_tokens(t[0], group).unsqueeze(0) for t in (query, key, value))
-    whole = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == query.shape[-1]
+    whole = (
+        takes_packs(query.device.type, str(query.dtype).removeprefix("torch.")) and value.shape[-1] == query.shape[-1]
+    )
     if whole and softcap is None and s_aux is None and mask.local == mask.window:
         attended = _flash(query, key, value, mask.packing, scaling, mask.window)
     else:

@@ -11,8 +11,9 @@ import torch
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation import GenerationEngine
-from workers.engines.models import Head
+from workers.engines.load import Head
 from workers.engines.training import TrainingEngine
+from workers.memory.arbiter import arbiter_of
 
 if TYPE_CHECKING:
     from workers.engines.deepspeed import DeepSpeedEngine
@@ -31,6 +32,7 @@ def new_training_engine(
     else:
         raise ValueError(f"engine.name must be fsdp or deepspeed, got {engine.name!r}")
     context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
+    arbiter_of(context).make_room()
     device = torch.device(context.device)
     return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
 
@@ -43,6 +45,7 @@ def new_generation_engine(
     Raises ValueError for another name.
     """
     context.phase(f"{rollout.engine} engine for generation")
+    arbiter_of(context).make_room()
     device = torch.device(context.device)
     if rollout.engine == "vllm":
         from workers.engines.vllm import VllmEngine

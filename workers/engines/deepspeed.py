@@ -22,12 +22,15 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
 from workers.engines.checkpoint import State, flat_tensor
+from workers.engines.file_tensors import parameters_of
+from workers.engines.load import Head, fill_whole
 from workers.engines.mesh import training_mesh
-from workers.engines.models import Head, build_model, parameters_of, read_weights
+from workers.engines.models import build_model
 from workers.engines.optimizer import new_optimizer, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
-from workers.engines.training import OffloadPart, WeightPart
+from workers.engines.training import DevicePart, WeightPart
+from workers.memory.movable import Movable
 
 Range = tuple[int, int]
 """[begin, end) of a flattened parameter."""
@@ -69,7 +72,8 @@ class DeepSpeedEngine(PackedEngine):
             if self._stage == 3:
                 self._partition(optimizer)
             else:  # A stage that cuts no parameters: every rank's device has them, and nothing else is needed.
-                read_weights(module, device)
+                fill_whole(module.hf, module.weights, device)
+                module.weights = None
         self._parameters = parameters_of(module)
         if uses_deepspeed:
             self._engine = self._initialize(optimizer)
@@ -198,23 +202,40 @@ class DeepSpeedEngine(PackedEngine):
         return mapping.hp_fragment.detach() if mapping is not None else parameter.detach().new_empty(0).float()
 
     # --- memory ----------------------------------------------------------------------------------
-    def offload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
-        """See `TrainingEngine.offload`."""
-        if self._device.type == "cpu" or self._engine is None or self._optimizer_config is None:
-            return
-        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kind
+    @property
+    def gradient_bytes(self) -> int:
+        """See `TrainingEngine.gradient_bytes`."""
+        if self._optimizer_config is None or self._gradient_buffers():
+            return 0
+        whole = sum(prod(shape) for shape in self._whole.values())
+        return 4 * (whole if self._stage == 1 else -(-whole // self._world))
 
-        kinds = {
-            "parameters": [Kind.lp_params, Kind.hp_params],
-            "gradients": [Kind.lp_grads, Kind.contiguous_grad_buffer],
-            "optimizer": [Kind.optim_states],
+    def _device_parts(self) -> dict[DevicePart, Movable]:
+        # By storage, since DeepSpeed's own `offload_states` at stage 3 takes no optimizer but its FusedAdam.
+        weights: list[Tensor] = list(self._parameters.values())
+        weights += [p.ds_tensor for p in self._parameters.values() if hasattr(p, "ds_tensor")]
+        if self._optimizer_config is None:
+            return {"parameters": Movable(weights, self._device)}
+        optimizer = self._engine.optimizer
+        weights += _flat_masters(optimizer, self._stage)
+        moments = [kept[name] for kept in self._moments() for name in ("exp_avg", "exp_avg_sq")]
+        parts: dict[DevicePart, Movable] = {
+            "parameters": Movable(weights, self._device),
+            "optimizer": Movable(moments, self._device),
         }
-        self._engine.offload_states(include=[kind for part in parts for kind in kinds[part]])
+        if buffers := self._gradient_buffers():
+            parts["gradients"] = Movable(buffers, self._device, comes_as="zeros")
+        if self._stage == 3:
+            buckets = [one.buffer for one in optimizer.ipg_buckets.values() if isinstance(one.buffer, Tensor)]
+            parts["buckets"] = Movable(buckets, self._device, comes_as="anything")
+        return parts
 
-    def onload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
-        """See `TrainingEngine.onload`; everything comes back."""
-        if self._device.type != "cpu" and self._engine is not None and self._optimizer_config is not None:
-            self._engine.reload_states()
+    def _gradient_buffers(self) -> list[Tensor]:
+        """Where gradients are summed, if that stays from step to step: nothing of it is wanted between two."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            return [optimizer.grad_partitions_flat_buffer]
+        return list(getattr(optimizer, "fp32_groups_gradients_flat", ()))  # bfloat16 at stage 1
 
     # --- files -----------------------------------------------------------------------------------
     def _shapes(self) -> dict[str, Sequence[int]]:
@@ -237,11 +258,7 @@ class DeepSpeedEngine(PackedEngine):
     def _moment(self, name: str, kind: str) -> Tensor:
         """This rank's flat part of one of Adam's moments, zeros before the first step."""
         optimizer, parameter = self._engine.optimizer, self._parameters[name]
-        for flat in _flat_masters(optimizer, self._stage):
-            kept = optimizer.optimizer.state[flat]
-            if not kept:
-                kept["step"] = torch.tensor(float(self.version), device=flat.device)
-                kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        self._moments()
         if self._stage == 3:
             from deepspeed.utils import safe_get_local_optimizer_state
 
@@ -251,9 +268,20 @@ class DeepSpeedEngine(PackedEngine):
         if mapping is None:
             return parameter.detach().new_empty(0).float()
         group = mapping.param_group_index
-        flat = optimizer.single_partition_of_fp32_groups[group]
+        flat = _flat_masters(optimizer, self._stage)[group]
         address = mapping.get_hp_fragment_address()
         return optimizer.optimizer.state[flat][kind].narrow(0, address.start, address.numel)
+
+    def _moments(self) -> list[dict[str, Any]]:
+        """Adam's state of every flat master: zeros before the first step, as its first step would make them."""
+        optimizer, found = self._engine.optimizer, []
+        for flat in _flat_masters(optimizer, self._stage):
+            kept: dict[str, Any] = optimizer.optimizer.state[flat]
+            if not kept:
+                kept["step"] = torch.tensor(float(self.version), device=flat.device)
+                kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+            found.append(kept)
+        return found
 
     def _loaded(self) -> None:
         if self._optimizer_config is None:
@@ -280,8 +308,11 @@ class DeepSpeedEngine(PackedEngine):
 
 def _flat_masters(optimizer: Any, stage: int) -> list[Tensor]:
     """The flat float32 tensors that Adam steps on."""
-    masters = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-    return list(masters)
+    if stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    # DeepSpeed has an optimizer of its own for bfloat16 at stage 1.
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return list(next(getattr(optimizer, name) for name in names if hasattr(optimizer, name)))
 
 
 def _settings(engine: EngineConfig, optimizer: OptimizerConfig | None, device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_dist.reshard.file_tensors import FileTensor, FileTensors, Part, as_it_stands, whole_box
 from rlhf_dist.reshard.layout import Box
+from workers.engines.lora import weight_name
 
 
 class UnknownFiles(ValueError):
@@ -54,6 +55,14 @@ def file_tensors(hf: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> Fi
             "it can be neither exported nor synced, so it is not trained"
         ) from error
     return found
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their name in transformers' model; tied ones once.
+
+    Adapters come under the names of `lora.py`, beside the weights they change.
+    """
+    return {weight_name(name.removeprefix("hf.")): parameter for name, parameter in model.named_parameters()}
 
 
 def kept_buffers(hf: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ optimizer    AdamW on the local shards; the learning rate is a function of `vers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +22,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards
+from workers.engines.file_tensors import parameters_of
+from workers.engines.load import Head
 from workers.engines.lora import Adapter, adapters_of
 from workers.engines.mesh import training_mesh
-from workers.engines.models import Head, build_model, layers_of, parameters_of
+from workers.engines.models import build_model, layers_of
 from workers.engines.optimizer import clip_, new_optimizer, norm_of, set_learning_rate
 from workers.engines.packed_engine import PackedEngine
 from workers.engines.packing import Packed
 from workers.engines.slices import allocate
 from workers.engines.tensor_parallel import split_over_tensor_ranks
-from workers.engines.training import OffloadPart, WeightPart
+from workers.engines.training import DevicePart, WeightPart
+from workers.memory.movable import Movable
 
 
 class FsdpEngine(PackedEngine):
@@ -142,25 +146,19 @@ class FsdpEngine(PackedEngine):
         )
 
     # --- memory ----------------------------------------------------------------------------------
-    def offload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
-        """See `TrainingEngine.offload`."""
-        self._move(parts, torch.device("cpu"))
+    @property
+    def gradient_bytes(self) -> int:
+        """See `TrainingEngine.gradient_bytes`."""
+        trained = (_dtensor(p).to_local() for p in self._parameters.values() if p.requires_grad)
+        return sum(4 * local.numel() for local in trained if local.device == self._device)
 
-    def onload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
-        """See `TrainingEngine.onload`."""
-        self._move(parts, self._device)
-
-    def _move(self, parts: Sequence[OffloadPart], device: torch.device) -> None:
-        if self._device.type == "cpu" or self._config.offload == "all":
-            return
-        if "parameters" in parts:
-            self._module.to(device)
-        if "optimizer" in parts and self._optimizer is not None:
-            for state in self._optimizer.state.values():
-                for name, value in state.items():
-                    if isinstance(value, DTensor):
-                        state[name] = value.to(device)
-        torch.cuda.empty_cache()
+    def _device_parts(self) -> dict[DevicePart, Movable]:
+        # Counters of steps stay: a few bytes each.
+        moments = [kept[name] for kept in self._moments().values() for name in ("exp_avg", "exp_avg_sq")]
+        parts: dict[DevicePart, Movable] = {"parameters": Movable(self._parameters.values(), self._device)}
+        if self._optimizer is not None:
+            parts["optimizer"] = Movable(moments, self._device)
+        return parts
 
     # --- files -----------------------------------------------------------------------------------
     def _shapes(self) -> dict[str, Sequence[int]]:
@@ -174,18 +172,22 @@ class FsdpEngine(PackedEngine):
         """What a checkpoint holds: trained parameters and Adam's moments."""
         trained = {name: _dtensor(p) for name, p in self._parameters.items() if p.requires_grad or not self._adapters}
         state = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
-        if self._optimizer is not None:
-            for name, parameter in self._parameters.items():
-                if not parameter.requires_grad:
-                    continue
-                kept = self._optimizer.state[parameter]
-                if not kept:
-                    kept["step"] = torch.tensor(float(self.version), device=parameter.device)
-                    kept["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    kept["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state[f"exp_avg.{name}"] = kept["exp_avg"]
-                state[f"exp_avg_sq.{name}"] = kept["exp_avg_sq"]
+        for name, kept in self._moments().items():
+            state |= {f"{moment}.{name}": kept[moment] for moment in ("exp_avg", "exp_avg_sq")}
         return state
+
+    def _moments(self) -> dict[str, dict[str, Any]]:
+        """Adam's state of every trained parameter: zeros before the first step, as its first step would make them."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._parameters.items() if self._optimizer is not None else ():
+            if not parameter.requires_grad:
+                continue
+            kept = found[name] = self._optimizer.state[parameter]
+            if not kept:
+                kept["step"] = torch.tensor(float(self.version), device=parameter.device)
+                kept["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                kept["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return found
 
 
 def _fsdp(module: nn.Module) -> FSDPModule:

@@ -35,6 +35,7 @@ Bucket: TypeAlias = list[tuple[str, Tensor]]
 SleepPart = Literal["weights", "cache"]
 """What a generation engine holds on its device."""
 BOTH: tuple[SleepPart, ...] = ("weights", "cache")
+DROPPED = "the weights were given up, since a sync was to come before they are used"
 ShardSync: TypeAlias = Callable[[Shards, Callable[[], None], Callable[[int], None]], int]
 """(target shards, prepare, finish) -> version: calls `prepare`, fills the shards, calls `finish(version)`, and
 verifies on all ranks."""
@@ -113,7 +114,8 @@ class GenerationEngine(Protocol):
 
         prompts: token ids, [T_i] each; zero prompts are fine. seeds: one per response, in [0, 2^63). Each
         response is drawn from its own random stream, so it does not depend on the rank, the other prompts
-        or the batch size (up to float rounding). Returns len(prompts) * n responses, the n of one prompt together.
+        or the batch size (up to float rounding). With `stop`, which makes it depend on the moment, the responses of
+        one call may share a stream. Returns len(prompts) * n responses, the n of one prompt together.
         stop: asked after every token; once it is true on any rank of the copy, all that is not done is returned
         as interrupted. begun: what such a call returned; interrupted responses go on where they were.
         Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
@@ -145,12 +147,21 @@ class GenerationEngine(Protocol):
         """Generate nothing until a sync completes: the weights held are stale, or not what was trained."""
         ...
 
-    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
-        """Give the device memory back for training (nothing to do on a CPU); the cache never stays without weights."""
+    def held_bytes(self) -> dict[SleepPart, int]:
+        """Bytes of each part on the device now."""
         ...
 
-    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
-        """Take it again; the weights held before sleep() are held after wake(). A sync needs the weights only."""
+    def sleep(self, parts: Sequence[SleepPart] = BOTH, *, keep: bool = True) -> int:
+        """Give the device's memory back; the cache never stays without weights. Returns bytes copied.
+
+        keep False: the weights are not wanted again, since a sync comes before they are used; until then `generate`
+        refuses.
+        """
+        ...
+
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> int:
+        """Take it again; weights that were kept are held as before. A sync needs the weights only. Returns bytes
+        copied."""
         ...
 
     def close(self) -> None:
@@ -199,6 +210,8 @@ class SyncedEngine(ABC):
         self._dtype = dtype
         self._version = -1
         self._refusal = "no weights have arrived yet"
+        self._began = False
+        """A sync has begun: what the model holds is no longer arbitrary."""
 
     @property
     def weights_version(self) -> int:
@@ -211,6 +224,7 @@ class SyncedEngine(ABC):
             raise ValueError(f"version must be >= 0, got {version}")
         started = perf_counter()
         self.refuse(f"the sync of version {version} did not complete")
+        self._began = True
         arrivals = Arrivals(version, expected, self._dtype)
         failure: Exception | None = None
         try:
@@ -239,6 +253,7 @@ class SyncedEngine(ABC):
     def receive_shards(self, sync: ShardSync) -> None:
         """See GenerationEngine."""
         self.refuse("the last weight sync did not complete")
+        self._began = True
         self._version = sync(self._target_shards(), self._begin_shards, self._finish_shards)
 
     def refuse(self, reason: str) -> None:

@@ -9,6 +9,7 @@ Adapters sit beside the weights they change:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,20 +63,33 @@ def add_adapters(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         lora_dropout=0.0,
         exclude_modules=["score"],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            peft.inject_adapter_in_model(settings, hf, adapter_name=_ADAPTER)
-        except ValueError as error:
-            raise ValueError(
-                f"engine.lora.targets={config.targets} names no layers of {type(hf).__name__} that adapters fit in; "
-                f"give a regular expression such as .*(q|v)_proj ({' '.join(str(error).split())[:200]})"
-            ) from error
+    try:
+        peft.inject_adapter_in_model(settings, hf, adapter_name=_ADAPTER)
+    except ValueError as error:
+        raise ValueError(
+            f"engine.lora.targets={config.targets} names no layers of {type(hf).__name__} that adapters fit in; "
+            f"give a regular expression such as .*(q|v)_proj ({' '.join(str(error).split())[:200]})"
+        ) from error
+    _start(hf, seed)
     # Dropout is off everywhere; peft's new modules start in training mode.
     hf.train(False)
     head: Any = getattr(hf, "score", None)
     if head is not None:
         head.weight.requires_grad_(True)
+
+
+def _start(hf: nn.Module, seed: int) -> None:
+    """Give adapters memory, which peft leaves out beside weights that have none, and values as peft does: A uniform
+    within 1/sqrt(in), B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in hf.modules():
+        for table in ("lora_A", "lora_B"):
+            if _ADAPTER in (adapters := getattr(module, table, {})):
+                empty = adapters[_ADAPTER].weight
+                values = torch.zeros(empty.shape)
+                if table == "lora_A":
+                    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+                adapters[_ADAPTER].weight = nn.Parameter(values)
 
 
 def _linear_layers(hf: PreTrainedModel) -> list[str]:

@@ -12,29 +12,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_dist.algorithms.contract import Output
 from rlhf_dist.config import EngineConfig, ModelConfig
-from rlhf_dist.model_folder import HEAD, head_problem
 from workers.engines.attention import running
-from workers.engines.file_tensors import UnknownFiles, file_tensors, kept_buffers
 from workers.engines.heads import library_logits, matrix_head, trunk_of
+from workers.engines.load import Head, Weights, load
 from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
-from workers.engines.lora import add_adapters, weight_name
+from workers.engines.lora import add_adapters
 from workers.engines.mixers import mix_by_row
 from workers.engines.packing import Packed
 from workers.engines.rotary import rotate_by_row, row_lengths
 from workers.engines.router import balance_of_rows
-from workers.engines.slices import FolderWeights, ReadWhole, allocate, parameters_on_meta
 from workers.engines.token_split import gather_tokens, summed_gradient
-
-Head = Literal["policy", "value"]
 
 
 class RoleModel(nn.Module, ABC):
@@ -48,8 +44,8 @@ class RoleModel(nn.Module, ABC):
         self._mixers = mix_by_row(trunk_of(hf))
         self.alike_up_to = rotate_by_row(hf)
         """Tokens up to which a row's positions do not depend on its length; None for any."""
-        self.weights: FolderWeights | None = None
-        """Reads the parameters, which are on the meta device until then; None: they are there."""
+        self.weights: Weights | None = None
+        """Has the values of the parameters, which are on the meta device until then; None: they are there."""
         self.read_whole = ""
         """Why every rank has held the whole model for a moment; empty where none has."""
         self.failure: Exception | None = None
@@ -186,8 +182,8 @@ class ValueModel(RoleModel):
 def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: int, trained: bool) -> RoleModel:
     """The model of a folder, dropout off; the same on every rank.
 
-    Its parameters are on the meta device where the folder can be read in slices, and `weights` reads them; else on
-    the CPU, with their values: random starts, adapters, folders in an older form.
+    Its parameters are on the meta device where they can be had in slices, and `weights` has them; else on the CPU, with
+    their values (folders in an older form). Adapters are there always: they are small.
 
     In float32 if it is trained (master weights); a frozen one in the engine's dtype, in which it computes anyway.
 
@@ -198,7 +194,7 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model at {folder} (no config.json there); give a Hugging Face model folder")
-    hf, weights, read_whole = _load(folder, config.init, head, seed, trained, adapters=engine.lora is not None)
+    hf, weights, read_whole = load(folder, config.init, head, seed, trained)
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off.
     hf.train(False)
     hf.requires_grad_(trained)
@@ -217,18 +213,6 @@ def build_model(config: ModelConfig, engine: EngineConfig, *, head: Head, seed: 
     return module
 
 
-def read_weights(module: RoleModel, device: torch.device) -> None:
-    """Have all values of a model that came without them, on `device`: one file tensor at a time is on its way."""
-    weights, module.weights = module.weights, None
-    if weights is None:
-        return
-    allocate(module, device)
-    module.hf.tie_weights()
-    held = {name: tensor.detach() for name, tensor in (parameters_of(module) | kept_buffers(module.hf)).items()}
-    tensors = file_tensors(module.hf, {name: tensor.shape for name, tensor in held.items()})
-    weights.fill_whole(tensors, held)
-
-
 def _recompute(layer: nn.Module) -> None:
     """Have the library recompute a layer, as it does of layers in training mode; the layer runs without that mode."""
 
@@ -243,79 +227,3 @@ def _recompute(layer: nn.Module) -> None:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the units that are sharded and recomputed."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their name in transformers' model (`file_tensors.py` has those of its files); tied ones once.
-
-    Adapters come under the names of `lora.py`, beside the weights they change.
-    """
-    return {weight_name(name.removeprefix("hf.")): parameter for name, parameter in model.named_parameters()}
-
-
-def _load(
-    folder: Path, init: str, head: Head, seed: int, trained: bool, *, adapters: bool
-) -> tuple[PreTrainedModel, FolderWeights | None, str]:
-    """The model, what reads its weights, or why there is no such and they are there."""
-    if init not in ("pretrained", "random"):
-        raise ValueError(f"model.init must be pretrained or random, got {init!r}")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    family: Any = AutoModelForCausalLM
-    if head == "value":
-        family = AutoModelForSequenceClassification
-        has_head = any("SequenceClassification" in name for name in config.architectures or ())
-        if has_head and config.num_labels != 1:
-            raise ValueError(f"a value or reward model has one label, got {config.num_labels} in {folder}/config.json")
-        config.num_labels = 1
-    # Eager, as every family has it; a pass sets its own (`RoleModel.trunk`).
-    options = {"attn_implementation": "eager", "dtype": torch.float32}
-    new_head = head == "value"
-    weights, read_whole, sliced = None, "it starts at random" if init == "random" else "", None
-    if init == "pretrained":
-        try:
-            sliced = _skeleton(folder, config, family, options, adapters)
-        except ReadWhole as reason:
-            read_whole = str(reason)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if init == "random":
-            hf = family.from_config(config, **options)
-        elif sliced is not None:
-            hf, weights = sliced
-            new_head = False  # zeros where the folder has none
-            held = {*weights.unused, *weights.names.values()}
-            if head == "value" and (problem := head_problem(held, needed=not trained)):
-                raise ValueError(f"{folder} {problem}")
-        else:
-            hf, info = family.from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-            )
-            missing = set(info["missing_keys"]) - {"score.weight"}
-            if missing:
-                raise ValueError(f"the weights in {folder} lack {sorted(missing)[:5]}; is the folder complete?")
-            new_head = new_head and "score.weight" in info["missing_keys"]
-            held = {*info["unexpected_keys"], *(() if new_head else ("score.weight",))}
-            if head == "value" and (problem := head_problem(held, needed=not trained)):
-                raise ValueError(f"{folder} {problem}")
-    if head == "value" and not isinstance(getattr(hf, "score", None), nn.Linear):
-        raise ValueError(f"{type(hf).__name__} has no linear `score` head; use a family that transformers gives one")
-    if new_head:
-        nn.init.zeros_(hf.score.weight)
-    assert isinstance(hf, PreTrainedModel)
-    return hf, weights, read_whole
-
-
-def _skeleton(
-    folder: Path, config: Any, family: Any, options: Any, adapters: bool
-) -> tuple[PreTrainedModel, FolderWeights]:
-    """The model without memory for its parameters, and what reads them. Raises ReadWhole, which says why not."""
-    if adapters:
-        raise ReadWhole("adapters are made beside weights that are there")
-    try:
-        with parameters_on_meta():
-            hf = family.from_config(config, **options)
-        held = {name: tensor.shape for name, tensor in (parameters_of(hf) | kept_buffers(hf)).items()}
-        tensors = file_tensors(hf, held)
-    except (UnknownFiles, RuntimeError) as error:  # NotImplementedError is one, of an op that meta has not
-        raise ReadWhole(f"it cannot be made without memory ({error})") from error
-    return hf, FolderWeights.open(folder, hf, tensors, frozenset({HEAD}) & held.keys())

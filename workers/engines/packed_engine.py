@@ -38,18 +38,19 @@ from workers.engines import checkpoint
 from workers.engines.accumulation import Accumulation, even_passes, loss_name
 from workers.engines.checkpoint import CheckpointWriter, ModelCard
 from workers.engines.export import FILE_BYTES, write_model
-from workers.engines.file_tensors import file_tensors, kept_buffers
+from workers.engines.file_tensors import file_tensors, kept_buffers, parameters_of
 from workers.engines.gather import full_tensors
 from workers.engines.lora import Adapter, is_adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
-from workers.engines.models import RoleModel, parameters_of
+from workers.engines.models import RoleModel
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import probe
 from workers.engines.router import check_balance
 from workers.engines.schedule import learning_rate
 from workers.engines.token_split import WHOLE
-from workers.engines.training import NonFiniteLoss, Term, WeightPart
+from workers.engines.training import DevicePart, NonFiniteLoss, Term, Use, WeightPart
 from workers.engines.ways import PACKED, Way
+from workers.memory.movable import Movable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,7 +70,8 @@ class PackedEngine(ABC):
         if engine.dtype not in DTYPES:
             raise ValueError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {engine.dtype!r}")
         self.version = 0
-        self.before_use: Callable[[], None] = lambda: None
+        self.before_use: Callable[[Use], None] = lambda use: None
+        self._parts: dict[DevicePart, Movable] | None = None
         self._module, self._folder, self._config, self._optimizer_config = module, Path(model.path), engine, optimizer
         self._mesh, self._device, self._seed = mesh, mesh.device, seed
         self._dtype = DTYPES[engine.dtype]
@@ -88,7 +90,7 @@ class PackedEngine(ABC):
         """Read what this rank holds, where the model came without values."""
         weights, self._module.weights = self._module.weights, None
         if weights is not None:
-            weights.fill(self.layout(), self.local_shards(), dist.get_rank(self._mesh.world))
+            weights.fill(self.layout("base"), self.local_shards("base"), dist.get_rank(self._mesh.world))
 
     def _choose_way(self) -> None:
         """Find out how rows go through this model; the last thing a constructor does. Collective.
@@ -159,7 +161,7 @@ class PackedEngine(ABC):
         self, batch: Batch, names: Sequence[str], temperature: float, base: bool
     ) -> dict[str, npt.NDArray[np.float32]]:
         """The named outputs, rows in the order of `batch`."""
-        self.before_use()
+        self.before_use("forward")
         pad_to = longest_row(batch) if self._padded else 0
         cut = even_passes(batch, self._budget, False, pad_to, self._mesh.rows, self._device)
         parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
@@ -190,7 +192,7 @@ class PackedEngine(ABC):
             raise RuntimeError("this model is frozen: it was built without an optimizer and makes no steps")
         for _, loss, _ in terms:
             self._check_outputs(loss.outputs)
-        self.before_use()
+        self.before_use("update")
         passes = Accumulation(
             terms,
             budget_tokens=self._budget,
@@ -253,6 +255,17 @@ class PackedEngine(ABC):
         """Tokens of one pack: each rank of a sequence holds a share of them."""
         return self._config.micro_batch_tokens * self._mesh.tokens.sequence
 
+    # --- memory ------------------------------------------------------------------------------------
+    def device_parts(self) -> Mapping[DevicePart, Movable]:
+        """See `TrainingEngine.device_parts`."""
+        if self._parts is None:
+            self._parts = self._device_parts()
+        return self._parts
+
+    def _require_here(self) -> None:
+        if self._parts is not None and not self._parts["parameters"].here:
+            raise RuntimeError("the parameters must be on their device, and are in host memory; take the turn first")
+
     # --- weights and files -------------------------------------------------------------------------
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -270,6 +283,7 @@ class PackedEngine(ABC):
 
     def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
+        self._require_here()
         shards = self._parameter_shards(part)
         if part == "adapters":
             return shards
@@ -316,12 +330,12 @@ class PackedEngine(ABC):
 
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
-        self.before_use()
+        self.before_use("update" if self._optimizer_config is not None else "forward")
         return self._writer.save(folder, self._with_buffers(), self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
-        self.before_use()
+        self.before_use("update" if self._optimizer_config is not None else "forward")
         self.version = checkpoint.load(folder, self._with_buffers(), self._card(), self._mesh.world)
         self._loaded()
 
@@ -330,7 +344,7 @@ class PackedEngine(ABC):
 
     def export(self, folder: Path) -> None:
         """See `TrainingEngine.export`; in `engine.export_dtype`, else that of the weights it started from."""
-        self.before_use()
+        self.before_use("forward")
         buckets = self.full_weights(getattr(torch, self._export_dtype), FILE_BYTES)
         hf = self._module.hf
         writes = dist.get_rank(self._mesh.world) == 0
@@ -393,6 +407,15 @@ class PackedEngine(ABC):
     @abstractmethod
     def _parameter_shards(self, part: WeightPart) -> Shards:
         """This rank's boxes of it."""
+
+    @property
+    @abstractmethod
+    def gradient_bytes(self) -> int:
+        """See `TrainingEngine.gradient_bytes`."""
+
+    @abstractmethod
+    def _device_parts(self) -> dict[DevicePart, Movable]:
+        """What is on the device between steps."""
 
     @abstractmethod
     def _shapes(self) -> Mapping[str, Sequence[int]]:

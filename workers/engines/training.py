@@ -22,6 +22,7 @@ from rlhf_dist.metrics import Metrics
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards
 from workers.engines.lora import Adapter
+from workers.memory.movable import Movable
 
 Term = tuple[float, Loss, Batch]
 """One summand of a step: weight, loss, and the rows of this rank."""
@@ -29,7 +30,11 @@ Term = tuple[float, Loss, Batch]
 
 WeightPart = Literal["merged", "base", "adapters"]
 """The model with its adapters added to what they change, without them, or the adapters alone."""
-OffloadPart = Literal["parameters", "gradients", "optimizer"]
+DevicePart = Literal["parameters", "gradients", "buckets", "optimizer"]
+"""What an engine holds on its device between steps: master and compute weights; what gradients are summed in, and go
+through, where that stays; optimizer states."""
+Use = Literal["forward", "update"]
+"""What is needed: parameters, or everything."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -57,8 +62,10 @@ class TrainingEngine(Protocol):
     """Optimizer steps done."""
     remarks: tuple[str, ...]
     """What a user should know about this model here, a sentence each."""
-    before_use: Callable[[], None]
+    before_use: Callable[[Use], None]
     """Called before anything is computed, saved or loaded: brings back what was moved off the device meanwhile."""
+    gradient_bytes: int
+    """What the gradients of a step take on the device until it is made, beside `device_parts`."""
 
     def forward(
         self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False
@@ -123,12 +130,8 @@ class TrainingEngine(Protocol):
         """`full_checksum` of each parameter as `full_weights(dtype, ...)` gives it, without gathering."""
         ...
 
-    def offload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
-        """Move parts to the host; nothing on a CPU. Gradients exist only inside a step: there are none to move."""
-        ...
-
-    def onload(self, parts: Sequence[OffloadPart] = ("parameters", "optimizer")) -> None:
-        """Move them back."""
+    def device_parts(self) -> Mapping[DevicePart, Movable]:
+        """What this rank holds on its device between steps. Optimizer states are made by the first call."""
         ...
 
     def save(self, folder: Path) -> Future[None]:

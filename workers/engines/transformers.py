@@ -24,6 +24,7 @@ from rlhf_dist.sampling import Sampling
 from workers.engines.file_tensors import file_tensors, kept_buffers
 from workers.engines.generation import (
     BOTH,
+    DROPPED,
     Bucket,
     Response,
     SleepPart,
@@ -35,6 +36,7 @@ from workers.engines.generation import (
     resumed_seed,
     stream_seed,
 )
+from workers.memory.movable import Movable
 
 _NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _ROWS_AT_ONCE = 128
@@ -51,7 +53,7 @@ class TransformersEngine(SyncedEngine):
                 f"rollout.tensor_parallel must be 1 for the transformers engine, got {rollout.tensor_parallel}; "
                 "use rollout.engine=vllm"
             )
-        self._rollout, self._device, self._asleep = rollout, device, False
+        self._rollout, self._device = rollout, device
         self._end_tokens = torch.tensor(end_token_ids(model_path), dtype=torch.int64, device=device)
         # Random weights, never generated with; the process's random streams are the trainer's.
         with torch.random.fork_rng():
@@ -59,6 +61,7 @@ class TransformersEngine(SyncedEngine):
         self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
         _check_cache(self._model, device)
         self._files = file_tensors(model, {name: tensor.shape for name, tensor in self._weights().items()})
+        self._held = Movable(self._weights().values(), device)
 
     @torch.no_grad()
     def generate(
@@ -98,21 +101,23 @@ class TransformersEngine(SyncedEngine):
                 responses[row] = continued(one, rest)
         return responses
 
-    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
-        """See GenerationEngine. On CUDA the weights move to host memory; the cache lives inside `generate` only."""
-        assert self._model is not None, "sleep() after close()"
-        if "weights" in parts:
-            if self._device.type == "cuda":
-                self._model.to("cpu")
-                torch.cuda.empty_cache()
-            self._asleep = True
+    def held_bytes(self) -> dict[SleepPart, int]:
+        """See GenerationEngine. The cache lives inside `generate` only."""
+        return {"weights": self._held.held_bytes}
 
-    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
+    def sleep(self, parts: Sequence[SleepPart] = BOTH, *, keep: bool = True) -> int:
+        """See GenerationEngine."""
+        assert self._model is not None, "sleep() after close()"
+        if "weights" not in parts:
+            return 0
+        if not keep:
+            self.refuse(DROPPED)
+        return self._held.leave(keep and self._began)  # before the first sync there is nothing to keep
+
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> int:
         """See GenerationEngine."""
         assert self._model is not None, "wake() after close()"
-        if "weights" in parts:
-            self._model.to(self._device)
-            self._asleep = False
+        return self._held.come() if "weights" in parts else 0
 
     def close(self) -> None:
         """See GenerationEngine."""
@@ -123,7 +128,7 @@ class TransformersEngine(SyncedEngine):
     def _running(self, call: str) -> PreTrainedModel:
         if self._model is None:
             raise RuntimeError(f"{call}() needs an open engine, this one is closed; construct another")
-        if self._asleep:
+        if not self._held.here:
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._model
 
@@ -134,6 +139,7 @@ class TransformersEngine(SyncedEngine):
 
     def _begin_install(self) -> None:
         self._running("receive_weights")
+        self._held.written()
         for weight in self._weights().values():
             weight.fill_(torch.nan)
 
@@ -167,6 +173,7 @@ class TransformersEngine(SyncedEngine):
 
     def _target_shards(self) -> Shards:
         self._running("receive_shards")
+        self._held.written()
         weights = self._weights()
         return {name: [view for _, view in self._files.views(name, weights)] for name in self._files}
 

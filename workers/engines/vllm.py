@@ -34,6 +34,7 @@ from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation import (
     BOTH,
+    DROPPED,
     Bucket,
     Response,
     SleepPart,
@@ -64,14 +65,13 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # no
 from workers.device import sees_its_peers  # noqa: E402
 from workers.engines import vllm_classes, vllm_trace, vllm_weights  # noqa: E402
 from workers.engines.vllm_sampler import FullVocabularySampler  # noqa: E402
+from workers.engines.vllm_sleep import Bed, CudaBed, HostBed  # noqa: E402
 
 _MAX_REQUESTS = 1024
 """Requests in one scheduler step; the KV cache is the tighter limit."""
 _MAX_BATCHED_TOKENS = 8192
 """Prompt tokens in one scheduler step."""
 _NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
-_TAGS: dict[SleepPart, str] = {"weights": "weights", "cache": "kv_cache"}
-"""What vLLM calls the parts that sleep."""
 _CPU_BLOCK_TOKENS = 32
 """KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
 
@@ -101,9 +101,8 @@ class VllmEngine(SyncedEngine):
         self._rollout = rollout
         self._end_tokens = end_token_ids(model_path)
         self._request_ids = count()
-        self._asleep: set[SleepPart] = set()
-        self._sleeps = device.type == "cuda"
         self._tracing: vllm_trace.Tracing | None = None
+        self._random_devices = [device] if device.type == "cuda" else []
         name = _shared_name()
         # vLLM seeds the process's random streams; they are the trainer's.
         size = rollout.tensor_parallel
@@ -126,6 +125,7 @@ class VllmEngine(SyncedEngine):
         runner.sampler = FullVocabularySampler()
         self._model: torch.nn.Module = runner.model
         vllm_classes.move(self._model, decorated)
+        self._bed: Bed = CudaBed(self._engine) if device.type == "cuda" else HostBed(self._engine, device)
 
     def generate(
         self,
@@ -156,13 +156,18 @@ class VllmEngine(SyncedEngine):
             if not before.interrupted:
                 continue
             own, request_id, drawn = copy.copy(params), str(next(self._request_ids)), len(before.token_ids)
-            own.seed = None if sampling.greedy else stream_seed(resumed_seed(seed, drawn))
+            # A seed of its own is a kernel for each request and token. Where generation may be stopped at any token,
+            # what is drawn depends on the moment anyway, and one stream serves all requests.
+            own.seed = None if sampling.greedy or stop is not None else stream_seed(resumed_seed(seed, drawn))
             own.max_tokens = sampling.max_tokens - drawn
             tokens = [*prompts[place // sampling.n].tolist(), *before.token_ids.tolist()]
             engine.add_request(request_id, {"type": "token", "prompt_token_ids": tokens}, own)
             places[request_id] = place
         latest: dict[str, Any] = {}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=self._random_devices):
+            if stop is not None and seeds:
+                before_all = sum(len(response.token_ids) for response in responses)
+                torch.manual_seed(stream_seed(resumed_seed(seeds[0], before_all)))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     latest[output.request_id] = output.outputs[0]
@@ -182,26 +187,23 @@ class VllmEngine(SyncedEngine):
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel_state.get_tp_group().cpu_group)
         return bool(flag)
 
-    def sleep(self, parts: Sequence[SleepPart] = BOTH) -> None:
-        """See GenerationEngine. On CUDA weights move to host memory and the KV cache is dropped."""
-        assert self._engine is not None, "sleep() after close()"
-        awake = set(BOTH) - self._asleep
-        if not awake & set(parts):
-            return
-        if self._sleeps:
-            # vLLM puts everything to sleep at once, and wakes it part by part.
-            if self._asleep:
-                self._engine.wake_up([_TAGS[part] for part in self._asleep])
-            self._engine.sleep(level=1)
-        self._asleep = set(BOTH)
-        self.wake([part for part in BOTH if part in awake - set(parts)])
+    def held_bytes(self) -> dict[SleepPart, int]:
+        """See GenerationEngine."""
+        return self._bed.held_bytes()
 
-    def wake(self, parts: Sequence[SleepPart] = BOTH) -> None:
+    def sleep(self, parts: Sequence[SleepPart] = BOTH, *, keep: bool = True) -> int:
+        """See GenerationEngine."""
+        assert self._engine is not None, "sleep() after close()"
+        leaving: Sequence[SleepPart] = ("cache", "weights") if "weights" in parts else parts
+        if "weights" in parts and not keep:
+            self.refuse(DROPPED)
+        keep = keep and self._began  # before the first sync there is nothing to keep
+        return sum(self._bed.lay(part, keep) for part in leaving if part not in self._bed.asleep)
+
+    def wake(self, parts: Sequence[SleepPart] = BOTH) -> int:
         """See GenerationEngine."""
         assert self._engine is not None, "wake() after close()"
-        if self._sleeps and (asleep := [_TAGS[part] for part in parts if part in self._asleep]):
-            self._engine.wake_up(asleep)
-        self._asleep -= set(parts)
+        return sum(self._bed.wake(part) for part in parts if part in self._bed.asleep)
 
     def close(self) -> None:
         """See GenerationEngine."""
@@ -213,7 +215,7 @@ class VllmEngine(SyncedEngine):
         core.scheduler.shutdown()
         gc.unfreeze()
         self.refuse("the engine is closed")
-        del core, self._model
+        del core, self._model, self._bed
         self._engine = None
         parallel_state.destroy_model_parallel()
         if parallel_state._WORLD is not None:  # the groups vLLM made of the default group, not that group itself
@@ -224,7 +226,7 @@ class VllmEngine(SyncedEngine):
     def _running(self, call: str) -> LLMEngine:
         if self._engine is None:
             raise RuntimeError(f"{call}() needs an open engine, this one is closed; construct another")
-        if self._asleep & (set(BOTH) if call == "generate" else {"weights"}):
+        if self._bed.asleep & (set(BOTH) if call == "generate" else {"weights"}):
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._engine
 
@@ -246,6 +248,7 @@ class VllmEngine(SyncedEngine):
 
     def _begin_install(self) -> None:
         self._running("receive_weights")
+        self._bed.written()
         vllm_weights.invalidate(self._model)
 
     def _install(self, bucket: Bucket) -> None:
@@ -279,6 +282,8 @@ class VllmEngine(SyncedEngine):
 
     def _target_shards(self) -> Shards:
         assert self._tracing is not None, "trace() comes before receive_shards()"
+        self._running("receive_shards")
+        self._bed.written()
         vllm_weights.open_for_writing(self._model)
         parameters = dict(self._model.named_parameters())
         return {name: [w.view(parameters) for _, w in places] for name, places in self._tracing.boxes.items()}

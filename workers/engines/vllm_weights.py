@@ -93,6 +93,13 @@ def unwritten(model: nn.Module) -> list[str]:
     return [name for name, parameter in loaded_parameters(model) if bool(parameter.sum().isnan())]
 
 
+def plain_weights(model: nn.Module) -> list[Tensor]:
+    """Every parameter as loaders see it: of what packs in place, the plain one that is kept aside."""
+    packed = {id(getattr(layer, name)) for layer in _expert_layers(model) for name in layer.plain_experts}
+    plain = [tensor for layer in _expert_layers(model) for tensor in layer.plain_experts.values()]
+    return [*(p for p in model.parameters() if id(p) not in packed), *plain]
+
+
 def loaded_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters that a loader writes: all but what latent attention derives from them."""
     derived = {id(p) for attention in _latent_attentions(model) for p in attention.parameters(recurse=False)}

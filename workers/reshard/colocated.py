@@ -18,18 +18,17 @@ import torch
 import torch.distributed as dist
 
 from rlhf_dist.config import RolloutConfig
-from rlhf_dist.reshard.memory import PhaseName
 from rlhf_dist.reshard.schedule import default_bucket_bytes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation import GenerationEngine, Untraceable
 from workers.engines.training import TrainingEngine
+from workers.memory.arbiter import arbiter_of
 from workers.reshard.canary import send_canary
 from workers.reshard.link import Link
 from workers.reshard.offer import offer_of, wanted_by, wanted_from_json
 from workers.reshard.pieces import PieceSync
 from workers.reshard.sync import SyncReport, check_changed
-from workers.reshard.turns import Turns, sizes_on_device
 
 _log = logging.getLogger(__name__)
 
@@ -51,18 +50,22 @@ class ColocatedSync:
         device = torch.device(context.device)
         self._link = _link(context, device)
         wanted = [wanted_from_json(told) for told in self._gather("plan", wanted_by(rollout, offer.weights))]
-        weights = int(offer.weights.bytes_per_rank().sum()) // config.tensor_parallel
         self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         try:
             self.pieces = PieceSync(offer, wanted, nodes, context.rank, self._bucket_bytes, self._link, device)
-            weights = self.pieces.target_bytes
         except Untraceable as error:
             self.fallback = str(error)
             if context.rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
         self._last: dict[str, int] | None = None
-        sizes = sizes_on_device(engine, context.rank, weights, self._bucket_bytes, config.kv_cache_bytes)
-        self.turns = Turns(engine, rollout, device, sizes) if config.sleeps else None
+        self._role, self._memory = context.role, arbiter_of(context)
+        self._memory.add_generation(f"{self._role}.rollout", rollout, sleeps=config.sleeps)
+        self._memory.add_sync(
+            f"{self._role}.sync",
+            {self._role: "parameters", f"{self._role}.rollout": "weights"},
+            overwrites=self.pieces is None or self.pieces.overwrites,
+            buckets=self.pieces.buffer_bytes if self.pieces is not None else 2 * self._bucket_bytes,
+        )
 
     def run(self, must_change: bool) -> SyncReport:
         """Move the trainer's weights to the generation engine, verified.
@@ -70,17 +73,17 @@ class ColocatedSync:
         must_change: a step was made since the last sync, so some weight has to differ. Raises RuntimeErrors that say
         what is wrong and where; the generation engine then refuses to generate until a sync succeeds.
         """
-        self.turn("sync")
+        self._memory.turn(f"{self._role}.sync")
         report = self._whole_tensors(must_change) if self.pieces is None else self._pieces(self.pieces, must_change)
         if self._config.canary_tolerance:
-            self.turn("generate")
+            self._memory.turn(f"{self._role}.generate")
             send_canary(self._engine, self._rollout, self._config, lambda value: self._gather("canary", value))
         return report
 
-    def turn(self, phase: PhaseName) -> None:
-        """Before generating or training: the device is brought into that phase, where engines take turns on it."""
-        if self.turns is not None:
-            self.turns.turn(phase)
+    @property
+    def dropped(self) -> bool:
+        """Whether the generation engine gave its weights up for a sync that was to come: it needs one now."""
+        return self._memory.has_dropped(f"{self._role}.rollout", "weights")
 
     def _gather(self, phase: str, value: Any) -> list[Any]:
         """Every rank's value, by rank, outside of a sync."""

@@ -61,9 +61,14 @@ class PieceSync:
         return int(self._weights.plan.moved[self._rank])
 
     @property
-    def target_bytes(self) -> int:
-        """This rank's share of the generation weights."""
-        return int(self._target.bytes_per_rank()[self._rank])
+    def buffer_bytes(self) -> int:
+        """Most memory that messages take on this rank."""
+        return max(sync.buffer_bytes for sync in (self._weights, self._changes) if sync is not None)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether every sync writes all weights."""
+        return self._changes is None
 
     def run(
         self,

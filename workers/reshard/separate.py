@@ -49,7 +49,7 @@ class _End(ABC):
         store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
         host = bridge.address if rank == 0 else own_address(bridge.address)
         self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
-        self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
+        self.bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         self._plan: PieceSync | _WholeTensors | None = None
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
@@ -70,14 +70,14 @@ class _End(ABC):
         wanted = [wanted_from_json(told) for told in self._link.gather_json(self._wanted(offer))]
         nodes = self._bridge.nodes or (0,) * self._bridge.world
         try:
-            return PieceSync(offer, wanted, nodes, self._rank, self._bucket_bytes, self._link, self._device)
+            return PieceSync(offer, wanted, nodes, self._rank, self.bucket_bytes, self._link, self._device)
         except Untraceable as error:
             self.fallback = str(error)
             if self._rank == 0:
                 _log.warning("weight syncs send whole tensors, since %s", error)
             dtype = getattr(torch, self._config.dtype)
             return _WholeTensors(
-                offer.weights, self._bridge, self._rank, dtype, self._bucket_bytes, self._link, self._device
+                offer.weights, self._bridge, self._rank, dtype, self.bucket_bytes, self._link, self._device
             )
 
     @abstractmethod

@@ -74,6 +74,11 @@ class WeightSync:
         self._last: torch.Tensor | None = None
         """Checksums of the last sync that succeeded."""
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that this rank's messages take."""
+        return self._schedule.buffer_bytes
+
     def run(
         self,
         version: int | None,

@@ -1,0 +1,35 @@
+"""What a step asks of the devices of each pool, in order: the phases that `device_ledger.py` decides by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.placement.roles import rollout_of
+
+
+def phases_of(dataflow: Dataflow, placed: Mapping[str, str], pool: str, bases: Mapping[str, str]) -> tuple[str, ...]:
+    """Phases of one step in `pool`, in the recipe's order; one after itself once.
+
+    placed: role -> pool (`pool_of_roles`). bases: role without a model of its own -> whose model it uses.
+    """
+    found: list[str] = []
+    for node in dataflow:
+        for where, phase in _phases(node, placed, bases):
+            if where == pool and (not found or found[-1] != phase):
+                found.append(phase)
+    return tuple(found)
+
+
+def _phases(node: Node, placed: Mapping[str, str], bases: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(pool, phase) of one node."""
+    role, rollout = node.role, rollout_of(node.role)
+    if role not in placed or node.kind not in ("op", "reshard"):
+        return []
+    if node.kind == "reshard":
+        apart = [(placed[rollout], f"{rollout}.sync")] if rollout in placed else []
+        return [(placed[role], f"{role}.sync"), *apart]
+    if rollout in node.weights_read:
+        return [(placed.get(rollout, placed[role]), f"{role}.generate")]
+    use = "update" if f"{role}.train" in node.weights_written else "forward"
+    return [(placed[role], f"{bases.get(role, role)}.{use}")]
