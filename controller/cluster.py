@@ -181,8 +181,8 @@ class Cluster:
         group = self._reserve(HOST_POOL, [{"CPU": 1.0}] * self.host_processes)
         processes = self._start(HOST_POOL, self.host_processes, group, gpus=0)
         whereabouts = self._get(HOST_POOL, [process.pid.remote() for process in processes], self.config.ready_timeout_s)
-        pids, logs = tuple(pid for pid, _ in whereabouts), self._logs(HOST_POOL, len(processes))
-        made = Pool(HOST_POOL, tuple(processes), pids=pids, logs=logs)
+        pids, nodes = tuple(pid for pid, _ in whereabouts), tuple(node for _, node in whereabouts)
+        made = Pool(HOST_POOL, tuple(processes), node_ids=nodes, pids=pids, logs=self._logs(HOST_POOL, len(processes)))
         self.pools[HOST_POOL] = made
         return made
 
@@ -261,7 +261,7 @@ class Cluster:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // per_bundle
                 ),
-            ).remote(pool, rank, count, logs[rank] if logs else None)
+            ).remote(pool, rank, count, logs[rank] if logs else None, folder=os.getcwd())
             for rank in range(count)
         ]
 

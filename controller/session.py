@@ -19,6 +19,7 @@ from controller.failure_text import explained, logs_of
 from controller.pool import SIGNALS, ClusterError, Pool, machines
 from controller.ray_runner import RayRunner
 from controller.replies import Replies
+from controller.shared_files import check_files_are_shared
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import ActorConfig, CriticConfig, PoolConfig, ReferenceConfig, RewardConfig, SourceConfig
@@ -132,6 +133,8 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
         for name in run.placement.pools
         if name in placed.values()
     }
+    if placed_pools := {name: pool for name, pool in pools.items() if pool.node_ids}:  # none in a local run
+        check_files_are_shared(launch, _folder(launch), placed, placed_pools, cluster.replies, run.ray.ready_timeout_s)
     groups: dict[str, WorkerGroup] = {}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
     first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
@@ -190,6 +193,8 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, tim
     (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
     if isinstance(opened, Exception):
         raise opened
+    if isinstance(opened, Failure):
+        raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
     address, port = cast(tuple[str, int], opened)
     bridge = Bridge(
         address=address,
@@ -268,6 +273,11 @@ def _host_source(
     return _host_role(launch, group, SOURCE_WORKER, settings)
 
 
+def _folder(launch: Launch) -> Path:
+    """Of the run; every process names it alike."""
+    return (Path(launch.run.output.root) / launch.run.name).resolve()
+
+
 def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
     """What a step asks of the devices of `pool`, in order."""
     references = [name for name in launch.used_roles if isinstance(launch.roles[name], ReferenceConfig)]
@@ -276,14 +286,13 @@ def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
 
 
 def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
-    folder = Path(launch.run.output.root) / launch.run.name
     context = {
         "seed": launch.run.seed,
         "generates": group.role.split(".")[0] in launch.dataflow.generating,
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
-        "folder": str(folder.resolve()),
+        "folder": str(_folder(launch)),
     }
     memory: dict[str, Any] = {}
     if group.pool.name != HOST_POOL:

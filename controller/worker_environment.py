@@ -18,6 +18,7 @@ SENT = (
     "NCCL_",
     "OMP_",
     "PYTORCH_",
+    "RLHF_DIST_",
     "SAFETENSORS_",
     "TOKENIZERS_",
     "TORCH",

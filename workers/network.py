@@ -68,8 +68,12 @@ def own_address(peer: str) -> str:
 
 
 def reserve_port(address: str) -> int:
-    """A port of `address` that is ours from now on: the next `rendezvous` hosted on it takes the socket over."""
-    listener = socket.create_server((address, 0), family=_family(address), backlog=_BACKLOG)
+    """A port of `address` that is ours from now on: the next `rendezvous` hosted on it takes the socket over.
+
+    Where no interface has the address, as behind NAT, it listens on all of them.
+    """
+    own = address if interface_of(address) is not None else ""
+    listener = socket.create_server((own, 0), family=_family(address), backlog=_BACKLOG)
     port = int(listener.getsockname()[1])
     _reserved[port] = listener
     return port

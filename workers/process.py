@@ -35,12 +35,25 @@ from rlhf_dist.wire import Bridge, Call, Fetch, OpResult, Reply, WorkerContext
 from workers.failures import refuse_breakpoint, reported
 from workers.store import RayStore, Store
 
+_log = logging.getLogger(__name__)
+_FRESH_S = 4.0
+"""What a network file system may take to show a file that another node has just written."""
+
 
 class WorkerProcess:
     """Hosts role workers of one slot. Wrapped with `ray.remote` by the controller, or used as it is in a local run."""
 
-    def __init__(self, pool: str, rank: int, world: int, log_file: str | None, store: Store | None = None) -> None:
-        """store: where columns lie. None: Ray's, and this process is one of its actors."""
+    def __init__(
+        self,
+        pool: str,
+        rank: int,
+        world: int,
+        log_file: str | None,
+        store: Store | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """store: where columns lie; None: Ray's, and this process is one of its actors. folder: what relative paths are
+        relative to, where this node has it: the controller's."""
         self.pool, self.rank, self.world = pool, rank, world
         self.store: Store = store or RayStore()
         self._is_actor = store is None
@@ -54,6 +67,8 @@ class WorkerProcess:
             sys.breakpointhook = refuse_breakpoint
         if log_file:
             _redirect_output(Path(log_file))
+        if folder is not None and os.path.isdir(folder):
+            os.chdir(folder)
 
     def pid(self) -> tuple[int, str]:
         """Process id and node id."""
@@ -86,6 +101,14 @@ class WorkerProcess:
             timeout_s=timeout_s,
         )
         self.device, self._joined = str(chosen), True
+        _log.info(
+            "rank %d of pool %s: %s on %s, gloo over %s",
+            self.rank,
+            self.pool,
+            self.device,
+            self._address(),
+            os.environ.get("GLOO_SOCKET_IFNAME"),
+        )
         return self.device
 
     @reported
@@ -129,6 +152,12 @@ class WorkerProcess:
     def phase(self) -> str:
         """What is being started. Called in a concurrency group of its own, beside `host_role`."""
         return self._phase
+
+    @reported
+    def missing(self, files: Mapping[str, int]) -> tuple[str, str] | None:
+        """This node's address and the first of `files` (absolute path -> bytes) that is not so here; None: all are."""
+        lacks = _first_missing(files)
+        return None if lacks is None else (self._address(), lacks)
 
     def _address(self) -> str:
         """Of this machine, as Ray knows it; a process that is no actor meets nobody else's."""
@@ -293,6 +322,24 @@ def _column_groups(columns: Batch) -> list[tuple[str, ...]]:
         *((name,) for name, column in columns.items() if column.offsets is not None),
         *([per_row] if per_row else []),
     ]
+
+
+def _first_missing(files: Mapping[str, int]) -> str | None:
+    deadline = time.monotonic() + _FRESH_S
+    for path, size in files.items():
+        while True:
+            try:
+                found = os.stat(path).st_size
+            except OSError as error:
+                lacks = f"{path} cannot be read: {error.strerror}"
+            else:
+                lacks = "" if found == size else f"{path} has {found} bytes, and {size} where the run was started"
+            if not lacks:
+                break
+            if time.monotonic() > deadline:
+                return lacks
+            time.sleep(0.2)
+    return None
 
 
 def _redirect_output(log_file: Path) -> None:

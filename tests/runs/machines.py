@@ -152,7 +152,7 @@ class Machines:
             if time.monotonic() > deadline:
                 break
         log = (self._folder / f"{name.replace(' ', '')}.log").read_text()
-        raise RuntimeError(f"{name} did not say {word!r} within {START_S:g} s: {log[-2000:]}")
+        raise RuntimeError(f"{name} ended, or did not say {word!r} within {START_S:g} s: {log[-2000:]}")
 
     def _plug_in(self, machine: int) -> None:
         pipe = self._machines[machine].stdin
@@ -172,7 +172,8 @@ class Machines:
             if not name.startswith(("RAY_", "GLOO_", "NCCL_", "VLLM_", "PYTEST_"))
         }
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        return {**kept, "HOME": str(self._own(machine)), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        own = {"HOME": str(self._own(machine)), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return {**kept, **own, "RAY_raylet_start_wait_time_s": f"{START_S:g}"}
 
 
 def refusal() -> str | None:
