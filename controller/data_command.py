@@ -15,7 +15,9 @@ def add_data_parser(commands: Any, launch: argparse.ArgumentParser) -> None:
     data = commands.add_parser("data", parents=[launch], help="show samples of what will be trained, token by token")
     data.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (3)")
     data.add_argument("--step", type=int, default=0, metavar="S", help="the step whose rows are shown (the first)")
-    data.add_argument("--heldout", action="store_true", help="rows of data.heldout instead")
+    which = data.add_mutually_exclusive_group()
+    which.add_argument("--heldout", action="store_true", help="rows of data.heldout instead")
+    which.add_argument("--source", metavar="NAME", help="rows of this source parameter of the recipe (the first)")
 
 
 def data_command(arguments: argparse.Namespace) -> int:
@@ -26,7 +28,7 @@ def data_command(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlhf_dist.compose import compose
-    from rlhf_dist.data import heldout_source, training_source
+    from rlhf_dist.data import epoch_source, heldout_source, training_source
     from rlhf_dist.data.samples import samples, summary
     from rlhf_dist.typed import ConfigError
 
@@ -34,11 +36,13 @@ def data_command(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     launch = compose(arguments.recipe, arguments.overrides, arguments.config)
-    source = heldout_source(launch) if arguments.heldout else training_source(launch)
+    name = epoch_source(launch) if arguments.source is None else arguments.source
+    source = heldout_source(launch) if arguments.heldout else training_source(launch, name)
+    rows_per_step = launch.run.data.prompts_per_step if arguments.heldout else launch.source_rows(name)
     console = Console(highlight=False, soft_wrap=True)  # Without colour where NO_COLOR is set or nobody looks on.
-    for line in summary(source, launch.run.data):
+    for line in summary(source, launch.run.data, rows_per_step):
         console.print(line, markup=False)
-    for sample in samples(source, arguments.step, arguments.rows, launch.run.data):
+    for sample in samples(source, arguments.step, arguments.rows, rows_per_step):
         console.print(f"\n{sample.title}", style="bold", markup=False)
         for segment in sample.segments:
             _show(console, segment.kind, segment.text, STYLES[segment.kind])

@@ -35,6 +35,8 @@ from rlhf_dist.roles import OpSpec, State
 from rlhf_dist.wire import Bridge
 
 HELDOUT = "heldout"
+GROUP_BITS = 48
+"""Group ids of a recipe's k-th source begin at k times two to this."""
 SOURCE_WORKER = "workers.source:SourceWorker"
 ROLLOUT_WORKER = "workers.rollout:RolloutWorker"
 SYNC_SHARE = 0.8
@@ -83,7 +85,7 @@ class Session:
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
-        default = {name: {"rows": run.data.prompts_per_step} for name in self.launch.recipe.sources}
+        default = {name: {"rows": self.launch.source_rows(name)} for name in self.launch.recipe.sources}
         return RayRunner(
             dataflow,
             groups,
@@ -142,12 +144,13 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
     if tokenizer is None:
         raise ClusterError("no role has a model, so there is no tokenizer for the source")
     starting: list[tuple[WorkerGroup, list[Any]]] = []
-    for name in launch.recipe.sources:
+    for k, name in enumerate(launch.recipe.sources):
         groups[name] = WorkerGroup(name, first_host)
-        starting.append((groups[name], _host_source(launch, groups[name], run.data.train, tokenizer, run.data.heldout)))
+        own = {"heldout": run.data.heldout, "fields": launch.recipe.source_fields(name), "first_group": k << GROUP_BITS}
+        starting.append((groups[name], _host_source(launch, groups[name], launch.source(name), tokenizer, **own)))
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
-        starting.append((groups[HELDOUT], _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer, None)))
+        starting.append((groups[HELDOUT], _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
     # Actors first: a reference may share the base of one.
     for name in sorted(placed, key=lambda name: not isinstance(launch.roles[name.split(".")[0]], ActorConfig)):
         role, pool = name.split(".")[0], pools[placed[name]]
@@ -266,10 +269,8 @@ def _rollout_worker_of(launch: Launch, role: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _host_source(
-    launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, heldout: SourceConfig | None
-) -> list[Any]:
-    settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer, "heldout": heldout}
+def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, **own: Any) -> list[Any]:
+    settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer, **own}
     return _host_role(launch, group, SOURCE_WORKER, settings)
 
 

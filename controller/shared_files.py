@@ -111,9 +111,11 @@ def _needs_of_sources(launch: Launch) -> Iterator[Need]:
     tokenizer = tokenizer_of(launch)
     if tokenizer is not None:
         yield _model(tokenizer, "the model whose tokenizer encodes the rows")
-    data = launch.run.data
-    for key, source in (("data.train", data.train), ("data.heldout", data.heldout)):
-        parts: list[SourceConfig | PartConfig] = [] if source is None else [source, *source.mix.values()]
+    sources = {launch.source_key(name): launch.source(name) for name in launch.recipe.sources}
+    if launch.run.data.heldout is not None:
+        sources["data.heldout"] = launch.run.data.heldout
+    for key, source in sources.items():
+        parts: list[SourceConfig | PartConfig] = [source, *source.mix.values()]
         files = [file for part in parts for file in _files_of(part)]
         if files:
             yield Need(f"what {key} reads must be where rows are read", _sizes(files), COPY)

@@ -245,8 +245,7 @@ def rows_of_nodes(launch: Launch) -> dict[str, tuple[int, bool]]:
     rows: dict[str, tuple[int, bool]] = {}
     for node in launch.dataflow:
         if node.kind == "source":
-            per_prompt = 2 if launch.run.data.train.rows == "preferences" else 1
-            rows[node.name] = (launch.run.data.prompts_per_step * per_prompt, False)
+            rows[node.name] = (launch.source_rows(node.name) * launch.source(node.name).rows_per_item, False)
             continue
         if not node.inputs:
             rows[node.name] = (0, False)
@@ -263,7 +262,7 @@ def _check_groups(launch: Launch) -> None:
     size: dict[str, int] = {}
     for node in launch.dataflow:
         if not node.inputs:
-            size[node.name] = 2 if node.kind == "source" and launch.run.data.train.rows == "preferences" else 1
+            size[node.name] = launch.source(node.name).rows_per_item if node.kind == "source" else 1
             continue
         size[node.name] = size[node.inputs[0].rows] * (_times(node) if node.rows == "expand" else 1)
         least = node.spec.least_group if isinstance(node.spec, HostOp) else 1
@@ -292,16 +291,19 @@ def _updates(launch: Launch) -> Iterator[tuple[Node, int, int]]:
 
 
 def _check_mini_batches(launch: Launch, rows: dict[str, tuple[int, bool]]) -> None:
-    prompts = launch.run.data.prompts_per_step
     for node, mini_batches, epochs in _updates(launch):
         for name, value in (("mini_batches", mini_batches), ("epochs", epochs)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{node.line}: {node.name} needs {name} >= 1, got {value!r}")
+        source = launch.dataflow.source_of(node)
+        prompts = launch.source_rows(source) if source else launch.run.data.prompts_per_step
         if mini_batches > prompts or (prompts % mini_batches and not rows[node.name][1]):
             near = [size for size in range(1, prompts + 1) if prompts % size == 0]
+            own = source is not None and launch.source(source).rows_per_step
+            key = f"{launch.source_key(str(source))}.rows_per_step" if own else "data.prompts_per_step"
             raise ConfigError(
                 f"{node.line}: {node.name} cuts the step into {mini_batches} mini-batches, which must divide "
-                f"data.prompts_per_step = {prompts}; it may be {', '.join(map(str, near))}"
+                f"{key} = {prompts}; it may be {', '.join(map(str, near))}"
             )
 
 
@@ -315,9 +317,11 @@ def _check_sources(launch: Launch) -> list[str]:
             f"{tokenizer} has no tokenizer.json, which the source needs; save it with "
             f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which converts older formats"
         )
-    for where, source in (("data.train", data.train), ("data.heldout", data.heldout)):
-        if source is None:
-            continue
+    recipe = launch.recipe
+    sources = [(launch.source_key(name), launch.source(name), recipe.source_fields(name)) for name in recipe.sources]
+    if data.heldout is not None:
+        sources.append(("data.heldout", data.heldout, {}))
+    for where, source, fields in sources:
         if source.path is not None and source.generator is not None:
             raise ConfigError(
                 f"{where} has both a path ({source.path}) and a generator ({source.generator}), which a task sets; "
@@ -331,6 +335,7 @@ def _check_sources(launch: Launch) -> list[str]:
                 seed=launch.run.seed,
                 max_prompt_tokens=data.max_prompt_tokens,
                 max_response_tokens=data.max_response_tokens,
+                fields=fields,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -368,11 +373,13 @@ def _plan(
     run = launch.run
     tokens, _ = max_row_tokens(launch)
     most = max((count for count, _ in rows.values()), default=0)
-    what = {"preferences": "pairs", "examples": "examples"}.get(run.data.train.rows, "prompts")
+    what = {"preferences": "pairs", "examples": "examples"}
+    given = " + ".join(
+        f"{launch.source_rows(name)} {what.get(launch.source(name).rows, 'prompts')}" for name in launch.recipe.sources
+    )
     lines = [
         f"run       {run.name}: {run.steps} steps of {launch.recipe.name}, seed {run.seed}",
-        f"step      {run.data.prompts_per_step} {what} -> {most} rows, at most {most * tokens:,} tokens "
-        f"({tokens} a row)",
+        f"step      {given} -> {most} rows, at most {most * tokens:,} tokens ({tokens} a row)",
         *epoch_lines(launch),
         *(f"data      {line}" for line in sources),
         *model_lines(launch),

@@ -28,7 +28,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_dist import typed
 from rlhf_dist.auto_settings import settle
-from rlhf_dist.config import MISSING, ActorConfig, CriticConfig, PathText, ReferenceConfig, RewardConfig, RunConfig
+from rlhf_dist.config import (
+    MISSING,
+    ActorConfig,
+    CriticConfig,
+    PathText,
+    ReferenceConfig,
+    RewardConfig,
+    RunConfig,
+    SourceConfig,
+)
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
@@ -94,6 +103,20 @@ class Launch:
     """Settings that were left to the machine and have its values here (`auto_settings.py`)."""
     choices: tuple[Choice, ...] = ()
     """What those that matter became, and why."""
+
+    def source(self, name: str) -> SourceConfig:
+        """Where the rows of a source parameter come from, and of which kind they are."""
+        config = self.run.data.sources.get(name, self.run.data.train)
+        kind: Any = self.recipe.sources[name]
+        return replace(config, rows=kind.rows_kind) if hasattr(kind, "rows_kind") else config
+
+    def source_key(self, name: str) -> str:
+        """The section of that in the settings."""
+        return f"data.sources.{name}" if name in self.run.data.sources else "data.train"
+
+    def source_rows(self, name: str) -> int:
+        """Rows of a step (pairs, for preferences)."""
+        return self.source(name).rows_per_step or self.run.data.prompts_per_step
 
     @property
     def used_roles(self) -> dict[str, RoleConfig]:
@@ -250,12 +273,33 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _check_rows(recipe: Recipe, settings: Any) -> None:
-    for name, kind in recipe.sources.items():
-        wanted, got = getattr(kind, "rows_kind", settings.data.train.rows), settings.data.train.rows
-        if wanted != got:
+    """Raise ConfigError unless every source parameter has rows of its kind."""
+    data = settings.data
+    for name in data.sources:
+        if name not in recipe.sources:
             raise ConfigError(
-                f"data.train.rows must be {wanted}, because recipe {recipe.name} takes {kind.__name__} as {name!r}; "
-                f"got {got!r}; leave it unset"
+                typed.unknown(f"data.sources.{name}", [f"data.sources.{n}" for n in recipe.sources], "key")
+            )
+    kinds = {name: getattr(kind, "rows_kind", data.train.rows) for name, kind in recipe.sources.items()}
+    sharing = [name for name in kinds if name not in data.sources]
+    if len({kinds[name] for name in sharing}) > 1:
+        listed = " and ".join(f"{recipe.sources[name].__name__} as {name!r}" for name in sharing)
+        raise ConfigError(
+            f"recipe {recipe.name} takes {listed}, which data.train cannot both be; give all but one a section, e.g. "
+            f"data.sources.{sharing[-1]}.path=FILE"
+        )
+    for name, wanted in kinds.items():
+        key = f"data.sources.{name}" if name in data.sources else "data.train"
+        section = data.sources.get(name, data.train)
+        if section.rows_per_step < 0:
+            raise ConfigError(f"{key}.rows_per_step must be >= 0, got {section.rows_per_step}")
+        got = section.rows
+        # A section that says nothing has the usual kind, unless the recipe takes one kind only (`_schema`).
+        said = got != SourceConfig().rows or (name in sharing and len(set(kinds.values())) == 1)
+        if said and got != wanted:
+            raise ConfigError(
+                f"{key}.rows must be {wanted}, because recipe {recipe.name} takes {recipe.sources[name].__name__} as "
+                f"{name!r}; got {got!r}; leave it unset"
             )
 
 

@@ -272,6 +272,13 @@ class SourceConfig:
     """Arguments of the chat template, e.g. {enable_thinking: false}."""
     shuffle: bool = True
     """A new order each epoch, drawn from the run's seed."""
+    rows_per_step: int = 0
+    """Rows (pairs, for preferences) of each step; 0: `data.prompts_per_step`."""
+
+    @property
+    def rows_per_item(self) -> int:
+        """Rows of a batch that one row of the file makes: a pair makes two."""
+        return 2 if self.rows == "preferences" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +286,9 @@ class DataConfig:
     """Training and held-out rows."""
 
     train: SourceConfig = field(default_factory=SourceConfig)
-    """Rows to train on."""
+    """Rows to train on: of every source parameter of the recipe that has no section of its own in `sources`."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Source parameter -> where its rows come from, e.g. {experts: {path: demos.jsonl, rows_per_step: 8}}."""
     heldout: SourceConfig | None = None
     """Rows to evaluate on; None for no evaluation."""
     prompts_per_step: int = 32

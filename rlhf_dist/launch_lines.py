@@ -13,7 +13,9 @@ def epoch_lines(launch: Launch) -> list[str]:
     data = launch.run.data
     if not launch.epoch_rows:
         return []
-    more = launch.run.steps * data.prompts_per_step - data.epochs * launch.epoch_rows
+    from rlhf_dist.data.of_launch import epoch_source
+
+    more = launch.run.steps * launch.source_rows(epoch_source(launch)) - data.epochs * launch.epoch_rows
     filled = f"; {more} rows of the next pass fill the last step" if more else ""
     return [f"epochs    {data.epochs} of {launch.epoch_rows:,} rows = {launch.run.steps} steps{filled}"]
 

@@ -49,9 +49,10 @@ def _check_columns(launch: Launch, role: str, signature: Signature) -> None:
         if node.role != role or not node.inputs:
             continue
         columns, fields = node.inputs[0].columns, set[str]()
-        if FIELDS in columns:
+        source = launch.dataflow.source_of(node)
+        if FIELDS in columns and source is not None:
             try:
-                fields = field_names(launch.run.data.train, launch.run.seed)
+                fields = field_names(launch.source(source), launch.run.seed)
             except ValueError:
                 return  # The check of the source says what is wrong with it.
         try:

@@ -198,9 +198,17 @@ class RewardModel(Role, Protocol):
 
 
 class Prompts(Batch):
-    """A recipe parameter of this type (or plain `Batch`) is fed with prompts."""
+    """A recipe parameter of this type (or plain `Batch`) is fed with prompts.
+
+    A class of your own names what else a row of the file has, and what that is; each becomes a column of its name:
+
+        class Graded(Prompts):
+            fields = {"difficulty": "float32", "hint": "text"}
+    """
 
     rows_kind: ClassVar[str] = "prompts"
+    fields: ClassVar[Mapping[str, str]] = {}
+    """Field of a row -> `float32`, `int64`, `text`, or `json` for anything, as its JSON text."""
     columns: ClassVar[tuple[str, ...]] = ("group_id", "prompt_ids", "prompt", "answer", "source", "fields")
 
 

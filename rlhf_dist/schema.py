@@ -37,6 +37,9 @@ def _spec(shape: Shape, dtype: str, meaning: str) -> ColumnSpec:
     return ColumnSpec(shape=shape, dtype=dtype, meaning=meaning)
 
 
+FIELD_KINDS = ("float32", "int64", "text", "json")
+"""What a field of a data file may be as a column of its own: a number a row, text, or anything as JSON text."""
+
 COLUMNS: dict[str, ColumnSpec] = {
     # What a source emits.
     "group_id": _spec("[B]", "int64", "rows of one prompt (or one preference set) share it; unique within a run"),

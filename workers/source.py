@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -23,9 +25,20 @@ class SourceWorker:
         data: DataConfig,
         tokenizer: str,
         heldout: SourceConfig | None = None,
+        fields: Mapping[str, str] = MappingProxyType({}),
+        first_group: int = 0,
     ) -> None:
-        """`tokenizer`: a model folder. `heldout`: rows whose prompts must not be emitted."""
-        self.source = open_source(config, data, tokenizer=tokenizer, seed=context.seed, heldout=heldout)
+        """`tokenizer`: a model folder. `heldout`: rows whose prompts must not be emitted. fields, first_group: see
+        `PromptSource`."""
+        self.source = open_source(
+            config,
+            data,
+            tokenizer=tokenizer,
+            seed=context.seed,
+            heldout=heldout,
+            fields=fields,
+            first_group=first_group,
+        )
 
     def next_batch(self, batch: Batch, call: Call, *, rows: int) -> OpResult:
         """The rows of step `call.step`; with rows = 0 every row once, whatever the step."""

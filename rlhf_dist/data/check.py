@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from rlhf_dist.config import SourceConfig
 from rlhf_dist.data.ends import Ends, ends_of
@@ -24,6 +26,7 @@ def check_source(
     seed: int = 0,
     max_prompt_tokens: int | None = None,
     max_response_tokens: int = 0,
+    fields: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """A line for people about each part of the source.
 
@@ -45,9 +48,9 @@ def check_source(
             text = TextTokenizer(tokenizer, config.template_args)
             ends = ends_of(tokenizer, text)
             limits = Limits(prompt_tokens=max_prompt_tokens or 1 << 40, response_tokens=max_response_tokens)
-            loaded = load(part, seed, text, ends, limits, FIRST)
+            loaded = load(part, seed, text, ends, limits, FIRST, fields)
             if loaded.items is None:
-                loaded = load(part, seed, text, ends, limits, MORE)
+                loaded = load(part, seed, text, ends, limits, MORE, fields)
             if loaded.items is None:
                 raise ValueError(
                     f"none of the first {loaded.counts.rows} prompts has at most max_prompt_tokens = "

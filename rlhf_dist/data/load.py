@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from rlhf_dist.data.encode import Encoded, encode_talks, encode_texts
 from rlhf_dist.data.ends import Ends
 from rlhf_dist.data.forms import Item, item_of
 from rlhf_dist.data.messages import readable
+from rlhf_dist.data.own_fields import own_column
 from rlhf_dist.data.read import Part, read
 from rlhf_dist.data.tokenizer import TextTokenizer
 from rlhf_dist.data.turns import Talk, given_text, talks_of
@@ -76,15 +78,19 @@ class Loaded:
     """Some row is chat messages under the template."""
 
 
-def rows_per_item(kind: str) -> int:
-    """Rows of a batch that one item of a source makes: a pair makes two."""
-    return 2 if kind == "preferences" else 1
-
-
 def load(
-    part: Part, seed: int, tokenizer: TextTokenizer, ends: Ends, limits: Limits, first: int | None = None
+    part: Part,
+    seed: int,
+    tokenizer: TextTokenizer,
+    ends: Ends,
+    limits: Limits,
+    first: int | None = None,
+    fields: Mapping[str, str] = MappingProxyType({}),
 ) -> Loaded:
-    """Read and tokenise a part, or its `first` rows. Raises ValueError naming file and row of what is wrong."""
+    """Read and tokenise a part, or its `first` rows; `fields`: columns of their own (`Prompts.fields`).
+
+    Raises ValueError naming file and row of what is wrong.
+    """
     raw, loaded, chunks = read(part.config, seed, first), Loaded(part=part), list[Batch]()
     while placed := list(islice(raw.rows, CHUNK)):
         talked = []
@@ -100,7 +106,7 @@ def load(
         loaded.counts.rows += len(placed)
         chunk = _tokenised(talked, tokenizer, ends, limits, loaded)
         if chunk:
-            chunks.append(_columns(chunk, part, limits, loaded.counts))
+            chunks.append(_columns(chunk, part, limits, loaded.counts, fields))
     loaded.items = Batch.concat(chunks) if chunks else None
     return loaded
 
@@ -149,7 +155,7 @@ def _tokenised(
     return rows
 
 
-def _columns(rows: Sequence[_Row], part: Part, limits: Limits, counts: Counts) -> Batch:
+def _columns(rows: Sequence[_Row], part: Part, limits: Limits, counts: Counts, fields: Mapping[str, str]) -> Batch:
     kind, flat = part.config.rows, [each for row in rows for each in row.encoded]
     counts.without_answer += sum(row.item.answer is None for row in rows)
     texts = {
@@ -159,10 +165,18 @@ def _columns(rows: Sequence[_Row], part: Part, limits: Limits, counts: Counts) -
         "source": [row.item.source or part.name for row in rows],
         "fields": [json.dumps(row.item.extra, default=str) for row in rows],
     }
-    once = Batch({name: Column.strings(values) for name, values in texts.items()})
+    once = Batch(
+        {
+            **{name: Column.strings(values) for name, values in texts.items()},
+            **{
+                name: own_column(name, what, [(row.place, row.item.extra) for row in rows])
+                for name, what in fields.items()
+            },
+        }
+    )
     columns = {
         "prompt_ids": Column.ragged([each.given for each in flat], dtype=np.int32),
-        **once.repeat(rows_per_item(kind)),
+        **once.repeat(part.config.rows_per_item),
     }
     if kind != "prompts":
         limit = limits.response_tokens or None

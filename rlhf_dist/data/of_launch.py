@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rlhf_dist.config import DataConfig, SourceConfig
@@ -28,9 +30,17 @@ def tokenizer_role(launch: Launch) -> str | None:
 
 
 def open_source(
-    config: SourceConfig, data: DataConfig, *, tokenizer: str, seed: int, heldout: SourceConfig | None = None
+    config: SourceConfig,
+    data: DataConfig,
+    *,
+    tokenizer: str,
+    seed: int,
+    heldout: SourceConfig | None = None,
+    fields: Mapping[str, str] = MappingProxyType({}),
+    first_group: int = 0,
 ) -> PromptSource:
-    """A source with the limits of `data`; rows whose prompts are in `heldout` are left out."""
+    """A source with the limits of `data`; rows whose prompts are in `heldout` are left out. fields, first_group: see
+    `PromptSource`."""
     exclude: frozenset[str] = frozenset()
     if heldout is not None:
         exclude = open_source(heldout, data, tokenizer=tokenizer, seed=seed).prompts
@@ -41,12 +51,28 @@ def open_source(
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=data.max_response_tokens,
         exclude=exclude,
+        fields=fields,
+        first_group=first_group,
     )
 
 
-def training_source(launch: Launch) -> PromptSource:
-    """The training rows of a launch, all of them, as its workers see them. Raises ValueError for faulty data."""
-    return _source(launch, launch.run.data.train, "data.train", launch.run.data.heldout)
+def epoch_source(launch: Launch) -> str:
+    """The source parameter that `data.epochs` counts: the first that data.train feeds, else the first."""
+    sources = list(launch.recipe.sources)
+    return next((name for name in sources if name not in launch.run.data.sources), sources[0])
+
+
+def training_source(launch: Launch, name: str | None = None) -> PromptSource:
+    """All rows of a source parameter (None: of `epoch_source`), as its workers see them.
+
+    Raises ValueError for faulty data, or no such parameter.
+    """
+    name = name or epoch_source(launch)
+    if name not in launch.recipe.sources:
+        known = ", ".join(launch.recipe.sources)
+        raise ValueError(f"recipe {launch.recipe.name} has no source {name!r}; it has {known}")
+    config, fields = launch.source(name), launch.recipe.source_fields(name)
+    return _source(launch, config, launch.source_key(name), launch.run.data.heldout, fields)
 
 
 def heldout_source(launch: Launch) -> PromptSource:
@@ -65,15 +91,21 @@ def with_steps_of_epochs(launch: Launch) -> Launch:
     if data.epochs <= 0 or launch.epoch_rows:
         return launch
     size = training_source(launch).size
-    steps = -(-data.epochs * size // data.prompts_per_step)
+    steps = -(-data.epochs * size // launch.source_rows(epoch_source(launch)))
     return replace(launch, run=replace(launch.run, steps=steps), epoch_rows=size)
 
 
-def _source(launch: Launch, config: SourceConfig, where: str, heldout: SourceConfig | None) -> PromptSource:
+def _source(
+    launch: Launch,
+    config: SourceConfig,
+    where: str,
+    heldout: SourceConfig | None,
+    fields: Mapping[str, str] = MappingProxyType({}),
+) -> PromptSource:
     tokenizer, run = tokenizer_of(launch), launch.run
     if tokenizer is None:
         raise ValueError("no role has a model, so there is no tokenizer for the data")
     try:
-        return open_source(config, run.data, tokenizer=tokenizer, seed=run.seed, heldout=heldout)
+        return open_source(config, run.data, tokenizer=tokenizer, seed=run.seed, heldout=heldout, fields=fields)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

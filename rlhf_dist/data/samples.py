@@ -36,9 +36,9 @@ class Sample:
     """Ground truth; None where the rows have responses of their own."""
 
 
-def samples(source: PromptSource, step: int, rows: int, data: DataConfig) -> list[Sample]:
-    """The first `rows` items of step `step`, in order."""
-    position = step * data.prompts_per_step + np.arange(rows, dtype=np.int64)
+def samples(source: PromptSource, step: int, rows: int, rows_per_step: int) -> list[Sample]:
+    """The first `rows` items of step `step`, in order. rows_per_step: items of a step."""
+    position = step * rows_per_step + np.arange(rows, dtype=np.int64)
     items = np.repeat(source.items_at(position), source.rows_per_item)
     batch, found = source.take(position), []
     for row, item in enumerate(items):
@@ -56,8 +56,8 @@ def samples(source: PromptSource, step: int, rows: int, data: DataConfig) -> lis
     return found
 
 
-def summary(source: PromptSource, data: DataConfig) -> list[str]:
-    """All rows of a source in a few lines."""
+def summary(source: PromptSource, data: DataConfig, rows_per_step: int) -> list[str]:
+    """All rows of a source in a few lines. rows_per_step: items of a step."""
     counts, rows = source.counts, source.every()
     left_out = {"too long": counts.too_long, "held out": counts.heldout}
     shown = ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number)
@@ -66,8 +66,8 @@ def summary(source: PromptSource, data: DataConfig) -> list[str]:
         total = source.mixture.counts.sum()
         shares = zip(source.parts, source.mixture.counts, strict=True)
         lines.append("mixture      " + ", ".join(f"{one.part.name} {count / total:.1%}" for one, count in shares))
-    steps = -(-source.size // data.prompts_per_step)
-    lines.append(f"epoch        {steps:,} steps of {data.prompts_per_step} (data.prompts_per_step)")
+    setting = "data.prompts_per_step" if rows_per_step == data.prompts_per_step else "rows_per_step"
+    lines.append(f"epoch        {-(-source.size // rows_per_step):,} steps of {rows_per_step} ({setting})")
     lines.append(f"prompts      {_range(rows['prompt_ids'].lengths)} tokens, at most {data.max_prompt_tokens}")
     if "response_ids" in rows:
         trained = int(rows["response_mask"].values.sum(dtype=np.int64))

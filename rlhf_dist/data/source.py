@@ -11,15 +11,16 @@ there, so each epoch holds every usable row exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.config import SourceConfig
 from rlhf_dist.data.ends import ends_of
-from rlhf_dist.data.load import Counts, Limits, Loaded, load, rows_per_item
+from rlhf_dist.data.load import Counts, Limits, Loaded, load
 from rlhf_dist.data.mixture import Mixture
 from rlhf_dist.data.read import parts_of
 from rlhf_dist.data.tokenizer import TextTokenizer
@@ -50,22 +51,27 @@ class PromptSource:
         max_prompt_tokens: int,
         max_response_tokens: int = 0,
         exclude: Collection[str] = (),
+        fields: Mapping[str, str] = MappingProxyType({}),
+        first_group: int = 0,
     ) -> None:
         """Reads and tokenises everything.
+
+        fields: columns of their own (`Prompts.fields`). first_group: what group ids are counted from.
 
         Rows whose prompt is in `exclude` (the `prompt` column of held-out rows) are left out and counted.
         `max_response_tokens` cuts given responses, their end-of-text token included; 0 for no limit.
         Raises ValueError for what is wrong with the config, the file, a row or the tokenizer, and if every
         prompt of a part is too long.
         """
-        self.seed, self.shuffle, self.rows_per_item = seed, config.shuffle, rows_per_item(config.rows)
+        self.seed, self.shuffle, self.rows_per_item = seed, config.shuffle, config.rows_per_item
+        self._first_group = first_group
         self.tokenizer = TextTokenizer(tokenizer, config.template_args)
         self.ends = ends_of(tokenizer, self.tokenizer)
         limits = Limits(prompt_tokens=max_prompt_tokens, response_tokens=max_response_tokens, exclude=exclude)
         self.parts: list[Loaded] = []
         for part in parts_of(config):
             try:
-                loaded = load(part, seed, self.tokenizer, self.ends, limits)
+                loaded = load(part, seed, self.tokenizer, self.ends, limits, fields=fields)
                 _check_usable(loaded, max_prompt_tokens)
             except ValueError as error:
                 raise ValueError(f"{part.key}{error}") from error
@@ -146,7 +152,8 @@ class PromptSource:
     def _batch(self, item: IntArray, position: IntArray) -> Batch:
         row = np.repeat(item * self.rows_per_item, self.rows_per_item)
         row += np.tile(np.arange(self.rows_per_item), len(item))
-        return self._items.take(row).with_columns(group_id=Column(np.repeat(position, self.rows_per_item)))
+        groups = np.repeat(position + self._first_group, self.rows_per_item)
+        return self._items.take(row).with_columns(group_id=Column(groups))
 
 
 def _check_usable(loaded: Loaded, max_prompt_tokens: int) -> None:

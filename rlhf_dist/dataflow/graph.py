@@ -118,6 +118,12 @@ class Dataflow:
                 return node
         raise KeyError(f"no node {name!r} in {self.name}; it has {', '.join(node.name for node in self.nodes)}")
 
+    def source_of(self, node: Node) -> str | None:
+        """The source parameter whose rows, or rows made of them, `node` has; None where it has none."""
+        while node.inputs:
+            node = self[node.inputs[0].rows]
+        return node.name if node.kind == "source" else None
+
     @property
     def edges(self) -> tuple[Edge, ...]:
         """All edges: columns in node order, then weight states."""

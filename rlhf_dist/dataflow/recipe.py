@@ -19,6 +19,7 @@ from typing import Any, cast
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.roles import Prompts, State, ops_of
+from rlhf_dist.schema import COLUMNS, FIELD_KINDS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class Recipe:
     @property
     def source_columns(self) -> dict[str, tuple[str, ...]]:
         """Source parameter -> columns it emits."""
-        return {name: cast(Any, kind).columns for name, kind in self.sources.items()}
+        return {name: (*cast(Any, kind).columns, *self.source_fields(name)) for name, kind in self.sources.items()}
+
+    def source_fields(self, source: str) -> Mapping[str, str]:
+        """Fields of the file's rows that come as columns of their own, with their kinds (`Prompts.fields`)."""
+        fields: Mapping[str, str] = getattr(self.sources[source], "fields", {})
+        return fields
 
 
 def follows(key: str) -> Any:
@@ -51,6 +57,20 @@ def follows(key: str) -> Any:
     max_tokens: int = follows("actor.rollout.max_response_tokens")
     """
     return field(default=f"${{{key}}}")
+
+
+def _check_fields(recipe: str, kind: Any) -> None:
+    for name, what in getattr(kind, "fields", {}).items():
+        if name in COLUMNS:
+            raise GraphError(
+                f"recipe {recipe}: {kind.__name__}.fields names {name!r}, which is a column already "
+                f"({COLUMNS[name].meaning}); leave it out, or call the field otherwise"
+            )
+        if what not in FIELD_KINDS:
+            raise GraphError(
+                f"recipe {recipe}: {kind.__name__}.fields says that {name!r} is {what!r}; it can be "
+                f"{', '.join(FIELD_KINDS)}"
+            )
 
 
 def recipe(function: Callable[..., None]) -> Recipe:
@@ -64,6 +84,7 @@ def recipe(function: Callable[..., None]) -> Recipe:
         kind = hints.get(name)
         if isinstance(kind, type) and issubclass(kind, Batch):
             sources[name] = Prompts if kind is Batch else kind
+            _check_fields(function.__name__, sources[name])
         elif isinstance(kind, type) and issubclass(kind, State):
             states[name] = kind
         elif isinstance(kind, type) and is_dataclass(kind):
