@@ -1,8 +1,8 @@
 """`check_loss`: what the engine relies on in a loss, tried on made-up batches without a model.
 
-    invariant     sums and gradients of one pass over all rows = those of several passes, however cut
-    masked        a token that response_mask leaves out gets no gradient
-    finite        with an empty response, one row, all equal, all masked
+invariant     sums and gradients of one pass over all rows = those of several passes, however cut
+masked        a token that response_mask leaves out gets no gradient
+finite        with an empty response, one row, all equal, all masked
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _check_teaches(name: str, whole: _Sums) -> None:
     _check_finite(name, "a random batch", whole)
     if not any(bool(gradient.any()) for gradient in whole.gradients.values()):
         asked = ", ".join(whole.gradients)
-        raise CheckFailed(name, f"its gradient at {asked} is 0 on a random batch; it must not detach what it is a loss of")
+        raise CheckFailed(
+            name, f"its gradient at {asked} is 0 on a random batch; it must not detach what it is a loss of"
+        )
 
 
 def _check_masked(name: str, batch: MadeUp, whole: _Sums) -> None:

@@ -43,14 +43,11 @@ TINY = {
     "resume": "overwrite",
 }
 """What a check sets for every recipe, unless it is told otherwise."""
+REWARD = "rlhf_dist.rewards:share_of_digits"
+"""For roles that have none."""
 RESPONSE_TOKENS = 8
 LEARNING_RATE = 1e-3
 """So high that float32 weights move in two steps, whatever the recipe's own is."""
-
-
-def vowels(prompt: str, response: str, answer: str) -> float:
-    """Share of the response's characters that are vowels or digits: a reward for recipes that name none."""
-    return sum(character in "aeiou0123456789" for character in response) / max(len(response), 1)
 
 
 def check_recipe(recipe: str | Path | Recipe, **overrides: Any) -> list[dict[str, float]]:
@@ -86,7 +83,7 @@ def _launch(
         launch = compose(spec, asked)
         bare = [role for role, settings in launch.roles.items() if _has_no_reward(settings)]
         if bare:
-            asked += [f"{role}.function={__name__}:vowels" for role in bare]
+            asked += [f"{role}.function={REWARD}" for role in bare]
             launch = compose(spec, asked)
     except ValueError as error:  # ConfigError and GraphError are: the user's settings, or the recipe
         raise CheckFailed(name, str(error)) from error
@@ -188,4 +185,6 @@ def _check_finite(name: str, metrics: list[dict[str, float]], weights: Weights) 
     for tensor, values in weights.items():
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())
-            raise CheckFailed(name, f"{bad} of {values.size} weights of {tensor} are not finite after {len(metrics)} steps")
+            raise CheckFailed(
+                name, f"{bad} of {values.size} weights of {tensor} are not finite after {len(metrics)} steps"
+            )
