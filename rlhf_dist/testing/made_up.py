@@ -83,7 +83,9 @@ def made_up(
         columns["label"] = torch.tensor([1, -1] * rows)[:rows]
     row_of_token = torch.repeat_interleave(torch.arange(rows), torch.tensor(lengths))
     mask = ((torch.rand(tokens, generator=generator) < 0.75) & (row_of_token != 2)).double()
-    outputs = {output: draw(rows if output in per_row else tokens).requires_grad_() for output in loss.outputs}
+    outputs: dict[str, Tensor] = {
+        output: draw(rows if output in per_row else tokens).requires_grad_() for output in loss.outputs
+    }
     groups = tuple(row // in_group for row in range(rows))
     return MadeUp(
         lengths=tuple(lengths),
@@ -116,8 +118,8 @@ def _kind(name: str, column: str, shapes: Mapping[str, Shape]) -> tuple[Shape, s
     if column not in COLUMNS:
         raise CheckFailed(
             name,
-            f"it reads {column!r}, a column of your own; say its shape: check_loss(..., columns={{{column!r}: '[B, T]'}}) "
-            "for one number a response token, '[B]' for one a row",
+            f"it reads {column!r}, a column of your own; say its shape: check_loss(..., columns={{{column!r}: '[B, T]'}})"
+            " for one number a response token, '[B]' for one a row",
         )
     spec = COLUMNS[column]
     if spec.dtype == "text" or spec.shape == "[B, P]":

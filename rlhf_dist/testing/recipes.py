@@ -11,9 +11,11 @@ Both runs are `rlhf-dist run RECIPE --local`: this process, its CPU, the workers
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ TINY = {
     "steps": 2,
     "output.tracker": "none",
     "output.rollouts_every": 0,
+    "output.checkpoint_every": None,
     "resume": "overwrite",
 }
 """What a check sets for every recipe, unless it is told otherwise."""
@@ -136,7 +139,7 @@ def _run(
         here = local_launch(launch, settings, device="cpu")
         here = replace(here, run=replace(here.run, output=replace(here.run.output, root=str(folder))))
         check_launch(here)
-        with Display(here.run.name, here.run.steps, quiet=True) as display:
+        with Display(here.run.name, here.run.steps, quiet=True) as display, _without_debug_logs():
             run(here, display, eager=eager, local=True)
     except Exception as error:
         raise CheckFailed(name, f"run {way}: {error}") from error
@@ -147,6 +150,17 @@ def _run(
         for tensor, values in load_file(file).items()
     }
     return read_metrics(folder / here.run.name), weights
+
+
+@contextmanager
+def _without_debug_logs() -> Iterator[None]:
+    """torch logs every tensor it saves, and a test runner would show all of it below a failure."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.DEBUG))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 # --- what is checked -----------------------------------------------------------------------------------------
@@ -171,8 +185,8 @@ def _check_same(name: str, graph: Weights, eager: Weights) -> None:
             apart = float(np.abs(values - eager[tensor]).max())
             raise CheckFailed(
                 name,
-                f"the run line by line ends with other weights than the graph: {tensor} is up to {apart:.3g} apart; the "
-                "recipe or a host op of it depends on something besides its settings and its batch (randomness without "
+                f"the run line by line ends with other weights than the graph: {tensor} is up to {apart:.3g} apart; "
+                "the recipe or a host op of it depends on something besides its settings and its batch (randomness without "
                 "a seed, time, what it keeps from call to call)",
             )
 
@@ -180,8 +194,8 @@ def _check_same(name: str, graph: Weights, eager: Weights) -> None:
 def _check_finite(name: str, metrics: list[dict[str, float]], weights: Weights) -> None:
     for row in metrics:
         for key, value in row.items():
-            if not math.isfinite(value):
-                raise CheckFailed(name, f"metric {key} is {value} at step {row['step']}; it must be finite")
+            if value is None or not math.isfinite(value):  # JSON has no nan: the file says null
+                raise CheckFailed(name, f"metric {key} is nan or infinite at step {row['step']:g}; it must be finite")
     for tensor, values in weights.items():
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())

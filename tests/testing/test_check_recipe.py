@@ -62,7 +62,7 @@ def test_recipes_of_the_shelf_pass(name: str) -> None:
         ),
         (
             HEAD + "    batch = advantage(batch)\n" + UPDATE + METRICS.replace("1.0", "float('nan')"),
-            "advantage/seen is nan",
+            "metric advantage/seen is nan or infinite at step 0",
         ),
         (
             HEAD + "    batch = advantage(batch, factor=float('inf'))\n" + UPDATE + METRICS,
