@@ -156,8 +156,8 @@ def _check_name(name: str) -> None:
 
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name.startswith("test_"):
         raise ConfigError(
-            f"a recipe's name is a Python name in small letters, such as my_grpo, that is no keyword and does not begin "
-            f"with test_; got {name!r}"
+            f"a recipe's name is a Python name in small letters, such as my_grpo, that is no keyword and does not "
+            f"begin with test_; got {name!r}"
         )
     if name in list_recipes():
         raise ConfigError(f"{name} is one of our recipes; choose another name, such as my_{name}")

@@ -1,4 +1,4 @@
-"""`rlhf-dist recipes`, `roles`, `columns` and `ops`: what there is to write a recipe with. Loads no torch, ray or vllm."""
+"""`rlhf-dist recipes`, `roles`, `columns`, `ops`: what there is to write a recipe with. Loads no torch, ray or vllm."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     def test_my_recipe(): check_recipe("mine.py")           traced, run both ways, compared: about ten seconds
     def test_my_loss():   check_loss(MyLoss(bonus=0.1))     the same gradient however a batch is cut: milliseconds
 
-What does not hold is raised as CheckFailed, one line with values. No Ray, no vLLM and no GPU are needed. The kit stands on
-all else: nothing of the package imports it but `rlhf-dist new model`.
+What does not hold is raised as CheckFailed, one line with values. No Ray, no vLLM and no GPU are needed. The kit stands
+on all else: only `rlhf-dist new model` imports anything of it.
 """
 
 from rlhf_dist.testing.failed import CheckFailed

@@ -96,8 +96,8 @@ def _check_masked(name: str, batch: MadeUp, whole: _Sums) -> None:
         if worst > 0:
             raise CheckFailed(
                 name,
-                f"a token that response_mask leaves out has a gradient of {worst:.3g} at {output}; sum over tokens with "
-                "rows.sum_tokens or rows.mean_tokens",
+                f"a token that response_mask leaves out has a gradient of {worst:.3g} at {output}; sum over tokens "
+                "with rows.sum_tokens or rows.mean_tokens",
             )
 
 
@@ -125,8 +125,8 @@ def _check_cuts(name: str, loss: Loss, batch: MadeUp, whole: _Sums) -> None:
                     name,
                     f"{what} depends on how a batch is cut into micro-batches: {cut} and one pass over all rows are "
                     f"{apart:.3g} apart (largest entry {scale:.3g}); return one number per "
-                    f"{loss.average.split('_')[0].removesuffix('s')}, divided by nothing of the micro-batch: the engine "
-                    "divides by the count over the whole batch",
+                    f"{loss.average.split('_')[0].removesuffix('s')}, divided by nothing of the micro-batch: the "
+                    "engine divides by the count over the whole batch",
                 )
 
 

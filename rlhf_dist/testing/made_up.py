@@ -118,8 +118,8 @@ def _kind(name: str, column: str, shapes: Mapping[str, Shape]) -> tuple[Shape, s
     if column not in COLUMNS:
         raise CheckFailed(
             name,
-            f"it reads {column!r}, a column of your own; say its shape: check_loss(..., columns={{{column!r}: '[B, T]'}})"
-            " for one number a response token, '[B]' for one a row",
+            f"it reads {column!r}, a column of your own; say its shape: check_loss(..., columns="
+            f"{{{column!r}: '[B, T]'}}) for one number a response token, '[B]' for one a row",
         )
     spec = COLUMNS[column]
     if spec.dtype == "text" or spec.shape == "[B, P]":

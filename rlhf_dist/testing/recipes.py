@@ -186,8 +186,8 @@ def _check_same(name: str, graph: Weights, eager: Weights) -> None:
             raise CheckFailed(
                 name,
                 f"the run line by line ends with other weights than the graph: {tensor} is up to {apart:.3g} apart; "
-                "the recipe or a host op of it depends on something besides its settings and its batch (randomness without "
-                "a seed, time, what it keeps from call to call)",
+                "the recipe or a host op of it depends on something besides its settings and its batch (randomness "
+                "without a seed, time, what it keeps from call to call)",
             )
 
 
