@@ -71,8 +71,8 @@ def launch(
     from rlhf_dist.compose import compose
     from rlhf_dist.data import with_steps_of_epochs
 
-    said = [*(_override(key, value) for key, value in (settings or {}).items()), *overrides]
-    made = compose(_spec(recipe), said)
+    said = [*as_overrides(settings or {}), *overrides]
+    made = compose(spec_of(recipe), said)
     made = local_launch(made, said) if local else made
     plan = check_launch(made)
     counted = with_steps_of_epochs(made)
@@ -84,7 +84,8 @@ def launch(
     return RunResult((Path(made.run.output.root) / made.run.name).resolve(), summary)
 
 
-def _spec(recipe: str | Path | Recipe) -> str:
+def spec_of(recipe: str | Path | Recipe) -> str:
+    """The recipe as the command line names it. Raises ConfigError for one that is in no file."""
     if isinstance(recipe, (str, Path)):
         return str(recipe)
     from rlhf_dist.typed import ConfigError
@@ -95,6 +96,11 @@ def _spec(recipe: str | Path | Recipe) -> str:
             f"(%%writefile mine.py in a notebook) and name that"
         )
     return f"{recipe.file}:{recipe.name}"
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Python values as the command line's `key=value`. Raises ConfigError for a value that is no setting."""
+    return [_override(key, value) for key, value in settings.items()]
 
 
 def _override(key: str, value: Any) -> str:

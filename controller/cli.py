@@ -202,28 +202,19 @@ def _config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recipes(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.recipe_files import list_recipes
+def _vocabulary(arguments: argparse.Namespace) -> int:
+    from controller import vocabulary_command
 
-    found = list_recipes()
-    width = max(map(len, found), default=0)
-    for name, doc in found.items():
-        print(f"{name:<{width}}  {doc}")
-    return 0
-
-
-def _columns(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.schema import COLUMNS, describe
-
-    print(describe(COLUMNS))
-    return 0
+    try:
+        return int(getattr(vocabulary_command, f"{arguments.command}_command")(arguments))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _ops(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.vocabulary import describe_ops
+def _new(arguments: argparse.Namespace) -> int:
+    from controller.new_command import new_command
 
-    print(describe_ops())
-    return 0
+    return new_command(arguments)
 
 
 def _completion(arguments: argparse.Namespace) -> int:
@@ -294,9 +285,11 @@ COMMANDS = {
     "graph": _graph,
     "timeline": _timeline,
     "config": _config,
-    "recipes": _recipes,
-    "columns": _columns,
-    "ops": _ops,
+    "recipes": _vocabulary,
+    "roles": _vocabulary,
+    "columns": _vocabulary,
+    "ops": _vocabulary,
+    "new": _new,
     "completion": _completion,
     "plan": _plan,
     "profile": _profile,
@@ -375,9 +368,11 @@ def _parser() -> argparse.ArgumentParser:
     timeline.add_argument("--steps", metavar="FIRST-LAST", type=_step_range, help="only these steps")
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
-    commands.add_parser("recipes", parents=[common], help="list the recipes that come with rlhf-dist")
-    commands.add_parser("columns", parents=[common], help="list the columns of a batch, with shape and meaning")
-    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
+    from controller.new_command import add_new_parser
+    from controller.vocabulary_command import add_vocabulary_parsers
+
+    add_vocabulary_parsers(commands, common)
+    add_new_parser(commands, common)
     completion = commands.add_parser("completion", parents=[common], help="make the shell complete: eval its output")
     completion.add_argument("shell", choices=SHELLS)
     export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")

@@ -41,13 +41,13 @@ ENVIRONMENT = {
 """What worker processes of a cluster have too, and less talk: there is no log file to send it to."""
 
 
-def local_launch(launch: Launch, overrides: Sequence[str]) -> Launch:
+def local_launch(launch: Launch, overrides: Sequence[str], device: str = "auto") -> Launch:
     """The launch with every role in one slot of this process; the plan for a cluster is put aside.
 
-    overrides: what the command line says: an engine for generation that it names is kept.
+    overrides: what the command line says: an engine for generation that it names is kept. device: see PoolConfig.
     """
     limits = [pool.device_bytes for pool in launch.run.placement.pools.values() if pool.device_bytes is not None]
-    pool = PoolConfig(device_bytes=min(limits, default=None))
+    pool = PoolConfig(device=device, device_bytes=min(limits, default=None))
     placement = PlacementConfig(pools={POOL: pool}, roles={"default": POOL}, host_processes=1)
     roles = {role: _without_vllm(role, config, overrides) for role, config in launch.roles.items()}
     here = replace(launch, run=replace(launch.run, placement=placement), roles=roles)

@@ -61,14 +61,37 @@ def list_recipes() -> dict[str, str]:
 def load_recipe(spec: str) -> Recipe:
     """The recipe `spec` names. Raises ConfigError if there is none, or if its file cannot be loaded."""
     file = parse_spec(spec)
+    where, found = _recipes_in(spec)
+    return _choose(found, where, file.name) if file else _choose(found, where, None, prefer=spec)
+
+
+def load_recipes(spec: str) -> list[Recipe]:
+    """All recipes of the file that `spec` names, or the one it names in it. Raises as `load_recipe`."""
+    file = parse_spec(spec)
+    where, found = _recipes_in(spec)
+    return [_choose(found, where, file.name)] if file and file.name else list(found.values())
+
+
+def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
+    """What errors call the file of `spec`, and its recipes by name; at least one."""
+    file = parse_spec(spec)
     if file is not None:
-        return _choose(_load_users(file.path), str(file.path), file.name)
-    names = list_recipes()
-    if spec not in names:
-        message = unknown(spec, names, "recipe")
-        there = f" There is {', '.join(names)}." if "did you mean" in message else "."
-        raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
-    return _choose(importlib.import_module(f"{PACKAGE}.{spec}"), f"recipe {spec}", None, prefer=spec)
+        where, module = str(file.path), _load_users(file.path)
+    else:
+        names = list_recipes()
+        if spec not in names:
+            message = unknown(spec, names, "recipe")
+            there = f" There is {', '.join(names)}." if "did you mean" in message else "."
+            raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
+        where, module = f"recipe {spec}", importlib.import_module(f"{PACKAGE}.{spec}")
+    found = {
+        value.name: value
+        for value in vars(module).values()
+        if isinstance(value, Recipe) and value.function.__module__ == module.__name__
+    }
+    if not found:
+        raise ConfigError(f"{where} has no function marked @recipe (from rlhf_dist.dataflow.recipe import recipe)")
+    return where, found
 
 
 def _load_users(path: Path) -> ModuleType:
@@ -84,14 +107,7 @@ def _load_users(path: Path) -> ModuleType:
         raise ConfigError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
 
 
-def _choose(module: ModuleType, where: str, name: str | None, prefer: str = "") -> Recipe:
-    found = {
-        value.name: value
-        for value in vars(module).values()
-        if isinstance(value, Recipe) and value.function.__module__ == module.__name__
-    }
-    if not found:
-        raise ConfigError(f"{where} has no function marked @recipe (from rlhf_dist.dataflow.recipe import recipe)")
+def _choose(found: dict[str, Recipe], where: str, name: str | None, prefer: str = "") -> Recipe:
     if name is not None and name not in found:
         raise ConfigError(f"{where} has no recipe {name}; it has {', '.join(found)}")
     if name is None and len(found) > 1 and prefer not in found:

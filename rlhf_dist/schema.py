@@ -12,7 +12,6 @@ ragged column, so nothing is padded and no offset has to be remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,15 +76,3 @@ SEQUENCE: tuple[str, ...] = ("prompt_ids", "response_ids")
 
 TRAINABLE: tuple[str, ...] = (*SEQUENCE, "response_mask", "group_id")
 """What every update reads besides what its loss asks for."""
-
-
-def describe(names: Iterable[str]) -> str:
-    """A table of `names` for people: one line each with shape, dtype and meaning."""
-    rows = [(name, COLUMNS.get(name)) for name in names]
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(
-        f"{name:<{width}}  {spec.shape:<7} {spec.dtype:<8} {spec.meaning}"
-        if spec
-        else f"{name:<{width}}  (user-defined)"
-        for name, spec in rows
-    )

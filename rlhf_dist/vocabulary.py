@@ -11,9 +11,8 @@ from rlhf_dist import transforms
 from rlhf_dist.algorithms import losses
 from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.host import HostOp
-from rlhf_dist.roles import Actor, Columns, Critic, Reference, Reward, RewardModel, ops_of
-
-ROLES = (Actor, Critic, Reference, Reward, RewardModel)
+from rlhf_dist.roles import Columns, ops_of
+from rlhf_dist.vocabulary_facts import ROLES
 
 
 def describe_ops() -> str:

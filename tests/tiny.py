@@ -1,71 +1,21 @@
-"""Tiny real models for tests: character-level Llama and Qwen3 folders, as transformers writes them."""
+"""Tiny real models for tests: those of the kit for users, and others with the same tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-CHARACTERS = "0123456789+-*/=?.,:! abcdefghijklmnopqrstuvwxyz\n"
-VOCABULARY = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+from rlhf_dist.testing.tiny_model import VOCABULARY, llama_config, save_llama, save_model, save_tokenizer
 
-
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer with one token per character: pad 0, bos 1, eos 2, unknown 3."""
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-
-
-def llama_config(
-    *, tied: bool = False, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2
-) -> LlamaConfig:
-    """Grouped-query attention (two key heads), head size hidden / heads."""
-    return LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        # Wider than usual, so that a tiny untrained model has opinions that tests can tell apart.
-        initializer_range=0.15,
-    )
-
-
-def save_llama(
-    folder: Path, *, tied: bool = False, seed: int = 0, hidden: int = 32, layers: int = 2, kv_heads: int = 2
-) -> Path:
-    """A random Llama with its tokenizer; returns the folder."""
-    return _save(folder, llama_config(tied=tied, hidden=hidden, layers=layers, kv_heads=kv_heads), seed)
+__all__ = ["VOCABULARY", "llama_config", "save_classifier", "save_llama", "save_qwen3", "save_tokenizer"]
 
 
 def save_qwen3(folder: Path, *, seed: int = 0) -> Path:
     """A random Qwen3 (norms on queries and keys, tied embeddings) with its tokenizer; returns the folder."""
     config = Qwen3Config(**(llama_config(tied=True).to_dict() | {"head_dim": 16, "model_type": "qwen3"}))
-    return _save(folder, config, seed)
+    return save_model(folder, Qwen3ForCausalLM, config, seed)
 
 
 def save_classifier(folder: Path, *, seed: int = 0) -> Path:
@@ -74,13 +24,5 @@ def save_classifier(folder: Path, *, seed: int = 0) -> Path:
     config.num_labels = 1
     torch.manual_seed(seed)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
-def _save(folder: Path, config: PretrainedConfig, seed: int) -> Path:
-    torch.manual_seed(seed)
-    family = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
-    family(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -8,6 +8,7 @@ from rlhf_dist.rewards.load import load_function, load_reward
 from rlhf_dist.rewards.math_verify import math_verify
 from rlhf_dist.rewards.reasoning_gym import reasoning_gym, reasoning_gym_solved
 from rlhf_dist.rewards.rule import RewardFunctionError, rule_rewards
+from rlhf_dist.rewards.share_of_digits import share_of_digits
 from rlhf_dist.rewards.signature import adapt
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "reasoning_gym",
     "reasoning_gym_solved",
     "rule_rewards",
+    "share_of_digits",
 ]

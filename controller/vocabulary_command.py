@@ -1,0 +1,100 @@
+"""`rlhf-dist recipes`, `roles`, `columns`, `ops`: what there is to write a recipe with. Loads no torch, ray or vllm."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+FORMATS = ("text", "json")
+
+
+def add_vocabulary_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
+    """The commands' arguments."""
+    recipes = commands.add_parser("recipes", parents=[common], help="list the recipes there are, and what each needs")
+    recipes.add_argument("files", metavar="FILE", nargs="*", help="files of your own to list, too")
+    recipes.add_argument("--search", metavar="TEXT", help="only those with this in their name, text, roles or data")
+    roles = commands.add_parser("roles", parents=[common], help="list kinds of roles, their ops and columns")
+    columns = commands.add_parser(
+        "columns", parents=[common], help="list columns; of a recipe: who writes and reads them"
+    )
+    columns.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe's name, or path/to/file.py[:name]")
+    columns.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. algorithm.kl_coef=0")
+    for parser in (recipes, roles, columns):
+        parser.add_argument("--format", choices=FORMATS, default="text")
+    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
+
+
+def recipes_command(arguments: argparse.Namespace) -> int:
+    """The shelf and the files given. Raises ValueError for a file that cannot be loaded or has no recipe."""
+    from rlhf_dist.recipe_files import list_recipes, load_recipes
+    from rlhf_dist.vocabulary_facts import recipe_facts
+
+    found = [recipe_facts(one) for spec in (*list_recipes(), *arguments.files) for one in load_recipes(spec)]
+    wanted = (arguments.search or "").lower()
+    found = [facts for facts in found if wanted in json.dumps(facts, ensure_ascii=False).lower()]
+    if arguments.format == "json":
+        print(json.dumps(found, indent=2))
+    else:
+        _print_table(
+            [(one["name"], " ".join(one["sources"].values()), " ".join(one["roles"]), one["doc"]) for one in found]
+        )
+    return 0
+
+
+def roles_command(arguments: argparse.Namespace) -> int:
+    """Every kind of role."""
+    from rlhf_dist.vocabulary_facts import role_facts
+
+    if arguments.format == "json":
+        print(json.dumps(role_facts(), indent=2))
+        return 0
+    for kind in role_facts():
+        print(f"{kind['kind']}  {kind['doc']}")
+        for op in kind["ops"]:
+            settings = ", ".join(name if value is None else f"{name}={value}" for name, value in op["settings"].items())
+            print(f"  {op['name']}({settings})\n{_wrapped(op['doc'], '')}")
+            reads = [*op["reads"], *(["what its loss reads"] if op["reads_of_loss"] else [])]
+            reads += [f"{name} if there" for name in op["optional"]]
+            print(_wrapped(f"reads   {', '.join(reads)}"))
+            print(_wrapped(f"writes  {', '.join(op['writes']) or 'no column'}"))
+    return 0
+
+
+def columns_command(arguments: argparse.Namespace) -> int:
+    """Columns of the vocabulary, or of a recipe. Raises ValueError for a recipe that cannot be traced."""
+    from rlhf_dist.compose import compose_dataflow
+    from rlhf_dist.vocabulary_facts import column_facts
+
+    of = arguments.recipe
+    found = column_facts(None if of is None else compose_dataflow(of, arguments.overrides))
+    if arguments.format == "json":
+        print(json.dumps(found, indent=2))
+        return 0
+    width = max(len(one["name"]) for one in found)
+    for one in found:
+        known = f"{one['shape']:<7} {one['dtype']:<8} {one['meaning']}" if one["shape"] else "(user-defined)"
+        print(f"{one['name']:<{width}}  {known}")
+        if of is not None:
+            print(f"{'':<{width}}  {', '.join(one['written_by'])} -> {', '.join(one['read_by']) or 'nobody'}")
+    return 0
+
+
+def ops_command(arguments: argparse.Namespace) -> int:
+    """Role ops, host ops and losses."""
+    from rlhf_dist.vocabulary import describe_ops
+
+    print(describe_ops())
+    return 0
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column), default=0) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _wrapped(text: str, hanging: str = " " * 8) -> str:
+    return textwrap.indent(textwrap.fill(text, 108, subsequent_indent=hanging), "      ")
