@@ -98,9 +98,11 @@ def _defaults(spec: str, overrides: Mapping[str, Any], folder: Path) -> dict[str
     made: dict[str, Any] = {**TINY, "output.root": folder}
     if not any(key == "model.path" for key in overrides):
         made["model.path"] = save_llama(folder / "model")
-    if not any(key.startswith("data.train") for key in overrides):
-        made |= {"data.train.path": _sums(folder / "sums.jsonl"), "data.train.generator": None, "data.heldout": None}
     loaded = load_recipe(spec)
+    if not any(key.startswith(("data.train", "data.sources")) for key in overrides):
+        sums = _sums(folder / "sums.jsonl")
+        made |= {"data.train.path": sums, "data.train.generator": None, "data.heldout": None}
+        made |= {f"data.sources.{name}.path": sums for name in list(loaded.sources)[1:]}
     known = keys(root_type(loaded))
     for role in loaded.roles:
         small = {f"{role}.rollout.max_response_tokens": RESPONSE_TOKENS, f"{role}.optimizer.lr": LEARNING_RATE}

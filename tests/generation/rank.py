@@ -115,7 +115,7 @@ def eager_on(device: str) -> bool:
     """Whether vLLM runs without CUDA graphs there."""
     from workers.engines.vllm import _engine_args
 
-    return bool(_engine_args(str(_folder), RolloutConfig(), torch.device(device)).enforce_eager)
+    return bool(_engine_args(str(_folder), RolloutConfig(), torch.device(device), sees_peers=True).enforce_eager)
 
 
 def own_share(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Answers | str:
