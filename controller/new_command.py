@@ -24,6 +24,7 @@ RECIPE = '''"""NAME: say in this line what it is, and cite its paper."""
 
 from dataclasses import dataclass
 
+from rlhf_dist.algorithms import loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
@@ -59,22 +60,15 @@ def advantage(batch: Batch) -> Batch:
     return Batch({"advantages": Column(centred.repeat(mask.lengths), mask.offsets)})
 
 
-@dataclass(frozen=True)
-class Clipped:
+@loss(reads=("advantages", "old_log_probs"), outputs=("log_probs",), average="tokens")
+def clipped(model, rows, clip: float = 0.2):
     """PPO's clipped loss. Change the objective here: one number per token, masked and averaged by the engine.
 
-    `reads` may name any column of the batch, `outputs` log_probs, entropy, values and scores of the model.
+    `reads` may name any column of the batch, `outputs` log_probs and entropy of a policy.
     """
-
-    clip: float
-    reads = ("advantages", "old_log_probs")
-    outputs = ("log_probs",)
-    average = "tokens"
-
-    def __call__(self, model, rows):
-        ratio = (model.log_probs - rows["old_log_probs"]).exp()
-        gain, cut = ratio * rows["advantages"], ratio.clamp(1 - self.clip, 1 + self.clip) * rows["advantages"]
-        return -gain.minimum(cut), {"ratio": ratio.detach()}
+    ratio = (model.log_probs - rows["old_log_probs"]).exp()
+    gain, cut = ratio * rows["advantages"], ratio.clamp(1 - clip, 1 + clip) * rows["advantages"]
+    return -gain.minimum(cut), {"ratio": ratio.detach()}
 
 
 @recipe
@@ -84,7 +78,7 @@ def NAME(prompts: Prompts, actor: Actor, reward: Reward, cfg: Settings) -> None:
     batch = reward.compute_reward(batch)
     batch = actor.compute_log_prob(batch)
     batch = advantage(batch)
-    actor.update_actor(batch, loss=Clipped(cfg.clip))
+    actor.update_actor(batch, loss=clipped(cfg.clip))
 '''
 
 SETTINGS = """# Settings of NAME.py; the command line goes last. `rlhf-dist config NAME.py` lists all.
@@ -103,7 +97,7 @@ TEST = '''"""NAME.py, tried at the smallest size: no GPU, no Ray, seconds. Run w
 
 from pathlib import Path
 
-from NAME import Clipped
+from NAME import clipped
 
 from rlhf_dist.testing import check_loss, check_recipe
 
@@ -114,7 +108,7 @@ def test_the_recipe_runs_the_same_line_by_line_and_as_a_graph() -> None:
 
 
 def test_the_loss_does_not_depend_on_micro_batches() -> None:
-    check_loss(Clipped(clip=0.2))
+    check_loss(clipped(clip=0.2))
 '''
 
 

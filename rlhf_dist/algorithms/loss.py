@@ -140,6 +140,10 @@ def loss(
     raises ValueError.
     """
 
+    for what, names in (("reads", reads), ("outputs", outputs)):
+        if isinstance(names, str):  # the comma of a tuple of one was left out, and a text is a sequence of letters
+            raise ValueError(f"@loss({what}=...) takes a tuple of names, got the text {names!r}; write ({names!r},)")
+
     def wrap(
         function: Callable[Concatenate[ModelOutput, Rows, P], tuple[Tensor, dict[str, Tensor]]],
     ) -> LossFunction[P]:

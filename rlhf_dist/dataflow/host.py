@@ -98,6 +98,10 @@ def host_op(
     `drops_rows` the function returns a `HostResult` with `keep`.
     """
 
+    for what, names in (("reads", reads), ("writes", writes)):
+        if isinstance(names, str):  # the comma of a tuple of one was left out, and a text is a sequence of letters
+            raise ValueError(f"@host_op({what}=...) takes a tuple of names, got the text {names!r}; write ({names!r},)")
+
     def wrap(function: Callable[P, R]) -> HostOp[P, R]:
         op = HostOp(function, function.__name__, reads, writes, scope, drops_rows, least_group)
         object.__setattr__(op, "__doc__", function.__doc__)

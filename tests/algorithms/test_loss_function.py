@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf_dist.algorithms import FunctionLoss, Loss, ModelOutput, loss, nll, ppo_clip
+from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.dataflow.trace import trace
@@ -109,6 +110,13 @@ def test_what_is_no_loss_is_refused_with_the_line(make, error: str) -> None:  # 
 
     with pytest.raises(GraphError, match=rf"test_loss_function.py:\d+: .*{error}"):
         trace(wrong)
+
+
+def test_a_text_in_place_of_a_tuple_of_names_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"@loss\(reads=...\) takes a tuple of names, got the text 'advantages'"):
+        loss(reads=("advantages"), average="tokens")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"@host_op\(writes=...\) takes a tuple of names, got the text 'a'"):
+        host_op(reads=(), writes="a")  # type: ignore[arg-type]
 
 
 def test_a_critic_gives_values() -> None:
