@@ -7,9 +7,9 @@ from collections import Counter
 from controller.doctor.finding import Finding, counted, failed, nbytes, of_nodes, ok, skipped, warning
 from controller.doctor.node_facts import NodeFacts
 from controller.doctor.subject import Subject
+from rlhf_dist.machine import BFLOAT16_FLAGS
 
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Of x86 and of Arm."""
+BF16_FLAGS = frozenset(flag for flags in BFLOAT16_FLAGS.values() for flag in flags)
 LEAST_MEMORY = 4 << 30
 """Free for the controller, Ray and two ranks of a tiny model; each rank imports about 1 GiB of libraries."""
 LEAST_OPEN_FILES, FEW_OPEN_FILES = 1024, 4096
@@ -64,10 +64,7 @@ def processors(subject: Subject) -> Finding:
         widest = next(
             (flag for flag in ("avx512f", "avx2", "asimd") if flag in node.cpu_flags), "neither AVX2 nor more"
         )
-        return warning(
-            f"{node.cores} cores ({widest}) without bfloat16 instructions: it is emulated, ten times slower",
-            "compute in float32 on this CPU: model.dtype=float32",
-        )
+        return ok(f"{node.cores} cores ({widest}) without bfloat16 instructions: runs compute in float32 (dtype=auto)")
 
     return of_nodes([node for node in subject.nodes if not node.gpus], judge)
 

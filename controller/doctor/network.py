@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from controller.doctor.finding import Finding, failed, of_nodes, ok, warning
+from controller.doctor.finding import Finding, failed, of_nodes, ok
 from controller.doctor.node_facts import NodeFacts
 from controller.doctor.subject import Subject
 
@@ -15,7 +15,7 @@ def interface_of(node: NodeFacts, address: str) -> str | None:
 
 
 def interfaces(subject: Subject) -> Finding:
-    """Which interface has the address that Ray uses, and which one gloo would take."""
+    """Which interface has the address that Ray uses: a run's processes talk over it, unless they are told another."""
 
     def judge(node: NodeFacts) -> Finding:
         ray_interface = interface_of(node, node.address)
@@ -34,27 +34,18 @@ def interfaces(subject: Subject) -> Finding:
                     f"set it to {ray_interface}, or unset it, where Ray is started",
                 )
             return ok(f"Ray by {node.address} on {ray_interface}, gloo by {node.gloo_interface} (GLOO_SOCKET_IFNAME)")
-        found = next((name for at in node.host_addresses if (name := interface_of(node, at))), None)
-        found = f"Ray by {node.address} on {ray_interface}; gloo, left alone, by {found or 'lo'}"
-        return ok(found)
+        own = "; gloo by lo on a single node" if len(subject.nodes) == 1 else ""
+        return ok(f"Ray by {node.address} on {ray_interface}, which gloo and NCCL of a run take too{own}")
 
     return of_nodes(subject.nodes, judge)
 
 
 def host_names(subject: Subject) -> Finding:
-    """Whether a host name resolves to loopback: gloo, left alone, would listen there, where no other node comes."""
-    alone = len(subject.nodes) == 1
+    """What host names resolve to: loopback is what makes other programs over gloo hang. A run does not ask for it."""
 
     def judge(node: NodeFacts) -> Finding:
         to = ", ".join(node.host_addresses) or "nothing"
-        found = f"{node.host_name} resolves to {to}"
-        if node.host_addresses and not ip_address(node.host_addresses[0]).is_loopback:
-            return ok(found)
-        if alone:
-            return ok(f"{found}: all the same on a single node")
-        interface = interface_of(node, node.address) or "the interface of the node's address"
-        return warning(
-            found, f"give the name the address {node.address} in /etc/hosts, or set GLOO_SOCKET_IFNAME={interface}"
-        )
+        local = not node.host_addresses or ip_address(node.host_addresses[0]).is_loopback
+        return ok(f"{node.host_name} resolves to {to}" + (": no matter, runs go by Ray's address" if local else ""))
 
     return of_nodes(subject.nodes, judge)

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from rlhf_dist.machine import local_machine
+
 SHARED_MEMORY = Path("/dev/shm")
 _SOURCES = ("rlhf_dist", "workers", "controller", "recipes")
 _NVIDIA_SMI_S = 10.0
@@ -154,11 +156,8 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _cpu_flags() -> frozenset[str]:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    processor = local_machine().processor
+    return processor.flags if processor is not None else frozenset()
 
 
 def _interfaces() -> dict[str, tuple[str, ...]]:
