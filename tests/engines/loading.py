@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import threading
 import time
@@ -53,6 +55,9 @@ def peak_of_building(folder: Path, engine: dict[str, Any], trained: bool = False
 
     whole: have the library load the model, as before models were read by slices.
     """
+    # What an earlier engine freed must be asked of the system again, or it would not be seen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
