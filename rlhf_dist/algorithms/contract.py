@@ -108,3 +108,8 @@ class Loss(Protocol):
         without a counted token must have loss 0 where it is not counted (`rows_with_tokens`).
         """
         ...
+
+
+def loss_name(loss: Loss) -> str:
+    """What errors and metrics call a loss: its function's name, or its class's."""
+    return str(getattr(loss, "name", type(loss).__name__))

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from rlhf_dist.algorithms.contract import Average, Loss, Output
+from rlhf_dist.algorithms.contract import Average, Loss, Output, loss_name
 from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.state_value import StateValue, states_read
@@ -52,7 +52,7 @@ def check_loss(line: str, op: str, loss: Any, outputs: tuple[Output, ...]) -> No
             f"{line}: {op} needs a loss, something with reads, outputs and average that is called with (model, rows), "
             f"such as ppo_clip() or a function under @loss; got {loss!r}"
         )
-    name = getattr(loss, "name", type(loss).__name__)
+    name = loss_name(loss)
     if loss.average not in get_args(Average):
         raise GraphError(f"{line}: {name} averages over {loss.average!r}; it can be {', '.join(get_args(Average))}")
     for output in loss.outputs:

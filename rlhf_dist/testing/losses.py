@@ -16,7 +16,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, Output, Rows
+from rlhf_dist.algorithms.contract import Loss, Output, Rows, loss_name
 from rlhf_dist.schema import Shape
 from rlhf_dist.testing.failed import CheckFailed
 from rlhf_dist.testing.made_up import LENGTHS, MadeUp, all_equal, all_masked, made_up
@@ -41,7 +41,7 @@ def check_loss(loss: Loss, *, columns: Mapping[str, Shape] | None = None, seed: 
     columns: shape of each column that the loss reads and the vocabulary (`rlhf-dist columns`) does not know: "[B]" or
     "[B, T]". Takes milliseconds; the same batches for the same seed.
     """
-    name, shapes = type(loss).__name__, dict(columns or {})
+    name, shapes = loss_name(loss), dict(columns or {})
     if not isinstance(loss, Loss):
         missing = [part for part in ("reads", "outputs", "average", "__call__") if not hasattr(loss, part)]
         raise CheckFailed(name, f"it is no loss: it has no {', '.join(missing)} (rlhf_dist.algorithms.contract.Loss)")

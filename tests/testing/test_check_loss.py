@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_dist.algorithms.contract import loss_name
 from rlhf_dist.testing import CheckFailed, check_loss
 from tests.algorithms.test_loss_properties import IDS, LOSSES
 
@@ -127,12 +128,12 @@ class CannotTravel(Base):
         (Base(outputs=("logits",)), "asks the model for 'logits'; there is log_probs"),
         (object(), "it is no loss: it has no reads, outputs, average"),
     ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+    ids=lambda value: loss_name(value) if not isinstance(value, str) else "",
 )
 def test_a_fault_is_one_line_with_its_value(loss: Any, said: str) -> None:
     with pytest.raises(CheckFailed, match=said) as failed:
         check_loss(loss)
-    assert str(failed.value).startswith(type(loss).__name__) and "\n" not in str(failed.value)
+    assert str(failed.value).startswith(loss_name(loss)) and "\n" not in str(failed.value)
 
 
 def test_a_column_of_ones_own_has_the_shape_that_is_said() -> None:

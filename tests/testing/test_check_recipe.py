@@ -66,7 +66,7 @@ def test_recipes_of_the_shelf_pass(name: str) -> None:
         ),
         (
             HEAD + "    batch = advantage(batch, factor=float('inf'))\n" + UPDATE + METRICS,
-            "run as a graph: actor.update_actor .*PolicyGradient",
+            "run as a graph: actor.update_actor .*policy_gradient",
         ),
         (
             HEAD + "    batch = advantage(batch)\n    actor.update_actor(batch, loss=Divides())\n" + METRICS + DIVIDES,

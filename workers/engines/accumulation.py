@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows
+from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows, loss_name
 from rlhf_dist.algorithms.ragged import last_counted
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.metrics import Mean, Metrics
@@ -26,11 +26,6 @@ from workers.engines.training import NonFiniteLoss, Term
 
 _NAMED_GROUPS = 16
 """Most group ids an error names."""
-
-
-def loss_name(loss: Loss) -> str:
-    """What errors and metrics call a loss."""
-    return str(getattr(loss, "name", type(loss).__name__))
 
 
 def even_passes(

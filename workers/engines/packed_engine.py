@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, Output
+from rlhf_dist.algorithms.contract import Loss, Output, loss_name
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
@@ -35,7 +35,7 @@ from rlhf_dist.reshard.shards import Shards, dtype_name
 from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.weights_files import export_dtype
 from workers.engines import checkpoint
-from workers.engines.accumulation import Accumulation, even_passes, loss_name
+from workers.engines.accumulation import Accumulation, even_passes
 from workers.engines.checkpoint import CheckpointWriter, ModelCard
 from workers.engines.export import FILE_BYTES, write_model
 from workers.engines.file_tensors import file_tensors, kept_buffers, parameters_of
