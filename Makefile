@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml
 demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 3 minutes, no GPU
 	$(BIN)/python -m recipes.demo $(ARGS)
 
-test: install  ## all tests (about a quarter of an hour on 2 cores)
+test: install  ## all tests (about 40 minutes on 2 cores)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: install  ## format, lint, strict types, import contracts

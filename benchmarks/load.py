@@ -53,16 +53,16 @@ def main() -> None:
         for name in chosen:
             world = World(2, device)
             try:
-                world.run(_start, tiny, WAYS[name])
-                found[name] = _record(world.run(_start, wide, WAYS[name]))
+                world.run(_start, tiny, WAYS[name], device)
+                found[name] = _record(world.run(_start, wide, WAYS[name], device))
             finally:
                 world.close()
             print(f"{name:22} {json.dumps(found[name])}", flush=True)
     print(json.dumps({"ranks": 2, "device": device, "parameters": 42_000_000, "engines": found}))
 
 
-def _start(folder: Path, way: dict[str, Any]) -> Peak:
-    return peak_of_building(folder, way["engine"], way.get("trained", False), way.get("whole", False))
+def _start(folder: Path, way: dict[str, Any], device: str) -> Peak:
+    return peak_of_building(folder, way["engine"], way.get("trained", False), way.get("whole", False), device)
 
 
 def _record(ranks: list[Peak]) -> dict[str, Any]:

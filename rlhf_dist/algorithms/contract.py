@@ -84,7 +84,7 @@ class Rows:
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss over one micro-batch. Frozen dataclasses of numbers are the natural way to write one."""
+    """A loss over one micro-batch: made of a function under `@loss` (loss.py), or any object of this form."""
 
     @property
     def reads(self) -> tuple[str, ...]:

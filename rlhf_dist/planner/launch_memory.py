@@ -186,7 +186,10 @@ def _phases(
             rollout.bucket_bytes or default_bucket_bytes("cuda" if cuda else "cpu")
         )
     for role in roles.values():
-        yield "load", role.states(), {f"{role.name} largest tensor": MASTER * _largest_tensor(role.model)}
+        drawn = role.config.model is not None and role.config.model.init == "random"
+        # A folder is read a tensor at a time, a random start is drawn a layer at a time.
+        part, size = ("largest part", role.model.layer) if drawn else ("largest tensor", 0)
+        yield "load", role.states(), {f"{role.name} {part}": MASTER * max(size, _largest_tensor(role.model))}
     uses: list[tuple[str, dict[str, float], dict[str, float]]] = []
     """Phase, what must be there of what the roles hold, what it takes for a while."""
     if generators:

@@ -50,7 +50,9 @@ class Peak:
         return 2 * self.shard_bytes + self.largest_tensor_bytes
 
 
-def peak_of_building(folder: Path, engine: dict[str, Any], trained: bool = False, whole: bool = False) -> Peak:
+def peak_of_building(
+    folder: Path, engine: dict[str, Any], trained: bool = False, whole: bool = False, device: str = "cpu"
+) -> Peak:
     """Until the weights are there: the passes that an engine makes to find its way need what passes need.
 
     whole: have the library load the model, as before models were read by slices.
@@ -58,12 +60,13 @@ def peak_of_building(folder: Path, engine: dict[str, Any], trained: bool = False
     # What an earlier engine freed must be asked of the system again, or it would not be seen.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    cuda = torch.cuda.is_available()
+    cuda = device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         there = torch.cuda.memory_allocated()
     with _watched() as most, _read_whole(whole):
-        made = new_engine(folder, trained=trained, **engine)
+        at = f"cuda:{torch.cuda.current_device()}" if cuda else device
+        made = new_engine(folder, trained=trained, device=at, **engine)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _weights(made)}
     return Peak(
         shard_bytes=sum(storages.values()),

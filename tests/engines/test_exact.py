@@ -119,11 +119,16 @@ def plain_training(
 
 # --- on the ranks ----------------------------------------------------------------------------------
 def new_engine(
-    folder: Path, head: str = "policy", trained: bool = True, init: str = "pretrained", **engine: Any
+    folder: Path,
+    head: str = "policy",
+    trained: bool = True,
+    init: str = "pretrained",
+    device: str = "cpu",
+    **engine: Any,
 ) -> Any:
     from workers.engines.build import new_training_engine
 
-    context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
+    context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device=device, seed=0)
     optimizer = OPTIMIZER if trained else None
     model = ModelConfig(path=str(folder), init=init)
     return new_training_engine(model, EngineConfig(**engine), optimizer, head, context)  # type: ignore[arg-type]

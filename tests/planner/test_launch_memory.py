@@ -130,3 +130,11 @@ def test_passes_are_no_longer_than_the_rows_there_are() -> None:
     few = phases("data.prompts_per_step=8", "actor.engine.micro_batch_tokens=1000000")["forward"].device
     many = phases("data.prompts_per_step=2048", "actor.engine.micro_batch_tokens=1000000")["forward"].device
     assert sum(few.values()) < sum(many.values())
+
+
+def test_a_random_start_holds_a_layer_on_the_way_and_a_folder_a_tensor() -> None:
+    model = ("model.path=llama2-70b",)  # its layer is 3.3 times its largest tensor
+    read = phases(*model)["load"].host
+    drawn = phases(*model, "actor.model.init=random", "critic.model.init=random")["load"].host
+    assert max(read.values()) == 4 * 8192 * 32000
+    assert max(drawn.values()) == 4 * BUILT_IN["llama2-70b"].layer
