@@ -8,4 +8,9 @@ class CheckFailed(AssertionError):
 
     def __init__(self, subject: str, what: str) -> None:
         """subject: the recipe's or loss's name. what: the rule, the value and, where it is known, the remedy."""
-        super().__init__(f"{subject}: {' '.join(what.split())}")
+        super().__init__(subject, what)
+        self.subject = subject
+        self.what = " ".join(what.split())
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.what}"

@@ -27,6 +27,7 @@ SHIPPED = {
     "rlhf_dist.rewards:math_verify": ("$3$", "It is $\\frac{6}{2}$", "$4$"),
     "rlhf_dist.rewards:reasoning_gym": (json.dumps(ENTRY), "It is 3", "It is nothing"),
     "rlhf_dist.rewards:reasoning_gym_solved": (json.dumps(ENTRY), "It is 3", "It is 4"),
+    "rlhf_dist.rewards:share_of_digits": ("3", "33", "It is 3"),
 }
 """Reward -> an answer, a response that is right and one that is wrong."""
 ROLLOUT = (
