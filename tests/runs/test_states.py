@@ -38,7 +38,8 @@ class Seen(State):
     @state_op(reads=("prompt", "group_id"), rows="drop")
     def fresh(self, values, batch, *, most):
         keep = [row for row, prompt in enumerate(batch["prompt"].rows()) if values["times"].get(prompt, 0) < most]
-        return values, HostResult(columns=Batch({}, len(keep)), keep=np.array(keep, int), metrics={"kept": Mean(len(keep), 0)})
+        kept = {"kept": Mean(len(keep), 0)}
+        return values, HostResult(columns=Batch({}, len(keep)), keep=np.array(keep, int), metrics=kept)
 
     @state_op(reads=("prompt", "response_ids"), writes=("often",))
     def report(self, values, batch):
