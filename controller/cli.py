@@ -217,6 +217,12 @@ def _new(arguments: argparse.Namespace) -> int:
     return new_command(arguments)
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from controller.demo_command import demo_command
+
+    return demo_command(arguments)
+
+
 def _completion(arguments: argparse.Namespace) -> int:
     print(shell_code(arguments.shell))
     return 0
@@ -290,6 +296,7 @@ COMMANDS = {
     "columns": _vocabulary,
     "ops": _vocabulary,
     "new": _new,
+    "demo": _demo,
     "completion": _completion,
     "plan": _plan,
     "profile": _profile,
@@ -368,11 +375,13 @@ def _parser() -> argparse.ArgumentParser:
     timeline.add_argument("--steps", metavar="FIRST-LAST", type=_step_range, help="only these steps")
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
+    from controller.demo_command import add_demo_parser
     from controller.new_command import add_new_parser
     from controller.vocabulary_command import add_vocabulary_parsers
 
     add_vocabulary_parsers(commands, common)
     add_new_parser(commands, common)
+    add_demo_parser(commands, common)
     completion = commands.add_parser("completion", parents=[common], help="make the shell complete: eval its output")
     completion.add_argument("shell", choices=SHELLS)
     export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")

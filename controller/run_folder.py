@@ -30,7 +30,7 @@ from typing import IO
 
 from controller.checkpoint import check_checkpoint, list_checkpoints
 from rlhf_dist.compose import Launch
-from rlhf_dist.recipe_files import recipes_folder
+from rlhf_dist.recipe_files import family_of
 from rlhf_dist.typed import ConfigError
 
 LOCK = ".lock"
@@ -121,7 +121,7 @@ def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[tuple[
 
 def _command(launch: Launch, folder: Path) -> str:
     """How to run these settings again."""
-    ours = launch.recipe.file.resolve().parent == recipes_folder().resolve()
+    ours = family_of(launch.recipe.file) is not None
     spec = launch.recipe.name if ours else f"{launch.recipe.file}:{launch.recipe.name}"
     return shlex.join(["rlhf-dist", "run", spec, "--config", str(folder / "config.yaml"), "name=ANOTHER"])
 

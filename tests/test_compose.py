@@ -16,7 +16,9 @@ from rlhf_dist.compose import compose, compose_dataflow, list_recipes, load_reci
 from rlhf_dist.config import ActorConfig, CriticConfig, PoolConfig, RewardConfig
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.field_docs import field_docs
+from rlhf_dist.recipe_files import family_of, list_families
 from rlhf_dist.typed import ConfigError, build
+from rlhf_dist.vocabulary_facts import recipe_facts
 
 MINE = '''"""A recipe of my own."""
 from dataclasses import dataclass
@@ -79,9 +81,10 @@ def test_every_recipe_composes_with_a_model_and_data() -> None:
     assert set(list_recipes()) >= {
         "sft", "reward_model", "dpo", "ppo", "grpo", "remax", "safe_rlhf", "iterative_dpo"
     }  # fmt: skip
-    for name, doc in list_recipes().items():
+    for name, file in list_recipes().items():
         launch = compose(name, ["model.path=/m"])
-        assert doc and launch.recipe.name == name and launch.run.name == name
+        assert launch.recipe.name == name and launch.run.name == name and launch.recipe.file == file
+        assert family_of(file) in list_families() and recipe_facts(launch.recipe)["doc"]
         assert set(launch.roles) == set(launch.recipe.roles)
 
 

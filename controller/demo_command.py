@@ -1,9 +1,7 @@
-"""`make demo`: a small Llama learns from an imperfect teacher, then PPO takes it past the teacher. No GPU needed.
+"""`rlhf-dist demo`: a small Llama learns from an imperfect teacher, then PPO takes it past the teacher. No GPU needed.
 
-The demonstrations forget three carries in five (`recipes/addition.py`), so supervised fine-tuning ends at a
+The demonstrations forget three carries in five (`rlhf_dist/demo/addition.py`), so supervised fine-tuning ends at a
 middling level; PPO, told only whether a sum is right, has to find out which of its habits is the good one.
-
-    python -m recipes.demo [--seed 0] [--root runs/demo] [key=value ...]      overrides go to the PPO run
 
 Writes ROOT/model, ROOT/sft, ROOT/ppo (the two runs), ROOT/summary.json and ROOT/demo.png. Accuracy is the
 share of held-out sums, operand pairs never seen in training, whose most likely answer is right.
@@ -18,17 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from controller.display import Display
-from controller.metrics import read_metrics
-from controller.run import run
-from recipes.addition import save_model
-from rlhf_dist.checks import check_launch
-from rlhf_dist.compose import compose
-
 SFT = {
     "model.dtype": "float32",
     "task": "addition",
-    "data.train.generator": "recipes.addition:demonstration",
+    "data.train.generator": "rlhf_dist.demo.addition:demonstration",
     "data.heldout": "null",
     "data.prompts_per_step": "1024",
     "algorithm.mini_batches": "8",
@@ -52,13 +43,18 @@ PPO = {
 }
 
 
-def main() -> None:
+def add_demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    demo = commands.add_parser("demo", parents=[common], help="SFT, then PPO, of a small Llama on two-digit addition")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--root", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: runs/demo")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the PPO run")
+
+
+def demo_command(arguments: argparse.Namespace) -> int:
     """Run both stages and write the summary."""
-    parser = argparse.ArgumentParser(description="SFT, then PPO, of a small Llama on two-digit addition")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, default=Path("runs/demo"))
-    parser.add_argument("overrides", nargs="*", help="key=value overrides of the PPO run")
-    arguments = parser.parse_args()
+    from rlhf_dist.demo.addition import save_model
+
     root, seed, started = arguments.root, arguments.seed, time.perf_counter()
     shutil.rmtree(root, ignore_errors=True)
     save_model(root / "model", seed)
@@ -82,9 +78,15 @@ def main() -> None:
     gain = f"held-out accuracy {before:.1%} -> {after:.1%}"
     print(f"\n{gain} after {ppo['steps']} steps of PPO, {summary['wall_s']} s in all")
     print(f"{root / 'summary.json'}, {root / 'demo.png'}")
+    return 0
 
 
 def _stage(recipe: str, root: Path, seed: int, settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    from controller.display import Display
+    from controller.run import run
+    from rlhf_dist.checks import check_launch
+    from rlhf_dist.compose import compose
+
     fixed = {**settings, "output.root": root, "seed": seed, "resume": "overwrite"}
     launch = compose(recipe, [*(f"{key}={value}" for key, value in fixed.items()), *overrides])
     check_launch(launch)
@@ -100,6 +102,8 @@ def _plot(root: Path, ppo: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from controller.metrics import read_metrics
+
     steps = [row for row in read_metrics(root / "ppo") if row.get("kind") != "evaluation"]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([row["step"] for row in steps], [row["reward/reward"] for row in steps], label="reward (sampled)")
@@ -114,7 +118,3 @@ def _plot(root: Path, ppo: dict[str, Any]) -> None:
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(root / "demo.png", dpi=120)
-
-
-if __name__ == "__main__":
-    main()
