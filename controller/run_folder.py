@@ -58,7 +58,7 @@ def find_beginning(launch: Launch) -> Beginning:
     _check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return Beginning(folder=folder)
-    if not _is_ours(folder):
+    if not is_run(folder):
         raise ConfigError(f"{folder} holds files that are not of a run; choose another name=... or output.root=...")
     owner = _owner(folder)
     if owner is not None:
@@ -83,7 +83,7 @@ def find_beginning(launch: Launch) -> Beginning:
     models = {role: model for role in launch.learning_roles if (model := launch.used_roles[role].model) is not None}
     check_checkpoint(complete[-1], recipe=launch.recipe.name, roles=list(models), models=models)
     first, steps = complete[-1].step, launch.run.steps
-    if first > steps or (first == steps and _finished(folder) == steps):
+    if first > steps or (first == steps and finished_steps(folder) == steps):
         raise ConfigError(
             f"{folder} has all its {first} steps already; set steps above {first} to continue (steps={steps})"
         )
@@ -130,7 +130,7 @@ def _has_results(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
 
 
-def _is_ours(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether a run made this folder: only such a one is used again, moved or deleted."""
     if (folder / LOCK).is_file():
         return True
@@ -139,7 +139,7 @@ def _is_ours(folder: Path) -> bool:
     return all(f"\n{section}:\n" in text for section in ("data", "placement", "output"))
 
 
-def _finished(folder: Path) -> int:
+def finished_steps(folder: Path) -> int:
     """Steps of the run whose summary is in the folder; 0 where there is none."""
     try:
         return int(json.loads((folder / "summary.json").read_text())["steps"])

@@ -50,6 +50,7 @@ from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel
 from rlhf_dist.settings_file import (
     USERS_GROUPS,
     groups_of_ours,
+    read_layers,
     read_primary,
     read_settings,
     unless_followed,
@@ -137,10 +138,13 @@ class Launch:
         return [role for role in self.used_roles if role in written]
 
 
-def compose(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Launch:
+def compose(
+    spec: str, overrides: Sequence[str] = (), config: str | Sequence[Mapping[str, Any]] | None = None
+) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
 
-    config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run.
+    config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run; or
+    mappings of settings, each of which decides over those before it.
     What is left to the machine is what this one has. `placement=auto` plans, `placement=FILE.yaml` takes a plan from a
     file (`rlhf-dist plan --format yaml`).
     Raises ConfigError for a setting that cannot be right, GraphError for a recipe that cannot run.
@@ -155,7 +159,12 @@ def compose(spec: str, overrides: Sequence[str] = (), config: str | None = None)
     return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {}, config), overrides), config)
 
 
-def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any], config: str | None) -> Launch:
+def _launch(
+    spec: str,
+    overrides: Sequence[str],
+    planned: Mapping[str, Any],
+    config: str | Sequence[Mapping[str, Any]] | None,
+) -> Launch:
     recipe = load_recipe(spec)
     root = _root(recipe)
     composed = _compose(spec, recipe, root, overrides, planned, config)
@@ -331,16 +340,19 @@ def _compose(
     root: type,
     overrides: Sequence[str],
     planned: Mapping[str, Any],
-    config: str | None,
+    config: str | Sequence[Mapping[str, Any]] | None,
 ) -> DictConfig:
-    """Files, groups, the --config file, a plan and overrides put together, in this order; `${...}` not yet resolved."""
+    """Files, groups, the --config file (or mappings), a plan and overrides put together, in this order; `${...}` not yet resolved."""
     keys = typed.keys(root)
 
     def options(group: str) -> list[str]:
         return option_names(group, spec)
 
     groups, values = read_overrides(overrides, keys, options)
-    chosen, settings = ({}, []) if config is None else read_settings(config, keys, options)
+    if isinstance(config, str):
+        chosen, settings = read_settings(config, keys, options)
+    else:
+        chosen, settings = read_layers(config or (), keys, options)
     composed = _compose_files(file_of(spec), recipe, _schema(recipe, root), keys, {**chosen, **groups})
     raw: Any = OmegaConf.to_container(composed, resolve=False)
     # First what only repeats what it follows, then what the command line decides: the first needs what is followed.

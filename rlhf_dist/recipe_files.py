@@ -23,6 +23,8 @@ from rlhf_dist.python_files import load_file
 from rlhf_dist.typed import ConfigError, unknown
 
 PACKAGE = "recipes"
+STAGES = (".yaml", ".yml")
+"""How a file of stages (`stages.py`) ends, which may stand where a recipe does."""
 
 
 class RecipeFile(NamedTuple):
@@ -94,6 +96,8 @@ def load_recipes(spec: str) -> list[Recipe]:
 
 def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
     """What errors call the file of `spec`, and its recipes by name; at least one."""
+    if spec.endswith(STAGES):
+        raise ConfigError(f"{spec} is a file of stages, which `rlhf-dist run` and `check` take; name one recipe here")
     file = parse_spec(spec)
     if file is not None:
         where, module = str(file.path), _load_users(file.path)

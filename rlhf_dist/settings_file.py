@@ -14,7 +14,7 @@ is text, as on the command line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def read_primary(path: Path, keys: Mapping[str, Any], groups: Mapping[str, str])
 
     groups: config group -> option where the file chooses none.
     """
-    content = _load(path) if path.is_file() else {}
+    content = load_mapping(path) if path.is_file() else {}
     try:
         return with_defaults(content, keys, groups)
     except ConfigError as error:
@@ -75,22 +75,41 @@ def read_settings(path: str, keys: Mapping[str, Any], options: Options) -> tuple
     file = Path(typed.expanded(path, "--config"))
     if not file.is_file():
         raise ConfigError(f"--config {path}: no such file (looked for {file.resolve()})")
-    content = _load(file)
+    content = load_mapping(file)
     try:
-        content = _nested(content, keys)
-        if content.get("placement") == AUTO:
-            raise ConfigError("a plan is asked for on the command line, as placement=auto")
-        groups = {
-            group: check_option(group, content.pop(group), options)
-            for group in GROUPS
-            if isinstance(content.get(group), str)
-        }
-        return groups, list(_leaves(content, "", keys))
+        return _settings(content, keys, options)
     except ConfigError as error:
         # A run's config.yaml begins with the command that it belongs to.
         written_for = re.match(r"# rlhf-dist run (\S+) ", file.read_text(encoding="utf-8"))
         of = f" (of recipe {written_for[1]})" if written_for else ""
         raise ConfigError(f"{path}{of}: {error}") from error
+
+
+def read_layers(
+    layers: Sequence[Mapping[str, Any]], keys: Mapping[str, Any], options: Options
+) -> tuple[dict[str, str], list[Setting]]:
+    """The same of mappings, each of which decides over those before it. Raises ConfigError."""
+    groups: dict[str, str] = {}
+    settings: list[Setting] = []
+    for layer in layers:
+        chosen, own = _settings(layer, keys, options)
+        groups |= chosen
+        settings = [*without(settings, chosen), *own]
+    return groups, settings
+
+
+def _settings(
+    content: Mapping[str, Any], keys: Mapping[str, Any], options: Options
+) -> tuple[dict[str, str], list[Setting]]:
+    content = _nested(content, keys)
+    if content.get("placement") == AUTO:
+        raise ConfigError("a plan is asked for on the command line, as placement=auto")
+    groups = {
+        group: check_option(group, content.pop(group), options)
+        for group in GROUPS
+        if isinstance(content.get(group), str)
+    }
+    return groups, list(_leaves(content, "", keys))
 
 
 def without(settings: list[Setting], groups: Mapping[str, str]) -> list[Setting]:
@@ -167,7 +186,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file. Raises ConfigError for anything else, or a key given twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
