@@ -182,11 +182,12 @@ def _step_range(text: str) -> range:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.compose import compose, root_type
+    from rlhf_dist.compose import root_type
     from rlhf_dist.field_docs import annotate, field_docs
+    from rlhf_dist.planner.launch import compose_planned
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(launch.yaml.rstrip() if arguments.plain else annotate(launch.yaml, field_docs(root_type(launch.recipe))))
@@ -221,10 +222,10 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from controller.submit import submit
-    from rlhf_dist.compose import compose
+    from rlhf_dist.planner.launch import compose_planned
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     return submit(launch, arguments.recipe, arguments.overrides, arguments.address, arguments.config)

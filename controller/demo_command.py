@@ -3,43 +3,40 @@
 The demonstrations forget three carries in five (`rlhf_dist/demo/addition.py`), so supervised fine-tuning ends at a
 middling level; PPO, told only whether a sum is right, has to find out which of its habits is the good one.
 
-Writes ROOT/model, ROOT/sft, ROOT/ppo (the two runs), ROOT/summary.json and ROOT/demo.png. Accuracy is the
-share of held-out sums, operand pairs never seen in training, whose most likely answer is right.
+Two stages (`rlhf_dist/stages.py`). Writes ROOT/model, ROOT/sft, ROOT/ppo (the two runs), ROOT/summary.json and
+ROOT/demo.png. Accuracy is the share of held-out sums, operand pairs never seen in training, whose most likely answer is
+right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 SFT = {
-    "model.dtype": "float32",
-    "task": "addition",
     "data.train.generator": "rlhf_dist.demo.addition:demonstration",
-    "data.heldout": "null",
-    "data.prompts_per_step": "1024",
-    "algorithm.mini_batches": "8",
-    "actor.optimizer.lr": "1.5e-3",
-    "actor.optimizer.schedule": "cosine",
-    "actor.optimizer.warmup_steps": "40",
-    "steps": "90",
+    "data.heldout": None,
+    "data.prompts_per_step": 1024,
+    "algorithm.mini_batches": 8,
+    "actor.optimizer": {"lr": 1.5e-3, "schedule": "cosine", "warmup_steps": 40, "total_steps": 720},
+    "steps": 90,
 }
 PPO = {
-    "model.dtype": "float32",
-    "task": "addition",
-    "data.prompts_per_step": "64",
-    "algorithm.samples_per_prompt": "8",
-    "algorithm.mini_batches": "2",
-    "algorithm.kl_coef": "0.01",
-    "actor.rollout.max_response_tokens": "6",
-    "actor.optimizer.lr": "1e-4",
-    "critic.optimizer.lr": "1e-3",
-    "steps": "100",
-    "output.evaluate_every": "20",
+    "data.prompts_per_step": 64,
+    "algorithm.samples_per_prompt": 8,
+    "algorithm.mini_batches": 2,
+    "algorithm.kl_coef": 0.01,
+    "actor.rollout.max_response_tokens": 6,
+    "actor.optimizer.lr": 1e-4,
+    "critic.optimizer.lr": 1e-3,
+    "model.path": "${stage.sft.actor}",
+    "steps": 100,
+    "output.evaluate_every": 20,
 }
 
 
@@ -53,15 +50,26 @@ def add_demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def demo_command(arguments: argparse.Namespace) -> int:
     """Run both stages and write the summary."""
+    from controller.stages import run_stages
     from rlhf_dist.demo.addition import save_model
+    from rlhf_dist.stages import read_stages
 
     root, seed, started = arguments.root, arguments.seed, time.perf_counter()
     shutil.rmtree(root, ignore_errors=True)
+    settings = {
+        "name": root.name,
+        "output.root": str(root.parent),
+        "resume": "overwrite",
+        "seed": seed,
+        "task": "addition",
+        "model.dtype": "float32",
+        "stages": {"sft": {**SFT, "model.path": str(root / "model")}, "ppo": PPO},
+    }
+    of_ppo = [re.sub("^([~+]*)", r"\1ppo.", override) for override in arguments.overrides]
+    stages = read_stages(settings, of_ppo)
     save_model(root / "model", seed)
-    sft = dict(SFT)
-    sft["actor.optimizer.total_steps"] = str(int(SFT["steps"]) * int(SFT["algorithm.mini_batches"]))
-    _stage("sft", root, seed, {**sft, "model.path": root / "model"}, [])
-    ppo = _stage("ppo", root, seed, {**PPO, "model.path": root / "sft/models/actor"}, arguments.overrides)
+    summaries = run_stages(stages)
+    ppo = summaries["ppo"]
     before, after = ppo["evaluations"][0]["heldout/reward"], ppo["evaluations"][-1]["heldout/reward"]
     summary = {
         "heldout_before": before,
@@ -72,6 +80,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
         "rl_step_s": ppo["step_s"],
         "tokens_per_s": ppo["tokens_per_s"],
         "seed": seed,
+        "stages": summaries,
     }
     (root / "summary.json").write_text(json.dumps(summary, indent=2))
     _plot(root, ppo)
@@ -79,21 +88,6 @@ def demo_command(arguments: argparse.Namespace) -> int:
     print(f"\n{gain} after {ppo['steps']} steps of PPO, {summary['wall_s']} s in all")
     print(f"{root / 'summary.json'}, {root / 'demo.png'}")
     return 0
-
-
-def _stage(recipe: str, root: Path, seed: int, settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    from controller.display import Display
-    from controller.run import run
-    from rlhf_dist.checks import check_launch
-    from rlhf_dist.compose import compose
-
-    fixed = {**settings, "output.root": root, "seed": seed, "resume": "overwrite"}
-    launch = compose(recipe, [*(f"{key}={value}" for key, value in fixed.items()), *overrides])
-    check_launch(launch)
-    departs = [f"    {choice.line}" for choice in launch.choices if choice.departs]
-    print("\n".join([f"\n--- {recipe}: {launch.run.steps} steps", *departs]), flush=True)
-    with Display(launch.run.name, launch.run.steps) as display:
-        return run(launch, display)
 
 
 def _plot(root: Path, ppo: dict[str, Any]) -> None:

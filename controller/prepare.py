@@ -29,14 +29,14 @@ def prepared(
     from controller.local import local_launch
     from rlhf_dist.auto_settings import settle
     from rlhf_dist.checks import check_launch
-    from rlhf_dist.compose import compose
     from rlhf_dist.data import with_steps_of_epochs
     from rlhf_dist.dataflow.trace import rehearsal
     from rlhf_dist.machine import described_machine
+    from rlhf_dist.planner.launch import compose_planned
     from rlhf_dist.planner.launch_memory import here_lines, memory_lines
 
     with rehearsal() if eager or local else nullcontext():
-        launch = compose(recipe, overrides, config)
+        launch = compose_planned(recipe, overrides, config)
     launch = local_launch(launch, overrides) if local else launch
     launch = settle(launch, described_machine(cluster)) if cluster else launch
     plan = check_launch(launch, cluster)

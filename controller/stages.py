@@ -1,4 +1,4 @@
-"""Stages one after the other: all are checked before the first begins, each is a run of its own, a complete one is skipped.
+"""Stages one after the other: all are checked before the first begins, each is a run, a complete one is skipped.
 
     runs/rlhf/  sft/  rm/  ppo/        a run's folder each: checkpoints, metrics, models
                 summary.json           the summaries of all stages, so far
@@ -28,7 +28,6 @@ from rlhf_dist.stages import Stage, Stages
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
-    from controller.display import Display
     from rlhf_dist.compose import Launch
     from rlhf_dist.planner.hardware import Cluster
 

@@ -139,24 +139,24 @@ class Launch:
 
 
 def compose(
-    spec: str, overrides: Sequence[str] = (), config: str | Sequence[Mapping[str, Any]] | None = None
+    spec: str,
+    overrides: Sequence[str] = (),
+    config: str | Sequence[Mapping[str, Any]] | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
 
     config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run; or
     mappings of settings, each of which decides over those before it.
-    What is left to the machine is what this one has. `placement=auto` plans, `placement=FILE.yaml` takes a plan from a
-    file (`rlhf-dist plan --format yaml`).
+    plan: sections of settings that a planner found; `placement=FILE.yaml` takes them from a file (`rlhf-dist plan
+    --format yaml`), `placement=auto` is for `compose_planned` (`planner/launch.py`).
+    What is left to the machine is what this one has.
     Raises ConfigError for a setting that cannot be right, GraphError for a recipe that cannot run.
     """
     asked, overrides = asked_placement(overrides)
-    if asked is None:
-        return _launch(spec, overrides, {}, config)
-    if asked != AUTO:
-        return _launch(spec, overrides, read_placement(asked), config)
-    from rlhf_dist.planner.launch import planned_settings
-
-    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {}, config), overrides), config)
+    if asked == AUTO:
+        raise ConfigError("placement=auto is planned before settings are composed: call planner.launch.compose_planned")
+    return _launch(spec, overrides, (plan or {}) if asked is None else read_placement(asked), config)
 
 
 def _launch(
@@ -342,7 +342,7 @@ def _compose(
     planned: Mapping[str, Any],
     config: str | Sequence[Mapping[str, Any]] | None,
 ) -> DictConfig:
-    """Files, groups, the --config file (or mappings), a plan and overrides put together, in this order; `${...}` not yet resolved."""
+    """Files, groups, the --config file or mappings, a plan and overrides, in this order; `${...}` not yet resolved."""
     keys = typed.keys(root)
 
     def options(group: str) -> list[str]:

@@ -187,7 +187,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty file. Raises ConfigError for anything else, or a key given twice."""
+    """The mapping in a YAML file, which may be empty. Raises ConfigError for anything else, or a key given twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -164,10 +164,10 @@ def _of_the_launch(
 def _with_shared(where: str, stages: Sequence[Stage], shared: Mapping[str, Any]) -> list[Stage]:
     """Each stage with those of the settings for all that it has. Raises ConfigError for one that no stage has."""
     for key in _keys(shared, stages):
-        if not any(stage.knows(key) for stage in stages):
-            raise ConfigError(f"{where}: {typed.unknown(key, _all_keys(stages), 'key')}")
         if any(stage.name == key.partition(".")[0] for stage in stages):
             raise ConfigError(f"{where}: settings of stage {key.partition('.')[0]} stand below `stages`, got {key}")
+        if not any(stage.knows(key) for stage in stages):
+            raise ConfigError(f"{where}: {typed.unknown(key, _all_keys(stages), 'key')}")
     return [replace(stage, settings=(_known(shared, stage), *stage.settings)) for stage in stages]
 
 
