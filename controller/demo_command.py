@@ -55,7 +55,6 @@ def demo_command(arguments: argparse.Namespace) -> int:
     from rlhf_dist.stages import read_stages
 
     root, seed, started = arguments.root, arguments.seed, time.perf_counter()
-    shutil.rmtree(root, ignore_errors=True)
     settings = {
         "name": root.name,
         "output.root": str(root.parent),
@@ -67,6 +66,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
     }
     of_ppo = [re.sub("^([~+]*)", r"\1ppo.", override) for override in arguments.overrides]
     stages = read_stages(settings, of_ppo)
+    shutil.rmtree(root, ignore_errors=True)
     save_model(root / "model", seed)
     summaries = run_stages(stages)
     ppo = summaries["ppo"]

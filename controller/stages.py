@@ -185,13 +185,13 @@ def _write_summary(stages: Stages, summaries: dict[str, dict[str, Any]], seconds
 
 
 def _changed(launch: Launch, folder: Path) -> list[str]:
-    """Settings that are others than in the config.yaml of a run, beside those of steps and folders."""
+    """Settings that are others than in the config.yaml that a run left in its folder."""
     try:
         kept = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return []
     now, then = _leaves(yaml.safe_load(launch.yaml)), _leaves(kept)
-    return [key for key in now if key != "resume" and now[key] != then.get(key, now[key])]
+    return [key for key, value in now.items() if key != "resume" and key in then and then[key] != value]
 
 
 def _leaves(content: Any, prefix: str = "") -> dict[str, Any]:
