@@ -290,6 +290,7 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
     context = {
         "seed": launch.run.seed,
         "generates": group.role.split(".")[0] in launch.dataflow.generating,
+        "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,

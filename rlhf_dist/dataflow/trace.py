@@ -23,7 +23,7 @@ import numpy as np
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
-from rlhf_dist.dataflow.op_settings import check_known, check_loss, check_settings, defaults, output_names
+from rlhf_dist.dataflow.op_settings import check_heads, check_known, check_loss, check_settings, defaults, output_names
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.state_value import states_read, value_of
 from rlhf_dist.roles import OpSpec, RowEffect, State, ops_of
@@ -291,7 +291,11 @@ class RoleHandle:
         check_settings(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
         settings = {**defaults(getattr(self._interface, spec.name)), **kwargs}
         if "loss" in settings:
-            check_loss(self._tracer.line(), where, settings["loss"], spec.outputs)
+            roles = self._tracer.recipe.roles
+            teachers = [role for role, kind in roles.items() if hasattr(kind, "compute_top_k")]
+            heads = getattr(self._interface, "heads", ())
+            check_loss(self._tracer.line(), where, settings["loss"], spec.outputs, heads, teachers)
+        check_heads(self._tracer.line(), where, settings, self._interface)
         needed = spec.columns(spec.reads, settings)
         more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))
         node = batch._record(

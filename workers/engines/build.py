@@ -34,7 +34,15 @@ def new_training_engine(
     context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
     arbiter_of(context).make_room()
     device = torch.device(context.device)
-    return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
+    return kind(
+        model=model,
+        engine=engine,
+        optimizer=optimizer,
+        head=head,
+        heads=context.heads,
+        device=device,
+        seed=context.seed,
+    )
 
 
 def new_generation_engine(
