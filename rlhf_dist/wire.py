@@ -120,6 +120,8 @@ class WorkerContext:
     """[world] which machine each rank of the pool is on; empty for one machine."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
+    frozen_folders: Mapping[str, str] = field(default_factory=dict)
+    """Role that is never trained -> the folder that its model is in."""
     heads: tuple[Head, ...] = ()
     """Heads of the role's own."""
     memory: Any = None

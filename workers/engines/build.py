@@ -34,7 +34,7 @@ def new_training_engine(
     context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
     arbiter_of(context).make_room()
     device = torch.device(context.device)
-    return kind(
+    built = kind(
         model=model,
         engine=engine,
         optimizer=optimizer,
@@ -43,6 +43,8 @@ def new_training_engine(
         device=device,
         seed=context.seed,
     )
+    built.teacher_folders = context.frozen_folders
+    return built
 
 
 def new_generation_engine(

@@ -71,6 +71,8 @@ class RoleModel(nn.Module, ABC):
     def __init__(self, hf: PreTrainedModel, heads: Sequence[OwnHead]) -> None:
         super().__init__()
         self.hf = hf
+        self.teachers: dict[str, MatrixHead] = {}
+        """Role -> head of its model, for distributions beside this one's."""
         self.own_heads = {head.name: head for head in heads}
         self.heads_at_start: dict[str, Tensor] = {}
         """Head -> [K, H], whole: an engine may have to place them itself."""
@@ -193,8 +195,6 @@ class PolicyModel(RoleModel):
     def __init__(self, hf: PreTrainedModel, heads: Sequence[OwnHead], logit_chunk_tokens: int) -> None:
         super().__init__(hf, heads)
         self.logit_chunk_tokens = logit_chunk_tokens
-        self.teachers: dict[str, MatrixHead] = {}
-        """Role -> head of its model, for distributions beside this one's."""
 
     def run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
         """Float32, nats at `temperature`. `top_k.32` gives top_ids and top_log_probs [T, 32] and top_log_rest [T]."""

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_dist.algorithms.contract import Loss, loss_name
-from rlhf_dist.algorithms.outputs import Output, argument_of, columns_for, key_of, kind_of
+from rlhf_dist.algorithms.outputs import Output, OverVocabulary, argument_of, columns_for, key_of, kind_of
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
@@ -50,6 +50,7 @@ from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import probe
 from workers.engines.router import check_balance
 from workers.engines.schedule import learning_rate
+from workers.engines.teacher_head import teacher_head
 from workers.engines.token_split import WHOLE
 from workers.engines.training import DevicePart, NonFiniteLoss, Term, Use, WeightPart
 from workers.engines.ways import PACKED, Way
@@ -74,6 +75,7 @@ class PackedEngine(ABC):
             raise ValueError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {engine.dtype!r}")
         self.version = 0
         self.before_use: Callable[[Use], None] = lambda use: None
+        self.teacher_folders: Mapping[str, str] = {}
         self._parts: dict[DevicePart, Movable] | None = None
         self._module, self._folder, self._config, self._optimizer_config = module, Path(model.path), engine, optimizer
         self._mesh, self._device, self._seed = mesh, mesh.device, seed
@@ -209,6 +211,7 @@ class PackedEngine(ABC):
             raise RuntimeError("this model is frozen: it was built without an optimizer and makes no steps")
         for _, loss, _ in terms:
             self._check_outputs(loss.outputs)
+            self._meet_teachers(loss.outputs)
         self.before_use("update")
         passes = Accumulation(
             terms,
@@ -253,6 +256,18 @@ class PackedEngine(ABC):
             passes.note("router_balance", float(balance.detach().sum()), rows.num_rows)
             loss = loss + balance.sum() * (self._config.router_aux_loss / passes.num_rows)
         return loss + passes.add(term, rows, outputs)
+
+    def _meet_teachers(self, outputs: Sequence[Output]) -> None:
+        """Read the heads of teachers that are new, each once."""
+        for output in outputs:
+            teacher = output.teacher if isinstance(output, OverVocabulary) else None
+            if teacher is None or teacher in self._module.teachers:
+                continue
+            if teacher not in self.teacher_folders:
+                raise ValueError(f"{teacher} is no frozen language model of this run; distil its top_k instead")
+            self._module.teachers[teacher] = teacher_head(
+                Path(self.teacher_folders[teacher]), self._dtype, self._device
+            )
 
     def _check_ids(self, rows: Batch, outputs: Sequence[Output]) -> None:
         vocabulary = int(self._module.hf.config.get_text_config().vocab_size)

@@ -61,6 +61,8 @@ class TrainingEngine(Protocol):
 
     version: int
     """Optimizer steps done."""
+    teacher_folders: Mapping[str, str]
+    """Frozen role -> its model's folder, for losses that compare this model with another one."""
     remarks: tuple[str, ...]
     """What a user should know about this model here, a sentence each."""
     before_use: Callable[[Use], None]
