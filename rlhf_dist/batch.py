@@ -30,7 +30,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One column. Dense: `values` [B, ...] without offsets. Ragged: [N, ...] with `offsets` [B + 1]; text: [N] bytes."""
+    """One column. Dense: `values` [B, ...], no offsets. Ragged: [N, ...] and `offsets` [B + 1], text too: [N] bytes."""
 
     values: npt.NDArray[Any]
     offsets: IntArray | None = None

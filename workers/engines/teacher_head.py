@@ -1,7 +1,7 @@
 """The head of another role's model, read from its folder: what distributions beside a model's own are made with.
 
-A teacher's last states travel as a column (4 H bytes a token; distributions would be 4 V), and every rank of the student
-has its head, [V, H] in the engine's dtype. Only frozen teachers are in files as they are.
+A teacher's last states travel as a column (4 H bytes a token; distributions: 4 V), and every rank of the student
+has its head, [V, H] in the engine's dtype. Only of frozen teachers the files say what they are.
 """
 
 from __future__ import annotations
