@@ -26,11 +26,10 @@ def check_outputs(launch: Launch, shapes: Mapping[str, ModelShape]) -> None:
             for output in loss.outputs:
                 if isinstance(output, OverVocabulary) and output.teacher is not None:
                     _check_teacher(launch, shapes, node, loss_name(loss), output.teacher)
-        k = node.kwargs.get("k")
-        if node.op == "compute_top_k" and not 1 <= k < (shape.vocabulary or k + 1):
+        if node.op == "compute_top_k" and shape.vocabulary and not 1 <= node.kwargs["k"] < shape.vocabulary:
             raise ConfigError(
-                f"{node.line}: {node.name} needs k from 1 to {(shape.vocabulary or 2) - 1}, one less than its "
-                f"vocabulary, got {k}"
+                f"{node.line}: {node.name} needs k from 1 to {shape.vocabulary - 1}, one less than its vocabulary, got "
+                f"{node.kwargs['k']}"
             )
         if node.op == "compute_reward" and shape.labels > 1 and _classifies(launch, node.role):
             raise ConfigError(

@@ -60,7 +60,7 @@ class ModelOutput:
     def of(found: Mapping[str, Tensor]) -> ModelOutput:
         """From outputs by `key_of`; `log_probs_at.COLUMN` is [T, k + 1], the others' log-prob last."""
         plain: dict[str, Any] = {}
-        nested: dict[str, dict[str, Tensor]] = {"heads": {}, "log_probs_at": {}, "log_rest": {}, "over_vocabulary": {}}
+        nested: dict[str, Any] = {"heads": {}, "log_probs_at": {}, "log_rest": {}, "over_vocabulary": {}}
         for key, value in found.items():
             kind, argument = kind_of(key), argument_of(key)
             if kind == "log_probs_at":

@@ -94,9 +94,9 @@ def made_up(
     mask = ((torch.rand(tokens, generator=generator) < 0.75) & (row_of_token != 2)).double()
     outputs: dict[str, Tensor] = {}
     for output in loss.outputs:
-        key, (shape, width) = key_of(output), _shape_of(name, output, {head.name: head for head in heads})
-        per_row |= {key} if shape == "[B]" else set()
-        said = draw(rows if shape == "[B]" else tokens, *((width,) if width else ()))
+        key, (is_row, width) = key_of(output), _shape_of(name, output, {head.name: head for head in heads})
+        per_row |= {key} if is_row else set()
+        said = draw(rows if is_row else tokens, *((width,) if width else ()))
         outputs[key] = (said.log_softmax(-1) if kind_of(output) == "log_probs_at" else said).requires_grad_()
     groups = tuple(row // in_group for row in range(rows))
     return MadeUp(
@@ -124,8 +124,8 @@ def all_equal(batch: MadeUp, value: float) -> MadeUp:
     return replace(batch, columns=columns, outputs=outputs)
 
 
-def _shape_of(name: str, output: Output, heads: Mapping[str, Head]) -> tuple[str, int]:
-    """[B] or [T], and how many numbers each entry has; 0 for one that is a number."""
+def _shape_of(name: str, output: Output, heads: Mapping[str, Head]) -> tuple[bool, int]:
+    """Whether it has an entry a row, and how many numbers each entry has; 0 for one that is a number."""
     kind, argument = kind_of(output), argument_of(output)
     if kind == "heads":
         if argument not in heads:
@@ -134,9 +134,9 @@ def _shape_of(name: str, output: Output, heads: Mapping[str, Head]) -> tuple[str
                 f"it asks for heads.{argument}; say what that is: check_loss(..., heads=(Head(name={argument!r}),))",
             )
         head = heads[argument]
-        return "[B]" if head.at == "last_token" else "[T]", head.outputs if head.outputs > 1 else 0
+        return head.at == "last_token", head.outputs if head.outputs > 1 else 0
     widths = {"hidden": WIDTH, "log_probs_at": WIDTH + 1}
-    return "[B]" if kind == "scores" else "[T]", widths.get(kind, 0)
+    return kind == "scores", widths.get(kind, 0)
 
 
 def _kind(name: str, column: str, shapes: Mapping[str, Shape]) -> tuple[Shape, str]:

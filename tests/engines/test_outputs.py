@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.algorithms import Head, ModelOutput, OverVocabulary, loss
 from rlhf_dist.algorithms.losses.distill import divergence
@@ -22,7 +22,7 @@ from rlhf_dist.wire import WorkerContext
 from tests.engines.losses import make_batch
 from tests.engines.test_exact import OPTIMIZER, TEMPERATURE, before_tokens, my_rows, padded
 from tests.engines.world import World
-from tests.tiny import save_llama
+from tests.tiny import save_classifier, save_llama
 from workers.engines.packing import rows_of
 
 HEADS = (Head(name="quality", outputs=2, at="last_token", scale=0.1), Head(name="risk", scale=0.1), Head(name="idle"))
@@ -56,7 +56,7 @@ def everything(model: Any, rows: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A student with heads beside it, and a wider teacher."""
+    """A student with heads beside it, and a teacher."""
     student = save_llama(tmp_path_factory.mktemp("student"))
     width = AutoModelForCausalLM.from_pretrained(student).config.hidden_size
     generator = torch.Generator().manual_seed(5)
@@ -180,3 +180,134 @@ def test_a_step_on_every_output_equals_a_plain_step(
         for name, plain in weights.items():
             scale = max(float(plain.abs().max()), 1e-6)
             np.testing.assert_allclose(mine[name], plain.numpy(), rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+# --- without gradient ------------------------------------------------------------------------------
+def read(student: Path, batch: Batch, engine: dict[str, Any]) -> dict[str, Any]:
+    frozen = new_engine(student, trained=False, micro_batch_tokens=30, logit_chunk_tokens=7, **engine)
+    asked = ("heads.quality", f"top_k.{K}", "hidden", "heads.risk", "heads.idle")
+    sharing = engine.get("sequence_parallel", 1)
+    return frozen.forward(my_rows(batch, "all on rank 0", sharing), asked, TEMPERATURE)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", [{}, {"sequence_parallel": 2}, {"name": "deepspeed", "zero_stage": 1}])
+def test_columns_of_outputs_are_those_of_the_library_s_model(
+    world2: World, folders: tuple[Path, Path], engine: dict[str, Any]
+) -> None:
+    batch = make_batch(2)
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = plain_outputs(model, load_file(folders[0] / "heads.safetensors"), batch)
+    log_probs, ids = plain["log_p"].topk(K)
+    mine, other = world2.run(read, folders[0], batch, engine)
+    assert mine["top_ids"].values.dtype == np.int32 and np.array_equal(mine["top_ids"].values, ids.numpy())
+    rest = (1 - log_probs.exp().sum(-1)).log()
+    for name, values in {"top_log_probs": log_probs, "top_log_rest": rest, **plain}.items():
+        if name in mine:
+            np.testing.assert_allclose(mine[name].values, values.numpy(), rtol=2e-4, atol=2e-5, err_msg=name)
+    assert not mine["heads.idle"].values.any()
+    assert mine["heads.quality"].offsets is None and mine["heads.risk"].offsets is not None
+    if not engine.get("sequence_parallel"):  # a rank without rows gives columns that go with those of the other
+        both = Batch.concat([Batch(mine), Batch(other)])
+        assert both.num_rows == batch.num_rows and other["top_ids"].values.shape == (0, K)
+
+
+# --- files -----------------------------------------------------------------------------------------
+def save_and_load(student: Path, teacher: Path, batch: Batch, folder: Path, engine: dict[str, Any]) -> Any:
+    trained = new_engine(student, teacher=teacher, **engine)
+    trained.step(my_rows(batch, "groups in turn"), everything(), TEMPERATURE)
+    weights, checkpoint = weights_of(trained), folder / "checkpoint"
+    trained.save(checkpoint).result(120)
+    trained.export(folder / "exported")
+    trained.step(my_rows(batch, "groups in turn"), everything(), TEMPERATURE)
+    moved = weights_of(trained)
+    trained.load(checkpoint)
+    again = weights_of(trained)
+    trained.step(my_rows(batch, "groups in turn"), everything(), TEMPERATURE)
+    resumed, layout = weights_of(trained), list(trained.layout())
+    started = weights_of(new_engine(folder / "exported", trained=False))
+    return weights, again, moved, resumed, started, layout
+
+
+@pytest.mark.parametrize("engine", [{}, {"name": "deepspeed"}], ids=["fsdp", "deepspeed 3"])
+def test_heads_are_saved_resumed_and_exported_beside_the_model(
+    world2: World, folders: tuple[Path, Path], expected: Any, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    from workers.engines.export import export_checkpoint
+
+    found = world2.run(save_and_load, *folders, expected[0], tmp_path, engine)
+    for weights, again, moved, resumed, started, layout in found:
+        for name, values in weights.items():
+            assert np.array_equal(again[name], values), name
+            assert np.array_equal(started[name], values), name
+            assert np.array_equal(resumed[name], moved[name]), name
+        assert not np.array_equal(moved["heads.quality"], weights["heads.quality"])
+        assert not any("quality" in name for name in layout), "a generation engine is not sent heads"
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "later", dtype=None, adapter=False)
+    for folder in ("exported", "later"):
+        heads = load_file(tmp_path / folder / "heads.safetensors")
+        assert heads.keys() == {head.name for head in HEADS}
+        assert np.array_equal(heads["quality"].numpy(), found[0][0]["heads.quality"])
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+
+
+def declared_otherwise(student: Path) -> None:
+    new_engine(student, heads=(Head(name="quality", outputs=4),), trained=False)
+
+
+def test_a_head_of_another_size_in_the_folder_is_refused(world1: World, folders: tuple[Path, Path]) -> None:
+    with pytest.raises(RuntimeError, match=r"head quality of shape \[2, 32\], the role declares \[4, 32\]"):
+        world1.run(declared_otherwise, folders[0])
+
+
+# --- several labels --------------------------------------------------------------------------------
+@loss(reads=("returns", "label"), outputs=("scores", "values"), average="rows")
+def of_labels(model: Any, rows: Any) -> Any:
+    """Cross-entropy of three labels, and each label's value drawn to the return."""
+    error = (model.values - rows["returns"][:, None]).square().mean(-1)
+    return F.cross_entropy(model.scores, rows["label"].long() + 1, reduction="none") + rows.mean_tokens(error), {}
+
+
+def train_labels(folder: Path, batch: Batch) -> Any:
+    trained = new_engine(folder, (), "value", micro_batch_tokens=20)
+    scores = trained.scores(my_rows(batch, "all on rank 0"))
+    metrics = trained.step(my_rows(batch, "groups in turn"), of_labels())
+    return scores, metrics["loss"].value, metrics["grad_norm"].value
+
+
+def test_a_model_of_several_labels_scores_and_trains_all_of_them(world2: World, tmp_path: Path) -> None:
+    config = AutoModelForSequenceClassification.from_pretrained(save_classifier(tmp_path / "one")).config
+    config.num_labels = 3
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "three")
+    batch = make_batch(3)
+    ids, mask = padded(batch)
+    at = model.score(model.base_model(ids, attention_mask=mask).last_hidden_state)
+    last = torch.from_numpy(batch["prompt_ids"].lengths + batch["response_ids"].lengths - 1)
+    scores = at[torch.arange(batch.num_rows), last]
+    rows = rows_of(batch, of_labels().reads, torch.device("cpu"))
+    values = torch.cat(before_tokens(at, batch))
+    value = of_labels()(ModelOutput.of({"scores": scores, "values": values}), rows)[0].mean()
+    value.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    (mine, first, gradient), (nothing, second, _) = world2.run(train_labels, tmp_path / "three", batch)
+    np.testing.assert_allclose(mine, scores.detach().numpy(), rtol=2e-5, atol=2e-5)
+    assert nothing.shape == (0, 3)
+    assert first == second == pytest.approx(float(value.detach()), rel=1e-5)
+    assert gradient == pytest.approx(float(norm), rel=1e-5)
+
+
+# --- teachers --------------------------------------------------------------------------------------
+def test_a_head_that_is_no_matrix_is_no_teacher_s(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    from workers.engines.teacher_head import teacher_head
+
+    size = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32}
+    BertLMHeadModel(BertConfig(vocab_size=50, is_decoder=True, **size)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertLMHeadModel.*is not one matrix; distil its top_k instead"):
+        teacher_head(tmp_path, torch.float32, torch.device("cpu"))
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(teacher_head(folder, torch.float32, torch.device("cpu")).weight, model.lm_head.weight)

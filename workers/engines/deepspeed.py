@@ -305,6 +305,10 @@ class DeepSpeedEngine(PackedEngine):
                 for parameter in parts:
                     parameter.ds_tensor.data.copy_(masters.detach()[at : at + parameter.ds_tensor.ds_numel])
                     at += parameter.ds_tensor.ds_numel
+            # Small parameters stay gathered from step to step, with the values they had.
+            whole: list[Any] = [p for p in self._parameters.values() if p.ds_status.name == "AVAILABLE"]  # type: ignore[attr-defined]
+            if whole:
+                whole[0].partition(whole, has_been_updated=False)
         else:
             optimizer.update_lp_params()
 
