@@ -327,7 +327,7 @@ class ValueModel(RoleModel):
 
 
 def build_model(
-    config: ModelConfig, engine: EngineConfig, *, head: Head, heads: Sequence[OwnHead], seed: int, trained: bool
+    config: ModelConfig, engine: EngineConfig, *, head: Head, heads: Sequence[OwnHead] = (), seed: int, trained: bool
 ) -> RoleModel:
     """The model of a folder, dropout off; the same on every rank.
 
