@@ -121,7 +121,7 @@ class OfTrunk(Role, Protocol):
         """The last states that response tokens are predicted from, float32."""
         ...
 
-    @op(reads=SEQUENCE, writes=lambda kwargs: tuple(kwargs["names"]), weights_read="train")
+    @op(reads=SEQUENCE, writes=lambda kwargs: tuple(kwargs.get("names", ())), weights_read="train")
     def compute_heads(self, batch: Batch, *, names: tuple[str, ...]) -> Batch:
         """What these heads of the role's own say, a column each, of the head's name."""
         ...

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from rlhf_dist.algorithms.outputs import Output, argument_of, columns_for, key_of, kind_of
+from rlhf_dist.algorithms.outputs import Output, argument_of, columns_for, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +70,6 @@ class ModelOutput:
             else:
                 plain[key] = value
         return ModelOutput(**plain, **nested)
-
-    def has(self, output: Output) -> bool:
-        """Whether it is set."""
-        found = getattr(self, kind_of(output))
-        return argument_of(output) in found if isinstance(found, Mapping) else found is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +141,10 @@ def columns_read(loss: Loss) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*loss.reads, *columns_for(loss.outputs))))
 
 
-def output_keys(loss: Loss) -> tuple[str, ...]:
-    """What its outputs are called."""
-    return tuple(map(key_of, loss.outputs))
+def is_given(model: ModelOutput, output: Output) -> bool:
+    """Whether the model's answer to `output` is set."""
+    found = getattr(model, kind_of(output), None)
+    return argument_of(output) in found if isinstance(found, Mapping) else found is not None
 
 
 def loss_name(loss: Loss) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec
 
-from rlhf_dist.algorithms.contract import Average, ModelOutput, Rows
+from rlhf_dist.algorithms.contract import Average, ModelOutput, Rows, is_given
 from rlhf_dist.algorithms.outputs import Output, key_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class FunctionLoss:
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Loss`. Raises ValueError where the model gave less than the loss asked for."""
         for output in self.outputs:
-            if not model.has(output):
+            if not is_given(model, output):
                 raise ValueError(f"the loss {self.name} needs {key_of(output)} of the model, and got none")
         return self.kind.function(model, rows, **dict(self.settings))
 

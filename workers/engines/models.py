@@ -137,7 +137,7 @@ class RoleModel(nn.Module, ABC):
         at_end = self.own_heads[name].at == "last_token"
         at, counts = (packed.last_token, packed.row_counts) if at_end else (packed.before_token, packed.token_counts)
         weight = summed_gradient(getattr(self, head_module(name)).weight, packed.split).float()
-        return gather_tokens(_without_one(hidden[at].float() @ weight.t()), counts, packed.split)
+        return gather_tokens(_answers(hidden[at].float(), weight), counts, packed.split)
 
     def _unused(self, kinds: set[str], keys: set[str]) -> dict[str, Tensor]:
         """Gives such weights the gradient 0. Ranks reduce gradients together, and each may be at another loss."""
@@ -292,9 +292,9 @@ def _beside(
     return function(log_p, theirs, *given)
 
 
-def _without_one(values: Tensor) -> Tensor:
-    """[n, K]; [n] where K is 1."""
-    return values.squeeze(-1) if values.shape[-1] == 1 else values
+def _answers(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[n, H] and a head [K, H] -> [n, K]; [n] where K is 1."""
+    return hidden @ (weight[0] if len(weight) == 1 else weight.t())
 
 
 class ValueModel(RoleModel):
@@ -321,7 +321,7 @@ class ValueModel(RoleModel):
                 continue
             at, counts = places[name]
             picked = hidden[at].float()
-            said = picked if name == "hidden" else _without_one(picked @ head.t())
+            said = picked if name == "hidden" else _answers(picked, head)
             found[name] = gather_tokens(said, counts, packed.split)
         return found
 
