@@ -28,6 +28,7 @@ from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
 from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
 from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
@@ -308,6 +309,8 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
     context = {
         "seed": launch.run.seed,
         "generates": group.role.split(".")[0] in launch.dataflow.generating,
+        "frozen_folders": frozen_folders(launch),
+        "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,

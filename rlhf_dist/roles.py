@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from rlhf_dist.algorithms.contract import Loss, Output
+from rlhf_dist.algorithms.contract import Loss, columns_read
+from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, Head
 from rlhf_dist.batch import Batch
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
@@ -44,8 +45,8 @@ class OpSpec:
     dispatch: TransferProtocol = ROWS
     mesh: str = "train"
     """Which of the role's meshes the rows are spread over: `train` or `rollout`."""
-    outputs: tuple[Output, ...] = ()
-    """What the role's model can give a loss; empty for ops without one."""
+    outputs: tuple[str, ...] = ()
+    """Kinds of output that the role's model can give a loss besides its heads; empty for ops without one."""
     streams: bool = False
     """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
     processes), it may be given the first finished rows of its input while the others are being made."""
@@ -65,7 +66,7 @@ def op(
     weights_written: str | None = None,
     dispatch: TransferProtocol = ROWS,
     mesh: str = "train",
-    outputs: tuple[Output, ...] = (),
+    outputs: tuple[str, ...] = (),
     streams: bool = False,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
@@ -96,7 +97,11 @@ def ops_of(interface: type) -> dict[str, OpSpec]:
 
 
 def _loss_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*TRAINABLE, *kwargs["loss"].reads)))
+    return tuple(dict.fromkeys((*TRAINABLE, *columns_read(kwargs["loss"]))))
+
+
+def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{kwargs['prefix']}_{what}" for what in ("ids", "log_probs", "log_rest"))
 
 
 class Role(Protocol):
@@ -104,9 +109,35 @@ class Role(Protocol):
 
     worker: ClassVar[str] = ""
     """`package.module:Class` that implements the role, imported on the workers only."""
+    heads: ClassVar[tuple[Head, ...]] = ()
+    """Heads of its model besides the one it comes with; a class of your own lists them."""
 
 
-class Actor(Role, Protocol):
+class OfTrunk(Role, Protocol):
+    """What any model says besides the words of its own role."""
+
+    @op(reads=SEQUENCE, writes=("hidden",), weights_read="train")
+    def compute_hidden(self, batch: Batch) -> Batch:
+        """The last states that response tokens are predicted from, float32."""
+        ...
+
+    @op(reads=SEQUENCE, writes=lambda kwargs: tuple(kwargs.get("names", ())), weights_read="train")
+    def compute_heads(self, batch: Batch, *, names: tuple[str, ...]) -> Batch:
+        """What these heads of the role's own say, a column each, of the head's name."""
+        ...
+
+
+class OfLanguageModel(OfTrunk, Protocol):
+    """What any language model says besides the words of its own role."""
+
+    @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
+    def compute_top_k(self, batch: Batch, *, k: int = 32, prefix: str = "top") -> Batch:
+        """The `k` most likely tokens before each response token, their log-probs, and the log of what is left, at the
+        temperature of the role's log-probs."""
+        ...
+
+
+class Actor(OfLanguageModel, Protocol):
     """The policy that is trained."""
 
     worker: ClassVar[str] = "workers.actor:ActorWorker"
@@ -132,13 +163,13 @@ class Actor(Role, Protocol):
         from those of sampling, where the batch has them."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("log_probs", "entropy"))
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_LANGUAGE_MODELS)
     def update_actor(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """`epochs` passes over the batch cut into `mini_batches`, one optimizer step for each."""
         ...
 
 
-class Critic(Role, Protocol):
+class Critic(OfTrunk, Protocol):
     """The value function."""
 
     worker: ClassVar[str] = "workers.value_model:CriticWorker"
@@ -148,13 +179,13 @@ class Critic(Role, Protocol):
         """V(s_t) before each response token."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
     def update_critic(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `Actor.update_actor`."""
         ...
 
 
-class Reference(Role, Protocol):
+class Reference(OfLanguageModel, Protocol):
     """A frozen policy."""
 
     worker: ClassVar[str] = "workers.reference:ReferenceWorker"
@@ -182,7 +213,7 @@ class Reward(Role, Protocol):
         ...
 
 
-class RewardModel(Role, Protocol):
+class RewardModel(OfTrunk, Protocol):
     """A reward model that is trained on preferences."""
 
     worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
@@ -192,7 +223,12 @@ class RewardModel(Role, Protocol):
         """The score of every row."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
+    @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
+    def compute_scores(self, batch: Batch) -> Batch:
+        """All K labels' scores of every row, [B, K] also where K is 1."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
     def update_reward_model(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `Actor.update_actor`."""
         ...

@@ -15,6 +15,7 @@ from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
+from workers.model_outputs import LanguageModelOutputs
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd
 from workers.reshard.sync import SyncReport
@@ -29,7 +30,7 @@ class OffPolicy(RuntimeError):
     """On-policy rows were not sampled by the policy that is trained."""
 
 
-class ActorWorker(TrainedRole):
+class ActorWorker(LanguageModelOutputs, TrainedRole):
     """One rank of the actor. Implements `rlhf_dist.roles.Actor`, and `reshard`."""
 
     def __init__(

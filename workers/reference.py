@@ -6,11 +6,11 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import ReferenceConfig
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
-from workers.engines.training import TrainingEngine
 from workers.memory.arbiter import arbiter_of
+from workers.model_outputs import LanguageModelOutputs
 
 
-class ReferenceWorker:
+class ReferenceWorker(LanguageModelOutputs):
     """One rank of the reference. Implements `rlhf_dist.roles.Reference`."""
 
     def __init__(
@@ -19,7 +19,6 @@ class ReferenceWorker:
         """`temperature`: the actor's, so that both log-probs are of the same kind. `base_of`: a role of this process
         whose model, without its adapters, is the reference: it is held once."""
         self.temperature, self.base = temperature, base_of is not None
-        self.engine: TrainingEngine
         self.remarks: tuple[str, ...] = ()
         if base_of:
             self.engine = context.peers[base_of].engine
