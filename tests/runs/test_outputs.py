@@ -63,6 +63,15 @@ def test_a_judge_with_heads_and_a_student_of_a_teacher_run_the_same_both_ways() 
     assert any(name.endswith("distill_kl") for name in steps[-1])
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gkd", {}), ("gkd", {"algorithm.top_k": 8}), ("two_teachers", {"algorithm.top_k": 8}), ("grm", {})],
+)
+def test_recipes_on_outputs_run_the_same_both_ways(name: str, said: dict[str, int]) -> None:
+    (step,) = check_recipe(name, steps=1, **said)
+    assert step["judge/version" if name == "grm" else "actor/version"] > 0
+
+
 @recipe
 def of_a_trained_one(pairs: Preferences, student: Actor, teacher: Actor) -> None:
     pairs = teacher.compute_hidden(pairs)
