@@ -31,12 +31,11 @@ class GenerativeRewardModel(Actor, Protocol):
 @loss(reads=("label",), outputs=("log_probs", "heads.reward"), average="groups")
 def generative_reward(model, rows, lm_coef: float = 0.01):
     """Bradley-Terry on the head, and the likelihood of the chosen response."""
-    from torch.nn.functional import logsigmoid
-
     chosen, rejected = chosen_and_rejected(model.heads["reward"], rows)
     likelihood, _ = chosen_and_rejected(rows.mean_tokens(model.log_probs), rows)
     metrics = {"accuracy": (chosen > rejected).float(), "margin": (chosen - rejected).detach()}
-    return -logsigmoid(chosen - rejected) - lm_coef * likelihood, metrics | {"lm": likelihood.detach()}
+    value = (rejected - chosen).logaddexp(0.0 * chosen) - lm_coef * likelihood
+    return value, metrics | {"lm": likelihood.detach()}
 
 
 @recipe
