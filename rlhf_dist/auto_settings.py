@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_dist.config import ActorConfig, EngineConfig, RolloutConfig
+from rlhf_dist.config import EngineConfig, FunctionConfig, LanguageModelConfig, RolloutConfig
 from rlhf_dist.machine import Machine
 from rlhf_dist.machine_settings import (
     Choice,
@@ -26,11 +26,12 @@ from rlhf_dist.machine_settings import (
     kv_cache_on,
     slots_on,
 )
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, rollout_of
+from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_dist.compose import Launch, RoleConfig
+    from rlhf_dist.compose import Launch
+    from rlhf_dist.role_kinds import RoleConfig
 
 
 def settle(launch: Launch, machine: Machine) -> Launch:
@@ -40,7 +41,7 @@ def settle(launch: Launch, machine: Machine) -> Launch:
     `check_launch` says what is wrong with it.
     """
     try:
-        placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+        placed = launch.placed
     except ConfigError:
         return launch
     chosen = dict(_slots(launch, placed, machine))
@@ -73,7 +74,7 @@ def slow_settings(launch: Launch) -> list[str]:
     """What was set by hand and the machine is slow with, and what to do."""
     if launch.machine is None:
         return []
-    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    placed = launch.placed
     found: dict[str, list[str]] = {}
     for role in launch.used_roles:
         for key, section, pool in _sections(role, launch.roles[role], placed):
@@ -107,7 +108,7 @@ def _of_role(launch: Launch, role: str, placed: Mapping[str, str], machine: Mach
     for key, section, pool in _sections(role, settings, placed):
         if _is_left(launch, key, section.dtype):
             yield key, dtype_on(machine, _device(launch, pool, machine))
-    if not isinstance(settings, ActorConfig):
+    if not isinstance(settings, LanguageModelConfig):
         return
     pool = placed.get(rollout_of(role), placed[role])
     device = _device(launch, pool, machine)
@@ -141,7 +142,7 @@ def _sections(
 ) -> Iterator[tuple[str, EngineConfig | RolloutConfig, str]]:
     """(key, section, pool) of every dtype of a role."""
     yield f"{role}.engine.dtype", settings.engine, placed[role]
-    if isinstance(settings, ActorConfig):
+    if isinstance(settings, LanguageModelConfig):
         yield f"{role}.rollout.dtype", settings.rollout, placed.get(rollout_of(role), placed[role])
 
 
@@ -157,7 +158,7 @@ def _matters(key: str, launch: Launch, placed: Mapping[str, str]) -> bool:
     settings = launch.roles[role]
     if role not in launch.used_roles or settings.model is None:
         return False
-    if section != "rollout" or not isinstance(settings, ActorConfig):
+    if section != "rollout" or not isinstance(settings, LanguageModelConfig):
         return True
     unread = set()
     if settings.rollout.engine != "vllm":
@@ -173,8 +174,10 @@ def _with(section: Any, prefix: str, chosen: Mapping[str, Choice]) -> Any:
 
 
 def _role_with(settings: RoleConfig, role: str, chosen: Mapping[str, Choice]) -> RoleConfig:
+    if isinstance(settings, FunctionConfig):
+        return settings
     engine = _with(settings.engine, f"{role}.engine", chosen)
-    if isinstance(settings, ActorConfig):
+    if isinstance(settings, LanguageModelConfig):
         return replace(settings, engine=engine, rollout=_with(settings.rollout, f"{role}.rollout", chosen))
     return replace(settings, engine=engine)
 
