@@ -27,6 +27,7 @@ from rlhf_dist.machine_settings import (
     slots_on,
 )
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
+from rlhf_dist.role_kinds import has_training_engine
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _of_role(launch: Launch, role: str, placed: Mapping[str, str], machine: Mach
         return
     pool = placed.get(rollout_of(role), placed[role])
     device = _device(launch, pool, machine)
-    beside = any(at == pool and launch.roles[name].model for name, at in placed.items() if name in launch.used_roles)
+    beside = any(placed[name] == pool and has_training_engine(launch, name) for name in launch.used_roles)
     generators = [name for name in launch.dataflow.generating if placed.get(rollout_of(name), placed[name]) == pool]
     rollout = settings.rollout
     for name, value, choice in (
@@ -127,7 +128,7 @@ def _of_role(launch: Launch, role: str, placed: Mapping[str, str], machine: Mach
 def _attention(launch: Launch, placed: Mapping[str, str]) -> Iterator[tuple[str, Choice]]:
     assert launch.machine is not None, "of a launch that is settled"
     for role, settings in launch.used_roles.items():
-        if settings.model is not None and settings.engine.packing:
+        if has_training_engine(launch, role) and settings.engine.packing:
             device = _device(launch, placed[role], launch.machine)
             yield f"{role}.engine.attention", attention_on(device, settings.engine.dtype)
 
@@ -159,7 +160,7 @@ def _matters(key: str, launch: Launch, placed: Mapping[str, str]) -> bool:
     if role not in launch.used_roles or settings.model is None:
         return False
     if section != "rollout" or not isinstance(settings, LanguageModelConfig):
-        return True
+        return has_training_engine(launch, role)
     unread = set()
     if settings.rollout.engine != "vllm":
         unread |= {"kv_cache_bytes", "gpu_memory_share"}

@@ -209,7 +209,7 @@ def _phases(
         uses.append(("sync", {**weights, **copies}, buckets))
     held = {what: size for kept in states.values() for what, size in kept.items()}
     away = {what: size for what, size in held.items() if cuda and _offloaded(roles[what.split()[0]].engine, what)}
-    fixed = {**copies, **caches} if not all(config.rollout.sleeps for config, _ in generators.values()) else {}
+    fixed = {**copies, **caches} if not all(rollout.sleeps for rollout, _ in generators.values()) else {}
     most = max((sum(transient.values()) for _, _, transient in uses), default=0.0)
     everything = {**{what: size for what, size in held.items() if what not in away}, **copies, **caches}
     if cuda and sum(everything.values()) + most > room:
