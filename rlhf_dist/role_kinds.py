@@ -102,8 +102,9 @@ def meshes_of(launch: Launch, name: str, nodes: Sequence[int]) -> dict[str, Mesh
 def generation_of(launch: Launch, role: str) -> RolloutConfig | None:
     """How a role generates; None for one that does not in this recipe."""
     config = launch.roles[role]
-    generates = role in launch.dataflow.generating and isinstance(config, LanguageModelConfig)
-    return config.rollout if generates else None
+    if role not in launch.dataflow.generating or not isinstance(config, LanguageModelConfig):
+        return None
+    return config.rollout
 
 
 def has_training_engine(launch: Launch, role: str) -> bool:
