@@ -66,7 +66,6 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
         check_cluster(launch, sizes, cluster)
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
-    _check_vllm_groups(launch, pools)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)
@@ -209,22 +208,6 @@ def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[st
                     f"{key} must divide the {count} {what} of {model.path}, got {size}; "
                     f"it may be {', '.join(str(n) for n in _divisors(shape, slots))}"
                 )
-
-
-def _check_vllm_groups(launch: Launch, pools: dict[str, str]) -> None:
-    """Refuse roles that generate with vLLM in one pool over groups of several sizes: a process has one set of groups."""
-    sizes: dict[str, tuple[str, int]] = {}
-    for role in launch.dataflow.generating:
-        rollout = generation_of(launch, role)
-        if rollout is None or rollout.engine != "vllm":
-            continue
-        pool, size = pools.get(rollout_of(role), pools[role]), rollout.tensor_parallel
-        other, before = sizes.setdefault(pool, (role, size))
-        if size != before:
-            raise ConfigError(
-                f"{role}.rollout.tensor_parallel must be that of {other} in the same pool {pool!r}, {before}, got {size}; "
-                f"or give {role} a pool of its own with placement.rollout.{role}=POOL"
-            )
 
 
 def _divisors(shape: ModelShape, slots: int) -> list[int]:
