@@ -22,6 +22,7 @@ from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
+from rlhf_dist.output_checks import check_outputs
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.role_kinds import generation_of, kind_of
@@ -64,6 +65,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
         check_slots(launch, sizes)
     else:
         check_cluster(launch, sizes, cluster)
+    check_outputs(launch, shapes)
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)

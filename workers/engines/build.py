@@ -34,7 +34,17 @@ def new_training_engine(
     context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
     arbiter_of(context).make_room()
     device = torch.device(context.device)
-    return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
+    built = kind(
+        model=model,
+        engine=engine,
+        optimizer=optimizer,
+        head=head,
+        heads=context.heads,
+        device=device,
+        seed=context.seed,
+    )
+    built.teacher_folders = context.frozen_folders
+    return built
 
 
 def new_generation_engine(
