@@ -163,6 +163,9 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
         if rollout_of(role) in groups:
             phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
             _connect(groups[role], groups[rollout_of(role)], cluster.replies, run.ray.call_timeout_s)
+    for (source, target), staged in launch.dataflow.ways.items():
+        phase(f"{target}: planning how weights come from {source}")
+        _connect_weights(groups[source], groups[target], staged, cluster.replies, run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
@@ -173,7 +176,12 @@ def pools_of_roles(launch: Launch) -> dict[str, str]:
 
 
 def role_with_base(launch: Launch, reference: str) -> str | None:
-    """The role whose frozen base model is what `reference` needs, in the same pool: an actor with adapters."""
+    """The role whose frozen base model is what `reference` needs, in the same pool: an actor with adapters.
+
+    None where the recipe has the reference's weights go anywhere, or change: then they are its own.
+    """
+    if any(node.kind == "weights" and reference in (node.role, *node.senders) for node in launch.dataflow):
+        return None
     placed, config = pools_of_roles(launch), launch.roles[reference]
     for role, other in launch.used_roles.items():
         if isinstance(other, ActorConfig) and other.engine.lora is not None and placed[role] == placed[reference]:
@@ -188,18 +196,39 @@ def slots_needed(launch: Launch) -> int:
 
 
 def _is_trained(launch: Launch, role: str) -> bool:
-    return any(f"{role}.train" in node.weights_written for node in launch.dataflow)
+    return role in launch.dataflow.trained
 
 
 def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
+    bridge = _bridge(sending, receiving, replies, timeout_s)
+    joining = [
+        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
+        for group in (sending, receiving)
+    ]
+    _await_roles(joining, replies, timeout_s)
+
+
+def _connect_weights(source: WorkerGroup, target: WorkerGroup, staged: int, replies: Replies, timeout_s: float) -> None:
+    """Have all ranks of two roles plan how weights go from one to the other; staged: see `Dataflow.ways`."""
+    apart = source.pool.name != target.pool.name
+    bridge = _bridge(source, target, replies, timeout_s) if apart else None
+    way = (source.role, target.role, bridge, staged)
+    joining = [
+        (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
+        for group in ((source, target) if apart else (target,))
+    ]
+    _await_roles(joining, replies, timeout_s)
+
+
+def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> Bridge:
     (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
     if isinstance(opened, Exception):
         raise opened
     if isinstance(opened, Failure):
         raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
     address, port = cast(tuple[str, int], opened)
-    bridge = Bridge(
+    return Bridge(
         address=address,
         port=port,
         senders=sending.pool.size,
@@ -207,11 +236,6 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, tim
         nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
         timeout_s=SYNC_SHARE * timeout_s,
     )
-    joining = [
-        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
-        for group in (sending, receiving)
-    ]
-    _await_roles(joining, replies, timeout_s)
 
 
 def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:
@@ -232,7 +256,8 @@ def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dic
     if isinstance(config, RewardConfig) and config.function is not None:
         return interface.rule_worker, _rule_settings(config, launch.recipe.file)
     if isinstance(config, ActorConfig):
-        on_policy = launch.run.placement.max_staleness == 0
+        # What a recipe writes anew may be trained on what the weights before have drawn.
+        on_policy = launch.run.placement.max_staleness == 0 and role not in launch.dataflow.written
         where = {"generates_here": not rollout_apart, "on_policy": on_policy}
         return interface.worker, {"config": config, "trains": trains, **where}
     if isinstance(config, ReferenceConfig):
@@ -290,6 +315,7 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
     context = {
         "seed": launch.run.seed,
         "generates": group.role.split(".")[0] in launch.dataflow.generating,
+        "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,

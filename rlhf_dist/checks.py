@@ -25,6 +25,7 @@ from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles,
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.typed import ConfigError
+from rlhf_dist.weight_checks import check_weights
 
 if TYPE_CHECKING:
     from rlhf_dist.planner.hardware import Cluster
@@ -44,6 +45,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_name(launch)
     _check_tracker(launch)
     check_rewards(launch)
+    check_weights(launch)
     shapes = {
         role: _shape(model, f"{role}.model.path", cluster is not None)
         for role, settings in launch.used_roles.items()
@@ -415,6 +417,8 @@ def _plan(
 def _where(node: Node, pools: dict[str, str]) -> str:
     """The pool a node runs on; `from -> to` for a weight transfer between two."""
     apart = pools.get(rollout_of(node.role))
+    if others := dict.fromkeys(pools[sender] for sender in node.senders if pools[sender] != pools[node.role]):
+        return f"{', '.join(others)} -> {pools[node.role]}"
     if apart is not None and node.kind == "reshard":
         return f"{pools[node.role]} -> {apart}"
     if apart is not None and rollout_of(node.role) in node.weights_read:

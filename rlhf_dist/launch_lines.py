@@ -22,7 +22,6 @@ def epoch_lines(launch: Launch) -> list[str]:
 
 def model_lines(launch: Launch) -> list[str]:
     """What each role's model is, and in which dtypes it is stored, computed with and exported."""
-    learning = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
     lines = []
     for role, settings in launch.used_roles.items():
         model = settings.model
@@ -35,9 +34,10 @@ def model_lines(launch: Launch) -> list[str]:
         lines.append(f"model     {role}: {model.path} ({', '.join(what)}), computes in {engine.dtype}")
         if isinstance(settings, ActorConfig) and role in launch.dataflow.generating:
             lines[-1] += f", generates in {settings.rollout.dtype}"
-        if role in learning:
+        if role in launch.learning_roles:
             exported = export_dtype(model.path, engine.export_dtype, engine.dtype)
-            lines[-1] += f", trains float32 master weights, exported as {exported}"
+            how = "trains float32 master weights" if role in launch.dataflow.trained else "written by the recipe"
+            lines[-1] += f", {how}, exported as {exported}"
         uses = {
             "zero": engine.name == "deepspeed",
             "tp": engine.tensor_parallel > 1,

@@ -19,6 +19,7 @@ from rlhf_dist.algorithms.contract import Loss, Output
 from rlhf_dist.batch import Batch
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
+from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 Columns = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
@@ -105,7 +106,7 @@ class Role(Protocol):
     """`package.module:Class` that implements the role, imported on the workers only."""
 
 
-class Actor(Role, Protocol):
+class Actor(Weights, Role, Protocol):
     """The policy that is trained."""
 
     worker: ClassVar[str] = "workers.actor:ActorWorker"
@@ -137,9 +138,10 @@ class Actor(Role, Protocol):
         ...
 
 
-class Critic(Role, Protocol):
+class Critic(Weights, Role, Protocol):
     """The value function."""
 
+    model_head: ClassVar[Literal["policy", "value"]] = "value"
     worker: ClassVar[str] = "workers.value_model:CriticWorker"
 
     @op(reads=SEQUENCE, writes=("values",), weights_read="train")
@@ -153,12 +155,12 @@ class Critic(Role, Protocol):
         ...
 
 
-class Reference(Role, Protocol):
-    """A frozen policy."""
+class Reference(Weights, Role, Protocol):
+    """A frozen policy. Its weights change where a recipe writes them (`rlhf_dist/weights.py`)."""
 
     worker: ClassVar[str] = "workers.reference:ReferenceWorker"
 
-    @op(reads=SEQUENCE, writes=("ref_log_probs",))
+    @op(reads=SEQUENCE, writes=("ref_log_probs",), weights_read="train")
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the frozen policy."""
         ...
@@ -181,9 +183,10 @@ class Reward(Role, Protocol):
         ...
 
 
-class RewardModel(Role, Protocol):
+class RewardModel(Weights, Role, Protocol):
     """A reward model that is trained on preferences."""
 
+    model_head: ClassVar[Literal["policy", "value"]] = "value"
     worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
 
     @op(reads=SEQUENCE, writes=("rewards",), weights_read="train")

@@ -13,6 +13,7 @@ from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.roles import Columns, ops_of
 from rlhf_dist.vocabulary_facts import ROLES
+from rlhf_dist.weights import Weights, weight_ops_of
 
 
 def describe_ops() -> str:
@@ -27,11 +28,16 @@ def describe_ops() -> str:
         for name, op in _public(transforms)
         if isinstance(op, HostOp)
     ]
+    of_weights = [
+        (f"ROLE.{name}", f"weights: {spec.reads} -> {spec.writes}", getattr(Weights, name))
+        for name, spec in weight_ops_of(Weights).items()
+    ]
     made = [(name, _settings(make), make) for name, make in _public(losses) if isinstance(make, LossFunction)]
     return "\n\n".join(
         f"{title}\n{_table(rows)}"
         for title, rows in (
             ("ops of roles (rlhf_dist.roles)", role_ops),
+            ("weights of roles with a model (rlhf_dist.weights)", of_weights),
             ("host ops (rlhf_dist.transforms)", host_ops),
             ("losses (rlhf_dist.algorithms), for loss=", made),
         )

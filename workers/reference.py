@@ -1,4 +1,4 @@
-"""The reference: a frozen policy."""
+"""The reference: a frozen policy, whose weights change where a recipe writes them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from rlhf_dist.config import ReferenceConfig
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
 from workers.engines.training import TrainingEngine
-from workers.memory.arbiter import arbiter_of
+from workers.trained_role import TrainedRole
 
 
-class ReferenceWorker:
+class ReferenceWorker(TrainedRole):
     """One rank of the reference. Implements `rlhf_dist.roles.Reference`."""
 
     def __init__(
@@ -24,9 +24,7 @@ class ReferenceWorker:
         if base_of:
             self.engine = context.peers[base_of].engine
             return
-        self.engine = new_training_engine(config.model, config.engine, None, "policy", context)
-        self.remarks = self.engine.remarks
-        arbiter_of(context).add_training(context.role, self.engine, trained=False)
+        super().__init__(context, new_training_engine(config.model, config.engine, None, "policy", context), None)
 
     def compute_ref_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs of the responses under the frozen policy."""

@@ -34,6 +34,12 @@ def new_training_engine(
     context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
     arbiter_of(context).make_room()
     device = torch.device(context.device)
+    if context.sums_weights and engine.name == "fsdp":
+        from workers.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(
+            model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed, masters=True
+        )
     return kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed)
 
 
