@@ -126,9 +126,9 @@ def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchR
     metrics = combine(reply.metrics for reply in (replies if node.kind in ("reshard", "weights") else answers))
     seconds = max((reply.seconds for reply in replies), default=0.0)
     nbytes = sum(reply.nbytes for reply in answers)
-    moved = {"reshard": "sync_bytes", "weights": "copy_bytes"}.get(node.kind, "")
-    if moved in metrics:
-        nbytes = int(metrics[moved].value)
+    sent = {"reshard": "sync_bytes", "weights": "copy_bytes"}.get(node.kind, "")
+    if sent in metrics:
+        nbytes = int(metrics[sent].value)
     state = next((reply.state for reply in answers if reply.state is not None), None)
     if not any(reply.stored or reply.parent is not None for reply in answers):
         return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state)
