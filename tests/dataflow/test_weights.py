@@ -117,9 +117,8 @@ def test_what_cannot_be_meant_is_refused_with_the_line_the_rule_and_the_remedy()
     assert "restores a set that no line before it saves; saved by then: anchor; did you mean 'anchor'?" in of(typo)
     assert "nothing is saved by then; call save_weights first" in of(lambda a, *_: a.restore_weights("anchor"))
     assert "runs at step 0, and the set is saved at step 4 first; give it after=4" in of(too_early)
-    assert (
-        "critic.copy_from cannot take weights of 'actor': that is a policy model (Actor), and 'critic' a value"
-        in (of(lambda a, r, c, *_: c.copy_from(a)))
+    assert "critic.copy_from cannot take weights of 'actor': that is a policy model (Actor), and 'critic' a value" in (
+        of(lambda a, r, c, *_: c.copy_from(a))
     )
     assert "is no role with a model" in of(lambda a, r, c, m, w, *_: a.copy_from(w))
     assert "Reward 'reward' has no op 'copy_from'" in of(lambda a, r, c, m, w, *_: w.copy_from(a))
