@@ -186,7 +186,9 @@ def half_steps(folder: Path, settings: dict[str, Any], rounds: int) -> tuple[dic
 def plain_half_steps(folder: Path, rounds: int) -> dict[str, np.ndarray]:
     """The same by plain torch: the half-step changes nothing but what is drawn from it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIMIZER.lr, eps=OPTIMIZER.eps, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=0.0
+    )
     for number in range(rounds):
         for at, back in ((2 * number, True), (2 * number + 1, False)):
             anchor = {name: w.clone() for name, w in model.state_dict().items()}
@@ -200,7 +202,7 @@ def plain_half_steps(folder: Path, rounds: int) -> dict[str, np.ndarray]:
     return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed 2", "deepspeed 3"])
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed 3"])
 def test_half_steps_are_those_of_plain_torch(world2: World, llama: Path, engine: str) -> None:
     for weights, version in world2.run(half_steps, llama, ENGINES[engine], 2):
         assert version == 2, "steps that were taken back do not count"
