@@ -1,7 +1,7 @@
 """BatchRef: what the controller holds instead of data. Index arrays, object references, row lengths.
 
     BatchRef (4 rows)
-      rows      group [7 7 9 9]   tokens [31 18 25 40]
+      rows      group [7 7 9 9]   tokens [31 18 25 40]   id [64 65 66 67]   parent [32 32 33 33]
       columns   response_ids -> refs (A, B)   object [0 1 1 0]   row [0 0 1 1]
                 rewards      -> refs (C,)     object [0 0 0 0]   row [0 1 2 3]
 
@@ -12,7 +12,7 @@ arrays and nothing else; the controller's cost grows with rows and shards, never
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_dist.batch import IntArray
+from rlhf_dist.schema import ROW_IDS
 from rlhf_dist.wire import Fetch
 
 
@@ -37,25 +38,52 @@ class Located:
 
 @dataclass(frozen=True, eq=False)
 class StoredColumn:
-    """A column inside a stored object, under the name its writer gave it."""
+    """A column inside stored objects, under the names its writers gave it."""
 
     at: Located
-    name: str
+    names: tuple[str, ...]
+    """Its name in each of `at.refs`: several where batches were put together that call it differently."""
+
+
+ROW_BITS, NODE_BITS = 28, 12
+"""Of a row's id: its position among the rows that a node makes, and that node's place in the recipe; above them the
+step."""
+NO_PARENT = -1
+
+
+def made_ids(step: int, place: int, count: int) -> IntArray:
+    """[B] ids of the rows that the node at `place` of the recipe makes at `step`: unique within a run, and the same
+    however the rows are spread. Raises ValueError for more rows or nodes than ids tell apart."""
+    if count > 1 << ROW_BITS or not 0 <= place < 1 << NODE_BITS:
+        raise ValueError(
+            f"a step may have {1 << NODE_BITS} nodes that make {1 << ROW_BITS} rows each, got node {place} with {count}"
+        )
+    return ((step << NODE_BITS | place) << ROW_BITS) + np.arange(count, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """What the controller knows of each row: [B] group ids and [B] tokens (prompt + response)."""
+    """What the controller knows of each row, all [B]."""
 
     group: IntArray
     tokens: IntArray
+    """Prompt + response."""
+    id: IntArray
+    """Unique within a run."""
+    parent: IntArray
+    """The id of the row that a row was made of; NO_PARENT for a source's."""
 
     def __len__(self) -> int:
         return len(self.group)
 
     def take(self, index: IntArray) -> RowTable:
         """Rows `index`, in that order."""
-        return RowTable(self.group[index], self.tokens[index])
+        return RowTable(self.group[index], self.tokens[index], self.id[index], self.parent[index])
+
+    def ids(self, names: Iterable[str], index: IntArray) -> dict[str, IntArray]:
+        """Those of ROW_IDS that are among `names`, for rows `index`."""
+        known = {"row_id": self.id, "parent_id": self.parent}
+        return {name: known[name][index] for name in ROW_IDS if name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +102,12 @@ class BatchRef:
                 if id(array) not in arrays:
                     arrays[id(array)] = array[index]
             moved[id(at)] = Located(at.refs, arrays[id(at.object_of)], arrays[id(at.row_of)])
-        columns = {name: StoredColumn(moved[id(column.at)], column.name) for name, column in self.columns.items()}
+        columns = {name: StoredColumn(moved[id(column.at)], column.names) for name, column in self.columns.items()}
         return BatchRef(self.rows.take(index), columns)
+
+    def select(self, names: Iterable[str]) -> BatchRef:
+        """Only these columns."""
+        return BatchRef(self.rows, {name: self.columns[name] for name in names})
 
     def home(self, parts: int) -> IntArray | None:
         """[B] the part that holds most of a row's columns, where columns were written by as many parts; else None."""
@@ -87,10 +119,10 @@ class FetchPlan:
     """What ranks have to pull of `batch`: made once for a node, asked once for each rank."""
 
     def __init__(self, batch: BatchRef) -> None:
-        groups: dict[int, tuple[Located, dict[str, str]]] = {}
+        groups: dict[int, tuple[Located, dict[str, tuple[str, ...]]]] = {}
         for name, column in batch.columns.items():
-            groups.setdefault(id(column.at), (column.at, {}))[1][name] = column.name
-        self._alike: dict[tuple[int, int], list[tuple[Located, dict[str, str]]]] = {}
+            groups.setdefault(id(column.at), (column.at, {}))[1][name] = column.names
+        self._alike: dict[tuple[int, int], list[tuple[Located, dict[str, tuple[str, ...]]]]] = {}
         for at, names in groups.values():
             self._alike.setdefault((id(at.object_of), id(at.row_of)), []).append((at, names))
 
@@ -102,7 +134,12 @@ class FetchPlan:
             used, object_of = _used(first.object_of[index])
             row_of = first.row_of[index]
             plan += (
-                Fetch(names=names, refs=tuple(at.refs[k] for k in used), object_of=object_of, row_of=row_of)
+                Fetch(
+                    names={seen: tuple(inside[k] for k in used) for seen, inside in names.items()},
+                    refs=tuple(at.refs[k] for k in used),
+                    object_of=object_of,
+                    row_of=row_of,
+                )
                 for at, names in groups
             )
         return tuple(plan)
@@ -131,5 +168,27 @@ def merge_stored(
     columns: dict[str, StoredColumn] = {}
     for group, (names, _) in enumerate(stored[0] if stored else ()):
         at = Located(tuple(rank[group][1] for rank in stored), object_of, row_of)
-        columns.update({name: StoredColumn(at, name) for name in names})
+        columns.update({name: StoredColumn(at, (name,) * len(at.refs)) for name in names})
     return columns
+
+
+def concat(batches: Sequence[BatchRef], names: Iterable[str]) -> BatchRef:
+    """All rows of `batches`, one batch after the other, with the columns `names` that each of them has."""
+    together: dict[tuple[int, ...], Located] = {}
+    columns: dict[str, StoredColumn] = {}
+    for name in names:
+        parts = [batch.columns[name] for batch in batches]
+        key = tuple(id(part.at) for part in parts)
+        if key not in together:
+            starts = np.cumsum([0, *(len(part.at.refs) for part in parts)])
+            together[key] = Located(
+                tuple(ref for part in parts for ref in part.at.refs),
+                np.concatenate([part.at.object_of + np.int32(s) for part, s in zip(parts, starts, strict=False)]),
+                np.concatenate([part.at.row_of for part in parts]),
+            )
+        columns[name] = StoredColumn(together[key], tuple(inside for part in parts for inside in part.names))
+    tables = [batch.rows for batch in batches]
+    rows = RowTable(
+        *(np.concatenate([getattr(t, name) for t in tables]) for name in ("group", "tokens", "id", "parent"))
+    )
+    return BatchRef(rows, columns)

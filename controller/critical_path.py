@@ -122,10 +122,8 @@ def _predecessors(dataflow: Dataflow, instances: list[Instance]) -> dict[Instanc
     """Instance -> those among `instances` that it waits for."""
     there = set(instances)
     edges: Mapping[str, set[Instance]] = {node.name: set() for node in dataflow}
-    for edge in dataflow.edges:
-        edges[edge.target].add((edge.source, edge.distance))
-    for node in dataflow:
-        edges[node.name].update((batch.rows, 0) for batch in node.inputs)
+    for source, target, distance in dataflow.waits:
+        edges[target].add((source, distance))
     return {
         (name, step): [(source, step - d) for source, d in sorted(edges[name]) if (source, step - d) in there]
         for name, step in instances

@@ -10,7 +10,7 @@ the same to the last bit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from controller.executor import Finished, StepReport
@@ -22,9 +22,16 @@ from rlhf_dist.dataflow.trace import run_traced
 
 
 def run_eagerly(
-    recipe: Recipe, cfg: Any, runner: RayRunner, *, start: int, stop: int, on_step: Callable[[StepReport], None]
+    recipe: Recipe,
+    cfg: Any,
+    runner: RayRunner,
+    *,
+    start: int,
+    stop: int,
+    on_step: Callable[[StepReport], None],
+    refilled: Collection[str] = (),
 ) -> None:
-    """Run steps start..stop-1 of `recipe`, each op as its line is reached."""
+    """Run steps start..stop-1 of `recipe`, each op as its line is reached. refilled: see `Dataflow.refilled`."""
     for step in range(start, stop):
         report, syncs = StepReport(step), _Syncs(recipe, runner, step)
 
@@ -36,7 +43,7 @@ def run_eagerly(
         def fetch(node: str, column: str, step: int = step) -> Any:
             return _fetch(runner, node, column, step)
 
-        run_traced(recipe, cfg, execute, fetch)
+        run_traced(recipe, cfg, execute, fetch, refilled)
         report.nodes += syncs.at_the_end()
         runner.end_step(step)
         if not report.nodes:
@@ -78,4 +85,4 @@ class _Syncs:
 def _fetch(runner: RayRunner, node: str, column: str, step: int) -> Any:
     stored = runner.outputs.batch(node, step).columns[column]
     objects = runner.objects(stored.at.refs)
-    return [objects[o][stored.name].row(int(r)) for o, r in zip(stored.at.object_of, stored.at.row_of, strict=True)]
+    return [objects[o][stored.names[o]].row(int(r)) for o, r in zip(stored.at.object_of, stored.at.row_of, strict=True)]

@@ -145,8 +145,7 @@ class _Schedule:
         self.position = {node.name: position for position, node in enumerate(dataflow)}
         self.runner, self.start, self.stop = runner, start, stop
         self.on_step, self.open_steps, self.barrier = on_step, open_steps, barrier
-        edges = {(edge.source, edge.target, edge.distance) for edge in dataflow.edges}
-        edges |= {(batch.rows, node.name, 0) for node in dataflow for batch in node.inputs}
+        edges = dataflow.waits
         self.before: dict[str, list[tuple[str, int]]] = {name: [] for name in self.nodes}
         self.after: dict[str, list[tuple[str, int]]] = {name: [] for name in self.nodes}
         for source, target, distance in sorted(edges):

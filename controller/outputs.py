@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from controller.batch_ref import BatchRef, RowTable, StoredColumn
+from controller.batch_ref import BatchRef, RowTable, StoredColumn, concat
 from rlhf_dist.batch import IntArray
-from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, Input, Node
-from rlhf_dist.metrics import Metrics
+from rlhf_dist.dataflow.graph import Dataflow, Input, Node
+from rlhf_dist.dataflow.row_algebra import Matching
+from rlhf_dist.metrics import Mean, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class NodeOutput:
     """For each answering rank: where its rows are in the batch."""
 
 
-class JoinError(ValueError):
-    """Rows of a join that do not match."""
+class RowsError(ValueError):
+    """Rows that do not match, or are there twice."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Outputs:
     """Batches of the steps under way. `dataflow` None: who reads what is not known, all is kept."""
 
     def __init__(self, dataflow: Dataflow | None) -> None:
-        self._readers: dict[str, dict[str, set[str]]] | None = None if dataflow is None else _readers(dataflow)
+        self._readers: dict[str, dict[str, set[str]]] | None = None if dataflow is None else dataflow.column_readers
         self._kept: dict[tuple[str, int], _Kept] = {}
 
     def put(self, node: str, step: int, batch: BatchRef) -> None:
@@ -67,11 +68,11 @@ class Outputs:
 
     def input(self, entry: Input, step: int) -> BatchRef:
         """A node's input with everything it reads, and what it carries for others."""
-        carried = {
-            name: column
-            for name, at in entry.carried.items()
-            if (column := self._kept[at.node, step].columns.get(at.column))
-        }
+        carried = {}
+        for name, at in entry.carried.items():  # what nobody will read is not kept, and not waited for
+            kept = self._kept.get((at.node, step))
+            if kept is not None and at.column in kept.columns:
+                carried[name] = kept.columns[at.column]
         read = {name: self._kept[at.node, step].columns[at.column] for name, at in entry.columns.items()}
         return BatchRef(self._kept[entry.rows, step].rows, {**carried, **read})
 
@@ -95,31 +96,54 @@ class Outputs:
         return sum(len(kept.columns) for (_, at), kept in self._kept.items() if at == step)
 
 
-def join(left: RowTable, right: BatchRef, names: Mapping[str, str]) -> BatchRef:
-    """Columns of `right` (renamed by `names`) for the rows of `left`, matched by group. Raises JoinError."""
-    keys, first, counts = np.unique(right.rows.group, return_index=True, return_counts=True)
+def join(left: RowTable, right: BatchRef, names: Mapping[str, str], on: Matching = "group") -> BatchRef:
+    """Columns of `right` (renamed by `names`) for the rows of `left`, matched as `RowAlgebra.join` says.
+
+    Raises RowsError where a row matches none or several.
+    """
+    theirs = right.rows.group if on == "group" else right.rows.id
+    mine = {"group": left.group, "row": left.id, "parent": left.parent}[on]
+    keys, first, counts = np.unique(theirs, return_index=True, return_counts=True)
     if np.any(counts > 1):
-        group = int(keys[np.argmax(counts > 1)])
-        raise JoinError(f"join needs one row per group on the right side, group {group} has several")
-    at = np.searchsorted(keys, left.group)
+        key = int(keys[np.argmax(counts > 1)])
+        raise RowsError(f"join needs one row on the right side for each on the left, and {on} {key} has several there")
+    at = np.searchsorted(keys, mine)
     inside = np.minimum(at, max(len(keys) - 1, 0))
-    found = (at < len(keys)) & (keys[inside] == left.group) if len(keys) else np.zeros(len(left), dtype=bool)
+    found = (at < len(keys)) & (keys[inside] == mine) if len(keys) else np.zeros(len(left), dtype=bool)
     if not np.all(found):
-        raise JoinError(f"join finds no row of group {int(left.group[np.argmin(found)])} on the right side")
+        missing = np.flatnonzero(~found)
+        raise RowsError(
+            f"join on {on} finds no row on the right side for {len(missing)} of {len(left)} rows "
+            f"({on} {int(mine[missing[0]])} is the first)"
+        )
     taken = right.take(first[at])
     return BatchRef(left, {names.get(name, name): column for name, column in taken.columns.items()})
 
 
-def _readers(dataflow: Dataflow) -> dict[str, dict[str, set[str]]]:
-    """Node -> column -> nodes that read it, or carry it for one that does."""
-    readers: dict[str, dict[str, set[str]]] = {node.name: {} for node in dataflow}
-    # Backwards, since a column carried along for nobody is not read.
-    for node in reversed(dataflow.nodes):
-        for entry in node.inputs:
-            wanted: Sequence[ColumnOrigin] = [
-                *entry.columns.values(),
-                *(origin for name, origin in entry.carried.items() if readers[node.name].get(name)),
-            ]
-            for origin in wanted:
-                readers[origin.node].setdefault(origin.column, set()).add(node.name)
-    return readers
+def put_together(batches: Sequence[BatchRef], *, ordered: bool) -> BatchRef:
+    """All rows of `batches` with the columns that all of them hold. ordered: as they were made.
+
+    Raises RowsError for rows that are in several of them.
+    """
+    names = [name for name in batches[0].columns if all(name in batch.columns for batch in batches)]
+    together = concat(batches, names)
+    ids, counts = np.unique(together.rows.id, return_counts=True)
+    if np.any(counts > 1):
+        row = int(ids[np.argmax(counts > 1)])
+        raise RowsError(
+            f"{int((counts > 1).sum())} rows are in more than one of the batches (row_id {row} is the first)"
+        )
+    return together.take(np.argsort(together.rows.id, kind="stable")) if ordered else together
+
+
+def first_groups(batches: Sequence[BatchRef], groups: int) -> tuple[BatchRef, Metrics]:
+    """The rows of the first `groups` groups, in the order of batches and rows, and what was kept and dropped."""
+    together = put_together(batches, ordered=False)
+    found, first = np.unique(together.rows.group, return_index=True)
+    wanted = found[np.argsort(first, kind="stable")][:groups]
+    metrics: Metrics = {
+        "groups": Mean(float(len(wanted)), 0),
+        "surplus_groups": Mean(float(len(found) - len(wanted)), 0),
+        "rounds": Mean(float(sum(len(batch.rows) > 0 for batch in batches)), 0),
+    }
+    return together.take(np.flatnonzero(np.isin(together.rows.group, wanted))), metrics

@@ -17,20 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from controller.batch_ref import BatchRef, FetchPlan, merge_stored
+from controller.batch_ref import BatchRef, merge_stored
 from controller.executor import Finished
 from controller.failure_text import explained, logs_of
-from controller.outputs import JoinError, NodeOutput, Outputs, join
+from controller.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
 from controller.pool import RELAYS, SIGNALS, Pool
 from controller.replies import RayReplies, Replies
-from controller.worker_group import Shards, WorkerGroup, build_call, collect, cut, cut_for_host
+from controller.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.state_value import resolved, states_read
 from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
 from rlhf_dist.wire import Call, Reply
 
+INDEX_ONLY = ("join", "concat", "refill")
+"""Kinds of nodes that the controller does itself: they move row indices."""
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 
 
@@ -47,7 +50,8 @@ class _Pending:
     node: Node
     step: int
     shards: Shards
-    before: BatchRef | None
+    """Of its first batch."""
+    batches: tuple[BatchRef, ...]
     started_s: float
     callees: list[tuple[Pool, int]] = field(default_factory=list)
     """Pool and rank in it of each call, in the order of `replies`."""
@@ -61,6 +65,11 @@ class _Pending:
     """Parts of the source's rows that each call of a streamed node has."""
     interrupted: bool = False
     """Its ranks were asked to stop early."""
+
+    @property
+    def before(self) -> BatchRef | None:
+        """Its first batch, whose rows it keeps or makes others of."""
+        return self.batches[0] if self.batches else None
 
     @property
     def complete(self) -> bool:
@@ -129,11 +138,11 @@ class RayRunner:
             return
         source = next((p for p in self._pending if node.inputs and self._is_source(p, node, step)), None)
         if source is not None:
-            self._pending.append(_Pending(node, step, NO_SHARDS, None, 0.0, source=source))
+            self._pending.append(_Pending(node, step, NO_SHARDS, (), 0.0, source=source))
             return
-        before = self.outputs.input(node.inputs[0], step) if node.inputs else None
-        pending = _Pending(node, step, NO_SHARDS, before, time.perf_counter())
-        if node.kind == "join":
+        batches = tuple(self.outputs.input(entry, step) for entry in node.inputs)
+        pending = _Pending(node, step, NO_SHARDS, batches, time.perf_counter())
+        if node.kind in INDEX_ONLY:
             pending.started_s = 0.0
         elif node.kind in ("host", "state"):
             self._call_host_op(pending)
@@ -198,15 +207,30 @@ class RayRunner:
         return () if group is None else (group,)
 
     def _call_groups(self, pending: _Pending) -> None:
-        node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
+        node, step, readings = pending.node, pending.step, self._readings(pending)
         groups = self._groups_of(node)
-        settings, plan = self._kwargs(node), None if batch is None else FetchPlan(batch)
+        settings, averages = self._kwargs(pending), averages_of(node)
         for group, (op, kwargs) in zip(groups, _ops(node, len(groups), settings), strict=True):
-            shards, mini_batch = cut(node, group, batch, seed=self.seed, step=step)
-            pending.shards = shards if group is groups[0] else pending.shards
+            cuts = [
+                cut(node, group, reading, average, seed=self.seed, step=step)
+                for reading, average in zip(readings or (None,), averages, strict=False)
+            ]
+            pending.shards = cuts[0][0] if group is groups[0] else pending.shards
             first, parts = pending.ranks, part_of_ranks(node, group)
             pending.callees += [(group.pool, rank) for rank in range(group.pool.size)]
-            calls = [build_call(node, step, self.seed, plan, shards.parts[part], mini_batch, kwargs) for part in parts]
+            calls = [
+                build_call(
+                    node,
+                    step,
+                    self.seed,
+                    [
+                        reading.given(shards.parts[part], mini_batch)
+                        for reading, (shards, mini_batch) in zip(readings, cuts, strict=False)
+                    ],
+                    kwargs,
+                )
+                for part in parts
+            ]
             # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
             alone = node.rows == "expand" or len(groups) > 1 or self._beside
             for ranks in [(rank,) for rank in range(len(calls))] if alone else group.pool.teams:
@@ -222,11 +246,13 @@ class RayRunner:
                 pending.refs[tuple(first + rank for rank in ranks)] = ref
 
     def _call_host_op(self, pending: _Pending) -> None:
-        node, step, batch = pending.node, pending.step, _read(pending.node, pending.before)
-        assert batch is not None, f"{node.name} has no input"
-        pending.shards, plan = cut_for_host(node, self.host.size, batch), FetchPlan(batch)
-        for part, rows in enumerate(pending.shards.parts):
-            call = build_call(node, step, self.seed, plan, rows, None, self._kwargs(node))
+        node, step, readings = pending.node, pending.step, self._readings(pending)
+        assert readings, f"{node.name} has no input"
+        shards = cut_for_host(node, self.host.size, pending.batches)
+        pending.shards = shards[0]
+        for part in range(len(shards[0].parts)):
+            given = [reading.given(one.parts[part], None) for reading, one in zip(readings, shards, strict=True)]
+            call = build_call(node, step, self.seed, given, self._kwargs(pending))
             process = self._host_process(pending, self.host)
             pending.refs[part,] = (
                 process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
@@ -238,12 +264,11 @@ class RayRunner:
         """Call the ranks that were interrupted once more; they go on with the responses they hold."""
         node = pending.node
         (group,) = self._groups_of(node)
-        batch, parts = _read(node, pending.before), part_of_ranks(node, group)
-        plan = None if batch is None else FetchPlan(batch)
+        (reading,), parts = self._readings(pending), part_of_ranks(node, group)
         for rank, process in enumerate(group.pool.processes):
             if pending.replies[rank].interrupted:
-                rows = pending.shards.parts[parts[rank]]
-                call = build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
+                given = [reading.given(pending.shards.parts[parts[rank]], None)]
+                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending))
                 pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False
@@ -281,8 +306,10 @@ class RayRunner:
         rows = np.arange(len(moved.rows))
         stored = merge_stored([reply.stored for reply in replies], rows, [reply.num_rows for reply in replies])
         columns = {**moved.columns, **stored}
-        plan = FetchPlan(BatchRef(moved.rows, {c: columns[at.column] for c, at in node.inputs[0].columns.items()}))
-        return build_call(node, pending.step, self.seed, plan, rows, None, self._kwargs(node))
+        (entry,) = node.inputs
+        made_of = BatchRef(moved.rows, {c: columns[at.column] for c, at in entry.columns.items()})
+        given = [Reading(entry, made_of).given(rows, None)]
+        return build_call(node, pending.step, self.seed, given, self._kwargs(pending))
 
     def _host_process(self, pending: _Pending, pool: Pool) -> Any:
         """The next of the CPU processes, for a call of `pending`."""
@@ -290,14 +317,30 @@ class RayRunner:
         pending.callees.append((pool, self._next_host % pool.size))
         return pool.processes[self._next_host % pool.size]
 
-    def _kwargs(self, node: Node) -> dict[str, Any]:
-        given = dict(self.source_kwargs.get(node.name, {})) if node.kind == "source" else {}
+    def _readings(self, pending: _Pending) -> list[Reading]:
+        if pending.node.kind == "source":  # what it waits for says how many rows are drawn
+            return []
+        return [Reading(entry, batch) for entry, batch in zip(pending.node.inputs, pending.batches, strict=True)]
+
+    def _kwargs(self, pending: _Pending) -> dict[str, Any]:
+        node = pending.node
+        if node.kind == "source":
+            return self._source_kwargs(node, pending.batches)
         try:
             settings: dict[str, Any] = resolved(node.kwargs, self.numbers)
         except (ValueError, KeyError, ArithmeticError) as error:
             held = {state: self.numbers[state] for state in states_read(node.kwargs)}
             raise NodeError(f"{node.name} ({node.line}) cannot take its settings from {held}: {error!r}") from error
-        return {**settings, **given}
+        return settings
+
+    def _source_kwargs(self, node: Node, gate: Sequence[BatchRef]) -> dict[str, Any]:
+        given = dict(self.source_kwargs.get(node.role, {}))
+        if f"{node.role}.drawn" in node.weights_written:
+            given["position"] = int(self.numbers.get(node.role, {}).get("drawn", 0))
+            groups = sum(len(np.unique(batch.rows.group)) for batch in gate)
+            if gate and groups >= node.kwargs["until"]:
+                given["rows"] = 0
+        return given
 
     def _check_deadlines(self) -> None:
         now = time.perf_counter()
@@ -319,14 +362,14 @@ class RayRunner:
             return Finished(
                 node=node.name, step=step, started_s=pending.started_s, ended_s=ended, metrics={}, interrupted=True
             )
-        output = self._join(pending) if node.kind == "join" else self._collect(pending)
+        output = self._moved(pending) if node.kind in INDEX_ONLY else self._collect(pending)
         started = pending.started_s or ended
         if node.kind in ("host", "state", "source"):
             started = max(started, ended - output.seconds)
         if output.batch is not None:
             self.outputs.put(node.name, step, output.batch)
         for streamed in [p for p in self._pending if p.source is pending]:
-            streamed.before = self.outputs.input(streamed.node.inputs[0], step)
+            streamed.batches = (self.outputs.input(streamed.node.inputs[0], step),)
             self._stream(streamed, pending)
             places = tuple(np.concatenate([output.places[answer] for answer in b]) for b in streamed.bundles)
             bundles = tuple(range(len(places)))
@@ -335,7 +378,7 @@ class RayRunner:
         if output.state is not None:
             self.numbers[node.role] = dict(output.state)
         self.outputs.done(node, step)
-        prefix = node.op if node.kind in ("host", "join") else node.role
+        prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
         suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""
         rows = output.batch if node.rows == "expand" and output.batch is not None else pending.before
         return Finished(
@@ -350,15 +393,23 @@ class RayRunner:
 
     def _collect(self, pending: _Pending) -> NodeOutput:
         replies = [pending.replies[rank] for rank in range(pending.ranks)]
-        return collect(pending.node, pending.shards, replies, pending.before)
+        return collect(pending.node, pending.step, pending.shards, replies, pending.before)
 
-    def _join(self, pending: _Pending) -> NodeOutput:
-        node, (left, right) = pending.node, (self.outputs.input(entry, pending.step) for entry in pending.node.inputs)
+    def _moved(self, pending: _Pending) -> NodeOutput:
+        """The output of a node that moves row indices only."""
+        node, batches = pending.node, pending.batches
+        metrics: Metrics = {}
         try:
-            batch = join(left.rows, right, node.out)
-        except JoinError as error:
+            if node.kind == "join":
+                batch = join(batches[0].rows, batches[1], node.out, node.kwargs["on"])
+            elif node.kind == "concat":
+                batch = put_together(batches, ordered=node.kwargs["ordered"])
+            else:
+                batch, metrics = first_groups(batches, node.kwargs["groups"])
+                _check_refilled(node, batches, batch)
+        except RowsError as error:
             raise NodeError(f"{node.line}: {error}") from error
-        return NodeOutput(batch=batch, metrics={}, seconds=0.0, nbytes=0)
+        return NodeOutput(batch=batch, metrics=metrics, seconds=0.0, nbytes=0)
 
 
 def _checked(reply: Reply | Failure | Exception, pending: _Pending, call: int) -> Reply:
@@ -385,8 +436,18 @@ def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:
     return [protocol.part_of(mesh, rank) if protocol else 0 for rank in range(group.pool.size)]
 
 
-def _read(node: Node, before: BatchRef | None) -> BatchRef | None:
-    """The columns of `before` that the node reads; the others it only carries."""
-    if before is None:
-        return None
-    return BatchRef(before.rows, {name: before.columns[name] for name in node.inputs[0].columns})
+def averages_of(node: Node) -> list[str | None]:
+    """For each batch of a node, what the loss over it is averaged over; None where there is none."""
+    if "terms" in node.kwargs:
+        return [loss.average for loss, _ in node.kwargs["terms"]]
+    return [getattr(node.kwargs.get("loss"), "average", None)] * max(1, len(node.inputs))
+
+
+def _check_refilled(node: Node, batches: Sequence[BatchRef], batch: BatchRef) -> None:
+    found, wanted = len(np.unique(batch.rows.group)), node.kwargs["groups"]
+    if found < wanted and node.kwargs["short"] == "stop":
+        kept = ", ".join(str(len(np.unique(one.rows.group))) for one in batches)
+        raise RowsError(
+            f"refill has {found} of {wanted} groups after {len(batches)} rounds, which kept {kept}; raise rounds=, "
+            "draw more prompts a round, let the attempt keep more, or train on fewer with short='train'"
+        )

@@ -195,6 +195,7 @@ class _Run:
                 start=first_step,
                 stop=run.steps,
                 on_step=self._on_step,
+                refilled=self.launch.dataflow.refilled,
             )
         else:
             run_steps(

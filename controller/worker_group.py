@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from controller.batch_ref import BatchRef, FetchPlan, RowTable, StoredColumn, merge_stored
+from controller.batch_ref import NO_PARENT, BatchRef, FetchPlan, RowTable, StoredColumn, made_ids, merge_stored
 from controller.outputs import NodeOutput
 from controller.pool import Pool
 from rlhf_dist.batch import IntArray
-from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.dataflow.graph import Input, Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dispatch import ROWS, Mesh, TransferProtocol, balance, mini_batch_of_row
 from rlhf_dist.metrics import combine
-from rlhf_dist.wire import Call, Reply
+from rlhf_dist.wire import Call, Given, Reply
 
 HOST_SHARD_ROWS = 1024
 """Rows a host op's shard holds at least, unless fewer processes are there than shards."""
@@ -51,19 +51,41 @@ class WorkerGroup:
         return self.meshes.get(name) or Mesh({"dp": self.pool.size})
 
 
-def cut(node: Node, group: WorkerGroup, batch: BatchRef | None, *, seed: int, step: int) -> tuple[Shards, Any]:
-    """Rows of each part for `node`, and the mini-batch of each row (None for nodes that are no updates)."""
+class Reading:
+    """One batch that a node reads, and what it reads of it: made once for a node, asked once for each rank."""
+
+    def __init__(self, entry: Input, batch: BatchRef) -> None:
+        self.batch, self.columns, self._ids = batch, tuple(entry.columns), entry.ids
+        self._plan = FetchPlan(batch.select(entry.columns))
+
+    def given(self, rows: IntArray, mini_batch: IntArray | None) -> Given:
+        """What a rank is told that gets `rows`; mini_batch: [B] of all rows."""
+        return Given(
+            num_rows=len(rows),
+            fetches=self._plan.fetches(rows),
+            row_index=rows,
+            mini_batch=None if mini_batch is None else mini_batch[rows],
+            ids=self.batch.rows.ids(self._ids, rows),
+        )
+
+
+def cut(
+    node: Node, group: WorkerGroup, reading: Reading | None, average: str | None, *, seed: int, step: int
+) -> tuple[Shards, IntArray | None]:
+    """Rows of each part of one batch of `node`, and the mini-batch of each row (None for nodes that are no updates).
+
+    average: what the loss over these rows is averaged over.
+    """
     protocol: TransferProtocol = getattr(node.spec, "dispatch", ROWS)
     mesh = group.mesh(getattr(node.spec, "mesh", "train"))
     answering = tuple(protocol.answering(mesh))
     part_of_answer = tuple(protocol.part_of(mesh, rank) for rank in answering)
     count = protocol.parts(mesh)
-    if batch is None:
+    if reading is None:
         empty = np.empty(0, dtype=np.int64)
         return Shards(parts=(empty,) * count, answering=answering, part_of_answer=part_of_answer), None
-    rows = batch.rows
-    loss = node.kwargs.get("loss")
-    keep_groups = rows.group if getattr(loss, "average", None) == "groups" else None
+    rows, batch = reading.batch.rows, reading.batch.select(reading.columns)
+    keep_groups = rows.group if average == "groups" else None
     mini_batch = None
     if "mini_batches" in node.kwargs:
         mini_batch = mini_batch_of_row(rows.group, int(node.kwargs["mini_batches"]), (seed, step))
@@ -81,42 +103,46 @@ def cut(node: Node, group: WorkerGroup, batch: BatchRef | None, *, seed: int, st
     return Shards(parts=parts, answering=answering, part_of_answer=part_of_answer), mini_batch
 
 
-def cut_for_host(node: Node, processes: int, batch: BatchRef) -> Shards:
-    """Contiguous shards for a host op, cut at group borders where its scope asks for whole groups."""
-    total = len(batch.rows)
+def cut_for_host(node: Node, processes: int, batches: Sequence[BatchRef]) -> list[Shards]:
+    """Contiguous shards of each batch of a host op, cut at group borders where its scope asks for whole groups."""
+    total = len(batches[0].rows)
     scope = node.spec.scope_of(node.kwargs) if isinstance(node.spec, HostOp) else "batch"
     if scope == "batch" or total == 0:
-        return Shards(parts=(np.arange(total),), answering=(0,), part_of_answer=(0,))
+        return [_shards((np.arange(len(batch.rows)),)) for batch in batches]
     count = min(processes, max(1, total // HOST_SHARD_ROWS))
     if scope == "rows":
-        parts = tuple(np.array_split(np.arange(total), count))
-    else:
-        _, unit = np.unique(batch.rows.group, return_inverse=True)
-        part_of_unit = np.arange(unit.max() + 1) * count // (unit.max() + 1)
-        parts = tuple(np.flatnonzero(part_of_unit[unit] == part) for part in range(count))
-    return Shards(parts=parts, answering=tuple(range(count)), part_of_answer=tuple(range(count)))
+        return [_shards(tuple(np.array_split(np.arange(total), count)))]
+    groups = np.unique(np.concatenate([batch.rows.group for batch in batches]))
+    found = []
+    for batch in batches:
+        part = np.searchsorted(groups, batch.rows.group) * count // len(groups)
+        found.append(_shards(tuple(np.flatnonzero(part == k) for k in range(count))))
+    return found
 
 
-def build_call(
-    node: Node, step: int, seed: int, plan: FetchPlan | None, rows: IntArray, mini_batch: IntArray | None, kwargs: Any
-) -> Call:
-    """The instruction for one rank that gets `rows`."""
+def _shards(parts: tuple[IntArray, ...]) -> Shards:
+    each = tuple(range(len(parts)))
+    return Shards(parts=parts, answering=each, part_of_answer=each)
+
+
+def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs: Any) -> Call:
+    """The instruction for one rank that is given these rows of the node's batches."""
+    first = given[0] if given else Given(num_rows=0)
+    own = {name: getattr(first, name) for name in ("num_rows", "fetches", "row_index", "mini_batch", "ids")}
     return Call(
         step=step,
         node=node.name,
         line=node.line,
         seed=seed,
-        num_rows=len(rows),
-        fetches=plan.fetches(rows) if plan else (),
-        row_index=rows,
-        mini_batch=None if mini_batch is None else mini_batch[rows],
+        others=tuple(given[1:]),
         out=node.out,
         kwargs=kwargs,
+        **own,
     )
 
 
-def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchRef | None) -> NodeOutput:
-    """Put the answering ranks' replies together.
+def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], before: BatchRef | None) -> NodeOutput:
+    """Put the answering ranks' replies together; before: the node's first batch.
 
     Rows come out in an order that does not depend on placement: input order for kept rows; by input row
     and then in the worker's order for made rows.
@@ -146,24 +172,37 @@ def collect(node: Node, shards: Shards, replies: Sequence[Reply], before: BatchR
                 f"{node.name} must keep the {0 if before is None else len(before.rows)} rows it was given, "
                 f"it returned {len(order)}"
             )
-        rows_table = before.rows
-        carried: Mapping[str, StoredColumn] = {}
+        table, carried = before.rows, dict[str, StoredColumn]()
     elif node.rows == "new":
-        rows_table = RowTable(_joined([r.groups for r in answers]), _joined([r.tokens for r in answers]))
+        table = RowTable(*(np.empty(0, np.int64) for _ in range(4)))  # all of it is made below
         carried = {}
     else:
         assert before is not None, f"{node.name} has no input rows"
         moved = before.take(origin[order])
-        tokens = [reply.tokens for reply in answers]
-        rows_table = moved.rows if tokens[0] is None else RowTable(moved.rows.group, _joined(tokens)[order])
-        carried = moved.columns
+        table, carried = moved.rows, dict(moved.columns)
     return NodeOutput(
-        batch=BatchRef(rows_table, {**carried, **stored}),
+        batch=BatchRef(_row_table(node, step, table, answers, order), {**carried, **stored}),
         metrics=metrics,
         seconds=seconds,
         nbytes=nbytes,
         state=state,
         places=_places(order, counts),
+    )
+
+
+def _row_table(node: Node, step: int, table: RowTable, answers: Sequence[Reply], order: IntArray) -> RowTable:
+    """What is known of the rows after `node`: `table`, that of the rows they come of, and what the ranks have said."""
+    tokens = [reply.tokens for reply in answers]
+    groups = [reply.groups for reply in answers]
+    row_ids, parents = table.id, table.parent
+    if node.rows in ("new", "expand", "derive"):
+        row_ids = made_ids(step, node.place, len(order))
+        parents = np.full(len(order), NO_PARENT) if node.rows == "new" else table.id
+    return RowTable(
+        table.group if groups[0] is None else _joined(groups)[order],
+        table.tokens if tokens[0] is None else _joined(tokens)[order],
+        row_ids,
+        parents,
     )
 
 

@@ -16,6 +16,7 @@ from rlhf_dist.compose import Launch, RoleConfig
 from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
+from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.machine import described_machine, local_machine
@@ -70,7 +71,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)
-    _check_mini_batches(launch, rows)
+    _check_mini_batches(launch)
     if cluster is None or _has_tokenizers(launch):
         _check_vocabularies(launch)
         sources = _check_sources(launch)
@@ -244,45 +245,39 @@ def max_row_tokens(launch: Launch) -> tuple[int, str]:
 # --- rows ------------------------------------------------------------------------------------------------------
 def rows_of_nodes(launch: Launch) -> dict[str, tuple[int, bool]]:
     """Node -> (most rows it sees in a step, whether a filter may have dropped some)."""
-    rows: dict[str, tuple[int, bool]] = {}
+    return {name: (amount.rows, not amount.exact) for name, amount in _amounts(launch).items()}
+
+
+def _amounts(launch: Launch) -> dict[str, Amount]:
     for node in launch.dataflow:
-        if node.kind == "source":
-            rows[node.name] = (launch.source_rows(node.name) * launch.source(node.name).rows_per_item, False)
-            continue
-        if not node.inputs:
-            rows[node.name] = (0, False)
-            continue
-        count, dropped = rows[node.inputs[0].rows]
-        if node.rows == "expand":
-            count *= _times(node)
-        rows[node.name] = (count, dropped or node.rows == "drop")
-    return rows
+        _check_times(node)
+    return amounts(launch.dataflow, {name: launch.source_rows(name) for name in launch.recipe.sources})
 
 
 def _check_groups(launch: Launch) -> None:
     """Refuse an op that compares the rows of a group where a group has too few of them."""
-    size: dict[str, int] = {}
+    size: dict[str, int | None] = {}
     for node in launch.dataflow:
-        if not node.inputs:
-            size[node.name] = launch.source(node.name).rows_per_item if node.kind == "source" else 1
+        if node.kind == "source":
+            size[node.name] = 2 if "label" in node.writes else 1
             continue
-        size[node.name] = size[node.inputs[0].rows] * (_times(node) if node.rows == "expand" else 1)
+        before = size[node.inputs[0].rows] if node.inputs else None
+        size[node.name] = before if node.rows == "drop" else rows_per_group(node, before)
         least = node.spec.least_group if isinstance(node.spec, HostOp) else 1
-        if size[node.name] < least:
+        if before is not None and before < least:
             setting = "algorithm.samples_per_prompt"
             named = hasattr(launch.algorithm, "samples_per_prompt")
             raise ConfigError(
                 f"{node.line}: {node.op} compares the responses to a prompt with each other, which needs at least "
-                f"{least} of them, got {size[node.name]}: it would never teach anything; set "
+                f"{least} of them, got {before}: it would never teach anything; set "
                 f"{setting if named else 'n of generate_sequences in the recipe'} to {least} or more"
             )
 
 
-def _times(node: Node) -> int:
-    times = node.kwargs.get("n", 1)
+def _check_times(node: Node) -> None:
+    times = node.kwargs.get("n", 1) if node.rows == "expand" else 1
     if not isinstance(times, int) or times < 1:
         raise ConfigError(f"{node.line}: {node.name} needs n >= 1 responses to a prompt, got {times!r}")
-    return times
 
 
 def _updates(launch: Launch) -> Iterator[tuple[Node, int, int]]:
@@ -292,20 +287,25 @@ def _updates(launch: Launch) -> Iterator[tuple[Node, int, int]]:
             yield node, node.kwargs["mini_batches"], node.kwargs.get("epochs", 1)
 
 
-def _check_mini_batches(launch: Launch, rows: dict[str, tuple[int, bool]]) -> None:
+def _check_mini_batches(launch: Launch) -> None:
+    rows = _amounts(launch)
     for node, mini_batches, epochs in _updates(launch):
         for name, value in (("mini_batches", mini_batches), ("epochs", epochs)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{node.line}: {node.name} needs {name} >= 1, got {value!r}")
-        source = launch.dataflow.source_of(node)
-        prompts = launch.source_rows(source) if source else launch.run.data.prompts_per_step
-        if mini_batches > prompts or (prompts % mini_batches and not rows[node.name][1]):
-            near = [size for size in range(1, prompts + 1) if prompts % size == 0]
+        for entry in node.inputs:
+            groups, exact = rows[entry.rows].groups, rows[entry.rows].exact
+            if mini_batches <= groups and not (exact and groups % mini_batches):
+                continue
+            near = [size for size in range(1, groups + 1) if groups % size == 0]
+            source = launch.dataflow.source_of(entry.rows)
             own = source is not None and launch.source(source).rows_per_step
             key = f"{launch.source_key(str(source))}.rows_per_step" if own else "data.prompts_per_step"
+            if source is None or launch.source_rows(source) != groups:
+                key = f"the groups of {entry.rows}"
             raise ConfigError(
                 f"{node.line}: {node.name} cuts the step into {mini_batches} mini-batches, which must divide "
-                f"{key} = {prompts}; it may be {', '.join(map(str, near))}"
+                f"{key} = {groups}; it may be {', '.join(map(str, near))}"
             )
 
 

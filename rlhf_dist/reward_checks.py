@@ -49,7 +49,7 @@ def _check_columns(launch: Launch, role: str, signature: Signature) -> None:
         if node.role != role or not node.inputs:
             continue
         columns, fields = node.inputs[0].columns, set[str]()
-        source = launch.dataflow.source_of(node)
+        source = launch.dataflow.source_of(node.inputs[0].rows)
         if FIELDS in columns and source is not None:
             try:
                 fields = field_names(launch.source(source), launch.run.seed)

@@ -24,8 +24,9 @@ from rlhf_dist.weights import Weights
 F = TypeVar("F", bound=Callable[..., Any])
 Columns = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
 """Column names, or a function of the call's settings that gives them."""
-RowEffect = Literal["keep", "new", "expand", "drop"]
-"""What an op does to rows: keeps them, makes new ones, several of each, or drops some."""
+RowEffect = Literal["keep", "new", "expand", "drop", "derive"]
+"""What an op does to rows: keeps them, makes the first ones, makes responses of each, drops some, or makes new ones of
+those that are there."""
 
 
 @dataclass(frozen=True, kw_only=True)

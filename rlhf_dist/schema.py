@@ -40,6 +40,9 @@ FIELD_KINDS = ("float32", "int64", "text", "json")
 """What a field of a data file may be as a column of its own: a number a row, text, or anything as JSON text."""
 
 COLUMNS: dict[str, ColumnSpec] = {
+    # What the controller knows of every row: any op may read them, none writes them.
+    "row_id": _spec("[B]", "int64", "the row itself; unique within a run"),
+    "parent_id": _spec("[B]", "int64", "row_id of the row it was made of: a response's prompt; -1 for a source's row"),
     # What a source emits.
     "group_id": _spec("[B]", "int64", "rows of one prompt (or one preference set) share it; unique within a run"),
     "prompt_ids": _spec("[B, P]", "int32", "token ids of the prompt, chat template applied"),
@@ -70,6 +73,9 @@ COLUMNS: dict[str, ColumnSpec] = {
     "margin": _spec("[B]", "float32", "strength of the preference, in reward units; 0 when unknown"),
     "weight": _spec("[B]", "float32", "weight of the row in its loss; 1 when all count alike"),
 }
+
+ROW_IDS: tuple[str, ...] = ("row_id", "parent_id")
+"""What the controller knows of every row, so that no node writes it."""
 
 SEQUENCE: tuple[str, ...] = ("prompt_ids", "response_ids")
 """What a forward pass needs of a row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from rlhf_dist import transforms
 from rlhf_dist.algorithms import losses
@@ -14,6 +14,8 @@ from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.roles import Columns, ops_of
 from rlhf_dist.vocabulary_facts import ROLES
 from rlhf_dist.weights import Weights, weight_ops_of
+
+_ROWS = {"keep": "", "drop": ", fewer rows", "derive": ", rows made of those"}
 
 
 def describe_ops() -> str:
@@ -24,7 +26,7 @@ def describe_ops() -> str:
         for name, spec in ops_of(interface).items()
     ]
     host_ops = [
-        (name, f"{_columns(op.reads)} -> {_columns(op.writes)}{', fewer rows' if op.drops_rows else ''}", op)
+        (name, f"{_reads(op)} -> {_columns(op.writes)}{_ROWS[op.rows]}", op)
         for name, op in _public(transforms)
         if isinstance(op, HostOp)
     ]
@@ -55,6 +57,11 @@ def _columns(columns: Columns) -> str:
     except KeyError:
         return "what its loss reads"
     return ", ".join(names) or "nothing"
+
+
+def _reads(op: HostOp[Any, Any]) -> str:
+    several = not callable(op.reads) and len(op.read_of({})) > 1
+    return " | ".join(map(_columns, op.read_of({}))) if several else _columns(cast(Columns, op.reads))
 
 
 def _settings(loss: LossFunction[Any]) -> str:

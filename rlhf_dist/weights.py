@@ -63,7 +63,7 @@ class Weights(Protocol):
         ...
 
     @weight_op(reads="others and its own", writes="its own")
-    def merge_from(self, terms: Sequence[tuple[Weights, float]]) -> None:
+    def merge_from(self, sources: Sequence[tuple[Weights, float]]) -> None:
         """The weighted sum of the weights of some roles, this one among them or not, in float32. The factors need
         not add up to 1, and may be negative: [(a, 2.0), (b, -1.0)] goes on from b through a."""
         ...

@@ -26,8 +26,8 @@ from rlhf_dist.metrics import Metrics
 class Fetch:
     """Rows of one column group, to be pulled by the worker."""
 
-    names: Mapping[str, str]
-    """Column as the op sees it -> its name inside the stored objects."""
+    names: Mapping[str, tuple[str, ...]]
+    """Column as the op sees it -> its name inside each of the objects."""
     refs: tuple[Any, ...]
     """Object references; nested in a record, so Ray does not resolve them on the way."""
     object_of: npt.NDArray[np.int32]
@@ -37,8 +37,22 @@ class Fetch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Call:
-    """One op on one rank."""
+class Given:
+    """The rows of one batch that one rank is given."""
+
+    num_rows: int
+    fetches: tuple[Fetch, ...] = ()
+    row_index: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    """[B] positions of these rows in the whole batch: randomness hangs on them, never on placement."""
+    mini_batch: IntArray | None = None
+    """[B] mini-batch of each row, for updates."""
+    ids: Mapping[str, IntArray] = field(default_factory=dict)
+    """[B] what the controller knows of each row and the op reads: `row_id`, `parent_id`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call(Given):
+    """One op on one rank, with the rows of its first batch."""
 
     step: int
     node: str
@@ -46,15 +60,16 @@ class Call:
     """The recipe's line, for errors."""
     seed: int
     """The run's seed."""
-    num_rows: int
-    fetches: tuple[Fetch, ...] = ()
-    row_index: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
-    """[B] positions of these rows in the whole batch: randomness hangs on them, never on placement."""
-    mini_batch: IntArray | None = None
-    """[B] mini-batch of each row, for updates."""
+    others: tuple[Given, ...] = ()
+    """Rows of the op's other batches."""
     out: Mapping[str, str] = field(default_factory=dict)
     """The op's column name -> the recipe's, where they differ."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> tuple[Given, ...]:
+        """All batches of the op, in its order."""
+        return (self, *self.others)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,9 +80,9 @@ class OpResult:
     parent: IntArray | None = None
     """[B'] input row of each output row, for ops that make or drop rows; None: rows are kept."""
     tokens: IntArray | None = None
-    """[B'] prompt + response tokens, for ops that make rows."""
+    """[B'] prompt + response tokens, for ops that make rows or write token ids; None: those of what they come of."""
     groups: IntArray | None = None
-    """[B'] group ids, for sources."""
+    """[B'] group ids, for sources and ops that write them; None: those of the rows they come of."""
     metrics: Metrics = field(default_factory=dict)
     """Add up over answering ranks; an op whose ranks all know the same number reports it on rank 0 only."""
     state: Mapping[str, float] | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch
@@ -74,10 +75,10 @@ class ActorWorker(TrainedRole):
             metrics=metrics,
         )
 
-    def update_actor(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
-        """Optimizer steps on `loss`."""
+    def update_actor(self, batch: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
+        """Optimizer steps; settings: see `TrainedRole.update`."""
         temperature = self.temperature if self.context.generates else 1.0
-        result = self.update(batch, call, loss, mini_batches, epochs, temperature)
+        result = self.update(batch, call, temperature=temperature, **settings)
         self._check_ratio(result.metrics)
         return result
 

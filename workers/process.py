@@ -28,10 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_dist.batch import Batch
+from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
 from rlhf_dist.failure import Failure, failure_of_call
-from rlhf_dist.wire import Bridge, Call, Fetch, OpResult, Reply, WorkerContext
+from rlhf_dist.sampling import seed_of
+from rlhf_dist.schema import SEQUENCE
+from rlhf_dist.wire import Bridge, Call, Fetch, Given, OpResult, Reply, WorkerContext
 from workers.failures import refuse_breakpoint, reported
 from workers.store import RayStore, Store
 
@@ -192,13 +194,14 @@ class WorkerProcess:
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
         started = time.perf_counter()
-        batch = pull(call.fetches, call.num_rows, self.store)
+        batches = [pull(given, self.store) for given in call.batches]
         pulled = time.perf_counter()
-        returned = getattr(self._roles[role], op)(batch, call, **call.kwargs)
+        given = tuple(batches) if call.others else batches[0]
+        returned = getattr(self._roles[role], op)(given, call, **call.kwargs)
         result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
         if self._memory is not None:
             result = replace(result, metrics={**result.metrics, **self._memory.report()})
-        return _reply(result, call, started, pulled, self.store)
+        return _reply(result, call, batches[0], started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:
         """Rank -> process, for those this one relays calls to; itself among them."""
@@ -233,21 +236,26 @@ class WorkerProcess:
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:
         """Run a pure function of a batch."""
         started = time.perf_counter()
-        batch = pull(call.fetches, call.num_rows, self.store)
+        batches = [pull(given, self.store) for given in call.batches]
         pulled = time.perf_counter()
-        result: HostResult = as_result(op.function(batch, **call.kwargs))
-        made = OpResult(columns=result.columns, parent=result.keep, metrics=result.metrics)
-        return _reply(made, call, started, pulled, self.store)
+        settings = dict(call.kwargs)
+        if op.draws:
+            settings["rng"] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
+        result: HostResult = as_result(op.function(*batches, **settings))
+        made = OpResult(
+            columns=result.columns, parent=op.parent_of(result), groups=op.groups_of(result), metrics=result.metrics
+        )
+        return _reply(made, call, batches[0], started, pulled, self.store)
 
     @reported
     def run_state_op(self, state: Any, op: str, numbers: Mapping[str, float], call: Call) -> Reply:
         """Run a `State`'s op: (numbers, batch) -> (numbers, metrics)."""
         started = time.perf_counter()
-        batch = pull(call.fetches, call.num_rows, self.store)
+        batch = pull(call, self.store)
         pulled = time.perf_counter()
         new, metrics = getattr(state, op)(dict(numbers), batch, **call.kwargs)
         made = OpResult(columns=Batch({}, 0), metrics=metrics, state=new)
-        return _reply(made, call, started, pulled, self.store)
+        return _reply(made, call, batch, started, pulled, self.store)
 
     def close(self) -> None:
         """Let every role worker free what outlives the process (shared memory, sockets)."""
@@ -262,16 +270,16 @@ class WorkerProcess:
                 torch.distributed.destroy_process_group()
 
 
-def pull(fetches: Sequence[Fetch], num_rows: int, store: Store) -> Batch:
+def pull(given: Given, store: Store) -> Batch:
     """The rows a call needs, straight from the store; a view where one object has them in order."""
-    columns = {}
-    for fetch in fetches:
-        objects = store.get(fetch.refs)
-        names = {inside: seen for seen, inside in fetch.names.items()}
-        parts = [part.select(*names) for part in objects]
-        gathered = _gather(parts, fetch)
-        columns.update({seen: gathered[inside] for inside, seen in names.items()})
-    return Batch(columns, num_rows)
+    columns = {name: Column(ids) for name, ids in given.ids.items()}
+    for fetch in given.fetches:
+        parts = [
+            Batch({seen: part[inside[k]] for seen, inside in fetch.names.items()}, part.num_rows)
+            for k, part in enumerate(store.get(fetch.refs))
+        ]
+        columns.update(_gather(parts, fetch).items())
+    return Batch(columns, given.num_rows)
 
 
 def _received(ref: Any) -> Reply | Failure:
@@ -298,8 +306,9 @@ def _gather(parts: list[Batch], fetch: Fetch) -> Batch:
     return together.take(inverse)
 
 
-def _reply(result: OpResult, call: Call, started: float, pulled: float, store: Store) -> Reply:
+def _reply(result: OpResult, call: Call, batch: Batch, started: float, pulled: float, store: Store) -> Reply:
     columns = result.columns
+    tokens = _tokens_of(columns, batch, result.parent) if result.tokens is None else result.tokens
     if call.out:
         columns = columns.rename(**{new: old for old, new in call.out.items()})
     groups = _column_groups(columns)
@@ -311,12 +320,25 @@ def _reply(result: OpResult, call: Call, started: float, pulled: float, store: S
         seconds=time.perf_counter() - started,
         pull_seconds=pulled - started,
         parent=result.parent,
-        tokens=result.tokens,
+        tokens=tokens,
         groups=result.groups,
         metrics=result.metrics,
         state=result.state,
         interrupted=result.interrupted,
     )
+
+
+def _tokens_of(written: Batch, batch: Batch, parent: IntArray | None) -> IntArray | None:
+    """[B'] prompt and response tokens of rows whose token ids an op has written; None where it has not."""
+    if not any(name in written for name in SEQUENCE):
+        return None
+    tokens = np.zeros(written.num_rows, dtype=np.int64)
+    for name in SEQUENCE:
+        if name in written:
+            tokens += written[name].lengths
+        elif name in batch:
+            tokens += batch[name].lengths if parent is None else batch[name].lengths[parent]
+    return tokens
 
 
 def _column_groups(columns: Batch) -> list[tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
@@ -16,7 +15,7 @@ from rlhf_dist.config import ActorConfig
 from rlhf_dist.metrics import Largest, Mean, Metrics
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
-from rlhf_dist.sampling import Sampling
+from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_generation_engine
 from workers.engines.generation import Response, StaleWeights
@@ -91,7 +90,9 @@ class RolloutWorker:
             max_tokens=rollout.max_response_tokens,
         )
         prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
-        seeds = [_seed(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)]
+        seeds = [
+            seed_of(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)
+        ]
         begun = self._begun.pop((call.node, call.step), None)
         drawn: Sequence[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(seeds)
         behind = np.full(len(seeds), staleness)
@@ -178,9 +179,3 @@ def response_columns(responses: Sequence[Response], versions: Sequence[NDArray[n
         "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
         "policy_version": Column.ragged(versions, dtype=np.int32),
     }
-
-
-def _seed(*parts: int | str) -> int:
-    """A 63-bit seed that is the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -40,9 +40,16 @@ class SourceWorker:
             first_group=first_group,
         )
 
-    def next_batch(self, batch: Batch, call: Call, *, rows: int) -> OpResult:
-        """The rows of step `call.step`; with rows = 0 every row once, whatever the step."""
-        emitted = self.source.emit(call.step, rows) if rows else self.source.every()
+    def next_batch(self, batch: Batch, call: Call, *, rows: int, position: int | None = None) -> OpResult:
+        """The rows of step `call.step`; with rows = 0 every row once, whatever the step.
+
+        position: where the rows begin among all that the run draws, and rows = 0 is none, for a source that is not
+        drawn as often in every step.
+        """
+        if position is not None:
+            emitted = self.source.take(position + np.arange(rows))
+        else:
+            emitted = self.source.emit(call.step, rows) if rows else self.source.every()
         tokens = emitted["prompt_ids"].lengths
         if "response_ids" in emitted:
             tokens = tokens + emitted["response_ids"].lengths
@@ -54,7 +61,7 @@ class SourceWorker:
             "prompts_heldout": counts.heldout,
             "responses_cut": counts.cut,
             "answers_missing": counts.without_answer,
-            **(self.source.epochs((call.step + 1) * rows) if rows else {}),
+            **(self.source.epochs((call.step + 1) * rows if position is None else position + rows) if rows else {}),
         }
         if "response_mask" in emitted:
             metrics["trained_tokens"] = emitted["response_mask"].values.sum(dtype=np.int64)
@@ -63,6 +70,7 @@ class SourceWorker:
             tokens=tokens,
             groups=emitted["group_id"].values.astype(np.int64),
             metrics={name: Mean(float(value), 0) for name, value in metrics.items()},
+            state=None if position is None else {"drawn": float(position + rows)},
         )
 
     def dump(self, batch: Batch, call: Call, *, folder: str, rows: int) -> OpResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rlhf_dist.config import OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics, combine
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.checkpoint import SAVE_TIMEOUT_S
-from workers.engines.training import NonFiniteLoss, TrainingEngine
+from workers.engines.training import NonFiniteLoss, Term, TrainingEngine
 from workers.memory.arbiter import arbiter_of
 from workers.weight_sets import NOTHING, WeightSets
 
@@ -31,18 +32,33 @@ class TrainedRole(WeightSets):
         self._saving: Future[None] | None = None
 
     def update(
-        self, batch: Batch, call: Call, loss: Loss, mini_batches: int, epochs: int, temperature: float = 1.0
+        self,
+        given: Batch | tuple[Batch, ...],
+        call: Call,
+        *,
+        mini_batches: int,
+        epochs: int,
+        loss: Loss | None = None,
+        terms: Sequence[tuple[Loss, float]] = (),
+        temperature: float = 1.0,
     ) -> OpResult:
         """`epochs` passes over `mini_batches` cuts of the batch; all ranks step together, rows or not.
 
-        `call.mini_batch` names each row's mini-batch; the controller drew it over the whole batch, so it
-        does not depend on how many ranks there are.
+        loss: of the one batch; or terms: loss and weight of each. `call.mini_batch` names each row's mini-batch; the
+        controller drew it over the whole batch, so it does not depend on how many ranks there are.
         """
-        assert call.mini_batch is not None, "the controller cuts updates into mini-batches"
-        parts = [batch.take(np.flatnonzero(call.mini_batch == k)) for k in range(mini_batches)]
+        batches = given if isinstance(given, tuple) else (given,)
+        summands = terms or [(loss, 1.0)]
+        steps = [
+            [
+                (weight, one, batch.take(np.flatnonzero(rows.mini_batch == k)))
+                for (one, weight), batch, rows in zip(summands, batches, call.batches, strict=True)
+            ]
+            for k in range(mini_batches)
+        ]
         before = self.engine.version
         skipped: list[str] = []
-        metrics = combine(self._step(part, loss, temperature, call, skipped) for _ in range(epochs) for part in parts)
+        metrics = combine(self._step(step, temperature, call, skipped) for _ in range(epochs) for step in steps)
         if skipped:
             metrics["skipped_steps"] = Mean(float(len(skipped)), 0)
         # A step on a zero gradient, or at rate zero, need not change a bit.
@@ -50,26 +66,28 @@ class TrainedRole(WeightSets):
         metrics["optimizer_steps"] = Mean(float(self.engine.version - before), 0)
         metrics["version"] = Mean(float(self.engine.version), 0)
         # Every rank knows the same numbers: one of them reports.
-        return OpResult(columns=Batch({}, batch.num_rows), metrics=metrics if self.context.rank == 0 else {})
+        return OpResult(columns=Batch({}, batches[0].num_rows), metrics=metrics if self.context.rank == 0 else {})
 
-    def _step(self, part: Batch, loss: Loss, temperature: float, call: Call, skipped: list[str]) -> Metrics:
+    def _step(self, terms: list[Term], temperature: float, call: Call, skipped: list[str]) -> Metrics:
         try:
-            return self.engine.step(part, loss, temperature)
+            return self.engine.step_many(terms, temperature)
         except NonFiniteLoss as error:
-            rows = part.take(np.flatnonzero(np.isin(part["group_id"].values, error.groups))) if error.groups else part
-            error.rows_file = self._dump(rows, call)
+            for k, (_, _, part) in enumerate(terms):
+                found = np.isin(part["group_id"].values, error.groups) if error.groups else np.ones(part.num_rows, bool)
+                if found.any() or k == 0:
+                    error.rows_file = self._dump(part.take(np.flatnonzero(found)), call, k)
             if self.nonfinite == "stop":
                 raise
             skipped.append(str(error))
             print(f"step {call.step}: skipped an optimizer step: {error}", flush=True)
             return {}
 
-    def _dump(self, rows: Batch, call: Call) -> str:
+    def _dump(self, rows: Batch, call: Call, term: int) -> str:
         """Rows that a step failed on, as Parquet in the run's folder, a file a rank; returns the files' pattern."""
         import pyarrow.parquet as pq
 
         folder = Path(self.context.folder) / "nonfinite"
-        name = f"step_{call.step}_{call.node}"
+        name = f"step_{call.step}_{call.node}" + (f"_term_{term + 1}" if term else "")
         if rows.num_rows:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(rows.to_arrow(), folder / f"{name}_rank_{self.context.rank}.parquet")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, reward_metrics
@@ -35,9 +36,9 @@ class CriticWorker(ValueModelWorker):
             metrics={"value": Mean(total, float(len(values.values)))},
         )
 
-    def update_critic(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
-        """Optimizer steps on `loss`."""
-        return self.update(batch, call, loss, mini_batches, epochs)
+    def update_critic(self, batch: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
+        """Optimizer steps; settings: see `TrainedRole.update`."""
+        return self.update(batch, call, **settings)
 
 
 class RewardModelWorker(ValueModelWorker):
@@ -51,6 +52,6 @@ class RewardModelWorker(ValueModelWorker):
             metrics=reward_metrics(scores),
         )
 
-    def update_reward_model(self, batch: Batch, call: Call, *, loss: Loss, mini_batches: int, epochs: int) -> OpResult:
-        """Optimizer steps on `loss`."""
-        return self.update(batch, call, loss, mini_batches, epochs)
+    def update_reward_model(self, batch: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
+        """Optimizer steps; settings: see `TrainedRole.update`."""
+        return self.update(batch, call, **settings)

@@ -79,12 +79,12 @@ class WeightSets:
         mix(masters, others, tau)
         return self._written([report])
 
-    def merge_from(self, batch: Batch, call: Call, *, terms: tuple[tuple[str, float], ...]) -> OpResult:
+    def merge_from(self, batch: Batch, call: Call, *, sources: tuple[tuple[str, float], ...]) -> OpResult:
         """See `Weights.merge_from`."""
-        masters = self._masters([source for source, _ in terms if source != self.context.role])
+        masters = self._masters([source for source, _ in sources if source != self.context.role])
         total, others = beside(masters, torch.float32), beside(masters)
         reports = []
-        for source, factor in terms:
+        for source, factor in sources:
             if source == self.context.role:
                 add(total, masters, factor)
             else:

@@ -44,13 +44,11 @@ def levels(dataflow: Dataflow) -> dict[str, int]:
     """Node -> its depth in one step; nodes of one depth do not wait for each other."""
     level: dict[str, int] = {}
     before: dict[str, list[str]] = {}
-    for edge in dataflow.edges:
-        if edge.distance == 0:
-            before.setdefault(edge.target, []).append(edge.source)
+    for source, target, distance in dataflow.waits:
+        if distance == 0:
+            before.setdefault(target, []).append(source)
     for node in dataflow:  # the recipe's order is topological
-        waits = {*before.get(node.name, ()), *(batch.rows for batch in node.inputs)}
-        waits |= {origin.node for batch in node.inputs for origin in batch.carried.values()}
-        level[node.name] = 1 + max((level[name] for name in waits), default=-1)
+        level[node.name] = 1 + max((level[name] for name in before.get(node.name, ())), default=-1)
     return level
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rlhf_dist.roles import RowEffect
 
-Kind = Literal["source", "op", "host", "state", "join", "reshard", "weights"]
+Kind = Literal["source", "op", "host", "state", "join", "concat", "refill", "reshard", "weights"]
 
 
 class GraphError(ValueError):
@@ -44,6 +44,8 @@ class Input:
     """Column as the op sees it -> where it comes from."""
     carried: Mapping[str, ColumnOrigin] = field(default_factory=dict)
     """Columns not read but carried along by a node that makes new rows."""
+    ids: tuple[str, ...] = ()
+    """What the controller knows of each row and the op reads, of `schema.ROW_IDS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Node:
     name: str
     """Unique in its graph: `critic.compute_values`, `gae`, `actor.generate_sequences#2`."""
     role: str
-    """Role that runs it; `host` for host ops, `controller` for joins."""
+    """Role that runs it; `host` for host ops, `controller` for what moves row indices only."""
     op: str
     kind: Kind
     inputs: tuple[Input, ...] = ()
@@ -74,6 +76,8 @@ class Node:
     """Cadence: the node runs at steps divisible by it."""
     after: int = 0
     """Cadence: the node runs from this step on (critic warm-up)."""
+    place: int = 0
+    """Its place in the recipe: which node made a row is part of the row's id."""
 
     def runs_at(self, step: int) -> bool:
         """Whether the node runs at `step`; a node that does not counts as done."""
@@ -124,11 +128,20 @@ class Dataflow:
                 return node
         raise KeyError(f"no node {name!r} in {self.name}; it has {', '.join(node.name for node in self.nodes)}")
 
-    def source_of(self, node: Node) -> str | None:
-        """The source parameter whose rows, or rows made of them, `node` has; None where it has none."""
-        while node.inputs:
+    def source_of(self, rows: str) -> str | None:
+        """The source parameter whose rows, or rows made of them, node `rows` has; None where it has none, and the first
+        of several."""
+        node = self[rows]
+        while node.inputs and node.kind != "source":
             node = self[node.inputs[0].rows]
-        return node.name if node.kind == "source" else None
+        return node.role if node.kind == "source" else None
+
+    @property
+    def refilled(self) -> tuple[str, ...]:
+        """Sources that are drawn from as often as a step needs; the controller counts how far."""
+        return tuple(
+            node.name for node in self.nodes if node.kind == "source" and node.weights_written and not node.inputs
+        )
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -140,6 +153,36 @@ class Dataflow:
             for origin in dict.fromkeys(batch.columns.values())
         ]
         return (*columns, *_weight_edges(self.nodes, self.staleness))
+
+    @property
+    def waits(self) -> frozenset[tuple[str, str, int]]:
+        """(source, target, distance) of all that a node waits for: its edges, who made its rows, and who wrote what it
+        carries along for others."""
+        needed = self.column_readers
+        rows = {(batch.rows, node.name, 0) for node in self.nodes for batch in node.inputs}
+        carried = {
+            (origin.node, node.name, 0)
+            for node in self.nodes
+            for batch in node.inputs
+            for name, origin in batch.carried.items()
+            if needed[node.name].get(name)
+        }
+        return frozenset({(edge.source, edge.target, edge.distance) for edge in self.edges} | rows | carried)
+
+    @property
+    def column_readers(self) -> dict[str, dict[str, set[str]]]:
+        """Node -> column -> nodes that read it, or carry it for one that does."""
+        readers: dict[str, dict[str, set[str]]] = {node.name: {} for node in self.nodes}
+        # Backwards, since a column carried along for nobody is not read.
+        for node in reversed(self.nodes):
+            for batch in node.inputs:
+                wanted = [
+                    *batch.columns.values(),
+                    *(origin for name, origin in batch.carried.items() if readers[node.name].get(name)),
+                ]
+                for origin in wanted:
+                    readers[origin.node].setdefault(origin.column, set()).add(node.name)
+        return readers
 
     @property
     def used_roles(self) -> set[str]:

@@ -1,30 +1,40 @@
-"""Host ops: pure functions of a batch that run on CPU processes, cut into shards by rows or groups.
+"""Host ops: pure functions of batches that run on CPU processes, cut into shards by rows or groups.
 
     @host_op(reads=("rewards", "group_id"), writes=("advantages",), scope="groups")
     def grpo_advantage(batch: Batch, *, eps: float = 1e-6) -> Batch: ...
 
+    @host_op(reads=(("response_ids",), ("response_ids", "weight")), writes=("novelty",), scope="batch")
+    def novelty(batch: Batch, experts: Batch, *, rng: np.random.Generator) -> Batch: ...
+
 The decorated function stays a plain function when it is called with a `Batch`. Called inside a recipe
 with a traced or a live batch it becomes a node. `scope` says what a shard must hold whole:
 
-    rows    any cut will do (row-wise formulas)
-    groups  rows of one group stay together (group baselines, pairs)
-    batch   everything at once (whitening, global filters): one task
+    rows    any cut will do (row-wise formulas); of one batch only
+    groups  rows of one group stay together (group baselines, pairs), in all of its batches
+    batch   everything at once (whitening, global filters, what draws random numbers): one task
 
-Shards are cut by row count, never by placement, so the result is the same wherever it runs.
+Shards are cut by row count, never by placement, so the result is the same wherever it runs. `rows` says what
+becomes of the first batch's rows; a column that an op writes belongs to them.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args
 
 from rlhf_dist.batch import Batch, IntArray
+from rlhf_dist.dataflow.op_settings import RANDOM
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.roles import Columns
 
 Scope = Literal["rows", "groups", "batch"]
+HostRows = Literal["keep", "drop", "derive"]
+"""All rows stay, some are dropped, or new ones are made of them."""
+Reads = Columns | tuple[tuple[str, ...], ...]
+"""Columns of the one batch, or a tuple of columns for each of several."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -34,9 +44,11 @@ class HostResult:
     """What a host op returns when it returns more than columns."""
 
     columns: Batch
-    """The written columns; as many rows as `keep` (or as the input, when keep is None)."""
+    """The written columns; as many rows as the op leaves."""
     keep: IntArray | None = None
-    """Row-dropping ops: the input rows that stay, in order. None: all stay."""
+    """[B'] rows="drop": the input rows that stay, in order. None: all stay."""
+    parent: IntArray | None = None
+    """[B'] rows="derive": the input row that each new row is made of, whose other columns it has too."""
     metrics: Metrics = field(default_factory=dict)
 
 
@@ -46,13 +58,15 @@ class HostOp(Generic[P, R]):
 
     function: Callable[P, R]
     name: str
-    reads: Columns
+    reads: Reads
     writes: Columns
     scope: Scope | Callable[[Mapping[str, Any]], Scope]
     """What a shard must hold whole, or a function of the keyword arguments that says so."""
-    drops_rows: bool
+    rows: HostRows
     least_group: int = 1
     """Fewest rows of one group that the op can tell anything from; a recipe that gives it fewer is refused."""
+    copies: int = 1
+    """rows="derive": most rows made of each, for row counts before a run."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Batch) and hasattr(args[0], "apply_host_op"):
@@ -64,48 +78,78 @@ class HostOp(Generic[P, R]):
         # ops travel by name; a user's op travels by value, since workers cannot import the user's file.
         if self.function.__module__.startswith("rlhf_dist."):
             return _import_op, (self.function.__module__, self.function.__qualname__)
-        return HostOp, (
-            self.function,
-            self.name,
-            self.reads,
-            self.writes,
-            self.scope,
-            self.drops_rows,
-            self.least_group,
-        )
+        return HostOp, tuple(getattr(self, one.name) for one in fields(self))
 
-    def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Column names for these arguments (a declaration may depend on them)."""
-        return which(kwargs) if callable(which) else which
+    def read_of(self, kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+        """Columns read of each batch, for these arguments (a declaration may depend on them)."""
+        reads = self.reads(kwargs) if callable(self.reads) else self.reads
+        if reads and not isinstance(reads[0], str):
+            return cast(tuple[tuple[str, ...], ...], reads)
+        return (cast(tuple[str, ...], reads),)
+
+    def written_for(self, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Columns written, for these arguments."""
+        return self.writes(kwargs) if callable(self.writes) else self.writes
 
     def scope_of(self, kwargs: Mapping[str, Any]) -> Scope:
         """What a shard must hold whole, for these arguments."""
         return self.scope(kwargs) if callable(self.scope) else self.scope
 
+    @property
+    def draws(self) -> bool:
+        """Whether it takes a random generator, seeded by the run's seed, the step and the node."""
+        return RANDOM in inspect.signature(self.function).parameters
+
+    def parent_of(self, result: HostResult) -> IntArray | None:
+        """[B'] the input row of each row; None where all stay. Raises ValueError for what its rows do not allow."""
+        for name, rows in (("keep", "drop"), ("parent", "derive")):
+            if getattr(result, name) is not None and self.rows != rows:
+                raise ValueError(
+                    f"{self.name} returned {name}=, which is for @host_op(rows={rows!r}); it has {self.rows!r}"
+                )
+        if self.rows == "derive" and result.parent is None:
+            raise ValueError(f"{self.name} has rows='derive' and returned no parent=: the input row of each new row")
+        return result.keep if self.rows == "drop" else result.parent
+
+    def groups_of(self, result: HostResult) -> IntArray | None:
+        """[B'] group ids of the rows it made, where it wrote them."""
+        return result.columns["group_id"].values if "group_id" in result.columns else None
+
 
 def host_op(
     *,
-    reads: Columns,
+    reads: Reads,
     writes: Columns = (),
     scope: Scope | Callable[[Mapping[str, Any]], Scope] = "rows",
-    drops_rows: bool = False,
+    rows: HostRows = "keep",
     least_group: int = 1,
+    copies: int = 1,
 ) -> Callable[[Callable[P, R]], HostOp[P, R]]:
-    """Declare a pure function `(batch, **parameters) -> Batch | HostResult` as a host op.
+    """Declare a pure function `(batch, **settings) -> Batch | HostResult` as a host op.
 
-    `reads` and `writes` are column names, or a function of the keyword arguments where they depend on
-    them; `scope` may be one, too. `least_group`: fewest rows of a group the op makes sense for. With
-    `drops_rows` the function returns a `HostResult` with `keep`.
+    reads, writes: column names, or a function of the keyword arguments where they depend on them; a tuple of tuples
+    where the function takes several batches. scope may be a function, too. rows: with `drop` it returns a `HostResult`
+    with `keep`, with `derive` one with `parent` (and at most `copies` rows of each). least_group: fewest rows of a
+    group that the op makes sense for. A function that has a parameter `rng` is given a generator, and needs
+    scope="batch": what it draws must not depend on how rows are cut.
+
+    Raises ValueError for a declaration that cannot be.
     """
 
     for what, names in (("reads", reads), ("writes", writes)):
         if isinstance(names, str):  # the comma of a tuple of one was left out, and a text is a sequence of letters
             raise ValueError(f"@host_op({what}=...) takes a tuple of names, got the text {names!r}; write ({names!r},)")
+    if rows not in get_args(HostRows):
+        raise ValueError(f"@host_op(rows=...) is one of {', '.join(get_args(HostRows))}, got {rows!r}")
 
     def wrap(function: Callable[P, R]) -> HostOp[P, R]:
-        op = HostOp(function, function.__name__, reads, writes, scope, drops_rows, least_group)
+        op = HostOp(function, function.__name__, reads, writes, scope, rows, least_group, copies)
         object.__setattr__(op, "__doc__", function.__doc__)
         object.__setattr__(op, "__wrapped__", function)
+        if op.draws and scope != "batch":
+            raise ValueError(
+                f'@host_op of {op.name}: what it draws (rng) must not depend on how rows are cut; set scope="batch"'
+            )
         return op
 
     return wrap

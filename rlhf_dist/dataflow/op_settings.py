@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from rlhf_dist.algorithms.contract import Average, Loss, Output, loss_name
 from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.state_value import StateValue, states_read
+
+RANDOM = "rng"
+"""Not a setting: the random generator that a host op is given."""
 
 
 def check_known(line: str, op: str, kwargs: Mapping[str, Any]) -> None:
@@ -63,10 +66,35 @@ def check_loss(line: str, op: str, loss: Any, outputs: tuple[Output, ...]) -> No
             )
 
 
+def terms_of(
+    line: str, op: str, function: Callable[..., Any], given: Sequence[Any], kwargs: Mapping[str, Any], batch: type
+) -> list[tuple[Any, Loss, Any]]:
+    """(batch, loss, weight) of each term of an update. Raises GraphError for what is none.
+
+    `actor.update_actor([(pairs, dpo(0.1)), (experts, nll(), 0.5)])`: one optimizer step on the weighted sum, each loss
+    averaged over its own batch.
+    """
+    if "loss" not in inspect.signature(function).parameters:
+        raise GraphError(f"{line}: {op} takes one batch; terms (batch, loss, weight) are for updates")
+    if "loss" in kwargs:
+        raise GraphError(f"{line}: {op} got terms and loss=; each term has its loss: [(batch, loss, weight), ...]")
+    if not given:
+        raise GraphError(f"{line}: {op} got no terms; give [(batch, loss, weight), ...]")
+    terms = []
+    for term in given:
+        if not isinstance(term, tuple) or len(term) not in (2, 3) or not isinstance(term[0], batch):
+            raise GraphError(f"{line}: a term of {op} is (batch, loss) or (batch, loss, weight), got {term!r}")
+        weight = term[2] if len(term) == 3 else 1.0
+        if isinstance(weight, bool) or not isinstance(weight, int | float | StateValue):
+            raise GraphError(f"{line}: the weight of a term of {op} is a number, got {weight!r}")
+        terms.append((term[0], term[1], weight))
+    return terms
+
+
 def check_settings(line: str, op: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Raises GraphError for a setting that the op does not have, lacks, or needs to know before it runs."""
     parameters = inspect.signature(function).parameters
-    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != RANDOM]
     for name in kwargs:
         if name not in (*keywords, "out", "every", "after"):
             near = difflib.get_close_matches(name, keywords, n=1)
@@ -75,7 +103,7 @@ def check_settings(line: str, op: str, function: Callable[..., Any], kwargs: Map
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
     for p in parameters.values():
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in (*kwargs, RANDOM):
             raise GraphError(f"{line}: {op} needs the setting {p.name!r}")
         if isinstance(kwargs.get(p.name), StateValue) and p.annotation in (int, "int"):
             raise GraphError(

@@ -12,10 +12,10 @@ import difflib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any, NoReturn, cast
 
@@ -23,12 +23,28 @@ import numpy as np
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
-from rlhf_dist.dataflow.op_settings import check_known, check_loss, check_settings, defaults, output_names
+from rlhf_dist.dataflow.op_settings import (
+    check_known,
+    check_loss,
+    check_settings,
+    defaults,
+    output_names,
+    terms_of,
+)
 from rlhf_dist.dataflow.recipe import Recipe
+from rlhf_dist.dataflow.refill import source_node
+from rlhf_dist.dataflow.row_algebra import RowAlgebra
+from rlhf_dist.dataflow.row_facts import (
+    check_written,
+    rows_of_item,
+    rows_per_group,
+    stale_columns,
+    with_token_ids,
+)
 from rlhf_dist.dataflow.state_value import states_read, value_of
 from rlhf_dist.dataflow.weight_ops import WeightRole, check_sets, record_weights
 from rlhf_dist.roles import OpSpec, RowEffect, State, ops_of
-from rlhf_dist.schema import COLUMNS
+from rlhf_dist.schema import COLUMNS, ROW_IDS
 from rlhf_dist.weights import WeightOp, weight_ops_of
 
 OnNode = Callable[[Node], None]
@@ -39,9 +55,17 @@ Fetch = Callable[[str, str], Any]
 class Tracer:
     """Collects the nodes of one step."""
 
-    def __init__(self, recipe: Recipe, on_node: OnNode | None = None, fetch: Fetch | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        on_node: OnNode | None = None,
+        fetch: Fetch | None = None,
+        refilled: Collection[str] = (),
+    ) -> None:
+        """refilled: sources that are drawn from more than once in a step, as an earlier trace found."""
         self.recipe = recipe
         self.nodes: list[Node] = []
+        self.refilled = set(refilled)
         self._on_node = on_node
         self.fetch = fetch
 
@@ -50,6 +74,7 @@ class Tracer:
         taken = sum(other.name.split("#")[0] == node.name for other in self.nodes)
         if taken:
             node = replace(node, name=f"{node.name}#{taken + 1}")
+        node = replace(node, place=len(self.nodes))
         self.nodes.append(node)
         if self._on_node:
             self._on_node(node)
@@ -65,10 +90,18 @@ class Tracer:
 
     def read(self, op: str, batch: TracedBatch, names: tuple[str, ...]) -> Mapping[str, ColumnOrigin]:
         """Origins of `names`. Raises GraphError naming op, line, what is there and what would write it."""
-        missing = [name for name in names if name not in batch.origins]
+        missing = [name for name in names if name not in batch.origins and name not in ROW_IDS]
         if missing:
             raise GraphError(self._missing(op, batch, missing[0]))
-        return {name: batch.origins[name] for name in names}
+        return {name: batch.origins[name] for name in names if name not in ROW_IDS}
+
+    def input(self, op: str, batch: TracedBatch, names: tuple[str, ...], *, carries: bool = False) -> Input:
+        """What a node reads of `batch`. carries: it makes rows, which have the batch's other columns, too."""
+        read = self.read(op, batch, names)
+        carried = {name: at for name, at in batch.origins.items() if name not in read} if carries else {}
+        return Input(
+            rows=batch.rows, columns=read, carried=carried, ids=tuple(name for name in names if name in ROW_IDS)
+        )
 
     def _missing(self, op: str, batch: TracedBatch, name: str) -> str:
         writers = [
@@ -81,6 +114,7 @@ class Tracer:
         hint = f"; {' or '.join(writers)} would write it" if writers else ""
         near = difflib.get_close_matches(name, batch.origins, n=1)
         hint += f"; did you mean {near[0]!r}?" if near and not writers else ""
+        hint += f"; {batch.left_out[name]}" if name in batch.left_out else ""
         return (
             f"{self.line()}: {op} reads column {name!r}{meaning}, which the batch does not have; "
             f"it has {', '.join(sorted(batch.origins))}{hint}"
@@ -88,13 +122,17 @@ class Tracer:
 
 
 @dataclass(frozen=True, eq=False)
-class TracedBatch:
+class TracedBatch(RowAlgebra):
     """A batch in a recipe: for each column, the node that wrote it. Holds no data."""
 
     tracer: Tracer
     rows: str
     """The node that made the rows."""
     origins: Mapping[str, ColumnOrigin]
+    per_group: int | None = None
+    """Rows of a group, where every group has as many; None where that is not known before a run."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Columns that it would have, had they not been left out -> what did, for errors."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -125,48 +163,35 @@ class TracedBatch:
         taken = self.tracer.read("with_columns_of", other, tuple(new_from_old.values()))
         return replace(self, origins={**self.origins, **{new: taken[old] for new, old in new_from_old.items()}})
 
-    def join(self, other: TracedBatch, **new_from_old: str) -> TracedBatch:
-        """Columns of `other` added as `new="old"`, rows matched by group; `other` has one row per group.
-
-        The controller matches the rows by index; no data moves.
-        """
-        node = self.tracer.add(
-            Node(
-                name="join",
-                role="controller",
-                op="join",
-                kind="join",
-                inputs=(
-                    Input(rows=self.rows, columns={}),
-                    Input(rows=other.rows, columns=self.tracer.read("join", other, tuple(new_from_old.values()))),
-                ),
-                writes=tuple(new_from_old),
-                out={old: new for new, old in new_from_old.items()},
-                line=self.tracer.line(),
-            )
-        )
-        return self._with_written(node)
-
     def apply_host_op(self, host_op: HostOp[Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TracedBatch:
         """Record a host op (see `rlhf_dist/dataflow/host.py`)."""
-        if len(args) != 1:
+        line = self.tracer.line()
+        check_settings(line, host_op.name, host_op.function, kwargs)
+        settings = {**defaults(host_op.function), **kwargs}
+        reads = host_op.read_of(settings)
+        if len(args) != len(reads) or not all(isinstance(batch, TracedBatch) for batch in args):
+            got = ", ".join(type(one).__name__ for one in args)
+            read = " | ".join(", ".join(names) for names in reads)
             raise GraphError(
-                f"{self.tracer.line()}: {host_op.name} takes one batch and keyword settings, got {len(args)} "
-                f"positional arguments; use batch.join(...) to bring two batches together"
+                f"{line}: {host_op.name} takes {len(reads)} batch{'es' if len(reads) > 1 else ''} and keyword "
+                f"settings, got {len(args)} positional arguments ({got}); it reads {read}"
             )
-        check_settings(self.tracer.line(), host_op.name, host_op.function, kwargs)
-        node = self._record(
+        if len(args) > 1 and host_op.scope_of(settings) == "rows":
+            raise GraphError(
+                f'{line}: {host_op.name} takes {len(args)} batches, whose rows need not match, with scope="rows"; set '
+                'it to "groups" or "batch"'
+            )
+        return self._record(
             name=host_op.name,
             role="host",
             op=host_op.name,
             kind="host",
-            reads=host_op.columns(host_op.reads, kwargs),
-            writes=host_op.columns(host_op.writes, kwargs),
-            rows="drop" if host_op.drops_rows else "keep",
+            batches=list(zip(args, reads, strict=True)),
+            writes=host_op.written_for(settings),
+            rows=host_op.rows,
             kwargs=kwargs,
             spec=host_op,
         )
-        return self._with_written(node)
 
     def _record(
         self,
@@ -175,55 +200,64 @@ class TracedBatch:
         role: str,
         op: str,
         kind: Kind,
-        reads: tuple[str, ...],
+        batches: Sequence[tuple[TracedBatch, tuple[str, ...]]],
         writes: tuple[str, ...],
         rows: RowEffect,
         kwargs: Mapping[str, Any],
         spec: Any,
         weights_read: tuple[str, ...] = (),
         weights_written: tuple[str, ...] = (),
-    ) -> Node:
-        kwargs = dict(kwargs)
-        check_known(self.tracer.line(), name, kwargs)
-        out = output_names(self.tracer.line(), kwargs.pop("out", None), writes, name)
+    ) -> TracedBatch:
+        """Record a node that reads these columns of `batches`, this one first; returns this batch after it."""
+        kwargs, line = dict(kwargs), self.tracer.line()
+        check_known(line, name, kwargs)
+        out = output_names(line, kwargs.pop("out", None), writes, name)
         every, after = int(kwargs.pop("every", 1)), int(kwargs.pop("after", 0))
         if (every != 1 or after) and writes:
             raise GraphError(
-                f"{self.tracer.line()}: {name} writes {', '.join(writes)}, which later nodes may read every step; "
+                f"{line}: {name} writes {', '.join(writes)}, which later nodes may read every step; "
                 f"every= and after= are for updates"
             )
-        read = self.tracer.read(name, self, reads)
+        written = tuple(out.get(column, column) for column in writes)
+        check_written(line, name, written)
+        batches = [(self, with_token_ids(batches[0][1], written, self.origins)), *batches[1:]]
         node = Node(
             name=name,
             role=role,
             op=op,
             kind=kind,
-            inputs=(
-                Input(
-                    rows=self.rows,
-                    columns=read,
-                    carried={} if rows == "keep" else {c: at for c, at in self.origins.items() if c not in read},
-                ),
+            inputs=tuple(
+                self.tracer.input(name, batch, columns, carries=k == 0 and rows != "keep")
+                for k, (batch, columns) in enumerate(batches)
             ),
-            writes=tuple(out.get(column, column) for column in writes),
+            writes=written,
             out=out,
             rows=rows,
             weights_read=(*weights_read, *(f"{state}.state" for state in states_read(kwargs))),
             weights_written=weights_written,
             kwargs=kwargs,
             spec=spec,
-            line=self.tracer.line(),
+            line=line,
             every=every,
             after=after,
         )
-        return self.tracer.add(node)
+        return self._after(self.tracer.add(node))
 
-    def _with_written(self, node: Node) -> TracedBatch:
+    def _after(self, node: Node) -> TracedBatch:
+        """This batch once `node` has run, which reads it first."""
         written = {name: ColumnOrigin(node.name, name) for name in node.writes}
-        if node.rows == "keep":
-            return replace(self, origins={**self.origins, **written})
-        owned = {name: ColumnOrigin(node.name, name) for name in self.origins}
-        return replace(self, rows=node.name, origins={**owned, **written})
+        stale = stale_columns(node.writes, self.origins)
+        left_out = {name: f"{node.name} ({node.line}) changed the tokens that it belonged to" for name in stale}
+        kept = {name: at for name, at in self.origins.items() if name not in stale}
+        if node.rows != "keep":
+            kept = {name: ColumnOrigin(node.name, name) for name in kept}
+        return replace(
+            self,
+            rows=self.rows if node.rows == "keep" else node.name,
+            origins={**kept, **written},
+            per_group=rows_per_group(node, self.per_group),
+            left_out={**self.left_out, **left_out},
+        )
 
     def fetch(self, name: str) -> Any:
         """The rows of a column, in a live run (`rlhf-dist run RECIPE --eager`); for looking, not for computing."""
@@ -299,21 +333,44 @@ class RoleHandle:
         return call
 
     def _call(self, spec: OpSpec, batch: TracedBatch, kwargs: dict[str, Any]) -> TracedBatch:
-        where = f"{self._role}.{spec.name}"
+        where, line = f"{self._role}.{spec.name}", self._tracer.line()
+        function = getattr(self._interface, spec.name)
+        if isinstance(batch, list | tuple):
+            return self._update(spec, where, terms_of(line, where, function, batch, kwargs, TracedBatch), kwargs)
         if not isinstance(batch, TracedBatch):
-            raise GraphError(f"{self._tracer.line()}: {where} takes a batch first, got {type(batch).__name__}")
-        check_settings(self._tracer.line(), where, getattr(self._interface, spec.name), kwargs)
-        settings = {**defaults(getattr(self._interface, spec.name)), **kwargs}
+            raise GraphError(f"{line}: {where} takes a batch first, got {type(batch).__name__}")
+        check_settings(line, where, function, kwargs)
+        settings = {**defaults(function), **kwargs}
         if "loss" in settings:
-            check_loss(self._tracer.line(), where, settings["loss"], spec.outputs)
-        needed = spec.columns(spec.reads, settings)
+            check_loss(line, where, settings["loss"], spec.outputs)
+        return self._record(spec, where, [(batch, self._reads(spec, batch, settings))], settings)
+
+    def _update(
+        self, spec: OpSpec, where: str, terms: list[tuple[TracedBatch, Any, Any]], kwargs: dict[str, Any]
+    ) -> TracedBatch:
+        line, function = self._tracer.line(), getattr(self._interface, spec.name)
+        settings = {**defaults(function), **kwargs}
+        batches = []
+        for batch, loss, _ in terms:
+            check_settings(line, where, function, {**kwargs, "loss": loss})
+            check_loss(line, where, loss, spec.outputs)
+            batches.append((batch, self._reads(spec, batch, {**settings, "loss": loss})))
+        return self._record(spec, where, batches, {**settings, "terms": tuple((loss, w) for _, loss, w in terms)})
+
+    def _reads(self, spec: OpSpec, batch: TracedBatch, settings: Mapping[str, Any]) -> tuple[str, ...]:
         more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))
-        node = batch._record(
+        needed = spec.columns(spec.reads, settings)
+        return (*needed, *(name for name in more if name in batch.origins and name not in needed))
+
+    def _record(
+        self, spec: OpSpec, where: str, batches: list[tuple[TracedBatch, tuple[str, ...]]], settings: Mapping[str, Any]
+    ) -> TracedBatch:
+        return batches[0][0]._record(
             name=where,
             role=self._role,
             op=spec.name,
             kind="op",
-            reads=(*needed, *(name for name in more if name in batch.origins and name not in needed)),
+            batches=batches,
             writes=spec.columns(spec.writes, settings),
             rows=spec.rows,
             kwargs=settings,
@@ -321,7 +378,6 @@ class RoleHandle:
             weights_read=(f"{self._role}.{spec.weights_read}",) if spec.weights_read else (),
             weights_written=(f"{self._role}.{spec.weights_written}",) if spec.weights_written else (),
         )
-        return batch._with_written(node)
 
 
 class StateHandle:
@@ -359,7 +415,7 @@ class StateHandle:
                 role=self._role,
                 op=name,
                 kind="state",
-                reads=spec.columns(spec.reads, kwargs),
+                batches=[(batch, spec.columns(spec.reads, kwargs))],
                 writes=(),
                 rows="keep",
                 kwargs=kwargs,
@@ -371,23 +427,24 @@ class StateHandle:
         return call
 
 
-def run_traced(recipe: Recipe, cfg: Any, on_node: OnNode | None = None, fetch: Fetch | None = None) -> Tracer:
-    """Call `recipe` with handles; `on_node` sees each node as it is recorded (a live run executes it there)."""
-    tracer = Tracer(recipe, on_node, fetch)
+def run_traced(
+    recipe: Recipe,
+    cfg: Any,
+    on_node: OnNode | None = None,
+    fetch: Fetch | None = None,
+    refilled: Collection[str] = (),
+) -> Tracer:
+    """Call `recipe` with handles; `on_node` sees each node as it is recorded (a live run executes it there).
+
+    refilled: see Tracer.
+    """
+    tracer = Tracer(recipe, on_node, fetch, refilled)
     arguments: dict[str, Any] = {}
-    for name, columns in recipe.source_columns.items():
-        tracer.add(
-            Node(
-                name=name,
-                role=name,
-                op="next_batch",
-                kind="source",
-                writes=columns,
-                rows="new",
-                line=f"{recipe.file.name}:{recipe.function.__code__.co_firstlineno}",
-            )
-        )
-        arguments[name] = TracedBatch(tracer, name, {column: ColumnOrigin(name, column) for column in columns})
+    for name in recipe.sources:
+        line = f"{recipe.file.name}:{recipe.function.__code__.co_firstlineno}"
+        node = tracer.add(source_node(recipe, name, line, counted=name in tracer.refilled))
+        origins = {column: ColumnOrigin(name, column) for column in node.writes}
+        arguments[name] = TracedBatch(tracer, name, origins, per_group=rows_of_item(recipe, name))
     arguments |= {name: RoleHandle(tracer, name, kind) for name, kind in recipe.roles.items()}
     arguments |= {name: StateHandle(tracer, name, kind, cfg) for name, kind in recipe.states.items()}
     for name in inspect.signature(recipe.function).parameters:
@@ -395,6 +452,10 @@ def run_traced(recipe: Recipe, cfg: Any, on_node: OnNode | None = None, fetch: F
             arguments[name] = cfg
     recipe.function(**arguments)
     return tracer
+
+
+def _traced(recipe: Recipe, cfg: Any, refilled: Collection[str]) -> Tracer:
+    return _rehearsed(recipe, cfg, refilled) if _rehearsing.get() else run_traced(recipe, cfg, refilled=refilled)
 
 
 _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
@@ -414,11 +475,11 @@ def rehearsal() -> Iterator[None]:
         _rehearsing.reset(token)
 
 
-def _rehearsed(recipe: Recipe, cfg: Any) -> Tracer:
+def _rehearsed(recipe: Recipe, cfg: Any, refilled: Collection[str]) -> Tracer:
     hook, sys.breakpointhook = sys.breakpointhook, lambda *args, **kwargs: None
     try:
         with redirect_stdout(StringIO()):
-            return run_traced(recipe, cfg, fetch=_made_up)
+            return run_traced(recipe, cfg, fetch=_made_up, refilled=refilled)
     finally:
         sys.breakpointhook = hook
 
@@ -442,7 +503,9 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     if cfg is None and recipe.config is not None:
         cfg = recipe.config()
     try:
-        tracer = _rehearsed(recipe, cfg) if _rehearsing.get() else run_traced(recipe, cfg)
+        tracer = _traced(recipe, cfg, ())
+        if tracer.refilled:  # how their first rows are drawn is known once the recipe has been read to its end
+            tracer = _traced(recipe, cfg, tracer.refilled)
     except GraphError:
         raise
     except ValueError as error:  # of something that the recipe makes: a loss with a setting out of range

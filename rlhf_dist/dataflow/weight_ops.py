@@ -68,8 +68,8 @@ def record_weights(
             _check_tau(line, where, settings["tau"])
             reads = (*reads, own)
     elif spec.name == "merge_from":
-        settings["terms"] = _terms(line, where, target, given[0])
-        reads = tuple(dict.fromkeys(f"{source}.train" for source, _ in settings["terms"]))
+        settings["sources"] = _sources(line, where, target, given[0])
+        reads = tuple(dict.fromkeys(f"{source}.train" for source, _ in settings["sources"]))
     else:
         settings["name"] = _set_name(line, where, given[0])
         reads = (own,)
@@ -123,7 +123,7 @@ def _source(line: str, where: str, target: WeightRole, given: Any) -> str:
     return role.name
 
 
-def _terms(line: str, where: str, target: WeightRole, given: Any) -> tuple[tuple[str, Any], ...]:
+def _sources(line: str, where: str, target: WeightRole, given: Any) -> tuple[tuple[str, Any], ...]:
     pairs = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
     if not pairs:
         raise GraphError(

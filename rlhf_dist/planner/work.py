@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.row_facts import amounts
 from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.workload import Workload
 from rlhf_dist.typed import ConfigError, unknown
@@ -82,9 +83,7 @@ class Problem:
 
     def edges(self) -> tuple[tuple[str, str, int], ...]:
         """(source, target, distance) of everything a node waits for."""
-        found = {(edge.source, edge.target, edge.distance) for edge in self.dataflow.edges}
-        found |= {(batch.rows, node.name, 0) for node in self.dataflow for batch in node.inputs}
-        return tuple(sorted(found))
+        return tuple(sorted(self.dataflow.waits))
 
 
 def make_problem(
@@ -128,19 +127,16 @@ def make_problem(
 def _nodes(
     dataflow: Dataflow, models: Mapping[str, ModelSpec], workload: Workload, cuts_of_graph: bool
 ) -> tuple[NodeWork, ...]:
-    rows: dict[str, int] = {}
+    sources = {node.role for node in dataflow if node.kind == "source"}
+    rows = {name: one.rows for name, one in amounts(dataflow, dict.fromkeys(sources, workload.prompts)).items()}
     prompts: dict[str, int] = {}
     found: list[NodeWork] = []
     for node in dataflow:
-        before = rows.get(node.inputs[0].rows, 0) if node.inputs else 0
-        if node.kind == "source":
-            rows[node.name] = workload.prompts * (2 if "label" in node.writes else 1)
-            prompts[node.name] = rows[node.name]
+        before = [batch.rows for batch in node.inputs]
+        if node.rows in ("new", "expand"):
+            prompts[node.name] = sum(rows[name] for name in before) if node.rows == "expand" else rows[node.name]
         else:
-            times = int(node.kwargs.get("n", 1)) if node.rows == "expand" else 1
-            rows[node.name] = before * times
-            origin = node.inputs[0].rows if node.inputs else ""
-            prompts[node.name] = before if node.rows == "expand" else prompts.get(origin, 0)
+            prompts[node.name] = sum(prompts[name] for name in (before if node.kind == "concat" else before[:1]))
         found.append(
             NodeWork(
                 name=node.name,

@@ -169,13 +169,14 @@ def _without_debug_logs() -> Iterator[None]:
 def _check_losses(name: str, launch: Launch) -> None:
     numbers = {state: kind().initial(launch.algorithm) for state, kind in launch.recipe.states.items()}
     for node in launch.dataflow:
-        loss = resolved(dict(node.kwargs), numbers).get("loss")
-        if loss is None or not set(loss.reads) <= COLUMNS.keys():
-            continue
-        try:
-            check_loss(loss)
-        except CheckFailed as failed:
-            raise CheckFailed(name, f"{node.line}: {failed}") from failed
+        settings = resolved(dict(node.kwargs), numbers)
+        for loss, _ in settings.get("terms", ((settings.get("loss"), 1.0),)):
+            if loss is None or not set(loss.reads) <= COLUMNS.keys():
+                continue
+            try:
+                check_loss(loss)
+            except CheckFailed as failed:
+                raise CheckFailed(name, f"{node.line}: {failed}") from failed
 
 
 def _check_same(name: str, graph: Weights, eager: Weights) -> None:

@@ -12,7 +12,7 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.transforms.columns import group_metrics, groups, mean_of, numbers
 
 
-@host_op(reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", drops_rows=True, least_group=2)
+@host_op(reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", rows="drop", least_group=2)
 def keep_best_and_worst(batch: Batch) -> HostResult:
     """Each group's row with the highest reward (label +1) and with the lowest (label -1); margin: their gap.
 
@@ -37,7 +37,7 @@ def keep_best_and_worst(batch: Batch) -> HostResult:
     )
 
 
-@host_op(reads=("rewards", "group_id"), scope="groups", drops_rows=True, least_group=2)
+@host_op(reads=("rewards", "group_id"), scope="groups", rows="drop", least_group=2)
 def drop_equal_groups(batch: Batch) -> HostResult:
     """Drops every group whose rewards are all equal.
 
@@ -49,7 +49,7 @@ def drop_equal_groups(batch: Batch) -> HostResult:
     return _kept(np.flatnonzero(~equal[group]), group_metrics(equal))
 
 
-@host_op(reads=("rewards", "group_id"), scope="groups", drops_rows=True)
+@host_op(reads=("rewards", "group_id"), scope="groups", rows="drop")
 def best_of_group(batch: Batch) -> HostResult:
     """Keeps each group's first row with the highest reward: RAFT (Dong et al. 2023, 2304.06767)."""
     rewards = numbers(batch, "rewards")

@@ -32,7 +32,7 @@ def estimate(batch: Batch, *, gamma: float = 1.0) -> Batch:
     raise AssertionError("tracing must not run a host op")
 
 
-@host_op(reads=("rewards",), drops_rows=True)
+@host_op(reads=("rewards",), rows="drop")
 def keep_some(batch: Batch) -> Batch:
     """A filter."""
     raise AssertionError("tracing must not run a host op")

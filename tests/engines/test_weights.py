@@ -72,7 +72,7 @@ def flow(folder: Path, settings: dict[str, Any], target_settings: dict[str, Any]
         step(peers["a"], settings, number)
         target.mix_from(NONE, CALL, source="a", tau=0.25)
         found[f"a {number}"], found[f"mixed {number}"] = weights_of(peers["a"].engine), weights_of(target.engine)
-    target.merge_from(NONE, CALL, terms=(("a", 2.0), ("b", -0.5)))
+    target.merge_from(NONE, CALL, sources=(("a", 2.0), ("b", -0.5)))
     found["merged"] = weights_of(target.engine)
     target.copy_from(NONE, CALL, source="a")
     found |= {"copied": weights_of(target.engine), "version": target.engine.version}

@@ -110,21 +110,21 @@ def test_gae_adds_token_rewards_when_dense() -> None:
 
 def test_ops_declare_the_reference_only_where_they_read_it() -> None:
     base = ("rewards", "values", "response_mask")
-    assert gae.columns(gae.reads, {"gamma": 1.0}) == base
-    assert gae.columns(gae.reads, {"kl_coef": 0.0, "dense": True}) == (*base, "token_rewards")
-    assert gae.columns(gae.reads, {"kl_coef": 0.1}) == (*base, "old_log_probs", "ref_log_probs")
+    assert gae.read_of({"gamma": 1.0})[0] == base
+    assert gae.read_of({"kl_coef": 0.0, "dense": True})[0] == (*base, "token_rewards")
+    assert gae.read_of({"kl_coef": 0.1})[0] == (*base, "old_log_probs", "ref_log_probs")
     adaptive = object()  # A coefficient that only the running system knows.
-    assert "ref_log_probs" in gae.columns(gae.reads, {"kl_coef": adaptive})
-    assert "ref_log_probs" not in rloo_advantage.columns(rloo_advantage.reads, {})
+    assert "ref_log_probs" in gae.read_of({"kl_coef": adaptive})[0]
+    assert "ref_log_probs" not in rloo_advantage.read_of({})[0]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_op_needs_no_column_it_does_not_declare_and_writes_the_declared_ones(name: str) -> None:
     op, arguments = CALLS[name]
     batch = random_batch([2, 3, 0, 1])
-    result = as_result(op(batch.select(*op.columns(op.reads, arguments)), **arguments))
-    assert set(result.columns) == set(op.columns(op.writes, arguments))
-    assert (result.keep is not None) == op.drops_rows
+    result = as_result(op(batch.select(*op.read_of(arguments)[0]), **arguments))
+    assert set(result.columns) == set(op.written_for(arguments))
+    assert (result.keep is not None) == (op.rows == "drop")
     assert result.columns.num_rows == (batch.num_rows if result.keep is None else len(result.keep))
 
 
@@ -142,7 +142,7 @@ def test_no_rows_and_empty_responses_are_fine(name: str, lengths: list[int]) -> 
 def test_what_is_no_number_is_an_error_that_names_column_and_row(name: str, bad: float) -> None:
     op, arguments = CALLS[name]
     batch = random_batch([2, 2, 2, 2])
-    for column in op.columns(op.reads, arguments):
+    for column in op.read_of(arguments)[0]:
         if column in ("response_mask", "group_id", "finished"):
             continue
         values = batch[column].values.copy()

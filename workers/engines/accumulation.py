@@ -108,7 +108,8 @@ class Accumulation:
     def metrics(self, step: int) -> Metrics:
         """Metrics over all ranks, the same on each; raises NonFiniteLoss on all if any rank saw one. Collective.
 
-        With several terms a loss's metrics are called `LossName/metric`, and `loss` is the weighted sum.
+        With several terms a loss's metrics are called `LossName/metric` (`LossName#2/metric` for the second of a name),
+        and `loss` is the weighted sum.
         """
         bad = [(k, int(g)) for k, mask, groups in self._bad for g in np.unique(groups[mask.cpu().numpy()])]
         values = {key: float(value) for key, value in self._sums.items()}
@@ -119,7 +120,7 @@ class Accumulation:
         gathered = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, mine, group=self._group)
         sums: dict[str, Mean] = {}
-        single = len(self.terms) == 1
+        names = [""] if len(self.terms) == 1 else [f"{name}/" for name in _told_apart(self.terms)]
         bad = []
         notes: dict[str, npt.NDArray[np.float64]] = {}
         for part in gathered:
@@ -127,15 +128,14 @@ class Accumulation:
             for name, numbers in part[2].items():
                 notes[name] = notes.get(name, np.zeros(2)) + numbers
             for (k, name), total in part[0].items():
-                prefix = "" if single else f"{loss_name(self.terms[k][1])}/"
-                old = sums.get(prefix + name, Mean(0.0, self.counts[k]))
-                sums[prefix + name] = Mean(old.total + total, old.count)
+                old = sums.get(names[k] + name, Mean(0.0, self.counts[k]))
+                sums[names[k] + name] = Mean(old.total + total, old.count)
             bad += part[1]
         if bad:
             groups = tuple(sorted({g for k, g in bad if k == bad[0][0]})[:_NAMED_GROUPS])
             raise NonFiniteLoss(loss_name(self.terms[bad[0][0]][1]), step, groups)
-        if not single:
-            parts = [(weight, sums.get(f"{loss_name(loss)}/loss")) for weight, loss, _ in self.terms]
+        if len(self.terms) > 1:
+            parts = [(weight, sums.get(f"{name}loss")) for (weight, _, _), name in zip(self.terms, names, strict=True)]
             sums["loss"] = Mean(sum(weight * part.value for weight, part in parts if part), 1.0)
         return {**sums, **{name: Mean(float(total), float(count)) for name, (total, count) in notes.items()}}
 
@@ -143,6 +143,12 @@ class Accumulation:
         total = total.detach().double()
         key = (term, name)
         self._sums[key] = self._sums[key] + total if key in self._sums else total
+
+
+def _told_apart(terms: Sequence[Term]) -> list[str]:
+    names = [loss_name(loss) for _, loss, _ in terms]
+    earlier = [names[:k].count(name) for k, name in enumerate(names)]
+    return [f"{name}#{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
 def _count(loss: Loss, batch: Batch) -> int:
