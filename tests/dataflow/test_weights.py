@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from rlhf_dist.dataflow import Dataflow, GraphError
 from rlhf_dist.dataflow.draw import to_text
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.recipe_files import load_recipe
 from rlhf_dist.roles import Actor, Critic, Examples, Prompts, Reference, Reward, RewardModel, State
 
 
@@ -141,3 +144,13 @@ def test_what_cannot_be_meant_is_refused_with_the_line_the_rule_and_the_remedy()
     )
     assert "has no setting 'evry'; it has tau" in of(lambda a, r, *_: r.mix_from(a, tau=0.1, evry=2))
     assert "needs whole every >= 1 and after >= 0, got every=0" in of(lambda a, r, *_: r.copy_from(a, every=0))
+
+
+def test_the_guide_s_recipe_is_what_it_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/writing-a-recipe.md").read_text()
+    [block] = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    imports = "from rlhf_dist.algorithms import nll\nfrom rlhf_dist.dataflow.recipe import recipe\n"
+    (tmp_path / "soups.py").write_text(f"{imports}from rlhf_dist.roles import *\n\n\n{block}")
+    dataflow = trace(load_recipe(str(tmp_path / "soups.py")))
+    assert dataflow.written == ("actor", "reference", "ema", "soup")
+    assert dataflow["reference.copy_from"].every == 100 and dataflow["soup.merge_from"].senders == ("actor", "ema")
