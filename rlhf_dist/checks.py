@@ -417,6 +417,8 @@ def _where(node: Node, pools: dict[str, str]) -> str:
 
 def _freshness(launch: Launch, role: str, pools: dict[str, str]) -> str:
     placement, apart = launch.run.placement, pools.get(rollout_of(role))
+    if role in launch.dataflow.written and not launch.dataflow.facts[role].trained:
+        return f"in pool {apart or pools[role]}, weights synced after the recipe has written them"
     if not launch.dataflow.facts[role].trained:
         return f"in pool {apart or pools[role]}, with the weights of its model: it never learns"
     if apart is None:
