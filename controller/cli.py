@@ -15,10 +15,10 @@ import os
 import sys
 from bdb import BdbQuit
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from controller.completion import SHELLS, complete, overrides, recipes, shell_code
+from controller.stages_command import are_stages, check_stages_command, run_stages_command
 
 if TYPE_CHECKING:
     from controller.run_folder import Beginning
@@ -31,6 +31,7 @@ EPILOG = """examples:
   rlhf-dist check grpo model=smollm2 task=chain_sum data.prompts_per_step=8
   rlhf-dist data sft model=smollm2 data.train.path=chats.jsonl --rows 5
   rlhf-dist run path/to/mine.py model=demo actor.optimizer.lr=1e-5
+  rlhf-dist run stages.yaml ppo.steps=10
   rlhf-dist run grpo --config runs/grpo/config.yaml name=again
   rlhf-dist graph ppo --format mermaid
   rlhf-dist timeline runs/ppo --steps 3-5
@@ -97,28 +98,17 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _prepared(
-    arguments: argparse.Namespace, local: bool = False, cluster: Cluster | None = None
+    arguments: argparse.Namespace, local: bool = False, eager: bool = False, cluster: Cluster | None = None
 ) -> tuple[Launch, list[str], Beginning]:
     """The launch, its plan and where it begins; any ValueError here is about what the user wrote."""
-    from controller.local import local_launch
+    from controller.prepare import prepared
     from controller.run_folder import find_beginning
-    from rlhf_dist.auto_settings import settle
-    from rlhf_dist.checks import check_launch
-    from rlhf_dist.compose import compose
-    from rlhf_dist.data import with_steps_of_epochs
-    from rlhf_dist.machine import described_machine
-    from rlhf_dist.planner.launch_memory import here_lines, memory_lines
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
-        launch = local_launch(launch, arguments.overrides) if local else launch
-        launch = settle(launch, described_machine(cluster)) if cluster else launch
-        plan = check_launch(launch, cluster)
-        memory = memory_lines(launch, cluster) if cluster else here_lines(launch)
-        # Reads all rows, so only of a launch that is right otherwise.
-        counted = launch if cluster else with_steps_of_epochs(launch)
-        plan = plan if counted is launch else check_launch(counted)
-        return counted, [*plan, *memory], find_beginning(counted)
+        launch, plan = prepared(
+            arguments.recipe, arguments.overrides, arguments.config, local=local, eager=eager, cluster=cluster
+        )
+        return launch, plan, find_beginning(launch)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -130,6 +120,8 @@ def _check(arguments: argparse.Namespace) -> int:
         cluster = None if arguments.cluster is None else parse_cluster(arguments.cluster, key="--cluster")
     except ValueError as error:
         raise UserError(str(error)) from error
+    if are_stages(arguments.recipe):
+        return check_stages_command(arguments, cluster)
     launch, plan, beginning = _prepared(arguments, cluster=cluster)
     if arguments.format == "json":
         from rlhf_dist.planner.launch_memory import memory_report
@@ -143,11 +135,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.dataflow.trace import rehearsal
-
+    if are_stages(arguments.recipe):
+        return run_stages_command(arguments)
     eager = arguments.eager or arguments.local
-    with rehearsal() if eager else nullcontext():
-        launch, plan, _ = _prepared(arguments, local=arguments.local)
+    launch, plan, _ = _prepared(arguments, local=arguments.local, eager=eager)
     if not arguments.quiet:
         print("\n".join(plan), flush=True)
     from controller.display import Display
@@ -191,11 +182,12 @@ def _step_range(text: str) -> range:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.compose import compose, root_type
+    from rlhf_dist.compose import root_type
     from rlhf_dist.field_docs import annotate, field_docs
+    from rlhf_dist.planner.launch import compose_planned
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(launch.yaml.rstrip() if arguments.plain else annotate(launch.yaml, field_docs(root_type(launch.recipe))))
@@ -217,6 +209,12 @@ def _new(arguments: argparse.Namespace) -> int:
     return new_command(arguments)
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from controller.demo_command import demo_command
+
+    return demo_command(arguments)
+
+
 def _completion(arguments: argparse.Namespace) -> int:
     print(shell_code(arguments.shell))
     return 0
@@ -224,10 +222,10 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from controller.submit import submit
-    from rlhf_dist.compose import compose
+    from rlhf_dist.planner.launch import compose_planned
 
     try:
-        launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+        launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
     except ValueError as error:
         raise UserError(str(error)) from error
     return submit(launch, arguments.recipe, arguments.overrides, arguments.address, arguments.config)
@@ -290,6 +288,7 @@ COMMANDS = {
     "columns": _vocabulary,
     "ops": _vocabulary,
     "new": _new,
+    "demo": _demo,
     "completion": _completion,
     "plan": _plan,
     "profile": _profile,
@@ -330,7 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="versions of rlhf-dist and what it runs on")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", parents=[launch], help="run a recipe here, or on the cluster at ray.address")
+    run = commands.add_parser(
+        "run", parents=[launch], help="run a recipe, or stages in a YAML file, here or on a cluster"
+    )
     run.add_argument("--quiet", action="store_true", help="no progress display")
     run.add_argument("--eager", action="store_true", help="line by line: breakpoint() works in the recipe")
     run.add_argument(
@@ -340,7 +341,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
-    check = commands.add_parser("check", parents=[launch], help="find mistakes and show the plan of a step")
+    check = commands.add_parser(
+        "check", parents=[launch], help="find mistakes and show the plan of a step, or of stages"
+    )
     check.add_argument(
         "--cluster",
         metavar="NxGxKIND",
@@ -368,11 +371,13 @@ def _parser() -> argparse.ArgumentParser:
     timeline.add_argument("--steps", metavar="FIRST-LAST", type=_step_range, help="only these steps")
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
+    from controller.demo_command import add_demo_parser
     from controller.new_command import add_new_parser
     from controller.vocabulary_command import add_vocabulary_parsers
 
     add_vocabulary_parsers(commands, common)
     add_new_parser(commands, common)
+    add_demo_parser(commands, common)
     completion = commands.add_parser("completion", parents=[common], help="make the shell complete: eval its output")
     completion.add_argument("shell", choices=SHELLS)
     export = commands.add_parser("export", parents=[common], help="a checkpoint as a Hugging Face model folder")

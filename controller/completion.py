@@ -31,11 +31,11 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 
 def recipes(prefix: str, **_: Any) -> list[str]:
-    """Our recipes, and the Python files and folders that begin with `prefix`."""
+    """Our recipes, and the Python files, files of stages and folders that begin with `prefix`."""
     from rlhf_dist.recipe_files import list_recipes
 
     folder, name = Path(prefix).parent, prefix.rpartition("/")[2]
-    beside = [path for path in sorted(folder.glob(f"{name}*")) if path.suffix == ".py" or path.is_dir()]
+    beside = [path for path in sorted(folder.glob(f"{name}*")) if path.suffix in (".py", ".yaml") or path.is_dir()]
     return [*list_recipes(), *(f"{path}/" if path.is_dir() else str(path) for path in beside)]
 
 

@@ -27,15 +27,15 @@ def data_command(arguments: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from rlhf_dist.compose import compose
     from rlhf_dist.data import epoch_source, heldout_source, training_source
     from rlhf_dist.data.samples import samples, summary
+    from rlhf_dist.planner.launch import compose_planned
     from rlhf_dist.typed import ConfigError
 
     for name, least in (("rows", 0), ("step", 0)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    launch = compose(arguments.recipe, arguments.overrides, arguments.config)
+    launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
     name = epoch_source(launch) if arguments.source is None else arguments.source
     source = heldout_source(launch) if arguments.heldout else training_source(launch, name)
     rows_per_step = launch.run.data.prompts_per_step if arguments.heldout else launch.source_rows(name)

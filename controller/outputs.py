@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,8 @@ class NodeOutput:
     nbytes: int
     """Bytes stored."""
     state: Mapping[str, float] | None = None
+    held: Any = None
+    """See `Reply.held`."""
     places: tuple[IntArray, ...] = ()
     """For each answering rank: where its rows are in the batch."""
 

@@ -30,10 +30,12 @@ from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
-from rlhf_dist.wire import Call, Reply
+from rlhf_dist.wire import Call, HeldState, Reply, numbers_in
 
 INDEX_ONLY = ("join", "concat", "refill")
 """Kinds of nodes that the controller does itself: they move row indices."""
+WHOLE = Shards(parts=(np.empty(0, np.int64),), answering=(0,), part_of_answer=(0,))
+"""Of a node without a batch."""
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 
 
@@ -92,17 +94,24 @@ class RayRunner:
         seed: int,
         call_timeout_s: float,
         states: Mapping[str, State] | None = None,
-        numbers: Mapping[str, Mapping[str, float]] | None = None,
+        numbers: Mapping[str, Mapping[str, Any]] | None = None,
         source_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         interrupts: bool = False,
         beside: bool = False,
         replies: Replies | None = None,
     ) -> None:
-        """interrupts: generation may be asked to stop early. beside: calls run beside whatever the ranks are doing,
-        for ops that only look at something."""
+        """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
+        stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
-        self.numbers: dict[str, dict[str, float]] = {name: dict(values) for name, values in (numbers or {}).items()}
+        self.numbers: dict[str, dict[str, float]] = {
+            name: numbers_in(values) for name, values in (numbers or {}).items()
+        }
+        self._first = {
+            name: {key: value for key, value in values.items() if key not in self.numbers[name]}
+            for name, values in (numbers or {}).items()
+        }
+        self._held: dict[str, Any] = {}
         self.source_kwargs = source_kwargs or {}
         self.outputs = Outputs(dataflow)
         self._interrupts, self._beside = interrupts, beside
@@ -186,6 +195,14 @@ class RayRunner:
         """Drop what is left of a step."""
         self.outputs.end_step(step)
 
+    def held_state(self, name: str) -> HeldState:
+        """What is held of a state now."""
+        return HeldState(self.numbers[name], self._held.get(name), self._first.get(name, {}))
+
+    def restore_state(self, name: str, held: HeldState) -> None:
+        """Go on from what `held_state` gave, or a checkpoint."""
+        self.numbers[name], self._held[name] = dict(held.numbers), held.ref
+
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
         self.launch(node, step)
@@ -247,15 +264,14 @@ class RayRunner:
 
     def _call_host_op(self, pending: _Pending) -> None:
         node, step, readings = pending.node, pending.step, self._readings(pending)
-        assert readings, f"{node.name} has no input"
         shards = cut_for_host(node, self.host.size, pending.batches)
-        pending.shards = shards[0]
-        for part in range(len(shards[0].parts)):
+        pending.shards = shards[0] if shards else WHOLE
+        for part in range(len(pending.shards.parts)):
             given = [reading.given(one.parts[part], None) for reading, one in zip(readings, shards, strict=True)]
             call = build_call(node, step, self.seed, given, self._kwargs(pending))
             process = self._host_process(pending, self.host)
             pending.refs[part,] = (
-                process.run_state_op.remote(self.states[node.role], node.op, self.numbers[node.role], call)
+                process.run_state_op.remote(self.states[node.role], node.op, self.held_state(node.role), call)
                 if node.kind == "state"
                 else process.run_host_op.remote(node.spec, call)
             )
@@ -377,6 +393,7 @@ class RayRunner:
             streamed.source = None
         if output.state is not None:
             self.numbers[node.role] = dict(output.state)
+            self._held[node.role] = output.held
         self.outputs.done(node, step)
         prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
         suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""

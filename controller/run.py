@@ -38,6 +38,8 @@ from rlhf_dist.dataflow.passes import insert_rollout_dump
 if TYPE_CHECKING:
     from controller.cluster import Cluster
 
+STATES = "states"
+"""Folder of a checkpoint with the values of states that are no numbers."""
 PENDING_S = 60.0
 """Longest that a run which ends early waits for the checkpoint it is writing."""
 
@@ -281,6 +283,8 @@ class _Run:
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
+        for name in self.session.states:
+            self.session.save_state(self.runner.held_state(name), self.pending.partial / STATES / name)
 
     def _keep_pending(self) -> None:
         """The run ends early: what was copied for a checkpoint is written to its end, unless that takes too long."""
@@ -317,6 +321,8 @@ class _Run:
             load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
         )
         self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
+        for folder in sorted((checkpoint.folder / STATES).glob("*")):
+            self.runner.restore_state(folder.name, self.session.load_state(folder))
         self.display.note(f"resumed after {step} steps from {checkpoint.folder}")
 
     def _export(self) -> None:

@@ -30,7 +30,7 @@ from typing import IO
 
 from controller.checkpoint import check_checkpoint, list_checkpoints
 from rlhf_dist.compose import Launch
-from rlhf_dist.recipe_files import recipes_folder
+from rlhf_dist.recipe_files import family_of
 from rlhf_dist.typed import ConfigError
 
 LOCK = ".lock"
@@ -58,7 +58,7 @@ def find_beginning(launch: Launch) -> Beginning:
     _check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return Beginning(folder=folder)
-    if not _is_ours(folder):
+    if not is_run(folder):
         raise ConfigError(f"{folder} holds files that are not of a run; choose another name=... or output.root=...")
     owner = _owner(folder)
     if owner is not None:
@@ -83,7 +83,7 @@ def find_beginning(launch: Launch) -> Beginning:
     models = {role: model for role in launch.learning_roles if (model := launch.used_roles[role].model) is not None}
     check_checkpoint(complete[-1], recipe=launch.recipe.name, roles=list(models), models=models)
     first, steps = complete[-1].step, launch.run.steps
-    if first > steps or (first == steps and _finished(folder) == steps):
+    if first > steps or (first == steps and finished_steps(folder) == steps):
         raise ConfigError(
             f"{folder} has all its {first} steps already; set steps above {first} to continue (steps={steps})"
         )
@@ -121,7 +121,7 @@ def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[tuple[
 
 def _command(launch: Launch, folder: Path) -> str:
     """How to run these settings again."""
-    ours = launch.recipe.file.resolve().parent == recipes_folder().resolve()
+    ours = family_of(launch.recipe.file) is not None
     spec = launch.recipe.name if ours else f"{launch.recipe.file}:{launch.recipe.name}"
     return shlex.join(["rlhf-dist", "run", spec, "--config", str(folder / "config.yaml"), "name=ANOTHER"])
 
@@ -130,7 +130,7 @@ def _has_results(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
 
 
-def _is_ours(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether a run made this folder: only such a one is used again, moved or deleted."""
     if (folder / LOCK).is_file():
         return True
@@ -139,7 +139,7 @@ def _is_ours(folder: Path) -> bool:
     return all(f"\n{section}:\n" in text for section in ("data", "placement", "output"))
 
 
-def _finished(folder: Path) -> int:
+def finished_steps(folder: Path) -> int:
     """Steps of the run whose summary is in the folder; 0 where there is none."""
     try:
         return int(json.loads((folder / "summary.json").read_text())["steps"])

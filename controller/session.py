@@ -32,7 +32,7 @@ from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
 from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base, worker_of
 from rlhf_dist.roles import OpSpec, State
-from rlhf_dist.wire import Bridge
+from rlhf_dist.wire import Bridge, HeldState
 
 HELDOUT = "heldout"
 GROUP_BITS = 48
@@ -118,6 +118,24 @@ class Session:
         runner, generating = self.runner(None, {}), self.launch.dataflow.generating
         synced = [role for role in generating if has_training_engine(self.launch, role)]
         return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
+
+    def save_state(self, held: HeldState, folder: Path) -> None:
+        """Write a state's values, where there are others than numbers."""
+        if held.ref is not None or held.first:
+            self._on_host("save_state", held, str(folder.resolve()))
+
+    def load_state(self, folder: Path) -> HeldState:
+        """Read what `save_state` wrote."""
+        return cast(HeldState, self._on_host("load_state", str(folder.resolve())))
+
+    def _on_host(self, method: str, *arguments: Any) -> Any:
+        """Raises ClusterError where the host process cannot do it."""
+        process, timeout_s = self.cluster.pools[HOST_POOL].processes[0], self.launch.run.ray.call_timeout_s
+        (answer,) = self.cluster.replies.get([getattr(process, method).remote(*arguments)], timeout_s)
+        failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+        if isinstance(failure, Failure):
+            raise ClusterError(f"{method.replace('_', ' ')} {arguments[-1]}: {explained(failure, None)}")
+        return answer
 
     @property
     def model_roles(self) -> list[str]:

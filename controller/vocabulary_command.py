@@ -13,7 +13,9 @@ FORMATS = ("text", "json")
 
 def add_vocabulary_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     """The commands' arguments."""
-    recipes = commands.add_parser("recipes", parents=[common], help="list the recipes there are, and what each needs")
+    recipes = commands.add_parser(
+        "recipes", parents=[common], help="list the recipes there are, by family, and what each needs"
+    )
     recipes.add_argument("files", metavar="FILE", nargs="*", help="files of your own to list, too")
     recipes.add_argument("--search", metavar="TEXT", help="only those with this in their name, text, roles or data")
     roles = commands.add_parser("roles", parents=[common], help="list kinds of roles, their ops and columns")
@@ -29,7 +31,7 @@ def add_vocabulary_parsers(commands: Any, common: argparse.ArgumentParser) -> No
 
 def recipes_command(arguments: argparse.Namespace) -> int:
     """The shelf and the files given. Raises ValueError for a file that cannot be loaded or has no recipe."""
-    from rlhf_dist.recipe_files import list_recipes, load_recipes
+    from rlhf_dist.recipe_files import list_families, list_recipes, load_recipes
     from rlhf_dist.vocabulary_facts import recipe_facts
 
     found = [recipe_facts(one) for spec in (*list_recipes(), *arguments.files) for one in load_recipes(spec)]
@@ -37,10 +39,14 @@ def recipes_command(arguments: argparse.Namespace) -> int:
     found = [facts for facts in found if wanted in json.dumps(facts, ensure_ascii=False).lower()]
     if arguments.format == "json":
         print(json.dumps(found, indent=2))
-    else:
-        _print_table(
-            [(one["name"], " ".join(one["sources"].values()), " ".join(one["roles"]), one["doc"]) for one in found]
-        )
+        return 0
+    rows = [
+        (f"  {one['name']}", " ".join(one["sources"].values()), " ".join(one["roles"]), one["doc"]) for one in found
+    ]
+    lines, holds = _table(rows), list_families()
+    for family in sorted({one["family"] for one in found}, key=lambda name: (name is None, name)):
+        print(f"{family}: {holds[family]}" if family in holds else "yours")
+        print("\n".join(line for line, one in zip(lines, found, strict=True) if one["family"] == family))
     return 0
 
 
@@ -96,10 +102,9 @@ def ops_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column), default=0) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _wrapped(text: str, hanging: str = " " * 8) -> str:

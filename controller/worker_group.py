@@ -105,7 +105,7 @@ def cut(
 
 def cut_for_host(node: Node, processes: int, batches: Sequence[BatchRef]) -> list[Shards]:
     """Contiguous shards of each batch of a host op, cut at group borders where its scope asks for whole groups."""
-    total = len(batches[0].rows)
+    total = len(batches[0].rows) if batches else 0
     scope = node.spec.scope_of(node.kwargs) if isinstance(node.spec, HostOp) else "batch"
     if scope == "batch" or total == 0:
         return [_shards((np.arange(len(batch.rows)),)) for batch in batches]
@@ -155,9 +155,9 @@ def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], bef
     sent = {"reshard": "sync_bytes", "weights": "copy_bytes"}.get(node.kind, "")
     if sent in metrics:
         nbytes = int(metrics[sent].value)
-    state = next((reply.state for reply in answers if reply.state is not None), None)
+    state, held = next(((reply.state, reply.held) for reply in answers if reply.state is not None), (None, None))
     if not any(reply.stored or reply.parent is not None for reply in answers):
-        return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state)
+        return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state, held=held)
     inputs = [shards.parts[part] for part in shards.part_of_answer]
     made = [rows if reply.parent is None else rows[reply.parent] for rows, reply in zip(inputs, answers, strict=True)]
     if node.rows == "new":
@@ -186,6 +186,7 @@ def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], bef
         seconds=seconds,
         nbytes=nbytes,
         state=state,
+        held=held,
         places=_places(order, counts),
     )
 

@@ -1,0 +1,14 @@
+"""Recipes, one a file, in folders by family. Each is found by its file's name (`rlhf-dist run ppo`).
+
+    supervised          imitation of given responses
+    policy_gradient     rewards of the policy's own responses
+    preference          losses on preferences that are given
+    online_preference   responses drawn, compared and learned from; self-play and games
+    reward_models       what scores or compares responses
+    constrained         several objectives at a time
+    reasoning           verifiable rewards with curricula, hints, selective rollouts        (none yet)
+    agents              environments, tools, search, writers of prompts                     (none yet)
+
+A family is a package whose docstring says what it holds. A recipe has the usual settings; what differs stands in a
+YAML file beside it. `_name.py` is no recipe: what the recipes of a family share.
+"""

@@ -1,8 +1,8 @@
 """From a recipe's name and `key=value` overrides to frozen settings and a traced graph.
 
-    recipes/conf/ppo.yaml ─┐   schema: RunConfig + algorithm + one section per role parameter,
-    model/ task/ placement ┼─> Hydra ─> --config FILE ─> overrides ─> dataclasses ─> trace ─> Launch
-    a YAML beside mine.py ─┘   with all defaults, made from the recipe's signature
+    conf/ model task placement ─┬─> Hydra ─> --config FILE ─> overrides ─> dataclasses ─> trace ─> Launch
+    a YAML beside the recipe   ─┘   schema: RunConfig + algorithm + one section per role parameter,
+                                    with all defaults, made from the recipe's signature
 
 Two shared sections keep the files short: `model` (path, dtype), which every role's model follows unless
 it is set itself, and `task` (the reward that belongs to the data). Hydra composes files and config
@@ -43,10 +43,18 @@ from rlhf_dist.machine_settings import Choice
 from rlhf_dist.overrides import apply_setting, check_key, first_line, read_overrides
 from rlhf_dist.placement.file import AUTO, apply_placement, asked_placement, read_placement
 from rlhf_dist.placement.roles import pool_of_roles
-from rlhf_dist.recipe_files import list_recipes, load_recipe, parse_spec, recipes_folder
+from rlhf_dist.recipe_files import family_of, file_of, list_recipes, load_recipe, parse_spec
 from rlhf_dist.role_kinds import RoleConfig, kind_of
 from rlhf_dist.roles import Reward, base_of
-from rlhf_dist.settings_file import read_primary, read_settings, unless_followed, with_defaults, without
+from rlhf_dist.settings_file import (
+    USERS_GROUPS,
+    groups_of_ours,
+    read_layers,
+    read_primary,
+    read_settings,
+    unless_followed,
+    without,
+)
 from rlhf_dist.typed import ConfigError
 
 PRIMARY = "rlhf_dist_primary"
@@ -123,25 +131,33 @@ class Launch:
         return pool_of_roles(self.run.placement, self.roles, self.recipe.roles, self.dataflow.facts)
 
 
-def compose(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Launch:
+def compose(
+    spec: str,
+    overrides: Sequence[str] = (),
+    config: str | Sequence[Mapping[str, Any]] | None = None,
+    plan: Mapping[str, Any] | None = None,
+) -> Launch:
     """Settings and graph of recipe `spec` (a name, or `path/to/mine.py[:name]`) with `key=value` overrides.
 
-    config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run.
-    What is left to the machine is what this one has. `placement=auto` plans, `placement=FILE.yaml` takes a plan from a
-    file (`rlhf-dist plan --format yaml`).
+    config: a YAML file of settings that come before the overrides, such as the config.yaml of an earlier run; or
+    mappings of settings, each of which decides over those before it.
+    plan: sections of settings that a planner found; `placement=FILE.yaml` takes them from a file (`rlhf-dist plan
+    --format yaml`), `placement=auto` is for `compose_planned` (`planner/launch.py`).
+    What is left to the machine is what this one has.
     Raises ConfigError for a setting that cannot be right, GraphError for a recipe that cannot run.
     """
     asked, overrides = asked_placement(overrides)
-    if asked is None:
-        return _launch(spec, overrides, {}, config)
-    if asked != AUTO:
-        return _launch(spec, overrides, read_placement(asked), config)
-    from rlhf_dist.planner.launch import planned_settings
-
-    return _launch(spec, overrides, planned_settings(_launch(spec, overrides, {}, config), overrides), config)
+    if asked == AUTO:
+        raise ConfigError("placement=auto is planned before settings are composed: call planner.launch.compose_planned")
+    return _launch(spec, overrides, (plan or {}) if asked is None else read_placement(asked), config)
 
 
-def _launch(spec: str, overrides: Sequence[str], planned: Mapping[str, Any], config: str | None) -> Launch:
+def _launch(
+    spec: str,
+    overrides: Sequence[str],
+    planned: Mapping[str, Any],
+    config: str | Sequence[Mapping[str, Any]] | None,
+) -> Launch:
     recipe = load_recipe(spec)
     root = _root(recipe)
     composed = _compose(spec, recipe, root, overrides, planned, config)
@@ -319,17 +335,20 @@ def _compose(
     root: type,
     overrides: Sequence[str],
     planned: Mapping[str, Any],
-    config: str | None,
+    config: str | Sequence[Mapping[str, Any]] | None,
 ) -> DictConfig:
-    """Files, groups, the --config file, a plan and overrides put together, in this order; `${...}` not yet resolved."""
+    """Files, groups, the --config file or mappings, a plan and overrides, in this order; `${...}` not yet resolved."""
     keys = typed.keys(root)
 
     def options(group: str) -> list[str]:
         return option_names(group, spec)
 
     groups, values = read_overrides(overrides, keys, options)
-    chosen, settings = ({}, []) if config is None else read_settings(config, keys, options)
-    composed = _compose_files(spec, _schema(recipe, root), keys, {**chosen, **groups})
+    if isinstance(config, str):
+        chosen, settings = read_settings(config, keys, options)
+    else:
+        chosen, settings = read_layers(config or (), keys, options)
+    composed = _compose_files(file_of(spec), recipe, _schema(recipe, root), keys, {**chosen, **groups})
     raw: Any = OmegaConf.to_container(composed, resolve=False)
     # First what only repeats what it follows, then what the command line decides: the first needs what is followed.
     settings = unless_followed(settings, raw)
@@ -342,23 +361,23 @@ def _compose(
 
 
 def _conf() -> Path:
-    return recipes_folder() / "conf"
+    return Path(__file__).parent / "conf"
 
 
-def _compose_files(spec: str, schema: dict[str, Any], keys: Mapping[str, Any], groups: Mapping[str, str]) -> DictConfig:
-    """The primary config of the recipe with its groups, not yet resolved."""
-    file = parse_spec(spec)
-    folder, name = (_conf(), spec) if file is None else (file.path.parent, file.path.stem)
-    beside = folder / f"{name}.yaml"
-    primary = read_primary(beside, keys) if beside.is_file() else with_defaults({}, keys)
-    primary.setdefault("name", name)
+def _compose_files(
+    file: Path, recipe: Recipe, schema: dict[str, Any], keys: Mapping[str, Any], groups: Mapping[str, str]
+) -> DictConfig:
+    """The primary config of the recipe in `file` with its groups, not yet resolved."""
+    usual = USERS_GROUPS if family_of(file) is None else groups_of_ours(recipe)
+    primary = read_primary(file.with_suffix(".yaml"), keys, usual)
+    primary.setdefault("name", file.stem)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     store.store(name=PRIMARY, node=primary)
     chosen = [f"{group}={option}" for group, option in groups.items()]
     with ExitStack() as stack:
         GlobalHydra.instance().clear()
-        stack.enter_context(initialize_config_dir(str(folder), version_base="1.3"))
+        stack.enter_context(initialize_config_dir(str(file.parent), version_base="1.3"))
         stack.callback(GlobalHydra.instance().clear)
         try:
             composed = hydra_compose(PRIMARY, overrides=[f"hydra.searchpath=[file://{_conf()}]", *chosen])

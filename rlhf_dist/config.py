@@ -1,7 +1,7 @@
 """Every setting there is: frozen, keyword-only dataclasses, a line under each field.
 
-Hydra composes them from `recipes/conf/` and the command line (`rlhf_dist/compose.py`). A config stops
-at the constructor of what it configures; nothing deeper reads it, nothing changes it.
+Hydra composes them from `rlhf_dist/conf/`, the recipe's YAML and the command line (`rlhf_dist/compose.py`). A config
+stops at the constructor of what it configures; nothing deeper reads it, nothing changes it.
 """
 
 from __future__ import annotations

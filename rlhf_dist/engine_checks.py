@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import EngineConfig
 from rlhf_dist.model_folder import ModelShape
+from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.role_kinds import generation_of
 from rlhf_dist.typed import ConfigError
 
@@ -29,6 +30,23 @@ def check_engines(launch: Launch, shapes: Mapping[str, ModelShape], slots: Mappi
         rollout = generation_of(launch, role)
         if rollout is not None and rollout.engine == "vllm":
             _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
+    _check_vllm_groups(launch)
+
+
+def _check_vllm_groups(launch: Launch) -> None:
+    """Roles that generate with vLLM in one pool share the process's groups of ranks, which have one size."""
+    sizes: dict[str, tuple[str, int]] = {}
+    for role in launch.dataflow.generating:
+        rollout = generation_of(launch, role)
+        if rollout is None or rollout.engine != "vllm":
+            continue
+        pool, size = launch.placed.get(rollout_of(role), launch.placed[role]), rollout.tensor_parallel
+        other, before = sizes.setdefault(pool, (role, size))
+        if size != before:
+            raise ConfigError(
+                f"{role}.rollout.tensor_parallel must be that of {other} in the same pool {pool!r}, {before}, got "
+                f"{size}; or give {role} a pool of its own with placement.rollout.{role}=POOL"
+            )
 
 
 def _check_numbers(engine: EngineConfig, key: str) -> None:

@@ -1,6 +1,6 @@
 """Finding recipes: our own by name, a user's by path.
 
-    ppo                    the module recipes/ppo.py
+    ppo                    the module recipes/FAMILY/ppo.py, whatever its family
     path/to/mine.py        a file anywhere with one @recipe
     path/to/mine.py:name   one of several
 
@@ -23,6 +23,8 @@ from rlhf_dist.python_files import load_file
 from rlhf_dist.typed import ConfigError, unknown
 
 PACKAGE = "recipes"
+STAGES = (".yaml", ".yml")
+"""How a file of stages (`stages.py`) ends, which may stand where a recipe does."""
 
 
 class RecipeFile(NamedTuple):
@@ -41,21 +43,41 @@ def parse_spec(spec: str) -> RecipeFile | None:
 
 
 def recipes_folder() -> Path:
-    """Folder of our recipes; `conf/` in it holds their settings."""
+    """Folder of our recipes, with a folder for each family."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("the package `recipes` is not installed; install rlhf-dist as a whole (pip install -e .)")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def list_recipes() -> dict[str, str]:
-    """Our recipes: name -> first line of its docstring, without importing any."""
-    found: dict[str, str] = {}
-    for path in sorted(recipes_folder().glob("*.py")):
-        text = path.read_text()
-        if not path.stem.startswith("_") and "@recipe" in text:
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+def list_recipes() -> dict[str, Path]:
+    """Our recipes: name -> file, in the order of the names. Raises ConfigError where two have one name."""
+    found: dict[str, Path] = {}
+    for path in sorted(recipes_folder().glob("*/*.py"), key=lambda path: path.stem):
+        if path.stem.startswith("_"):
+            continue
+        if path.stem in found:
+            raise ConfigError(f"{path} and {found[path.stem]} have one name, and recipes are found by it; rename one")
+        found[path.stem] = path
     return found
+
+
+def list_families() -> dict[str, str]:
+    """Families of our recipes: name -> what it holds, the first line of its package."""
+    packages = sorted(recipes_folder().glob("*/__init__.py"))
+    return {path.parent.name: (ast.get_docstring(ast.parse(path.read_text())) or "") for path in packages}
+
+
+def file_of(spec: str) -> Path:
+    """The file of the recipe `spec`, which is one of ours or a user's."""
+    file = parse_spec(spec)
+    return list_recipes()[spec] if file is None else file.path
+
+
+def family_of(file: Path) -> str | None:
+    """The family of one of our recipes; None for a user's file."""
+    folder = file.resolve().parent
+    return folder.name if folder.parent == recipes_folder().resolve() else None
 
 
 def load_recipe(spec: str) -> Recipe:
@@ -74,6 +96,8 @@ def load_recipes(spec: str) -> list[Recipe]:
 
 def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
     """What errors call the file of `spec`, and its recipes by name; at least one."""
+    if spec.endswith(STAGES):
+        raise ConfigError(f"{spec} is a file of stages, which `rlhf-dist run` and `check` take; name one recipe here")
     file = parse_spec(spec)
     if file is not None:
         where, module = str(file.path), _load_users(file.path)
@@ -83,7 +107,8 @@ def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
             message = unknown(spec, names, "recipe")
             there = f" There is {', '.join(names)}." if "did you mean" in message else "."
             raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
-        where, module = f"recipe {spec}", importlib.import_module(f"{PACKAGE}.{spec}")
+        inside = names[spec].relative_to(recipes_folder()).with_suffix("")
+        where, module = f"recipe {spec}", importlib.import_module(".".join((PACKAGE, *inside.parts)))
     found = {
         value.name: value
         for value in vars(module).values()

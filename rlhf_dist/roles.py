@@ -302,23 +302,38 @@ class Preferences(Batch):
 
 
 class State(ABC):
-    """A few numbers that the controller keeps, updates every step and checkpoints: multipliers, coefficients.
+    """What a recipe remembers from step to step: multipliers and coefficients, statistics of prompts, rows.
 
-    Subclass it; methods marked with `state_op` are pure: (numbers, batch, **settings) -> (numbers, metrics).
-    In a recipe `state.value("key")` stands for a number wherever an op takes one.
+    Its values are numbers, texts, arrays, batches, and lists and mappings of numbers and texts; they are checkpointed.
+    The controller holds the numbers, and references to the rest. Subclass it; methods marked with `state_op` are pure:
+    (values, batch, **settings) -> (new values, metrics or a `HostResult`). In a recipe `state.value("key")` stands for
+    a number wherever an op takes one.
     """
 
     @abstractmethod
-    def initial(self, cfg: Any) -> dict[str, float]:
-        """The numbers a run starts with; `cfg` is the recipe's algorithm section."""
+    def initial(self, cfg: Any) -> dict[str, Any]:
+        """The values a run starts with; `cfg` is the recipe's algorithm section."""
 
 
-def state_op(*, reads: Columns) -> Callable[[F], F]:
-    """Declare a `State` method that reads `reads` of a batch and returns (new numbers, metrics)."""
+StateRows = Literal["keep", "drop", "derive", "new"]
+"""As of a host op; or `new`: the op is given no batch, and the rows it writes are the first."""
+
+
+def state_op(*, reads: Columns = (), writes: Columns = (), rows: StateRows = "keep") -> Callable[[F], F]:
+    """Declare a `State` method that reads `reads` of a batch, and may write columns or move rows as a host op does.
+
+    It sees the whole batch. With `rows="new"` it has no batch, and must write `group_id`. A method with a keyword `rng`
+    is given a random generator, seeded by the run's seed, the step and the node.
+    """
 
     def wrap(function: F) -> F:
         function.op_spec = OpSpec(  # type: ignore[attr-defined]
-            name=function.__name__, reads=reads, weights_read="state", weights_written="state"
+            name=function.__name__,
+            reads=reads,
+            writes=writes,
+            rows=rows,
+            weights_read="state",
+            weights_written="state",
         )
         return function
 

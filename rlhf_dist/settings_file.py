@@ -1,4 +1,4 @@
-"""Settings in YAML: the file beside a recipe (and our own in recipes/conf/), and the one that `--config` names.
+"""Settings in YAML: the file beside a recipe, and the one that `--config` names.
 
     name: mine                      the same keys as on the command line, nested or dotted
     model: smollm2                  a word for a config group chooses its option
@@ -14,19 +14,20 @@ is text, as on the command line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlhf_dist import typed
+from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.overrides import GROUPS, Options, Setting, check_key, check_option
 from rlhf_dist.placement.file import AUTO
 from rlhf_dist.typed import ConfigError
 
-GROUP_DEFAULTS = {"model": "none", "task": "none", "placement": "colocate"}
-"""Options taken where a recipe's YAML chooses none."""
+USERS_GROUPS = {"model": "none", "task": "none", "placement": "colocate"}
+"""Options of config groups for a user's recipe where its YAML chooses none."""
 
 DECIDED_BY = {
     "model": ("model",),
@@ -36,22 +37,34 @@ DECIDED_BY = {
 """Config group -> what of a settings file an option chosen on the command line takes the place of."""
 
 
-def read_primary(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's YAML with a whole `defaults` list. Raises ConfigError for what is no mapping."""
-    content = _load(path)
+def groups_of_ours(recipe: Recipe) -> dict[str, str]:
+    """Options of config groups for one of our recipes where its YAML chooses none: it can be tried as it is.
+
+    The demonstration's task has prompts; a recipe that takes anything else is given its rows.
+    """
+    prompts_only = all(getattr(kind, "rows_kind", "prompts") == "prompts" for kind in recipe.sources.values())
+    return {"model": "demo", "task": "addition" if prompts_only else "none", "placement": "colocate"}
+
+
+def read_primary(path: Path, keys: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe's YAML, which may be missing, with a whole `defaults` list. Raises ConfigError for what is no mapping.
+
+    groups: config group -> option where the file chooses none.
+    """
+    content = load_mapping(path) if path.is_file() else {}
     try:
-        return with_defaults(content, keys)
+        return with_defaults(content, keys, groups)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def with_defaults(content: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(content: Mapping[str, Any], keys: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, Any]:
     """Settings with the `defaults` list Hydra wants: schema first, an option of each group, the file last."""
     node = _nested(content, keys)
     given = list(node.pop("defaults", []))
     chosen = {group: node.pop(group) for group in GROUPS if isinstance(node.get(group), str)}
     listed = {name for entry in given if isinstance(entry, Mapping) for name in entry}
-    missing = [{group: chosen.get(group, GROUP_DEFAULTS[group])} for group in GROUPS if group not in listed]
+    missing = [{group: chosen.get(group, groups[group])} for group in GROUPS if group not in listed]
     schema = [] if "schema" in given else ["schema"]
     last = [] if "_self_" in given else ["_self_"]
     return {"defaults": [*schema, *missing, *given, *last], **node}
@@ -62,22 +75,41 @@ def read_settings(path: str, keys: Mapping[str, Any], options: Options) -> tuple
     file = Path(typed.expanded(path, "--config"))
     if not file.is_file():
         raise ConfigError(f"--config {path}: no such file (looked for {file.resolve()})")
-    content = _load(file)
+    content = load_mapping(file)
     try:
-        content = _nested(content, keys)
-        if content.get("placement") == AUTO:
-            raise ConfigError("a plan is asked for on the command line, as placement=auto")
-        groups = {
-            group: check_option(group, content.pop(group), options)
-            for group in GROUPS
-            if isinstance(content.get(group), str)
-        }
-        return groups, list(_leaves(content, "", keys))
+        return _settings(content, keys, options)
     except ConfigError as error:
         # A run's config.yaml begins with the command that it belongs to.
         written_for = re.match(r"# rlhf-dist run (\S+) ", file.read_text(encoding="utf-8"))
         of = f" (of recipe {written_for[1]})" if written_for else ""
         raise ConfigError(f"{path}{of}: {error}") from error
+
+
+def read_layers(
+    layers: Sequence[Mapping[str, Any]], keys: Mapping[str, Any], options: Options
+) -> tuple[dict[str, str], list[Setting]]:
+    """The same of mappings, each of which decides over those before it. Raises ConfigError."""
+    groups: dict[str, str] = {}
+    settings: list[Setting] = []
+    for layer in layers:
+        chosen, own = _settings(layer, keys, options)
+        groups |= chosen
+        settings = [*without(settings, chosen), *own]
+    return groups, settings
+
+
+def _settings(
+    content: Mapping[str, Any], keys: Mapping[str, Any], options: Options
+) -> tuple[dict[str, str], list[Setting]]:
+    content = _nested(content, keys)
+    if content.get("placement") == AUTO:
+        raise ConfigError("a plan is asked for on the command line, as placement=auto")
+    groups = {
+        group: check_option(group, content.pop(group), options)
+        for group in GROUPS
+        if isinstance(content.get(group), str)
+    }
+    return groups, list(_leaves(content, "", keys))
 
 
 def without(settings: list[Setting], groups: Mapping[str, str]) -> list[Setting]:
@@ -154,7 +186,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, which may be empty. Raises ConfigError for anything else, or a key given twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.op_settings import defaults
 from rlhf_dist.dataflow.recipe import Recipe
+from rlhf_dist.recipe_files import family_of
 from rlhf_dist.roles import KINDS, Columns, ops_of
 from rlhf_dist.schema import COLUMNS
 from rlhf_dist.weights import weight_ops_of
@@ -24,12 +25,14 @@ class _AnyLoss:
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """`doc`: first line of the file's docstring, or of the function's where the file has none. `sources` and `roles`:
-    parameter -> kind of rows (prompts, examples, preferences) and kind of role."""
+    """`family`: of one of ours, else None. `doc`: first line of the file's docstring, or of the function's where the
+    file has none. `sources` and `roles`: parameter -> kind of rows (prompts, examples, preferences) and kind of role.
+    """
     module = inspect.getmodule(recipe.function)
     doc = (module and module.__doc__) or recipe.function.__doc__ or ""
     return {
         "name": recipe.name,
+        "family": family_of(recipe.file),
         "file": str(recipe.file),
         "doc": doc.strip().partition("\n")[0],
         "sources": {name: getattr(kind, "rows_kind", "prompts") for name, kind in recipe.sources.items()},

@@ -72,6 +72,22 @@ class Call(Given):
         return (self, *self.others)
 
 
+@dataclass(frozen=True, eq=False)
+class HeldState:
+    """What the controller holds of a State."""
+
+    numbers: Mapping[str, float]
+    ref: Any = None
+    """Object reference to all values; None where the numbers are all there is, or nothing has changed."""
+    first: Mapping[str, Any] = field(default_factory=dict)
+    """The other values that it starts with."""
+
+
+def numbers_in(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those values that are numbers."""
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpResult:
     """What a worker's op returns: written columns, and more where it needs to."""
@@ -85,8 +101,8 @@ class OpResult:
     """[B'] group ids, for sources and ops that write them; None: those of the rows they come of."""
     metrics: Metrics = field(default_factory=dict)
     """Add up over answering ranks; an op whose ranks all know the same number reports it on rank 0 only."""
-    state: Mapping[str, float] | None = None
-    """New numbers of a State."""
+    state: Mapping[str, Any] | None = None
+    """New values of a State, or how far a source has been drawn."""
     interrupted: bool = False
     """Generation that was asked to stop early; the worker keeps what it has and goes on when it is called again."""
 
@@ -108,6 +124,9 @@ class Reply:
     groups: IntArray | None = None
     metrics: Metrics = field(default_factory=dict)
     state: Mapping[str, float] | None = None
+    """Those of them that are numbers."""
+    held: Any = None
+    """Object reference to all of them, where there are others."""
     interrupted: bool = False
 
 

@@ -112,7 +112,8 @@ def _check_signature(who: str, name: str, method: Callable[..., Any], wanted: li
         return
     positional = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
     takes = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
-    if len(positional) < 3 or set(takes) != set(wanted):
+    must = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty}
+    if len(positional) < 3 or not must <= set(wanted) <= set(takes):
         listed = f", *, {', '.join(wanted)}" if wanted else ""
         raise ConfigError(
             f"{who}: {name} must take (self, batch, call{listed}) as its interface says, got "

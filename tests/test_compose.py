@@ -12,11 +12,14 @@ from typing import Any, Literal
 import cloudpickle
 import pytest
 
+from rlhf_dist import recipe_files
 from rlhf_dist.compose import compose, compose_dataflow, list_recipes, load_recipe
 from rlhf_dist.config import LanguageModelConfig, PoolConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.field_docs import field_docs
+from rlhf_dist.recipe_files import family_of, list_families
 from rlhf_dist.typed import ConfigError, build
+from rlhf_dist.vocabulary_facts import recipe_facts
 
 MINE = '''"""A recipe of my own."""
 from dataclasses import dataclass
@@ -79,10 +82,29 @@ def test_every_recipe_composes_with_a_model_and_data() -> None:
     assert set(list_recipes()) >= {
         "sft", "reward_model", "dpo", "ppo", "grpo", "remax", "safe_rlhf", "iterative_dpo"
     }  # fmt: skip
-    for name, doc in list_recipes().items():
+    for name, file in list_recipes().items():
         launch = compose(name, ["model.path=/m"])
-        assert doc and launch.recipe.name == name and launch.run.name == name
+        assert launch.recipe.name == name and launch.run.name == name and launch.recipe.file == file
+        assert family_of(file) in list_families() and recipe_facts(launch.recipe)["doc"]
         assert set(launch.roles) == set(launch.recipe.roles)
+
+
+def test_one_of_ours_can_be_tried_as_it_is_and_a_copy_of_it_is_given_its_model_and_rows(tmp_path: Path) -> None:
+    ours = compose("grpo").run.data.train
+    assert ours.generator == "rlhf_dist.demo.addition:train" and compose("dpo").run.data.train.generator is None
+    copy = write(tmp_path, list_recipes()["grpo"].read_text())
+    assert message(copy).startswith("model.path has no value")
+    assert compose(copy, ["model.path=/m"]).run.data.train.generator is None
+
+
+def test_recipes_of_two_families_have_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("one", "other"):
+        (tmp_path / family).mkdir()
+        write(tmp_path / family, "", "same.py")
+    write(tmp_path / "one", "", "_shared.py")
+    monkeypatch.setattr(recipe_files, "recipes_folder", lambda: tmp_path)
+    with pytest.raises(ConfigError, match="other/same.py and .*one/same.py have one name"):
+        list_recipes()
 
 
 def test_rows_of_the_source_follow_the_recipe() -> None:

@@ -178,7 +178,7 @@ def test_breakpoint_in_a_worker_says_where_it_works(monkeypatch: pytest.MonkeyPa
 
 def test_which_files_are_the_users() -> None:
     assert not any(map(is_users, (ast.__file__, pytest.__file__, "<string>", str(ROOT / "workers" / "process.py"))))
-    assert is_users(str(ROOT / "recipes" / "ppo.py")) and is_users(__file__)
+    assert is_users(str(ROOT / "recipes" / "policy_gradient" / "ppo.py")) and is_users(__file__)
 
 
 def test_what_ray_could_not_hand_over_is_read_from_its_text() -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from controller.critical_path import critical_path, lower_bound_s, seconds_on_path
 from controller.executor import Finished, StepReport, run_steps
 from controller.simulation import Clock, Span, simulate
-from recipes.dpo import dpo
-from recipes.ppo import PPO, ppo
-from recipes.remax import remax
-from recipes.safe_rlhf import safe_rlhf
+from recipes.constrained.safe_rlhf import safe_rlhf
+from recipes.policy_gradient.ppo import PPO, ppo
+from recipes.policy_gradient.remax import remax
+from recipes.preference.dpo import dpo
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.trace import trace
 

@@ -12,8 +12,8 @@ from controller.batch_ref import BatchRef, FetchPlan, Located, RowTable, StoredC
 from controller.executor import StepReport, run_steps
 from controller.outputs import Outputs, RowsError, join
 from controller.simulated_workers import AtOnce, SimulatedWorkers
-from recipes.ppo import ppo
-from recipes.remax import remax
+from recipes.policy_gradient.ppo import ppo
+from recipes.policy_gradient.remax import remax
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.wire import Call, Reply

@@ -17,6 +17,7 @@ What is raised in any of them comes back as a `Failure` (failures.py), never as 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -30,11 +31,13 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
+from rlhf_dist.dataflow.op_settings import RANDOM
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.sampling import seed_of
 from rlhf_dist.schema import SEQUENCE
-from rlhf_dist.wire import Bridge, Call, Fetch, Given, OpResult, Reply, WorkerContext
+from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
 from workers.failures import refuse_breakpoint, reported
+from workers.states import check_values, held_state, read_state, values_of, write_state
 from workers.store import RayStore, Store
 
 _log = logging.getLogger(__name__)
@@ -242,22 +245,48 @@ class WorkerProcess:
         pulled = time.perf_counter()
         settings = dict(call.kwargs)
         if op.draws:
-            settings["rng"] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
+            settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
         result: HostResult = as_result(op.function(*batches, **settings))
         made = OpResult(
-            columns=result.columns, parent=op.parent_of(result), groups=op.groups_of(result), metrics=result.metrics
+            columns=result.columns,
+            parent=result.parent_for(op.name, op.rows),
+            groups=result.groups,
+            metrics=result.metrics,
         )
         return _reply(made, call, batches[0], started, pulled, self.store)
 
     @reported
-    def run_state_op(self, state: Any, op: str, numbers: Mapping[str, float], call: Call) -> Reply:
-        """Run a `State`'s op: (numbers, batch) -> (numbers, metrics)."""
+    def run_state_op(self, state: Any, op: str, held: HeldState, call: Call) -> Reply:
+        """Run a `State`'s op: (values, batch) -> (values, metrics or a HostResult)."""
         started = time.perf_counter()
         batch = pull(call, self.store)
+        function, values = getattr(state, op), dict(values_of(held, self.store))
         pulled = time.perf_counter()
-        new, metrics = getattr(state, op)(dict(numbers), batch, **call.kwargs)
-        made = OpResult(columns=Batch({}, 0), metrics=metrics, state=new)
+        settings = dict(call.kwargs)
+        if RANDOM in inspect.signature(function).parameters:
+            settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
+        makes = function.op_spec.rows == "new"
+        new, returned = function(values, **settings) if makes else function(values, batch, **settings)
+        check_values(type(state).__name__, new)
+        result = returned if isinstance(returned, HostResult) else HostResult(columns=Batch({}, 0), metrics=returned)
+        made = OpResult(
+            columns=result.columns,
+            parent=result.parent_for(op, function.op_spec.rows),
+            groups=result.groups,
+            metrics=result.metrics,
+            state=new,
+        )
         return _reply(made, call, batch, started, pulled, self.store)
+
+    @reported
+    def save_state(self, held: HeldState, folder: str) -> None:
+        """Write a state's values for a checkpoint."""
+        write_state(Path(folder), values_of(held, self.store))
+
+    @reported
+    def load_state(self, folder: str) -> HeldState:
+        """Read what `save_state` wrote."""
+        return held_state(read_state(Path(folder)), self.store)
 
     def close(self) -> None:
         """Let every role worker free what outlives the process (shared memory, sockets)."""
@@ -325,7 +354,8 @@ def _reply(result: OpResult, call: Call, batch: Batch, started: float, pulled: f
         tokens=tokens,
         groups=result.groups,
         metrics=result.metrics,
-        state=result.state,
+        state=None if result.state is None else numbers_in(result.state),
+        held=None if result.state is None else held_state(result.state, store).ref,
         interrupted=result.interrupted,
     )
 

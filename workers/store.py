@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rlhf_dist.batch import Batch
-
 PULL_TIMEOUT_S = 300.0
 """Longest wait for rows that another process wrote; they are there already unless that process died."""
 
@@ -14,11 +12,11 @@ PULL_TIMEOUT_S = 300.0
 class Store(Protocol):
     """Columns by reference."""
 
-    def put(self, columns: Batch) -> Any:
-        """Keep columns; the reference travels through the controller to whoever reads them."""
+    def put(self, columns: Any) -> Any:
+        """Keep columns, or a state's values; the reference travels through the controller to whoever reads them."""
         ...
 
-    def get(self, refs: Sequence[Any]) -> list[Batch]:
+    def get(self, refs: Sequence[Any]) -> list[Any]:
         """What references stand for."""
         ...
 
@@ -26,13 +24,13 @@ class Store(Protocol):
 class RayStore:
     """Shared memory of the node, moved between nodes by Ray."""
 
-    def put(self, columns: Batch) -> Any:
+    def put(self, columns: Any) -> Any:
         """See Store."""
         import ray
 
         return ray.put(columns)
 
-    def get(self, refs: Sequence[Any]) -> list[Batch]:
+    def get(self, refs: Sequence[Any]) -> list[Any]:
         """See Store."""
         import ray
 
@@ -42,10 +40,10 @@ class RayStore:
 class LocalStore:
     """This process: a column is its own reference, and is gone with the last of them."""
 
-    def put(self, columns: Batch) -> Batch:
+    def put(self, columns: Any) -> Any:
         """See Store."""
         return columns
 
-    def get(self, refs: Sequence[Any]) -> list[Batch]:
+    def get(self, refs: Sequence[Any]) -> list[Any]:
         """See Store."""
         return list(refs)

@@ -51,6 +51,23 @@ class HostResult:
     """[B'] rows="derive": the input row that each new row is made of, whose other columns it has too."""
     metrics: Metrics = field(default_factory=dict)
 
+    def parent_for(self, op: str, rows: str) -> IntArray | None:
+        """[B'] the input row of each row that `op` leaves, which does `rows` to them; None where all stay.
+
+        Raises ValueError for an answer that such an op does not give.
+        """
+        for name, allowed in (("keep", "drop"), ("parent", "derive")):
+            if getattr(self, name) is not None and rows != allowed:
+                raise ValueError(f"{op} returned {name}=, which is for rows={allowed!r}; it has rows={rows!r}")
+        if rows == "derive" and self.parent is None:
+            raise ValueError(f"{op} has rows='derive' and returned no parent=: the input row of each new row")
+        return self.keep if rows == "drop" else self.parent
+
+    @property
+    def groups(self) -> IntArray | None:
+        """[B'] group ids of the rows, where they are written."""
+        return self.columns["group_id"].values if "group_id" in self.columns else None
+
 
 @dataclass(frozen=True)
 class HostOp(Generic[P, R]):
@@ -99,21 +116,6 @@ class HostOp(Generic[P, R]):
     def draws(self) -> bool:
         """Whether it takes a random generator, seeded by the run's seed, the step and the node."""
         return RANDOM in inspect.signature(self.function).parameters
-
-    def parent_of(self, result: HostResult) -> IntArray | None:
-        """[B'] the input row of each row; None where all stay. Raises ValueError for what its rows do not allow."""
-        for name, rows in (("keep", "drop"), ("parent", "derive")):
-            if getattr(result, name) is not None and self.rows != rows:
-                raise ValueError(
-                    f"{self.name} returned {name}=, which is for @host_op(rows={rows!r}); it has {self.rows!r}"
-                )
-        if self.rows == "derive" and result.parent is None:
-            raise ValueError(f"{self.name} has rows='derive' and returned no parent=: the input row of each new row")
-        return result.keep if self.rows == "drop" else result.parent
-
-    def groups_of(self, result: HostResult) -> IntArray | None:
-        """[B'] group ids of the rows it made, where it wrote them."""
-        return result.columns["group_id"].values if "group_id" in result.columns else None
 
 
 def host_op(

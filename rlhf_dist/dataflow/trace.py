@@ -225,7 +225,8 @@ class TracedBatch(RowAlgebra):
             )
         written = tuple(out.get(column, column) for column in writes)
         check_written(line, name, written)
-        batches = [(self, with_token_ids(batches[0][1], written, self.origins)), *batches[1:]]
+        if batches:
+            batches = [(self, with_token_ids(batches[0][1], written, self.origins)), *batches[1:]]
         inside = {column: own for own, column in names.items()}
         node = Node(
             name=name,
@@ -388,13 +389,14 @@ class RoleHandle:
 
 
 class StateHandle:
-    """A `State` in a recipe: `value(key)` for a number, its `state_op` methods to update it."""
+    """A `State` in a recipe: `value(key)` for a number, its `state_op` methods."""
 
     def __init__(self, tracer: Tracer, role: str, kind: type[State], cfg: Any) -> None:
         self._tracer, self._role, self._kind = tracer, role, kind
         self._ops = ops_of(kind)
         try:
-            self._first: dict[str, float] = kind().initial(cfg)
+            initial = kind().initial(cfg)
+            self._first: dict[str, float] = {key: one for key, one in initial.items() if isinstance(one, int | float)}
         except Exception as error:  # the user's own code
             raise GraphError(
                 f"{tracer.recipe.file.name}: {kind.__name__}.initial, which gives {role!r} its numbers at the start, "
@@ -411,27 +413,45 @@ class StateHandle:
             )
         return cast(float, value_of(self._role, key, self._first[key], self._tracer.line))
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("_") or name not in self._ops:
-            raise AttributeError(f"{self._kind.__name__} has no state op {name!r}; it has {', '.join(self._ops)}")
+    def __getattr__(self, name: str) -> Callable[..., TracedBatch]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._ops:
+            near = difflib.get_close_matches(name, self._ops, n=1)
+            raise GraphError(
+                f"{self._tracer.line()}: {self._kind.__name__} {self._role!r} has no op {name!r}; it has "
+                f"{', '.join(self._ops) or 'none'}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         spec = self._ops[name]
 
-        def call(batch: TracedBatch, **kwargs: Any) -> None:
-            batch._record(
-                name=f"{self._role}.{name}",
-                role=self._role,
-                op=name,
-                kind="state",
-                batches=[(batch, spec.columns(spec.reads, kwargs))],
-                writes=(),
-                rows="keep",
-                kwargs=kwargs,
-                spec=spec,
-                weights_read=(f"{self._role}.state",),
-                weights_written=(f"{self._role}.state",),
-            )
+        def call(*batches: TracedBatch, **kwargs: Any) -> TracedBatch:
+            return self._call(spec, batches, kwargs)
 
         return call
+
+    def _call(self, spec: OpSpec, batches: tuple[TracedBatch, ...], kwargs: dict[str, Any]) -> TracedBatch:
+        where, line = f"{self._role}.{spec.name}", self._tracer.line()
+        takes = 0 if spec.rows == "new" else 1
+        if len(batches) != takes or not all(isinstance(batch, TracedBatch) for batch in batches):
+            got = ", ".join(type(one).__name__ for one in batches) or "none"
+            raise GraphError(f"{line}: {where} takes {'one batch' if takes else 'no batch'} first, got {got}")
+        function = getattr(self._kind, spec.name)
+        check_settings(line, where, function, kwargs)
+        settings = {**defaults(function), **kwargs}
+        batch = batches[0] if batches else TracedBatch(self._tracer, "", {})
+        return batch._record(
+            name=where,
+            role=self._role,
+            op=spec.name,
+            kind="state",
+            batches=[(batch, spec.columns(spec.reads, settings))] if batches else [],
+            writes=spec.columns(spec.writes, settings),
+            rows=spec.rows,
+            kwargs=settings,
+            spec=spec,
+            weights_read=(f"{self._role}.state",),
+            weights_written=(f"{self._role}.state",),
+        )
 
 
 def run_traced(

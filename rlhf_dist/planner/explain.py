@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_dist.planner.found import FoundPlan
 from rlhf_dist.planner.hardware import KINDS, Cluster
-from rlhf_dist.planner.memory import generation_weights, resting_bytes
+from rlhf_dist.planner.memory import generation_weights, gib, resting_bytes
 from rlhf_dist.planner.plan import TIE, Plan, headroom_bytes, what_if
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.planner.workload import Lengths, Workload
@@ -35,11 +35,6 @@ CAUSES = {
 
 BUSY = 0.995
 """Share of a step from which a pool counts as never idle."""
-
-
-def gib(value: float) -> str:
-    """Bytes in GiB."""
-    return f"{value / (1 << 30):.1f} GiB"
 
 
 def memory_of(plan: Plan) -> dict[str, dict[str, float]]:

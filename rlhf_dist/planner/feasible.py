@@ -12,7 +12,7 @@ from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.generation import least_cache_bytes
 from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.layouts import Layout
-from rlhf_dist.planner.memory import generation_weights, resting_bytes
+from rlhf_dist.planner.memory import generation_weights, gib, resting_bytes
 from rlhf_dist.planner.search import INFINITE, Search, State
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.typed import ConfigError
@@ -81,8 +81,6 @@ def _needs(layout: Layout, node: str, model: object, trained: bool) -> dict[str,
 
 def what_is_missing(search: Search) -> str:
     """The need that is not met, in a clause."""
-    from rlhf_dist.planner.explain import gib
-
     worst, unless = blame(search), ""
     usable = search.catalogue.usable
     if worst.needed <= usable:  # With everything offloaded it would fit: then the host is too small for that.

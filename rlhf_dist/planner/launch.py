@@ -6,10 +6,12 @@ rlhf-dist run ppo placement=auto                                 ... -> settings
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from rlhf_dist.compose import Launch, compose
 from rlhf_dist.config import DataConfig, RolloutConfig
+from rlhf_dist.placement.file import AUTO, asked_placement
 from rlhf_dist.planner.asked import asked_strategies
 from rlhf_dist.planner.calibration import apply_gpu, load_calibration
 from rlhf_dist.planner.case import parse_request
@@ -24,9 +26,6 @@ from rlhf_dist.planner.work import Problem, make_problem
 from rlhf_dist.planner.workload import Lengths, Workload
 from rlhf_dist.role_kinds import generation_of
 from rlhf_dist.typed import ConfigError
-
-if TYPE_CHECKING:
-    from rlhf_dist.compose import Launch
 
 
 def problem_of(launch: Launch, prompt: Lengths | None = None, response: Lengths | None = None) -> Problem:
@@ -65,6 +64,18 @@ def hardware_of(launch: Launch, cluster: Cluster | None = None) -> tuple[Cluster
         cluster = parse_cluster(placement.cluster, key="placement.cluster") if placement.cluster else this_machine()
     efficiency, measured = load_calibration(placement.calibration, usual_efficiency(cluster))
     return apply_gpu(cluster, measured), efficiency, measured
+
+
+def compose_planned(
+    spec: str, overrides: Sequence[str] = (), config: str | Sequence[Mapping[str, Any]] | None = None
+) -> Launch:
+    """`compose`, with `placement=auto` planned for the settings as they are without it. Raises as `compose` does, and
+    ConfigError if nothing fits.
+    """
+    asked, left = asked_placement(overrides)
+    if asked != AUTO:
+        return compose(spec, overrides, config)
+    return compose(spec, left, config, planned_settings(compose(spec, left, config), left))
 
 
 def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]:

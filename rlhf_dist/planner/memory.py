@@ -25,6 +25,11 @@ LOGIT_BYTES = 10.0
 """Of one logit: bf16 and fp32 copies, and the gradient."""
 
 
+def gib(value: float) -> str:
+    """Bytes in GiB, for people."""
+    return f"{value / (1 << 30):.1f} GiB"
+
+
 def usable_bytes(cluster: Cluster, efficiency: Efficiency) -> float:
     """What a GPU has left for tensors once contexts are there and fragments are lost."""
     return cluster.gpu.memory_bytes * (1.0 - efficiency.fragmentation) - efficiency.context_bytes

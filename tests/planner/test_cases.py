@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_dist.compose import compose
 from rlhf_dist.planner.asked import asked_strategies
 from rlhf_dist.planner.calibration import calibration_text, load_calibration, refined
 from rlhf_dist.planner.case import parse_case, read_case
@@ -18,7 +17,7 @@ from rlhf_dist.planner.emit import as_yaml
 from rlhf_dist.planner.explain import CAUSES, as_json, as_table, bottleneck, what_else
 from rlhf_dist.planner.hardware import KINDS, parse_cluster
 from rlhf_dist.planner.latency import INFERENCE_PARTS, TRAINING_PARTS
-from rlhf_dist.planner.launch import problem_of
+from rlhf_dist.planner.launch import compose_planned, problem_of
 from rlhf_dist.planner.machine import CPU_EFFICIENCY
 from rlhf_dist.planner.picture import draw_timeline
 from rlhf_dist.planner.plan import make_plan
@@ -248,17 +247,17 @@ def test_a_planned_file_is_taken_by_run_as_it_is(model: Path, tmp_path: Path) ->
     plan = make_plan(question)
     file = tmp_path / "plan.yaml"
     file.write_text(as_yaml(plan))
-    run = compose("ppo", [*settings, f"placement={file}"]).run
+    run = compose_planned("ppo", [*settings, f"placement={file}"]).run
     assert {name: pool.slots for name, pool in run.placement.pools.items()} == {
         name: pool.gpus for name, pool in zip(plan.names, plan.best.pools, strict=True)
     }
     assert run.placement.roles == {
         unit: n for n, pool in zip(plan.names, plan.best.pools, strict=True) for unit in pool.units
     }
-    actor = compose("ppo", [*settings, f"placement={file}"]).roles["actor"]
+    actor = compose_planned("ppo", [*settings, f"placement={file}"]).roles["actor"]
     assert actor.engine.dtype == actor.rollout.dtype == "bfloat16", "as it was priced"
     assert actor.engine.micro_batch_tokens >= 1024 and actor.rollout.kv_cache_bytes > 1e8
-    launch = compose("ppo", [*settings, f"placement={file}", "actor.rollout.tensor_parallel=1"])
+    launch = compose_planned("ppo", [*settings, f"placement={file}", "actor.rollout.tensor_parallel=1"])
     assert launch.roles["actor"].rollout.tensor_parallel == 1, "what is said by hand comes last"
 
 
@@ -266,39 +265,41 @@ def test_a_planned_file_with_a_mistake_is_named(model: Path, tmp_path: Path) -> 
     file = tmp_path / "plan.yaml"
     file.write_text("placement: {polls: {}}\n")
     with pytest.raises(ConfigError, match=r"unknown key placement.polls; did you mean placement.pools"):
-        compose("ppo", [f"model.path={model}", "task=addition", f"placement={file}"])
+        compose_planned("ppo", [f"model.path={model}", "task=addition", f"placement={file}"])
     with pytest.raises(ConfigError, match="no such file"):
-        compose("ppo", [f"model.path={model}", "task=addition", "placement=/no/such.yaml"])
+        compose_planned("ppo", [f"model.path={model}", "task=addition", "placement=/no/such.yaml"])
 
 
 def test_auto_plans_at_launch_and_leaves_an_ordinary_placement(model: Path, tmp_path: Path) -> None:
     settings = [f"model.path={model}", "task=addition", f"output.root={tmp_path}", "placement=auto"]
-    here = compose("ppo", settings).run.placement
-    there = compose("ppo", [*settings, "placement.cluster=2x8xH100"]).run.placement
+    here = compose_planned("ppo", settings).run.placement
+    there = compose_planned("ppo", [*settings, "placement.cluster=2x8xH100"]).run.placement
     assert set(here.roles) == {"actor", "critic", "reference"}, "the reward is a rule and takes no slot"
     assert 1 <= sum(pool.slots for pool in there.pools.values()) <= 16
     with pytest.raises(ConfigError, match="set placement.cluster"):
-        compose("ppo", [*settings, "ray.address=auto"])
+        compose_planned("ppo", [*settings, "ray.address=auto"])
 
 
 def test_auto_keeps_to_strategies_that_are_set_by_hand(model: Path, tmp_path: Path) -> None:
     settings = [f"model.path={model}", "task=addition", f"output.root={tmp_path}"]
     asked = ["actor.engine.tensor_parallel=2", "critic.engine.zero_stage=2", "critic.engine.tensor_parallel=1"]
-    planned = compose("ppo", [*settings, *asked, "placement=auto", "placement.cluster=1x8xH100"]).roles
+    planned = compose_planned("ppo", [*settings, *asked, "placement=auto", "placement.cluster=1x8xH100"]).roles
     assert planned["actor"].engine.tensor_parallel == 2
     assert planned["critic"].engine.zero_stage == 2 and planned["critic"].engine.tensor_parallel == 1
-    plain = compose("ppo", [*settings, "placement=auto", "placement.cluster=1x8xH100"]).roles["actor"]
-    exact = compose("ppo", [*settings, "model.dtype=float32", "placement=auto", "placement.cluster=1x8xH100"]).roles[
-        "actor"
-    ]
+    plain = compose_planned("ppo", [*settings, "placement=auto", "placement.cluster=1x8xH100"]).roles["actor"]
+    exact = compose_planned(
+        "ppo", [*settings, "model.dtype=float32", "placement=auto", "placement.cluster=1x8xH100"]
+    ).roles["actor"]
     assert plain.engine.dtype == plain.rollout.dtype == "bfloat16", "as it was priced"
     assert exact.engine.dtype == exact.rollout.dtype == "float32", "what is said by hand comes last"
     overrides = [*settings, *asked, "actor.engine.lora.rank=4"]
-    strategies, ignored = asked_strategies(compose("ppo", overrides), overrides)
+    strategies, ignored = asked_strategies(compose_planned("ppo", overrides), overrides)
     assert strategies == {"actor": {"tp": 2}, "critic": {"zero": 2, "tp": 1}}
     assert ignored == ["actor.engine.lora.rank=4"]
     with pytest.raises(ConfigError, match="tp must divide the 4 attention heads"):
-        compose("ppo", [*settings, "actor.engine.tensor_parallel=3", "placement=auto", "placement.cluster=1x8xH100"])
+        compose_planned(
+            "ppo", [*settings, "actor.engine.tensor_parallel=3", "placement=auto", "placement.cluster=1x8xH100"]
+        )
 
 
 def test_gpus_that_would_slow_the_step_are_left_idle_and_it_is_said() -> None:
@@ -329,7 +330,7 @@ def test_every_part_of_a_cost_has_words(tmp_path: Path) -> None:
 
 def test_a_launch_computes_what_its_settings_say(model: Path) -> None:
     cuts = ["data.prompts_per_step=8", "algorithm.samples_per_prompt=3", "algorithm.mini_batches=2"]
-    launch = compose("grpo", [f"model.path={model}", "task=addition", *cuts])
+    launch = compose_planned("grpo", [f"model.path={model}", "task=addition", *cuts])
     problem = problem_of(launch)
     rows = {work.name: (work.rows, work.mini_batches) for work in problem.nodes}
     assert rows["actor.update_actor"] == (24, 2) and rows["actor.generate_sequences"] == (24, 1)

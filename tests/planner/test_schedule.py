@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.simulation import simulate
-from recipes.dpo import dpo
-from recipes.grpo import grpo
-from recipes.ppo import PPO, ppo
-from recipes.remax import remax
-from recipes.safe_rlhf import safe_rlhf
+from recipes.constrained.safe_rlhf import safe_rlhf
+from recipes.policy_gradient.grpo import grpo
+from recipes.policy_gradient.ppo import PPO, ppo
+from recipes.policy_gradient.remax import remax
+from recipes.preference.dpo import dpo
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.planner.models import BUILT_IN
 from rlhf_dist.planner.plan import make_plan, searcher

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from recipes.grpo import grpo
-from recipes.ppo import ppo
-from recipes.remax import remax
-from recipes.safe_rlhf import safe_rlhf
+from recipes.constrained.safe_rlhf import safe_rlhf
+from recipes.policy_gradient.grpo import grpo
+from recipes.policy_gradient.ppo import ppo
+from recipes.policy_gradient.remax import remax
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.planner.boxes import partitions, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue

@@ -14,7 +14,7 @@ from controller.display import Display
 from controller.local import local_launch
 from controller.run import run
 from rlhf_dist.checks import check_launch
-from rlhf_dist.compose import compose
+from rlhf_dist.planner.launch import compose_planned
 from tests.tiny import save_llama
 
 SUMS = [(a, b) for a in range(10) for b in range(10)]
@@ -74,7 +74,7 @@ def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[.
             f"output.root={root}",
             "resume=overwrite",
         ]
-        made = compose(recipe, [*settings, *overrides])
+        made = compose_planned(recipe, [*settings, *overrides])
         made = local_launch(made, overrides) if local else made
         check_launch(made)
         with Display(made.run.name, made.run.steps, quiet=True) as display:

@@ -112,6 +112,10 @@ def test_two_actors_learn_each_in_its_pool_or_together(launch: Launch, tmp_path:
     [
         (["placement.rollout.rival=main"], "placement.rollout: unknown role that generates rival; there is"),
         (["placement.rollout.actor=man"], "placement.rollout: unknown pool man; did you mean main?"),
+        (
+            ["opponent.rollout.tensor_parallel=2", "placement.pools.main.slots=2"],
+            "opponent.rollout.tensor_parallel must be that of actor in the same pool 'main', 1, got 2",
+        ),
         (["opponent.rollout.temperature=0"], "opponent.rollout.temperature must be above 0, got 0"),
     ],
 )

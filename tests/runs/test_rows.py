@@ -164,4 +164,4 @@ def test_on_ray_and_resumed_it_ends_with_the_same_weights(
         assert one["reward/reward"] == pytest.approx(other["reward/reward"], rel=1e-6)
     first, second = (weights(tmp_path / root / "rows/models/actor") for root in ("local", "ray"))
     for name, values in first.items():  # two ranks sum gradients in another order than one
-        np.testing.assert_allclose(second[name], values, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(second[name], values, atol=1e-4, err_msg=name)

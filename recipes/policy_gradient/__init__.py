@@ -1,0 +1,1 @@
+"""A policy learns from rewards of its own responses: losses, advantages, reward shaping, sampling."""

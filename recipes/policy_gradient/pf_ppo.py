@@ -1,0 +1,77 @@
+"""PF-PPO: policy filtration (Shen and Zhang 2024, arXiv 2409.06957): PPO on the responses whose rewards can be trusted.
+
+Of N responses to a prompt, ranked by reward, those are kept at which the reward model agrees best with the truth: the
+best, the best and one at random, or the best and the worst. They go into a buffer of earlier steps' rows, too.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.batch import Batch
+from rlhf_dist.dataflow import HostResult, host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.metrics import Mean
+from rlhf_dist.replay import Replay
+from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
+from rlhf_dist.transforms import gae, whiten
+
+Strategy = Literal["best", "best_random", "best_worst"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PFPPO:
+    """Settings of PF-PPO."""
+
+    samples_per_prompt: int = 5
+    """Responses to each prompt."""
+    keep: Strategy = "best_worst"
+    """Which of them are trained on."""
+    replayed: int = 0
+    """Rows of earlier steps that are trained on, too."""
+    clip: float = 0.2
+    """The probability ratio is cut at 1 - clip and 1 + clip."""
+    value_clip: float = 0.2
+    """A new value may move this far from the old one."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref in the reward."""
+    mini_batches: int = 1
+    """Optimizer steps in one pass over the batch."""
+
+
+@host_op(reads=("rewards", "group_id"), rows="drop", scope="batch")
+def filtered(batch: Batch, *, keep: Strategy, rng: np.random.Generator) -> HostResult:
+    """The rows of each group that `keep` says; the first wins a tie."""
+    kept = []
+    for rows in batch.group():
+        order = rows[np.argsort(-batch["rewards"].values[rows], kind="stable")]
+        kept.append(order[0])
+        if len(order) > 1 and keep != "best":
+            kept.append(order[-1] if keep == "best_worst" else order[rng.integers(1, len(order))])
+    chosen = np.sort(np.array(kept, dtype=np.int64))
+    share = Mean(float(len(chosen)), float(batch.num_rows))
+    return HostResult(columns=Batch({}, len(chosen)), keep=chosen, metrics={"kept": share})
+
+
+@recipe
+def pf_ppo(
+    prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, reward: Reward, buffer: Replay, cfg: PFPPO
+) -> None:
+    """PPO on filtered rows, new and old."""
+    batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
+    batch = filtered(reward.compute_reward(batch), keep=cfg.keep)
+    if cfg.replayed:
+        old = buffer.sample(rows=cfg.replayed)
+        buffer.add(batch)
+        batch = batch.concat(old)
+    batch = actor.compute_log_prob(batch)
+    batch = critic.compute_values(reference.compute_ref_log_prob(batch))
+    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
+    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
+    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)

@@ -1,0 +1,1 @@
+"""Losses on preferences that are given: pairs, lists, labelled rows."""

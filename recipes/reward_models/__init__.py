@@ -1,0 +1,1 @@
+"""Models that score or compare responses, and how they are kept honest."""

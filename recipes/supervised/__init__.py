@@ -1,0 +1,1 @@
+"""Imitation of given responses: supervised fine-tuning, distillation, rejection sampling."""
