@@ -136,7 +136,7 @@ class _Role:
 def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
     """Pools and phases of a launch on `cluster`, in order. Raises ConfigError for a model whose shape is not said."""
     placed = launch.placed
-    learning, cuda = set(launch.learning_roles), cluster.gpu.name != "CPU"
+    learning, cuda = set(launch.dataflow.trained), cluster.gpu.name != "CPU"
     longest = max_row_tokens(launch)[0]
     found: list[PhaseBytes] = []
     pools = {pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles} - {HOST_POOL}
