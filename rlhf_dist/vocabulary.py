@@ -11,8 +11,7 @@ from rlhf_dist import transforms
 from rlhf_dist.algorithms import losses
 from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.host import HostOp
-from rlhf_dist.roles import Columns, ops_of
-from rlhf_dist.vocabulary_facts import ROLES
+from rlhf_dist.roles import KINDS, Columns, ops_of
 
 _ROWS = {"keep": "", "drop": ", fewer rows", "derive": ", rows made of those"}
 
@@ -21,7 +20,7 @@ def describe_ops() -> str:
     """Tables of role ops, host ops and losses: what is called, what it reads and writes, what it is."""
     role_ops = [
         (f"{interface.__name__}.{name}", f"{_columns(spec.reads)} -> {_columns(spec.writes)}", getattr(interface, name))
-        for interface in ROLES
+        for interface in KINDS
         for name, spec in ops_of(interface).items()
     ]
     host_ops = [

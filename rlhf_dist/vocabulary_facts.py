@@ -13,11 +13,8 @@ from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.op_settings import defaults
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.recipe_files import family_of
-from rlhf_dist.roles import Actor, Columns, Critic, Reference, Reward, RewardModel, ops_of
+from rlhf_dist.roles import KINDS, Columns, ops_of
 from rlhf_dist.schema import COLUMNS
-
-ROLES = (Actor, Critic, Reference, Reward, RewardModel)
-"""Every kind of role."""
 
 
 class _AnyLoss:
@@ -68,7 +65,7 @@ def role_facts() -> list[dict[str, Any]]:
                 for name, spec in ops_of(interface).items()
             ],
         }
-        for interface in ROLES
+        for interface in KINDS
     ]
 
 

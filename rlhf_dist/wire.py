@@ -142,8 +142,6 @@ class WorkerContext:
     device: str
     """`cpu`, `cuda:0`, ..."""
     seed: int
-    generates: bool = False
-    """Whether the recipe generates with this role."""
     total_steps: int = 0
     """Steps of the run, for schedules."""
     folder: str = ""

@@ -120,13 +120,13 @@ class WorkerProcess:
     def host_role(
         self,
         role: str,
-        worker_path: str,
+        worker: str | type,
         settings: Mapping[str, Any],
         context: Mapping[str, Any],
         device_bytes: int | None = None,
         phases: Sequence[str] = (),
     ) -> tuple[str, ...]:
-        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it.
+        """Build the worker of `role`, `package.module:Class` or the class itself; what a user should know about it.
 
         device_bytes, phases: of the pool, the same for all its roles (`placement.pools.X.device_bytes`, `phases.py`).
         """
@@ -135,8 +135,10 @@ class WorkerProcess:
             self._phase = f"{role}: {text}"
 
         phase("importing")
-        module, name = worker_path.split(":")
-        worker = getattr(importlib.import_module(module), name)
+        made_by: Any = worker
+        if isinstance(worker, str):
+            module, name = worker.split(":")
+            made_by = getattr(importlib.import_module(module), name)
         if self._joined and self._memory is None:
             from workers.memory.arbiter import new_arbiter
 
@@ -151,7 +153,7 @@ class WorkerProcess:
             phase=phase,
             **context,
         )
-        self._roles[role] = worker(context=where, **settings)
+        self._roles[role] = made_by(context=where, **settings)
         return tuple(getattr(self._roles[role], "remarks", ()))
 
     def phase(self) -> str:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
+from rlhf_dist.dataflow.facts import RoleFacts, facts_of
 from rlhf_dist.roles import RowEffect
 
 Kind = Literal["source", "op", "host", "state", "join", "concat", "refill", "reshard"]
@@ -109,6 +111,8 @@ class Dataflow:
     nodes: tuple[Node, ...]
     roles: Mapping[str, str]
     """Role -> the name of its interface, in the recipe's order."""
+    bases: Mapping[str, str] = field(default_factory=dict)
+    """Role -> the name of the base that its interface derives from (`roles.BASES`); sources and states have none."""
     staleness: int = 0
     """Updates that the weights which generate may be behind: generation of step t waits for the reshard of step
     t - 1 - staleness. It never is behind what its own step trained before it."""
@@ -188,10 +192,20 @@ class Dataflow:
         """Nodes whose columns `name` reads, in the same step."""
         return {edge.source for edge in self.edges if edge.target == name and edge.column}
 
+    @cached_property
+    def facts(self) -> Mapping[str, RoleFacts]:
+        """What is asked of each role, in the recipe's order."""
+        return facts_of(self.nodes, self.roles)
+
     @property
     def generating(self) -> tuple[str, ...]:
         """Roles that generate, in the recipe's order."""
-        return tuple(role for role in self.roles if any(f"{role}.rollout" in node.weights_read for node in self))
+        return tuple(role for role, facts in self.facts.items() if facts.generates)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Roles that learn, in the recipe's order."""
+        return tuple(role for role, facts in self.facts.items() if facts.trained)
 
     def readers(self, name: str) -> set[str]:
         """Nodes that need anything `name` wrote or carried, in the same step."""

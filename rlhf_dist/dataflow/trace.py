@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from io import StringIO
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -43,7 +44,7 @@ from rlhf_dist.dataflow.row_facts import (
     with_token_ids,
 )
 from rlhf_dist.dataflow.state_value import states_read, value_of
-from rlhf_dist.roles import OpSpec, RowEffect, State, ops_of
+from rlhf_dist.roles import OpSpec, RowEffect, State, base_of, ops_of
 from rlhf_dist.schema import COLUMNS, ROW_IDS
 
 OnNode = Callable[[Node], None]
@@ -206,8 +207,12 @@ class TracedBatch(RowAlgebra):
         spec: Any,
         weights_read: tuple[str, ...] = (),
         weights_written: tuple[str, ...] = (),
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> TracedBatch:
-        """Record a node that reads these columns of `batches`, this one first; returns this batch after it."""
+        """Record a node that reads these columns of `batches`, this one first; returns this batch after it.
+
+        names: see OpSpec.
+        """
         kwargs, line = dict(kwargs), self.tracer.line()
         check_known(line, name, kwargs)
         out = output_names(line, kwargs.pop("out", None), writes, name)
@@ -221,6 +226,7 @@ class TracedBatch(RowAlgebra):
         check_written(line, name, written)
         if batches:
             batches = [(self, with_token_ids(batches[0][1], written, self.origins)), *batches[1:]]
+        inside = {column: own for own, column in names.items()}
         node = Node(
             name=name,
             role=role,
@@ -231,7 +237,7 @@ class TracedBatch(RowAlgebra):
                 for k, (batch, columns) in enumerate(batches)
             ),
             writes=written,
-            out=out,
+            out={**names, **{inside.get(column, column): new for column, new in out.items()}},
             rows=rows,
             weights_read=(*weights_read, *(f"{state}.state" for state in states_read(kwargs))),
             weights_written=weights_written,
@@ -370,6 +376,7 @@ class RoleHandle:
             spec=spec,
             weights_read=(f"{self._role}.{spec.weights_read}",) if spec.weights_read else (),
             weights_written=(f"{self._role}.{spec.weights_written}",) if spec.weights_written else (),
+            names=spec.names,
         )
 
 
@@ -525,7 +532,8 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
         raise GraphError(f"{recipe.file.name}:{lines[-1]}: {error}" if lines else str(error)) from error
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
-    return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles))
+    bases = {name: base.__name__ for name, kind in recipe.roles.items() if (base := base_of(kind)) is not None}
+    return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles, bases=bases))
 
 
 __all__ = ["RoleHandle", "StateHandle", "TracedBatch", "Tracer", "rehearsal", "run_traced", "trace"]

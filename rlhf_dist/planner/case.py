@@ -159,7 +159,7 @@ def parse_models(models: Any, dataflow: Dataflow) -> dict[str, ModelSpec | None]
             continue
         value = models.get(role, models.get("default"))
         if value is None and role not in models:
-            if dataflow.roles[role] == "Reward":
+            if dataflow.bases.get(role) in ("Reward", "Function"):
                 found[role] = None  # A rule.
                 continue
             raise ConfigError(f"models.{role} has no value and needs one; set it to a model (or set models.default)")

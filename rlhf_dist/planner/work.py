@@ -18,8 +18,8 @@ from rlhf_dist.planner.workload import Workload
 from rlhf_dist.typed import ConfigError, unknown
 
 Phase = Literal["train", "infer", "generate", "reshard", "host"]
-VALUE_ROLES = ("Critic", "Reward", "RewardModel")
-"""Interfaces with one output instead of a vocabulary."""
+VALUE_BASES = ("ValueModel", "Reward")
+"""Kinds of role with one output instead of a vocabulary."""
 RULES = ("rule", "none", "function")
 
 
@@ -113,7 +113,7 @@ def make_problem(
     for role in placed:
         shape = models[role]
         if shape is not None:
-            shapes[role] = replace(shape, scalar_head=dataflow.roles[role] in VALUE_ROLES)
+            shapes[role] = replace(shape, scalar_head=dataflow.bases.get(role) in VALUE_BASES)
     nodes = _nodes(dataflow, shapes, workload, cuts_of_graph)
     for work in nodes:
         if work.phase == "host":
