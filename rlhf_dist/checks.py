@@ -31,7 +31,7 @@ from rlhf_dist.typed import ConfigError
 from rlhf_dist.weight_checks import check_weights
 
 if TYPE_CHECKING:
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
@@ -157,7 +157,7 @@ def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
         return read_shape(model.path, key, weights=model.init == "pretrained")
     if Path(model.path).is_dir():
         return read_shape(model.path, key, weights=False)
-    from rlhf_dist.planner.models import model_spec
+    from rlhf_dist.model_specs import model_spec
 
     spec = model_spec(model.path, key)
     return ModelShape(
