@@ -15,6 +15,7 @@ from controller.local import local_launch
 from controller.run import run
 from rlhf_dist.checks import check_launch
 from rlhf_dist.planner.launch import compose_planned
+from tests.runs.warm_cluster import WarmCluster
 from tests.tiny import save_llama
 
 SUMS = [(a, b) for a in range(10) for b in range(10)]
@@ -81,3 +82,20 @@ def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[.
             return run(made, display, eager=eager or local, local=local)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def warm(cluster: None) -> Iterator[WarmCluster]:
+    made = WarmCluster()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def launch_warm(
+    launch: Callable[..., dict[str, Any]], warm: WarmCluster, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """`launch`, in processes that are there already. Not for vLLM, which wants a process to itself, nor where a second
+    run must find everything on disk (resume) or its processes' logs in its own folder."""
+    monkeypatch.setattr("controller.cluster.Cluster", lambda *settings: warm)
+    return launch
