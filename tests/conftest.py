@@ -7,14 +7,11 @@ between two tests, and the other waits until it is over.
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-"""Before anything imports Ray: its own 30 s are too few where all cores are busy."""
 SLOW_FOLDERS = {"engines", "generation", "gpu", "runs"}
 GATE, ROOM = Path(__file__), Path(__file__).with_name("__init__.py")
 """Files to lock. Whoever has the room may run; the gate is passed on the way in, and held by one that waits to be
