@@ -84,7 +84,7 @@ def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[.
     return start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def warm(cluster: None) -> Iterator[WarmCluster]:
     made = WarmCluster()
     yield made
