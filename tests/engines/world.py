@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -91,6 +92,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
     from workers.device import device_for, init_distributed
     from workers.network import use_network
 
+    # What is imported is no garbage: a collection (DeepSpeed asks for one with each engine) need not go through it.
+    gc.freeze()
     torch.set_num_threads(1)
     if ":" in device:
         _share_one_gpu(rank)
