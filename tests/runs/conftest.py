@@ -24,7 +24,13 @@ SUMS = [(a, b) for a in range(10) for b in range(10)]
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """One Ray for all tests of this folder."""
-    ray.init(num_cpus=24, object_store_memory=256 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",  # never one that another test has started meanwhile
+        num_cpus=24,
+        object_store_memory=256 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
