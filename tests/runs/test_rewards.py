@@ -62,7 +62,7 @@ def test_every_shipped_reward_works_in_a_worker(spec: str, process: Any) -> None
     texts = {"prompt": ["1+2="] * 2, "response": [right, wrong], "answer": [answer] * 2}
     stored = ray.put(Batch({name: Column.strings(rows) for name, rows in texts.items()}))
     object_of, row_of = np.zeros(2, np.int32), np.arange(2, dtype=np.int32)
-    fetch = Fetch({name: name for name in texts}, (stored,), object_of, row_of)
+    fetch = Fetch({name: (name,) for name in texts}, (stored,), object_of, row_of)
     settings = {"function": load_reward(spec), "limits": Limits(timeout_s=60.0), "failed_reward": None}
     ray.get(
         process.host_role.remote("reward", "workers.rule_reward:RuleRewardWorker", settings, {"seed": 0}), timeout=120
