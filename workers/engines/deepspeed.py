@@ -125,7 +125,7 @@ class DeepSpeedEngine(PackedEngine):
 
     def _after_forward(self) -> None:
         # Not by the engine's own method, which also collects Python's garbage and empties the device's cache: with all
-        # that is imported here that takes 0.3 s on a quiet machine, and a pass of a small model a tenth of it.
+        # that is imported here a quarter of a second of every pass.
         optimizer = getattr(self._engine, "optimizer", None)
         if hasattr(optimizer, "empty_partition_cache"):  # stage 3
             optimizer.empty_partition_cache()
