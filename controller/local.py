@@ -24,7 +24,7 @@ from controller.pool import ClusterError, Pool
 from controller.replies import Answer
 from rlhf_dist.auto_settings import settle
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig, PlacementConfig, PoolConfig
+from rlhf_dist.config import LanguageModelConfig, PlacementConfig, PoolConfig
 from rlhf_dist.failure import Failure
 from rlhf_dist.machine import local_machine
 from rlhf_dist.placement.roles import HOST_POOL
@@ -56,7 +56,7 @@ def local_launch(launch: Launch, overrides: Sequence[str], device: str = "auto")
 
 def _without_vllm(role: str, config: Any, overrides: Sequence[str]) -> Any:
     said = any(override.lstrip("+").startswith(f"{role}.rollout.engine=") for override in overrides)
-    if not isinstance(config, ActorConfig) or said:
+    if not isinstance(config, LanguageModelConfig) or said:
         return config
     return replace(config, rollout=replace(config.rollout, engine="transformers"))
 

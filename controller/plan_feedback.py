@@ -18,16 +18,16 @@ from typing import Any
 from controller.executor import Finished
 from controller.session import pools_of_roles
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.placement.roles import pool_size, rollout_of
 from rlhf_dist.planner.calibration import calibration_text, refined
 from rlhf_dist.planner.explain import as_json
-from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.launch import hardware_of, problem_of
 from rlhf_dist.planner.machine import cpu_node, this_machine, usual_efficiency
 from rlhf_dist.planner.plan import Question, Request, make_plan
 from rlhf_dist.planner.work import Problem
 from rlhf_dist.planner.workload import Lengths
+from rlhf_dist.role_kinds import generation_of
 from rlhf_dist.typed import ConfigError
 
 REPORT = "plan_report.json"
@@ -113,8 +113,9 @@ def _wanted(launch: Launch, problem: Problem, cluster: Cluster) -> dict[str, dic
         settings = launch.used_roles.get(work.role)
         if settings is None:
             continue
-        if work.phase == "generate" and isinstance(settings, ActorConfig):
-            wanted[work.name] = {"tp": settings.rollout.tensor_parallel, "pp": 1}
+        rollout = generation_of(launch, work.role)
+        if work.phase == "generate" and rollout is not None:
+            wanted[work.name] = {"tp": rollout.tensor_parallel, "pp": 1}
         elif work.phase in ("train", "infer"):
             engine = settings.engine
             wanted[work.name] = {

@@ -22,16 +22,16 @@ from controller.replies import Replies
 from controller.shared_files import check_files_are_shared
 from controller.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig, CriticConfig, PoolConfig, ReferenceConfig, RewardConfig, SourceConfig
+from rlhf_dist.config import PoolConfig, SourceConfig
 from rlhf_dist.data.of_launch import tokenizer_of
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
-from rlhf_dist.dispatch import ONE_TO_ALL, Mesh
+from rlhf_dist.dispatch import ONE_TO_ALL
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, resolved, rollout_of
-from rlhf_dist.reshard.groups import colocated_axes, consecutive_axes
+from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
+from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base, worker_of
 from rlhf_dist.roles import OpSpec, State
 from rlhf_dist.wire import Bridge, HeldState
 
@@ -39,7 +39,6 @@ HELDOUT = "heldout"
 GROUP_BITS = 48
 """Group ids of a recipe's k-th source begin at k times two to this."""
 SOURCE_WORKER = "workers.source:SourceWorker"
-ROLLOUT_WORKER = "workers.rollout:RolloutWorker"
 SYNC_SHARE = 0.8
 """Of what the controller waits for a call: a weight sync takes less, so that ranks say who is missing."""
 
@@ -116,9 +115,10 @@ class Session:
         return self.runner(None, {}, beside=beside, limit_s=limit_s).run_node(node, step).metrics
 
     def sync(self, steps_done: int) -> list[Finished]:
-        """Give every role that generates the weights it has trained in `steps_done` steps."""
-        runner = self.runner(None, {})
-        return [runner.run_node(reshard_node(role), steps_done - 1) for role in self.launch.dataflow.generating]
+        """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps."""
+        runner, generating = self.runner(None, {}), self.launch.dataflow.generating
+        synced = [role for role in generating if has_training_engine(self.launch, role)]
+        return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
 
     def save_state(self, held: HeldState, folder: Path) -> None:
         """Write a state's values, where there are others than numbers."""
@@ -170,35 +170,26 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
     if run.data.heldout is not None:
         groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
         starting.append((groups[HELDOUT], _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
-    # Actors first: a reference may share the base of one.
-    for name in sorted(placed, key=lambda name: not isinstance(launch.roles[name.split(".")[0]], ActorConfig)):
-        role, pool = name.split(".")[0], pools[placed[name]]
-        apart = rollout_of(role) in placed
-        groups[name] = WorkerGroup(name, pool, _meshes(launch.roles[role], pool, name, apart))
-        path, settings = _worker_of(launch, role, apart) if name == role else _rollout_worker_of(launch, role)
-        starting.append((groups[name], _host_role(launch, groups[name], path, settings)))
+    # What learns first: a frozen role may share the base of one with adapters.
+    for name in sorted(placed, key=lambda name: not launch.dataflow.facts[name.split(".")[0]].trained):
+        pool = pools[placed[name]]
+        groups[name] = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
+        worker, settings = worker_of(launch, name)
+        starting.append((groups[name], _host_role(launch, groups[name], worker, settings)))
     _await_roles(starting, cluster.replies, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
     for role in launch.dataflow.generating:
         if rollout_of(role) in groups:
             phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
             _connect(groups[role], groups[rollout_of(role)], cluster.replies, run.ray.call_timeout_s)
+    for (source, target), staged in launch.dataflow.ways.items():
+        phase(f"{target}: planning how weights come from {source}")
+        _connect_weights(groups[source], groups[target], staged, cluster.replies, run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
 def pools_of_roles(launch: Launch) -> dict[str, str]:
     """Role -> pool, for the roles the graph uses; `ROLE.rollout` too where generation has a pool of its own."""
-    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
-    return {name: pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles}
-
-
-def role_with_base(launch: Launch, reference: str) -> str | None:
-    """The role whose frozen base model is what `reference` needs, in the same pool: an actor with adapters."""
-    placed, config = pools_of_roles(launch), launch.roles[reference]
-    for role, other in launch.used_roles.items():
-        if isinstance(other, ActorConfig) and other.engine.lora is not None and placed[role] == placed[reference]:
-            if other.model == config.model and other.engine.dtype == config.engine.dtype:
-                return role
-    return None
+    return {name: pool for name, pool in launch.placed.items() if name.split(".")[0] in launch.used_roles}
 
 
 def slots_needed(launch: Launch) -> int:
@@ -206,26 +197,9 @@ def slots_needed(launch: Launch) -> int:
     return sum(pool_size(launch.run.placement, name) for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
 
 
-def _is_trained(launch: Launch, role: str) -> bool:
-    return any(f"{role}.train" in node.weights_written for node in launch.dataflow)
-
-
 def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
-    (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
-    if isinstance(opened, Exception):
-        raise opened
-    if isinstance(opened, Failure):
-        raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
-    address, port = cast(tuple[str, int], opened)
-    bridge = Bridge(
-        address=address,
-        port=port,
-        senders=sending.pool.size,
-        receivers=receiving.pool.size,
-        nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
-        timeout_s=SYNC_SHARE * timeout_s,
-    )
+    bridge = _bridge(sending, receiving, replies, timeout_s)
     joining = [
         (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
         for group in (sending, receiving)
@@ -233,59 +207,33 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, tim
     _await_roles(joining, replies, timeout_s)
 
 
-def _meshes(config: Any, pool: Pool, name: str, apart: bool) -> dict[str, Mesh]:
-    """The meshes of what a group does: a pool that only trains need not have the size of one that generates."""
-    if name.endswith(".rollout"):
-        return {"rollout": Mesh(consecutive_axes(config, pool.size))}
-    sp, tp = config.engine.sequence_parallel, config.engine.tensor_parallel
-    train = Mesh({"dp": pool.size // (sp * tp), "sp": sp, "tp": tp})
-    if not isinstance(config, ActorConfig) or apart:
-        return {"train": train}
-    return {"train": train, "rollout": Mesh(colocated_axes(config, pool.nodes))}
+def _connect_weights(source: WorkerGroup, target: WorkerGroup, staged: int, replies: Replies, timeout_s: float) -> None:
+    """Have all ranks of two roles plan how weights go from one to the other; staged: see `Dataflow.ways`."""
+    apart = source.pool.name != target.pool.name
+    bridge = _bridge(source, target, replies, timeout_s) if apart else None
+    way = (source.role, target.role, bridge, staged)
+    joining = [
+        (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
+        for group in ((source, target) if apart else (target,))
+    ]
+    _await_roles(joining, replies, timeout_s)
 
 
-def _worker_of(launch: Launch, role: str, rollout_apart: bool) -> tuple[str, dict[str, Any]]:
-    config = launch.roles[role]
-    interface: Any = launch.recipe.roles[role]
-    trains = _is_trained(launch, role)
-    if isinstance(config, RewardConfig) and config.function is not None:
-        return interface.rule_worker, _rule_settings(config, launch.recipe.file)
-    if isinstance(config, ActorConfig):
-        on_policy = launch.run.placement.max_staleness == 0
-        where = {"generates_here": not rollout_apart, "on_policy": on_policy}
-        return interface.worker, {"config": config, "trains": trains, **where}
-    if isinstance(config, ReferenceConfig):
-        actors = [other for other in launch.roles.values() if isinstance(other, ActorConfig)]
-        temperature = actors[0].rollout.temperature if actors and launch.dataflow.generating else 1.0
-        base_of = role_with_base(launch, role)
-        return interface.worker, {"config": config, "temperature": temperature, "base_of": base_of}
-    assert isinstance(config, CriticConfig | RewardConfig), f"role {role} has settings of an unknown kind"
-    return interface.worker, {
-        "model": config.model,
-        "engine": config.engine,
-        "optimizer": config.optimizer if trains else None,
-    }
-
-
-def _rule_settings(config: RewardConfig, recipe_file: Path) -> dict[str, Any]:
-    from rlhf_dist.rewards.child import Limits
-    from rlhf_dist.rewards.load import load_reward
-
-    assert config.function is not None, "a rule is a function"
-    return {
-        "function": load_reward(config.function, recipe_file),
-        "limits": Limits(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes, concurrency=config.concurrency),
-        "failed_reward": config.failed_reward,
-    }
-
-
-def _rollout_worker_of(launch: Launch, role: str) -> tuple[str, dict[str, Any]]:
-    placement = launch.run.placement
-    return ROLLOUT_WORKER, {
-        "config": launch.roles[role],
-        "max_staleness": placement.max_staleness if _is_trained(launch, role) else None,
-        "interrupts": placement.interrupt,
-    }
+def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> Bridge:
+    (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
+    if isinstance(opened, Exception):
+        raise opened
+    if isinstance(opened, Failure):
+        raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
+    address, port = cast(tuple[str, int], opened)
+    return Bridge(
+        address=address,
+        port=port,
+        senders=sending.pool.size,
+        receivers=receiving.pool.size,
+        nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
+        timeout_s=SYNC_SHARE * timeout_s,
+    )
 
 
 def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, **own: Any) -> list[Any]:
@@ -300,17 +248,16 @@ def _folder(launch: Launch) -> Path:
 
 def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
     """What a step asks of the devices of `pool`, in order."""
-    references = [name for name in launch.used_roles if isinstance(launch.roles[name], ReferenceConfig)]
-    bases = {name: base for name in references if (base := role_with_base(launch, name)) is not None}
+    bases = {name: base for name in launch.used_roles if (base := role_with_base(launch, name)) is not None}
     return phases_of(launch.dataflow, pools_of_roles(launch), pool, bases)
 
 
-def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[str, Any]) -> list[Any]:
+def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings: Mapping[str, Any]) -> list[Any]:
     context = {
         "seed": launch.run.seed,
-        "generates": group.role.split(".")[0] in launch.dataflow.generating,
         "frozen_folders": frozen_folders(launch),
         "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
+        "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
@@ -320,7 +267,9 @@ def _host_role(launch: Launch, group: WorkerGroup, path: str, settings: Mapping[
     if group.pool.name != HOST_POOL:
         device_bytes = launch.run.placement.pools[group.pool.name].device_bytes
         memory = {"device_bytes": device_bytes, "phases": phases_of_pool(launch, group.pool.name)}
-    return [process.host_role.remote(group.role, path, settings, context, **memory) for process in group.pool.processes]
+    return [
+        process.host_role.remote(group.role, worker, settings, context, **memory) for process in group.pool.processes
+    ]
 
 
 def _await_roles(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_dist.config import ActorConfig, EngineConfig, RolloutConfig
+from rlhf_dist.config import EngineConfig, FunctionConfig, LanguageModelConfig, RolloutConfig
 from rlhf_dist.machine import Machine
 from rlhf_dist.machine_settings import (
     Choice,
@@ -26,11 +26,13 @@ from rlhf_dist.machine_settings import (
     kv_cache_on,
     slots_on,
 )
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, rollout_of
+from rlhf_dist.placement.roles import HOST_POOL, rollout_of
+from rlhf_dist.role_kinds import has_training_engine
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_dist.compose import Launch, RoleConfig
+    from rlhf_dist.compose import Launch
+    from rlhf_dist.role_kinds import RoleConfig
 
 
 def settle(launch: Launch, machine: Machine) -> Launch:
@@ -40,7 +42,7 @@ def settle(launch: Launch, machine: Machine) -> Launch:
     `check_launch` says what is wrong with it.
     """
     try:
-        placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+        placed = launch.placed
     except ConfigError:
         return launch
     chosen = dict(_slots(launch, placed, machine))
@@ -73,7 +75,7 @@ def slow_settings(launch: Launch) -> list[str]:
     """What was set by hand and the machine is slow with, and what to do."""
     if launch.machine is None:
         return []
-    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    placed = launch.placed
     found: dict[str, list[str]] = {}
     for role in launch.used_roles:
         for key, section, pool in _sections(role, launch.roles[role], placed):
@@ -107,11 +109,11 @@ def _of_role(launch: Launch, role: str, placed: Mapping[str, str], machine: Mach
     for key, section, pool in _sections(role, settings, placed):
         if _is_left(launch, key, section.dtype):
             yield key, dtype_on(machine, _device(launch, pool, machine))
-    if not isinstance(settings, ActorConfig):
+    if not isinstance(settings, LanguageModelConfig):
         return
     pool = placed.get(rollout_of(role), placed[role])
     device = _device(launch, pool, machine)
-    beside = any(at == pool and launch.roles[name].model for name, at in placed.items() if name in launch.used_roles)
+    beside = any(placed[name] == pool and has_training_engine(launch, name) for name in launch.used_roles)
     generators = [name for name in launch.dataflow.generating if placed.get(rollout_of(name), placed[name]) == pool]
     rollout = settings.rollout
     for name, value, choice in (
@@ -126,7 +128,7 @@ def _of_role(launch: Launch, role: str, placed: Mapping[str, str], machine: Mach
 def _attention(launch: Launch, placed: Mapping[str, str]) -> Iterator[tuple[str, Choice]]:
     assert launch.machine is not None, "of a launch that is settled"
     for role, settings in launch.used_roles.items():
-        if settings.model is not None and settings.engine.packing:
+        if has_training_engine(launch, role) and settings.engine.packing:
             device = _device(launch, placed[role], launch.machine)
             yield f"{role}.engine.attention", attention_on(device, settings.engine.dtype)
 
@@ -141,7 +143,7 @@ def _sections(
 ) -> Iterator[tuple[str, EngineConfig | RolloutConfig, str]]:
     """(key, section, pool) of every dtype of a role."""
     yield f"{role}.engine.dtype", settings.engine, placed[role]
-    if isinstance(settings, ActorConfig):
+    if isinstance(settings, LanguageModelConfig):
         yield f"{role}.rollout.dtype", settings.rollout, placed.get(rollout_of(role), placed[role])
 
 
@@ -157,8 +159,8 @@ def _matters(key: str, launch: Launch, placed: Mapping[str, str]) -> bool:
     settings = launch.roles[role]
     if role not in launch.used_roles or settings.model is None:
         return False
-    if section != "rollout" or not isinstance(settings, ActorConfig):
-        return True
+    if section != "rollout" or not isinstance(settings, LanguageModelConfig):
+        return has_training_engine(launch, role)
     unread = set()
     if settings.rollout.engine != "vllm":
         unread |= {"kv_cache_bytes", "gpu_memory_share"}
@@ -173,8 +175,10 @@ def _with(section: Any, prefix: str, chosen: Mapping[str, Choice]) -> Any:
 
 
 def _role_with(settings: RoleConfig, role: str, chosen: Mapping[str, Choice]) -> RoleConfig:
+    if isinstance(settings, FunctionConfig):
+        return settings
     engine = _with(settings.engine, f"{role}.engine", chosen)
-    if isinstance(settings, ActorConfig):
+    if isinstance(settings, LanguageModelConfig):
         return replace(settings, engine=engine, rollout=_with(settings.rollout, f"{role}.rollout", chosen))
     return replace(settings, engine=engine)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.auto_settings import machine_lines, settle
-from rlhf_dist.compose import Launch, RoleConfig
-from rlhf_dist.config import ActorConfig, CriticConfig, ModelConfig, RewardConfig
+from rlhf_dist.compose import Launch
+from rlhf_dist.config import ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
@@ -23,13 +23,15 @@ from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
 from rlhf_dist.output_checks import check_outputs
-from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_of_roles, pool_size, rollout_of
+from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
+from rlhf_dist.role_kinds import generation_of, kind_of
 from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.typed import ConfigError
+from rlhf_dist.weight_checks import check_weights
 
 if TYPE_CHECKING:
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
@@ -46,16 +48,16 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_name(launch)
     _check_tracker(launch)
     check_rewards(launch)
+    check_weights(launch)
     shapes = {
         role: _shape(model, f"{role}.model.path", cluster is not None)
         for role, settings in launch.used_roles.items()
-        if (model := _model(settings)) is not None
+        if (model := settings.model) is not None
     }
     if cluster is None:
         _check_heads(launch)
-    generating = launch.dataflow.generating
-    pools = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, generating)
-    check_staleness(launch.run.placement, pools, generating)
+    pools = launch.placed
+    check_staleness(launch.run.placement, pools, launch.dataflow.facts)
     sizes = {
         name: pool_size(launch.run.placement, name)
         for name in launch.run.placement.pools
@@ -111,8 +113,7 @@ def _check_numbers(launch: Launch) -> None:
             above_zero[f"{role}.optimizer.eps"] = optimizer.eps
             if optimizer.schedule != "constant":
                 at_least[f"{role}.optimizer.total_steps"] = (optimizer.total_steps, optimizer.warmup_steps + 1)
-        if isinstance(settings, ActorConfig) and _generates(launch, role):
-            rollout = settings.rollout
+        if (rollout := generation_of(launch, role)) is not None:
             for name in ("tensor_parallel", "max_prompt_tokens", "max_response_tokens"):
                 at_least[f"{role}.rollout.{name}"] = (getattr(rollout, name), 1)
             if rollout.bucket_bytes is not None:
@@ -156,7 +157,7 @@ def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
         return read_shape(model.path, key, weights=model.init == "pretrained")
     if Path(model.path).is_dir():
         return read_shape(model.path, key, weights=False)
-    from rlhf_dist.planner.models import model_spec
+    from rlhf_dist.model_specs import model_spec
 
     spec = model_spec(model.path, key)
     return ModelShape(
@@ -170,24 +171,24 @@ def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
 
 
 def _has_tokenizers(launch: Launch) -> bool:
-    models = [model for settings in launch.used_roles.values() if (model := _model(settings)) is not None]
+    models = [model for settings in launch.used_roles.values() if (model := settings.model) is not None]
     return all((Path(model.path).expanduser() / "tokenizer.json").is_file() for model in models)
 
 
 def _check_heads(launch: Launch) -> None:
-    trained = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
     for role, settings in launch.used_roles.items():
-        model = _model(settings)
-        if isinstance(settings, CriticConfig | RewardConfig) and model is not None and model.init == "pretrained":
-            needed = isinstance(settings, RewardConfig) and role not in trained
+        model, kind = settings.model, kind_of(launch.recipe.roles[role])
+        if kind.head == "value" and model is not None and model.init == "pretrained":
+            needed = isinstance(settings, RewardConfig) and not launch.dataflow.facts[role].trained
             check_head(model.path, f"{role}.model.path", needed=needed)
 
 
 def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[str, str], sizes: dict[str, int]) -> None:
-    for role, settings in launch.roles.items():
-        if not isinstance(settings, ActorConfig) or not _generates(launch, role):
+    for role in launch.roles:
+        rollout, model = generation_of(launch, role), launch.roles[role].model
+        if rollout is None or model is None:
             continue
-        size, key = settings.rollout.tensor_parallel, f"{role}.rollout.tensor_parallel"
+        size, key = rollout.tensor_parallel, f"{role}.rollout.tensor_parallel"
         pool = pools.get(rollout_of(role), pools[role])
         slots = sizes[pool]
         if slots % size:
@@ -197,18 +198,18 @@ def _check_rollout(launch: Launch, shapes: dict[str, ModelShape], pools: dict[st
         on_cpu = device_of(config, launch.machine or local_machine()) == "cpu"
         if launch.run.ray.address is not None and config.device == "auto":
             on_cpu = False  # The cluster may have GPUs; its engines say so where it has none.
-        if on_cpu and settings.rollout.engine == "vllm" and settings.rollout.kv_cache_bytes == 0:
+        if on_cpu and rollout.engine == "vllm" and rollout.kv_cache_bytes == 0:
             raise ConfigError(f"{role}.rollout.kv_cache_bytes must be above 0 without a GPU, got 0; leave it null")
-        if on_cpu and settings.rollout.engine == "vllm" and shape.head_size not in (None, *CPU_HEAD_SIZES):
+        if on_cpu and rollout.engine == "vllm" and shape.head_size not in (None, *CPU_HEAD_SIZES):
             raise ConfigError(
-                f"{role}.rollout.engine=vllm cannot generate with {settings.model.path} without a GPU: its attention "
+                f"{role}.rollout.engine=vllm cannot generate with {model.path} without a GPU: its attention "
                 f"heads are {shape.head_size} wide, and vLLM takes {', '.join(map(str, CPU_HEAD_SIZES))} on a CPU; set "
                 f"{role}.rollout.engine=transformers"
             )
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
             if count is not None and count % size:
                 raise ConfigError(
-                    f"{key} must divide the {count} {what} of {settings.model.path}, got {size}; "
+                    f"{key} must divide the {count} {what} of {model.path}, got {size}; "
                     f"it may be {', '.join(str(n) for n in _divisors(shape, slots))}"
                 )
 
@@ -230,16 +231,14 @@ def _check_lengths(launch: Launch, shapes: dict[str, ModelShape]) -> None:
 
 def max_row_tokens(launch: Launch) -> tuple[int, str]:
     """Longest prompt and response together, tokens, and the settings that say so."""
-    for role, settings in launch.roles.items():
-        if isinstance(settings, ActorConfig) and _generates(launch, role):
-            limits, where = (
-                (settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens),
-                f"{role}.rollout",
-            )
-            break
-    else:
-        limits, where = (launch.run.data.max_prompt_tokens, launch.run.data.max_response_tokens), "data"
-    return sum(limits), f"{where}.max_prompt_tokens + {where}.max_response_tokens = {limits[0]} + {limits[1]}"
+    generation = {f"{role}.rollout": generation_of(launch, role) for role in launch.roles}
+    limits = {
+        where: (rollout.max_prompt_tokens, rollout.max_response_tokens)
+        for where, rollout in generation.items()
+        if rollout is not None
+    } or {"data": (launch.run.data.max_prompt_tokens, launch.run.data.max_response_tokens)}
+    where, most = max(limits.items(), key=lambda one: sum(one[1]))
+    return sum(most), f"{where}.max_prompt_tokens + {where}.max_response_tokens = {most[0]} + {most[1]}"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
@@ -349,19 +348,11 @@ def _check_vocabularies(launch: Launch) -> None:
     from rlhf_dist.data.of_launch import tokenizer_role
     from rlhf_dist.data.token_ids import check_vocabulary
 
-    models = {role: model for role, settings in launch.used_roles.items() if (model := _model(settings)) is not None}
+    models = {role: model for role, settings in launch.used_roles.items() if (model := settings.model) is not None}
     base = tokenizer_role(launch)
     for role, model in models.items():
         if base is not None and role != base and model.init == "pretrained":
             check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
-
-
-def _model(settings: RoleConfig) -> ModelConfig | None:
-    return settings.model
-
-
-def _generates(launch: Launch, role: str) -> bool:
-    return role in launch.dataflow.generating
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -403,7 +394,7 @@ def _plan(
     on_host = ", ".join(["sources, host ops", *(role for role, at in used.items() if at == HOST_POOL)])
     lines.append(f"pool      {HOST_POOL}: {run.placement.host_processes} CPU processes for {on_host}")
     for role in launch.dataflow.generating:
-        lines.append(f"rollout   {role}: {_freshness(launch, role, rollout_of(role) in pools)}")
+        lines.append(f"rollout   {role}: {_freshness(launch, role, pools)}")
     width = max(len(node.name) for node in launch.dataflow)
     for number, node in enumerate(launch.dataflow, start=1):
         count, dropped = rows[node.name]
@@ -417,6 +408,8 @@ def _plan(
 def _where(node: Node, pools: dict[str, str]) -> str:
     """The pool a node runs on; `from -> to` for a weight transfer between two."""
     apart = pools.get(rollout_of(node.role))
+    if others := dict.fromkeys(pools[sender] for sender in node.senders if pools[sender] != pools[node.role]):
+        return f"{', '.join(others)} -> {pools[node.role]}"
     if apart is not None and node.kind == "reshard":
         return f"{pools[node.role]} -> {apart}"
     if apart is not None and rollout_of(node.role) in node.weights_read:
@@ -424,15 +417,19 @@ def _where(node: Node, pools: dict[str, str]) -> str:
     return pools.get(node.role, "controller" if node.kind in ("state", "join") else HOST_POOL)
 
 
-def _freshness(launch: Launch, role: str, apart: bool) -> str:
-    placement = launch.run.placement
-    if not apart:
+def _freshness(launch: Launch, role: str, pools: dict[str, str]) -> str:
+    placement, apart = launch.run.placement, pools.get(rollout_of(role))
+    if role in launch.dataflow.written and not launch.dataflow.facts[role].trained:
+        return f"in pool {apart or pools[role]}, weights synced after the recipe has written them"
+    if not launch.dataflow.facts[role].trained:
+        return f"in pool {apart or pools[role]}, with the weights of its model: it never learns"
+    if apart is None:
         return "in the training pool, weights synced every step (on-policy)"
     if not placement.max_staleness:
-        return f"in pool {placement.rollout}, weights synced every step (on-policy)"
+        return f"in pool {apart}, weights synced every step (on-policy)"
     how = "interrupted by" if placement.interrupt else "delays"
     return (
-        f"in pool {placement.rollout}, runs up to {placement.max_staleness} updates ahead (off-policy); a running "
+        f"in pool {apart}, runs up to {placement.max_staleness} updates ahead (off-policy); a running "
         f"generation {'is ' if placement.interrupt else ''}{how} a weight sync"
     )
 

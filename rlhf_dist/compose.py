@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -30,10 +30,7 @@ from rlhf_dist import typed
 from rlhf_dist.auto_settings import settle
 from rlhf_dist.config import (
     MISSING,
-    ActorConfig,
-    CriticConfig,
     PathText,
-    ReferenceConfig,
     RewardConfig,
     RunConfig,
     SourceConfig,
@@ -45,8 +42,10 @@ from rlhf_dist.machine import Machine, local_machine
 from rlhf_dist.machine_settings import Choice
 from rlhf_dist.overrides import apply_setting, check_key, first_line, read_overrides
 from rlhf_dist.placement.file import AUTO, apply_placement, asked_placement, read_placement
+from rlhf_dist.placement.roles import pool_of_roles
 from rlhf_dist.recipe_files import family_of, file_of, list_recipes, load_recipe, parse_spec
-from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel
+from rlhf_dist.role_kinds import RoleConfig, kind_of
+from rlhf_dist.roles import Reward, base_of
 from rlhf_dist.settings_file import (
     USERS_GROUPS,
     groups_of_ours,
@@ -57,17 +56,6 @@ from rlhf_dist.settings_file import (
     without,
 )
 from rlhf_dist.typed import ConfigError
-
-RoleConfig = ActorConfig | CriticConfig | ReferenceConfig | RewardConfig
-
-CONFIG_OF: dict[type, type] = {
-    Actor: ActorConfig,
-    Critic: CriticConfig,
-    Reference: ReferenceConfig,
-    Reward: RewardConfig,
-    RewardModel: CriticConfig,
-}
-"""Role interface -> its settings; an interface of a user's own takes those of the nearest base."""
 
 PRIMARY = "rlhf_dist_primary"
 """Name under which Hydra finds the recipe's own YAML."""
@@ -133,9 +121,14 @@ class Launch:
 
     @property
     def learning_roles(self) -> list[str]:
-        """Roles whose weights some node of the graph writes."""
+        """Roles whose weights some node of the graph writes or keeps: those of a checkpoint."""
         written = {state.split(".")[0] for node in self.dataflow for state in node.weights_written}
         return [role for role in self.used_roles if role in written]
+
+    @property
+    def placed(self) -> dict[str, str]:
+        """Role -> pool, and `ROLE.rollout` where that is another one. Raises ConfigError as `pool_of_roles`."""
+        return pool_of_roles(self.run.placement, self.roles, self.recipe.roles, self.dataflow.facts)
 
 
 def compose(
@@ -194,7 +187,8 @@ def compose_dataflow(spec: str, overrides: Sequence[str] = (), config: str | Non
     _, overrides = asked_placement(overrides)
     recipe = load_recipe(spec)
     composed = _compose(spec, recipe, _root(recipe), overrides, {}, config)
-    return trace(recipe, _algorithm(recipe, composed))
+    staleness = OmegaConf.select(composed, "placement.max_staleness", default=0)
+    return replace(trace(recipe, _algorithm(recipe, composed)), staleness=max(int(staleness or 0), 0))
 
 
 def root_type(recipe: Recipe) -> type:
@@ -221,13 +215,12 @@ def _root(recipe: Recipe) -> type:
     for name, interface in recipe.roles.items():
         if name in taken:
             raise ConfigError(f"recipe {recipe.name}: a role cannot be called {name!r}; settings have a section of it")
-        kind = next((CONFIG_OF[base] for base in interface.__mro__ if base in CONFIG_OF), None)
-        if kind is None:
-            raise ConfigError(
-                f"recipe {recipe.name}: role {name!r} ({interface.__name__}) must derive from "
-                f"{', '.join(base.__name__ for base in CONFIG_OF)}, so that it has settings"
-            )
-        sections.append((name, kind, field(default_factory=kind)))
+        try:
+            kind_of(interface)
+        except ConfigError as error:
+            raise ConfigError(f"recipe {recipe.name}: role {name!r}: {error}") from error
+        settings: type = cast(Any, interface).settings
+        sections.append((name, settings, field(default_factory=settings)))
     return make_dataclass(f"{recipe.name}_settings", sections, bases=(RunConfig,), frozen=True, kw_only=True)
 
 
@@ -240,10 +233,11 @@ def _schema(recipe: Recipe, root: type) -> dict[str, Any]:
         schema["data"]["train"]["rows"] = kinds.pop()
     for name in recipe.roles:
         section = schema[name]
-        section["engine"]["dtype"] = "${model.dtype}"
-        if "function" in section:
+        if "engine" in section:
+            section["engine"]["dtype"] = "${model.dtype}"
+        if base_of(recipe.roles[name]) is Reward:
             section["function"] = "${task.reward}"
-        else:
+        elif "model" in section:
             section["model"]["path"] = "${model.path}"
         if "rollout" in section:
             section["rollout"] |= {"dtype": "${model.dtype}", "max_prompt_tokens": "${data.max_prompt_tokens}"}
@@ -326,7 +320,8 @@ def _reward_columns(recipe: Recipe, settings: Any) -> dict[str, tuple[str, ...]]
 
     found = {}
     for role in recipe.roles:
-        spec = getattr(getattr(settings, role), "function", None)
+        section = getattr(settings, role)
+        spec = section.function if isinstance(section, RewardConfig) else None
         if spec is not None:
             with suppress(Exception):
                 found[role] = signature_of(load_function(spec, recipe.file)).named

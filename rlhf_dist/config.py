@@ -7,7 +7,7 @@ stops at the constructor of what it configures; nothing deeper reads it, nothing
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 MISSING: Any = "???"
 """Value of a setting that somebody must give."""
@@ -147,21 +147,21 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorConfig:
-    """The trained policy."""
+class LanguageModelConfig:
+    """A language model: actor, reference, opponent. What a recipe does not do with it is not used."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Where it starts."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """How it is trained."""
+    """How it is held, and trained where the recipe updates it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How it learns."""
+    """How it learns, where the recipe updates it."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How it generates; not used by recipes that never generate."""
+    """How it generates, where the recipe generates with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticConfig:
+class ValueModelConfig:
     """A value model: the trunk of a language model with a linear head."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -173,13 +173,11 @@ class CriticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """A frozen policy."""
+class FunctionConfig:
+    """A function on CPU processes: derive a dataclass from it whose fields are the function's settings."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The policy the actor is kept near."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """How it is held."""
+    model: ClassVar[None] = None
+    engine: ClassVar[EngineConfig] = EngineConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +325,9 @@ class PlacementConfig:
     """Pool name -> its slots."""
     roles: dict[str, str] = field(default_factory=dict)
     """Role -> pool. A key may be a role of the recipe, a kind of role (`Critic`), or `default` for all others."""
-    rollout: str | None = None
-    """Pool that generates, with weights of its own; None: the actor's pool."""
+    rollout: str | dict[str, str] | None = None
+    """Pool that generates, with weights of its own, or one for each role: {actor: a, opponent: b}. None, and for roles
+    that are not named: the pool where the role trains."""
     max_staleness: int = 0
     """Updates that the policy which generates may be behind; 0 is synchronous. Above 0 needs a rollout pool."""
     interrupt: bool = False

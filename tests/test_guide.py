@@ -15,6 +15,7 @@ from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.compose import compose, compose_dataflow
 from rlhf_dist.python_files import load_file
+from rlhf_dist.role_kinds import kind_of
 from rlhf_dist.testing import check_loss
 from rlhf_dist.transforms import __all__ as host_ops
 from tests.tiny import save_llama
@@ -43,6 +44,14 @@ def test_the_guides_recipe_is_checked_as_it_says(
     node = compose_dataflow(str(mine))["less_for_length"]
     assert node.kwargs == {"longest": 8, "slack": 4}, "the limit follows actor.rollout.max_response_tokens"
     assert [entry.rows for entry in node.inputs] == ["actor.generate_sequences"]
+
+
+def test_the_guides_kind_of_role_is_one(mine: Path) -> None:
+    module = load_file(mine)
+    assert kind_of(module.Counter).base.__name__ == "Function"
+    batch = Batch({"response": Column.strings(["77", "1"])}, 2)
+    counted = module.CounterWorker(None, module.CounterConfig()).count(batch, None, scale=2.0)
+    assert counted["counts"].values.tolist() == [4.0, 0.0]
 
 
 def test_the_guides_op_loss_and_reward_do_what_they_say(mine: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_dist import typed
 from rlhf_dist.compose import Launch, compose, compose_dataflow, list_recipes, load_recipe, root_type
-from rlhf_dist.config import ActorConfig, PathText
+from rlhf_dist.config import LanguageModelConfig, PathText
 from rlhf_dist.typed import ConfigError
 
 BASE = ["model.path=/m", "actor.engine.lora.rank=4", "data.heldout.size=3"]
@@ -113,7 +113,7 @@ def test_paths_are_expanded_where_they_are_read(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("WHERE", "/data set")
     launch = compose("ppo", ["model.path=~/m=1, x", "data.train.path=$WHERE/é.jsonl", "output.root=${WHERE}/runs $5"])
     actor = launch.roles["actor"]
-    assert isinstance(actor, ActorConfig) and actor.model.path == f"{tmp_path}/m=1, x"
+    assert isinstance(actor, LanguageModelConfig) and actor.model.path == f"{tmp_path}/m=1, x"
     assert launch.run.data.train.path == "/data set/é.jsonl" and launch.run.output.root == "/data set/runs $5"
     assert kept(launch, "actor.model.path") == "~/m=1, x"
     assert compose("ppo", ["model.path=/m", "data.train.system=~ $WHERE"]).run.data.train.system == "~ $WHERE"

@@ -29,7 +29,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def placed(recipe: str, model: Path, *overrides: str) -> dict[str, str]:
     launch = compose(recipe, [f"model.path={model}", "task=gcd", *overrides])
-    return pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    return pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.facts)
 
 
 def plan(model: Path, *overrides: str, recipe: str = "ppo") -> str:
@@ -47,7 +47,7 @@ def failure(model: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("recipe", sorted(list_recipes()))
 def test_every_preset_places_every_recipe(recipe: str, preset: str, model: Path) -> None:
     launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}"])
-    found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
+    found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.facts)
     assert set(launch.roles) <= set(found)
 
 

@@ -25,7 +25,7 @@ class TrunkOutputs:
 
 
 class LanguageModelOutputs(TrunkOutputs):
-    """Implements `rlhf_dist.roles.OfLanguageModel` for a worker with an engine."""
+    """The same, and what is said over the vocabulary, for a language model."""
 
     temperature: float
 

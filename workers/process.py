@@ -120,13 +120,13 @@ class WorkerProcess:
     def host_role(
         self,
         role: str,
-        worker_path: str,
+        worker: str | type,
         settings: Mapping[str, Any],
         context: Mapping[str, Any],
         device_bytes: int | None = None,
         phases: Sequence[str] = (),
     ) -> tuple[str, ...]:
-        """Build the worker of `role`: `worker_path` is `package.module:Class`; what a user should know about it.
+        """Build the worker of `role`, `package.module:Class` or the class itself; what a user should know about it.
 
         device_bytes, phases: of the pool, the same for all its roles (`placement.pools.X.device_bytes`, `phases.py`).
         """
@@ -135,8 +135,10 @@ class WorkerProcess:
             self._phase = f"{role}: {text}"
 
         phase("importing")
-        module, name = worker_path.split(":")
-        worker = getattr(importlib.import_module(module), name)
+        made_by: Any = worker
+        if isinstance(worker, str):
+            module, name = worker.split(":")
+            made_by = getattr(importlib.import_module(module), name)
         if self._joined and self._memory is None:
             from workers.memory.arbiter import new_arbiter
 
@@ -151,7 +153,7 @@ class WorkerProcess:
             phase=phase,
             **context,
         )
-        self._roles[role] = worker(context=where, **settings)
+        self._roles[role] = made_by(context=where, **settings)
         return tuple(getattr(self._roles[role], "remarks", ()))
 
     def phase(self) -> str:
@@ -187,6 +189,11 @@ class WorkerProcess:
     def connect(self, role: str, bridge: Bridge) -> None:
         """Let `role` meet the ranks of another pool, that weights go to or come from; all of both pools do."""
         self._roles[role].connect(bridge)
+
+    @reported
+    def connect_weights(self, role: str, source: str, target: str, bridge: Bridge | None, staged: int) -> None:
+        """Let `role` plan the way of weights from `source` to `target`, one of which it is; all ranks of both do."""
+        self._roles[role].connect_weights(source, target, bridge, staged)
 
     @reported
     def call(self, role: str, op: str, call: Call) -> Reply:

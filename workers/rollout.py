@@ -1,4 +1,4 @@
-"""Generation for an actor: in its own process beside the trainer, or in a pool of its own with its own weights."""
+"""Generation: in the trainer's process, in a pool of its own with weights synced, or of a role that never learns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_dist.batch import Batch, Column
-from rlhf_dist.config import ActorConfig
+from rlhf_dist.config import LanguageModelConfig
 from rlhf_dist.metrics import Largest, Mean, Metrics
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
@@ -38,19 +38,21 @@ class _Begun:
 
 
 class RolloutWorker:
-    """One rank that generates. Implements the generating half of `rlhf_dist.roles.Actor`."""
+    """One rank that generates. Implements the generating half of `rlhf_dist.roles.LanguageModel`."""
 
     def __init__(
         self,
         context: WorkerContext,
-        config: ActorConfig,
+        config: LanguageModelConfig,
         max_staleness: int | None = 0,
         interrupts: bool = False,
         axes: Mapping[str, int] | None = None,
+        loads: bool = False,
     ) -> None:
         """max_staleness: updates the weights may be behind the step they generate for, more is an error; None for
         weights that never change. interrupts: `interrupt` may be called while it generates. axes: of the mesh
-        whose ranks share copies of the model; None: consecutive ranks do."""
+        whose ranks share copies of the model; None: consecutive ranks do. loads: nobody syncs it, it has the weights
+        that its model starts with."""
         from transformers import AutoTokenizer
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
@@ -58,7 +60,9 @@ class RolloutWorker:
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
         self.name, self.memory = rollout_of(context.role.removesuffix(rollout_of(""))), arbiter_of(context)
-        if context.role == self.name:  # beside a trainer it is traced first (`colocated.py`)
+        if loads:
+            self.engine.load(config.model, context.seed)
+        if loads or context.role == self.name:  # beside a trainer it is traced first (`colocated.py`)
             self.memory.add_generation(self.name, self.engine, sleeps=config.rollout.sleeps)
         self.weights_step = 0
         """Steps whose updates the weights held contain."""
@@ -70,7 +74,7 @@ class RolloutWorker:
         self._stop.set()
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
-        """`n` responses a prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
+        """`n` responses to each prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
         self._stop.clear()
         self.memory.turn(generating(self.name))
         # Weights that this step has trained already are ahead of its number.
@@ -149,7 +153,7 @@ class RolloutWorker:
         )
 
     def receive_weights(self, batch: Batch, call: Call) -> OpResult:
-        """Take the weights that the actor's ranks send, verified: version, count, per-parameter checksums."""
+        """Take the weights that the training ranks send, verified: version, count, per-parameter checksums."""
         self.memory.turn(f"{self.name}.sync")
         report = self.end.run()
         self.weights_step = call.step + 1

@@ -16,18 +16,27 @@ from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.checkpoint import SAVE_TIMEOUT_S
 from workers.engines.training import NonFiniteLoss, Term, TrainingEngine
 from workers.memory.arbiter import arbiter_of
+from workers.weight_sets import NOTHING, WeightSets
 
-NOTHING = Batch({}, 0)
 
-
-class TrainedRole:
+class TrainedRole(WeightSets):
     """One rank of a role with a training engine."""
 
-    def __init__(self, context: WorkerContext, engine: TrainingEngine, optimizer: OptimizerConfig | None) -> None:
-        self.context, self.engine, self.memory = context, engine, arbiter_of(context)
-        self.memory.add_training(context.role, engine, trained=optimizer is not None)
-        self.remarks = engine.remarks
-        self.moved = False
+    def __init__(
+        self,
+        context: WorkerContext,
+        engine: TrainingEngine,
+        optimizer: OptimizerConfig | None,
+        temperature: float = 1.0,
+        shared: bool = False,
+    ) -> None:
+        """optimizer None: the model is frozen. temperature: log-probs are taken at. shared: the engine is another
+        role's, which has entered it."""
+        self.context, self.engine, self.memory, self.temperature = context, engine, arbiter_of(context), temperature
+        self.remarks = () if shared else engine.remarks
+        if not shared:
+            self.memory.add_training(context.role, engine, trained=optimizer is not None)
+        self.moved = self.rewritten = False
         """A step with a gradient was made since this was last set to False."""
         self.nonfinite = optimizer.nonfinite if optimizer else "stop"
         self._saving: Future[None] | None = None
@@ -41,7 +50,6 @@ class TrainedRole:
         epochs: int,
         loss: Loss | None = None,
         terms: Sequence[tuple[Loss, float]] = (),
-        temperature: float = 1.0,
     ) -> OpResult:
         """`epochs` passes over `mini_batches` cuts of the batch; all ranks step together, rows or not.
 
@@ -59,7 +67,7 @@ class TrainedRole:
         ]
         before = self.engine.version
         skipped: list[str] = []
-        metrics = combine(self._step(step, temperature, call, skipped) for _ in range(epochs) for step in steps)
+        metrics = combine(self._step(step, call, skipped) for _ in range(epochs) for step in steps)
         if skipped:
             metrics["skipped_steps"] = Mean(float(len(skipped)), 0)
         # A step on a zero gradient, or at rate zero, need not change a bit.
@@ -69,9 +77,9 @@ class TrainedRole:
         # Every rank knows the same numbers: one of them reports.
         return OpResult(columns=Batch({}, batches[0].num_rows), metrics=metrics if self.context.rank == 0 else {})
 
-    def _step(self, terms: list[Term], temperature: float, call: Call, skipped: list[str]) -> Metrics:
+    def _step(self, terms: list[Term], call: Call, skipped: list[str]) -> Metrics:
         try:
-            return self.engine.step_many(terms, temperature)
+            return self.engine.step_many(terms, self.temperature)
         except NonFiniteLoss as error:
             for k, (_, _, part) in enumerate(terms):
                 found = np.isin(part["group_id"].values, error.groups) if error.groups else np.ones(part.num_rows, bool)

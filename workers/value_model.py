@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from rlhf_dist.batch import Batch, Column
@@ -16,17 +14,14 @@ from workers.trained_role import TrainedRole
 
 
 class ValueModelWorker(TrunkOutputs, TrainedRole):
-    """One rank of a value model."""
+    """One rank of a value model. Implements `rlhf_dist.roles.ValueModel` and its kinds, and `Reward` where that is a
+    model."""
 
     def __init__(
         self, context: WorkerContext, model: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig | None
     ) -> None:
         """`optimizer` None: the model is frozen."""
         super().__init__(context, new_training_engine(model, engine, optimizer, "value", context), optimizer)
-
-
-class CriticWorker(ValueModelWorker):
-    """Implements `rlhf_dist.roles.Critic`."""
 
     def compute_values(self, batch: Batch, call: Call) -> OpResult:
         """V(s_t) before each response token."""
@@ -36,14 +31,6 @@ class CriticWorker(ValueModelWorker):
             columns=Batch({"values": values}, batch.num_rows),
             metrics={"value": Mean(total, float(len(values.values)))},
         )
-
-    def update_critic(self, batch: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
-        """Optimizer steps; settings: see `TrainedRole.update`."""
-        return self.update(batch, call, **settings)
-
-
-class RewardModelWorker(ValueModelWorker):
-    """Implements `rlhf_dist.roles.RewardModel`, and `Reward` when the reward is a model."""
 
     def compute_reward(self, batch: Batch, call: Call) -> OpResult:
         """The value head at the last token of every row."""
@@ -63,6 +50,4 @@ class RewardModelWorker(ValueModelWorker):
         scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))
         return OpResult(columns=Batch({"scores": Column(scores.reshape(batch.num_rows, -1))}, batch.num_rows))
 
-    def update_reward_model(self, batch: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
-        """Optimizer steps; settings: see `TrainedRole.update`."""
-        return self.update(batch, call, **settings)
+    update_critic = update_reward_model = TrainedRole.update

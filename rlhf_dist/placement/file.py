@@ -62,6 +62,6 @@ def apply_placement(composed: DictConfig, sections: Mapping[str, Any], check_key
 
 
 def _keys(prefix: str, values: Any) -> list[str]:
-    if not isinstance(values, Mapping) or prefix in ("placement.pools", "placement.roles"):
+    if not isinstance(values, Mapping) or prefix in ("placement.pools", "placement.roles", "placement.rollout"):
         return [prefix]
     return [key for name, value in values.items() for key in _keys(f"{prefix}.{name}", value)]

@@ -11,17 +11,18 @@ placement file serves every recipe.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from rlhf_dist.config import PlacementConfig, PoolConfig, RewardConfig
-from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel
+from rlhf_dist.dataflow.facts import RoleFacts
+from rlhf_dist.roles import KINDS, Function, LanguageModel
 from rlhf_dist.typed import ConfigError, unknown
 
 HOST_POOL = "host"
 """The CPU processes that run sources, host ops and rule rewards; always there, needs no slot."""
-INTERFACES = tuple(kind.__name__ for kind in (Actor, Critic, Reference, Reward, RewardModel))
+INTERFACES = tuple(kind.__name__ for kind in KINDS)
 """Kinds of role that a placement may name whether or not the recipe has one."""
 
 
@@ -30,35 +31,59 @@ def rollout_of(role: str) -> str:
     return f"{role}.rollout"
 
 
+def rollout_pool(placement: PlacementConfig, role: str) -> str | None:
+    """The pool that `placement.rollout` says for a role that generates; None where it says none."""
+    said = placement.rollout
+    return said.get(role) if isinstance(said, Mapping) else said
+
+
+def only_generates(interface: type, facts: RoleFacts) -> bool:
+    """Whether a role is a generation engine that loads its own weights, and nothing else.
+
+    A worker of the user's own may do more than the graph shows.
+    """
+    return facts.only_generates and getattr(interface, "worker", None) == LanguageModel.worker
+
+
+def on_host(interface: type, settings: Any) -> bool:
+    """Whether a role is a function: it runs on the CPU processes and needs no slot."""
+    rule = isinstance(settings, RewardConfig) and settings.function is not None
+    return rule or Function in interface.__mro__
+
+
 def pool_of_roles(
     placement: PlacementConfig,
     roles: Mapping[str, Any],
     interfaces: Mapping[str, type],
-    generating: Collection[str] = (),
+    facts: Mapping[str, RoleFacts],
 ) -> dict[str, str]:
-    """Role -> pool, for a recipe's roles, their settings and interfaces. A rule reward runs on the host pool.
+    """Role -> pool, for a recipe's roles, their settings, interfaces and facts. Functions run on the host pool.
 
-    Where `placement.rollout` is not the pool of a role that generates, `ROLE.rollout` is placed there too.
+    Where `placement.rollout` is not the pool of a role that generates, `ROLE.rollout` is placed there too; a role
+    that only generates is placed there whole.
     Raises ConfigError for a role or a pool that does not exist, a role without a pool, and a pool that
     nothing refers to.
     """
-    _check_names(placement, roles, interfaces)
+    _check_names(placement, roles, interfaces, facts)
     found: dict[str, str] = {}
     for role, settings in roles.items():
         kinds = (base.__name__ for base in interfaces[role].__mro__)
         pool = next((placement.roles[key] for key in (role, *kinds, "default") if key in placement.roles), "")
-        if isinstance(settings, RewardConfig) and settings.function is not None:
+        rollout = rollout_pool(placement, role) if facts[role].generates else None
+        if on_host(interfaces[role], settings):
             pool = HOST_POOL
+        elif rollout is not None and only_generates(interfaces[role], facts[role]):
+            pool = rollout
         if not pool:
             raise ConfigError(
                 f"role {role!r} has no pool; set placement.roles.{role}=POOL or placement.roles.default=POOL "
                 f"(pools: {', '.join(placement.pools) or 'none'})"
             )
         found[role] = pool
-        if role in generating and placement.rollout not in (None, pool):
-            found[rollout_of(role)] = str(placement.rollout)
+        if rollout not in (None, pool):
+            found[rollout_of(role)] = str(rollout)
     for name in placement.pools:
-        if name not in (*placement.roles.values(), placement.rollout):
+        if name not in (*placement.roles.values(), *_rollout_pools(placement)):
             raise ConfigError(
                 f"pool {name!r} has no role; place one with placement.roles.ROLE={name} "
                 f"or leave it out with '~placement.pools.{name}'"
@@ -93,7 +118,7 @@ def resolved(placement: PlacementConfig, name: str) -> PoolConfig:
     return replace(pool, slots=pool_size(placement, name), share=0.0) if pool.share else pool
 
 
-def check_staleness(placement: PlacementConfig, placed: Mapping[str, str], generating: Collection[str]) -> None:
+def check_staleness(placement: PlacementConfig, placed: Mapping[str, str], facts: Mapping[str, RoleFacts]) -> None:
     """Raise ConfigError where generation is to run ahead without weights of its own, or settings contradict."""
     if placement.max_staleness < 0:
         raise ConfigError(f"placement.max_staleness must be at least 0, got {placement.max_staleness}")
@@ -102,7 +127,8 @@ def check_staleness(placement: PlacementConfig, placed: Mapping[str, str], gener
             "placement.interrupt needs generation that runs during updates; set placement.max_staleness=1 or "
             "placement.interrupt=false"
         )
-    for role in generating if placement.max_staleness else ():
+    learning = [role for role, one in facts.items() if one.trained and one.generates]
+    for role in learning if placement.max_staleness else ():
         if rollout_of(role) not in placed:
             raise ConfigError(
                 f"placement.max_staleness = {placement.max_staleness} needs generation with weights of its own, but "
@@ -111,7 +137,19 @@ def check_staleness(placement: PlacementConfig, placed: Mapping[str, str], gener
             )
 
 
-def _check_names(placement: PlacementConfig, roles: Mapping[str, Any], interfaces: Mapping[str, type]) -> None:
+def _rollout_pools(placement: PlacementConfig) -> tuple[str, ...]:
+    said = placement.rollout
+    if said is None:
+        return ()
+    return tuple(said.values()) if isinstance(said, Mapping) else (said,)
+
+
+def _check_names(
+    placement: PlacementConfig,
+    roles: Mapping[str, Any],
+    interfaces: Mapping[str, type],
+    facts: Mapping[str, RoleFacts],
+) -> None:
     if HOST_POOL in placement.pools:
         raise ConfigError(f"placement.pools.{HOST_POOL} is taken by the CPU processes; call the pool something else")
     kinds = {base.__name__ for interface in interfaces.values() for base in interface.__mro__} | set(INTERFACES)
@@ -120,5 +158,10 @@ def _check_names(placement: PlacementConfig, roles: Mapping[str, Any], interface
             raise ConfigError(f"placement.roles: {unknown(role, [*roles, *INTERFACES], 'role')}")
         if pool not in placement.pools:
             raise ConfigError(f"placement.roles.{role}: {unknown(pool, placement.pools, 'pool')}")
-    if placement.rollout is not None and placement.rollout not in placement.pools:
-        raise ConfigError(f"placement.rollout: {unknown(placement.rollout, placement.pools, 'pool')}")
+    for pool in _rollout_pools(placement):
+        if pool not in placement.pools:
+            raise ConfigError(f"placement.rollout: {unknown(pool, placement.pools, 'pool')}")
+    for role in placement.rollout if isinstance(placement.rollout, Mapping) else ():
+        if not (role in facts and facts[role].generates):
+            generating = [name for name, one in facts.items() if one.generates]
+            raise ConfigError(f"placement.rollout: {unknown(role, generating, 'role that generates')}")

@@ -41,6 +41,7 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     problem = plan.question.problem
     pools: dict[str, dict[str, int]] = {}
     roles: dict[str, str] = {}
+    rollouts: dict[str, str] = {}
     comments: list[str] = []
     placement: dict[str, Any] = {"pools": pools, "roles": roles}
     sections: dict[str, Any] = {"placement": placement}
@@ -52,7 +53,7 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
                 roles[role] = name
                 _engine(sections, comments, role, pool.layouts[role], role in problem.trained)
             else:
-                placement["rollout"] = name
+                rollouts[role] = name
             if role in pool.generations:
                 _rollout(sections, comments, role, pool.generations[role])
         for work in problem.nodes:
@@ -69,6 +70,9 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
                 sections[role]["engine"] |= _passes(plan, role, pool)
             for role in pool.generations:
                 sections[role]["rollout"] |= _cache(plan, role, pool)
+    if rollouts:
+        everywhere = set(rollouts) == problem.generating and len(set(rollouts.values())) == 1
+        placement["rollout"] = next(iter(rollouts.values())) if everywhere else rollouts
     if problem.staleness:
         placement["max_staleness"] = problem.staleness
     return sections, list(dict.fromkeys(comments))

@@ -10,29 +10,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_dist.compose import Launch, compose
-from rlhf_dist.config import ActorConfig
+from rlhf_dist.config import DataConfig, RolloutConfig
+from rlhf_dist.hardware import Cluster, parse_cluster
+from rlhf_dist.model_specs import ModelSpec, model_spec
 from rlhf_dist.placement.file import AUTO, asked_placement
 from rlhf_dist.planner.asked import asked_strategies
 from rlhf_dist.planner.calibration import apply_gpu, load_calibration
 from rlhf_dist.planner.case import parse_request
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.emit import settings_of
-from rlhf_dist.planner.hardware import Cluster, parse_cluster
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
-from rlhf_dist.planner.models import ModelSpec, model_spec
 from rlhf_dist.planner.plan import Question, make_plan
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import Problem, make_problem
 from rlhf_dist.planner.workload import Lengths, Workload
+from rlhf_dist.role_kinds import generation_of
 from rlhf_dist.typed import ConfigError
 
 
 def problem_of(launch: Launch, prompt: Lengths | None = None, response: Lengths | None = None) -> Problem:
     """What a launch computes. Lengths that are not given are taken at their limits: the plan then always fits."""
     run = launch.run
-    actor = next((one for one in launch.used_roles.values() if isinstance(one, ActorConfig)), None)
-    generates = actor is not None and any(node.rows == "expand" for node in launch.dataflow)
-    limits = actor.rollout if actor is not None and generates else run.data
+    rollouts = [generation_of(launch, role) for role in launch.dataflow.generating]
+    generation = [one for one in rollouts if one is not None]
+    limits: RolloutConfig | DataConfig = max(generation, key=_most_tokens, default=run.data)
     workload = Workload(
         prompts=run.data.prompts_per_step,
         samples_per_prompt=_samples(launch),
@@ -113,6 +114,10 @@ def runnable_space(cluster: Cluster) -> Space:
         reallocate=False,
         generation_pipeline=False,
     )
+
+
+def _most_tokens(rollout: RolloutConfig) -> int:
+    return rollout.max_prompt_tokens + rollout.max_response_tokens
 
 
 def _samples(launch: Launch) -> int:

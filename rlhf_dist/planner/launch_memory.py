@@ -21,18 +21,20 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.checks import max_row_tokens, rows_of_nodes
-from rlhf_dist.config import ActorConfig, EngineConfig
-from rlhf_dist.placement.roles import HOST_POOL, pool_of_roles, pool_size, rollout_of
-from rlhf_dist.planner.hardware import GIB, Cluster, parse_cluster
+from rlhf_dist.config import EngineConfig, RolloutConfig
+from rlhf_dist.hardware import GIB, Cluster, parse_cluster
+from rlhf_dist.model_specs import ModelSpec, model_spec
+from rlhf_dist.placement.roles import HOST_POOL, pool_size, rollout_of
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
 from rlhf_dist.planner.memory import activation_bytes_per_token, kv_bytes_per_token, logit_bytes, usable_bytes
-from rlhf_dist.planner.models import ModelSpec, model_spec
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.reshard.schedule import default_bucket_bytes
+from rlhf_dist.role_kinds import generation_of, has_training_engine
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_dist.compose import Launch, RoleConfig
+    from rlhf_dist.compose import Launch
+    from rlhf_dist.role_kinds import RoleConfig
 
 WIDTH = {"float32": 4.0, "bfloat16": 2.0}
 MASTER, MOMENTS, GRADIENT = 4.0, 8.0, 4.0
@@ -133,8 +135,8 @@ class _Role:
 
 def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
     """Pools and phases of a launch on `cluster`, in order. Raises ConfigError for a model whose shape is not said."""
-    placed = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.generating)
-    learning, cuda = set(launch.learning_roles), cluster.gpu.name != "CPU"
+    placed = launch.placed
+    learning, cuda = set(launch.dataflow.trained), cluster.gpu.name != "CPU"
     longest = max_row_tokens(launch)[0]
     found: list[PhaseBytes] = []
     pools = {pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles} - {HOST_POOL}
@@ -143,13 +145,13 @@ def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
         roles = {
             name: _Role(name, config, model_spec(config.model.path, f"{name}.model.path"), slots, name in learning)
             for name, config in launch.used_roles.items()
-            if config.model is not None and placed[name] == pool
+            if config.model is not None and placed[name] == pool and has_training_engine(launch, name)
         }
         generators = {
-            name: (config, model_spec(config.model.path, f"{name}.model.path"))
+            name: (rollout, model_spec(config.model.path, f"{name}.model.path"))
             for name, config in launch.used_roles.items()
-            if isinstance(config, ActorConfig)
-            and name in launch.dataflow.generating
+            if config.model is not None
+            and (rollout := generation_of(launch, name)) is not None
             and placed.get(rollout_of(name), placed[name]) == pool
         }
         room = _room(launch, pool, cluster)
@@ -161,7 +163,7 @@ def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
 def _phases(
     launch: Launch,
     roles: Mapping[str, _Role],
-    generators: Mapping[str, tuple[ActorConfig, ModelSpec]],
+    generators: Mapping[str, tuple[RolloutConfig, ModelSpec]],
     slots: int,
     cluster: Cluster,
     longest: int,
@@ -171,8 +173,7 @@ def _phases(
     rows = rows_of_nodes(launch)
     states = {name: role.states() for name, role in roles.items()}
     copies, caches, buckets = dict[str, float](), dict[str, float](), dict[str, float]()
-    for name, (config, model) in generators.items():
-        rollout = config.rollout
+    for name, (rollout, model) in generators.items():
         tp = Generation(gpus=slots, tp=rollout.tensor_parallel)
         copies[f"{name} generation weights"] = WIDTH[rollout.dtype] * model.parameters / rollout.tensor_parallel
         if rollout.engine == "transformers":
@@ -208,7 +209,7 @@ def _phases(
         uses.append(("sync", {**weights, **copies}, buckets))
     held = {what: size for kept in states.values() for what, size in kept.items()}
     away = {what: size for what, size in held.items() if cuda and _offloaded(roles[what.split()[0]].engine, what)}
-    fixed = {**copies, **caches} if not all(config.rollout.sleeps for config, _ in generators.values()) else {}
+    fixed = {**copies, **caches} if not all(rollout.sleeps for rollout, _ in generators.values()) else {}
     most = max((sum(transient.values()) for _, _, transient in uses), default=0.0)
     everything = {**{what: size for what, size in held.items() if what not in away}, **copies, **caches}
     if cuda and sum(everything.values()) + most > room:

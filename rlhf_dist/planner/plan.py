@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.boxes import Partition, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.feasible import anything_fits, cannot_fit, check_layouts, what_is_missing
 from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
-from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.memory import usable_bytes
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.schedule import Graph, Slot, simulate_steps
@@ -168,12 +168,12 @@ def make_plan(question: Question, runners_up: int = 3) -> Plan:
 
 
 def preset_partition(preset: str, problem: Problem, units: tuple[str, ...]) -> Partition:
-    """Pools of a preset: all together; actors and references apart from the rest; each alone; generation apart."""
+    """Pools of a preset: all together; language models apart from the rest; each alone; generation apart."""
     if preset == "standalone":
         return tuple((unit,) for unit in units)
-    kinds = problem.dataflow.roles
+    bases = problem.dataflow.bases
     if preset == "split":
-        policy = tuple(unit for unit in units if kinds[unit.partition(".")[0]] in ("Actor", "Reference"))
+        policy = tuple(unit for unit in units if bases.get(unit.partition(".")[0]) == "LanguageModel")
         rest = tuple(unit for unit in units if unit not in policy)
         return tuple(block for block in (policy, rest) if block)
     if preset == "async":
@@ -205,15 +205,16 @@ def _separate(question: Question) -> frozenset[str]:
 
 
 def _preferred(problem: Problem, plans: Sequence[FoundPlan]) -> FoundPlan:
-    """Of plans that the model cannot tell apart: references with an actor, then fewer pools, then the fastest."""
-    kinds = problem.dataflow.roles
+    """Of plans that the model cannot tell apart: frozen language models with one that learns, then fewer pools, then
+    the fastest."""
+    policies = {role for role, base in problem.dataflow.bases.items() if base == "LanguageModel"}
     near = [plan for plan in plans if plan.step_s <= plans[0].step_s * (1.0 + TIE)]
 
     def unusual(plan: FoundPlan) -> tuple[int, int, float]:
         alone = 0
         for block in plan.partition:
-            roles = {kinds[unit.partition(".")[0]] for unit in block}
-            alone += sum(1 for unit in block if kinds.get(unit) == "Reference") if "Actor" not in roles else 0
+            learning = policies & problem.trained & {unit.partition(".")[0] for unit in block}
+            alone += 0 if learning else sum(1 for unit in block if unit in policies - problem.trained)
         return alone, len(plan.partition), plan.step_s
 
     return min(near, key=unusual)

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_dist.config import ActorConfig
+from rlhf_dist.config import LanguageModelConfig
 from rlhf_dist.reshard.layout import Ints, Layout, LayoutError, ParameterLayout
 
 Grouping = Literal["vanilla", "zero_redundancy"]
@@ -140,8 +140,8 @@ def rollout_axes(world: int, t_g: int, *, train_t: int = 1, ranks_per_node: int 
     return {"dp": world // t_g, "tp": t_g, "micro_dp": 1}
 
 
-def colocated_axes(config: ActorConfig, nodes: Sequence[int]) -> dict[str, int]:
-    """`rollout_axes` of an actor that trains and generates on the same ranks; nodes: [world] machine of each rank."""
+def colocated_axes(config: LanguageModelConfig, nodes: Sequence[int]) -> dict[str, int]:
+    """`rollout_axes` of a model that trains and generates on the same ranks; nodes: [world] machine of each rank."""
     world, t_g = len(nodes), config.rollout.tensor_parallel
     train_t = config.engine.tensor_parallel
     # Copies of the sharded parameters are like nodes: sharding starts anew in each.
@@ -151,7 +151,7 @@ def colocated_axes(config: ActorConfig, nodes: Sequence[int]) -> dict[str, int]:
     return rollout_axes(world, t_g, train_t=train_t if fits else 1, ranks_per_node=block if fits else t_g)
 
 
-def consecutive_axes(config: ActorConfig, world: int) -> dict[str, int]:
+def consecutive_axes(config: LanguageModelConfig, world: int) -> dict[str, int]:
     """`rollout_axes` of ranks that only generate: nothing is in place, so consecutive ranks share a copy."""
     t_g = config.rollout.tensor_parallel
     return {"dp": world // t_g, "tp": t_g, "micro_dp": 1}

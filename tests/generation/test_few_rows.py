@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_dist.batch import Batch, Column
-from rlhf_dist.config import ActorConfig, EngineConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RolloutConfig
+from rlhf_dist.config import EngineConfig, LanguageModelConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.dispatch import Mesh
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel, ops_of
@@ -85,7 +85,7 @@ def _no_split(engine: dict[str, Any]) -> bool:
     return bool(engine.get("tensor_parallel", 1) * engine.get("sequence_parallel", 1) == 4)
 
 
-_config: ActorConfig
+_config: LanguageModelConfig
 _workers: dict[str, Any] = {}
 
 
@@ -93,32 +93,32 @@ def _context() -> WorkerContext:
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    return WorkerContext(role="actor", rank=rank, world=world, device="cpu", seed=0, generates=True)
+    return WorkerContext(role="actor", rank=rank, world=world, device="cpu", seed=0)
 
 
 def build_trainers(folder: str, engine: dict[str, Any], rollout: dict[str, Any]) -> None:
     """On a rank: all roles that do not generate."""
     global _config
-    from workers.reference import ReferenceWorker
-    from workers.value_model import CriticWorker, RewardModelWorker
+    from workers.language_model import LanguageModelWorker
+    from workers.value_model import ValueModelWorker
 
-    _config = ActorConfig(
+    _config = LanguageModelConfig(
         model=ModelConfig(path=folder),
         engine=EngineConfig(**engine),
         rollout=RolloutConfig(max_prompt_tokens=16, max_response_tokens=4, kv_cache_bytes=16 << 20, **rollout),
         optimizer=OptimizerConfig(lr=1e-3),
     )
     shared: Any = (_config.model, _config.engine, _config.optimizer)
-    _workers["critic"] = CriticWorker(_context(), *shared)
-    _workers["reward_model"] = RewardModelWorker(_context(), *shared)
-    _workers["reference"] = ReferenceWorker(_context(), ReferenceConfig(model=_config.model, engine=_config.engine))
+    _workers["critic"] = ValueModelWorker(_context(), *shared)
+    _workers["reward_model"] = ValueModelWorker(_context(), *shared)
+    _workers["reference"] = LanguageModelWorker(_context(), _config, trained=False, generates=False)
 
 
 def build_actor() -> None:
     """On a rank: the actor, after all others as in a pool whose processes they share."""
-    from workers.actor import ActorWorker
+    from workers.language_model import LanguageModelWorker
 
-    _workers["actor"] = ActorWorker(_context(), _config)
+    _workers["actor"] = LanguageModelWorker(_context(), _config)
 
 
 def close() -> None:
@@ -138,15 +138,17 @@ def every_op(rows: int) -> list[Answer]:
     answers: list[Answer] = []
     workers["actor"].reshard(Batch({}, 0), _call(0))
     interfaces = {"actor": Actor, "critic": Critic, "reward_model": RewardModel, "reference": Reference}
-    losses = {"update_actor": TokenLoss(), "update_critic": ValueLoss(), "update_reward_model": ScoreLoss()}
+    losses: dict[str, Any] = {"actor": TokenLoss(), "critic": ValueLoss(), "reward_model": ScoreLoss()}
     for role, interface in interfaces.items():
         for name, spec in ops_of(interface).items():
+            if role not in losses and (spec.weights_written or spec.mesh == "rollout"):
+                continue  # It is frozen, and does not generate here.
             mesh = meshes[spec.mesh]
             last = spec.dispatch.part_of(mesh, context.rank) == spec.dispatch.parts(mesh) - 1
             batch = Batch.of(**ROW) if rows and last else Batch.of(**ROW).take([])
             settings: dict[str, Any] = {"n": 2} if name == "generate_sequences" else {}
-            if name in losses:
-                settings = {"loss": losses[name], "mini_batches": 1, "epochs": 1}
+            if spec.weights_written:
+                settings = {"loss": losses[role], "mini_batches": 1, "epochs": 1}
             result = getattr(workers[role], name)(batch, _call(batch.num_rows), **settings)
             assert isinstance(result, OpResult)
             kinds = {column: str(values.values.dtype) for column, values in result.columns.items()}

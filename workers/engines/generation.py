@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Literal, Protocol, TypeAlias
 
@@ -25,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_dist.config import ModelConfig
 from rlhf_dist.reshard.checksum import full_checksum
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
@@ -126,6 +128,14 @@ class GenerationEngine(Protocol):
         """Take the parameters of `version`; expected: name -> `full_checksum` of every parameter to come.
 
         Raises WeightSyncError; the engine then refuses to generate until a later call succeeds.
+        """
+        ...
+
+    def load(self, model: ModelConfig, seed: int) -> None:
+        """Take the weights that a model starts with, those that a training engine of the same seed would have, as
+        version 0. For a role that never learns: nobody syncs it.
+
+        Raises ValueError for a folder that lacks some.
         """
         ...
 
@@ -250,6 +260,13 @@ class SyncedEngine(ABC):
         self._version = version
         return SyncReport(arrivals.count, arrivals.bytes, perf_counter() - started)
 
+    def load(self, model: ModelConfig, seed: int) -> None:
+        """See GenerationEngine."""
+        self.refuse(f"reading {model.path} did not complete")
+        self._began = True
+        self._read(Path(model.path), model.init, seed)
+        self._version = 0
+
     def receive_shards(self, sync: ShardSync) -> None:
         """See GenerationEngine."""
         self.refuse("the last weight sync did not complete")
@@ -283,6 +300,10 @@ class SyncedEngine(ABC):
     @abstractmethod
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
         """Make the model ready to run; raise WeightSyncError unless what runs is what arrived."""
+
+    @abstractmethod
+    def _read(self, folder: Path, init: str, seed: int) -> None:
+        """Write what a model starts with (see ModelConfig) into the model, and make it ready to run."""
 
     @abstractmethod
     def _target_shards(self) -> Shards:

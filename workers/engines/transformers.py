@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from rlhf_dist.reshard.checksum import full_checksum
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
-from workers.engines.file_tensors import file_tensors, kept_buffers
+from workers.engines.file_tensors import file_tensors, kept_buffers, parameters_of
 from workers.engines.generation import (
     BOTH,
     DROPPED,
@@ -36,6 +37,7 @@ from workers.engines.generation import (
     resumed_seed,
     stream_seed,
 )
+from workers.engines.load import load
 from workers.engines.unseen import caps_scores
 from workers.memory.movable import Movable
 
@@ -166,6 +168,17 @@ class TransformersEngine(SyncedEngine):
             raise WeightSyncError(version, rule, names)
         if names := [n for n, checksum in expected.items() if full_checksum(self._files.read(n, weights)) != checksum]:
             raise WeightSyncError(version, "parameters must read back as they arrived", names)
+
+    @torch.no_grad()
+    def _read(self, folder: Path, init: str, seed: int) -> None:
+        self._begin_install()
+        hf, start, _ = load(folder, init, "policy", seed, trained=False)
+        weights = self._weights()
+        if start is not None:
+            start.fill_whole(self._files, weights)
+            return
+        for name, tensor in (parameters_of(hf) | kept_buffers(hf)).items():
+            weights[name].copy_(tensor)
 
     def trace(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Box]]:
         """See GenerationEngine: one copy of everything."""

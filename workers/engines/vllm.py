@@ -33,6 +33,7 @@ from rlhf_dist.reshard.checks import check_tensor_parallel
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
+from workers.engines.file_tensors import file_tensors, kept_buffers, parameters_of
 from workers.engines.generation import (
     BOTH,
     DROPPED,
@@ -46,6 +47,7 @@ from workers.engines.generation import (
     resumed_seed,
     stream_seed,
 )
+from workers.engines.load import fill_whole, load
 
 # Read by vLLM when it is imported. In-process, with the one model runner whose sampler we extend; the rest are
 # defaults a user's environment may override. VLLM_CPU_KVCACHE_SPACE would override kv_cache_bytes.
@@ -312,6 +314,22 @@ class VllmEngine(SyncedEngine):
         if names := vllm_weights.unwritten(self._model):
             raise ValueError(f"{folder} must hold every parameter of vLLM's model, and lacks {', '.join(names[:3])}")
         self._make_ready(self._version)
+
+    def _read(self, folder: Path, init: str, seed: int) -> None:
+        if init == "pretrained":
+            self.read_folder(folder)
+            return
+        hf, start, _ = load(folder, init, "policy", seed, trained=False)
+        if start is not None:
+            fill_whole(hf, start, torch.device("cpu"))
+        held = {name: tensor.detach() for name, tensor in (parameters_of(hf) | kept_buffers(hf)).items()}
+        files = file_tensors(hf, {name: tensor.shape for name, tensor in held.items()})
+        self._begin_install()
+        for name in files:
+            self._install([(name, files.read(name, held).to(self._dtype))])
+        if names := vllm_weights.unwritten(self._model):
+            raise ValueError(f"vLLM's model of {folder} must be written completely, and lacks {', '.join(names[:3])}")
+        self._make_ready(0)
 
     def _failures_of_peers(self, failure: str | None) -> list[str]:
         if self._engine is None or self._rollout.tensor_parallel == 1:

@@ -1,7 +1,8 @@
-"""The actor: a training engine and, unless generation has a pool of its own, a generation engine beside it."""
+"""A language model: a training engine and, where it generates in this pool, a generation engine beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,19 @@ import torch
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch
-from rlhf_dist.config import ActorConfig
+from rlhf_dist.config import LanguageModelConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
+from workers.engines.training import TrainingEngine
 from workers.model_outputs import LanguageModelOutputs
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd
 from workers.reshard.sync import SyncReport
 from workers.rollout import RolloutWorker, sync_metrics
-from workers.trained_role import NOTHING, TrainedRole
+from workers.trained_role import TrainedRole
+from workers.weight_sets import NOTHING
 
 RATIO_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 """Rollout dtype -> largest mean |ratio - 1|. Measured: 5e-7 in float32, 0.06 to 0.1 (with outliers) in bfloat16."""
@@ -30,29 +33,41 @@ class OffPolicy(RuntimeError):
     """On-policy rows were not sampled by the policy that is trained."""
 
 
-class ActorWorker(LanguageModelOutputs, TrainedRole):
-    """One rank of the actor. Implements `rlhf_dist.roles.Actor`, and `reshard`."""
+class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
+    """One rank of a language model. Implements `rlhf_dist.roles.LanguageModel` and its kinds.
+
+    A role that is only ever asked to generate has a `RolloutWorker` and none of this.
+    """
 
     def __init__(
         self,
         context: WorkerContext,
-        config: ActorConfig,
-        trains: bool = True,
-        generates_here: bool = True,
-        on_policy: bool = True,
+        config: LanguageModelConfig,
+        trained: bool = True,
+        generates: bool = True,
+        temperature: float | None = None,
+        on_policy: Collection[str] = (),
+        base_of: str | None = None,
     ) -> None:
-        """`trains` False: no optimizer (evaluation only). `on_policy`: rows were sampled with the weights that are
-        trained, which is checked. The generation engine comes up after the training engine: it reuses the process
-        group that is there by then."""
-        optimizer = config.optimizer if trains else None
-        engine = new_training_engine(config.model, config.engine, optimizer, "policy", context)
-        super().__init__(context, engine, optimizer)
-        self.config, self.on_policy = config, on_policy
-        self.temperature = config.rollout.temperature
+        """trained: it has an optimizer. generates: in this process, beside the training engine. temperature: of the
+        log-probs; None: of sampling. on_policy: nodes whose rows were sampled with the weights held, which is checked.
+        base_of: a role of this process whose model, without its adapters, is this one's: it is held once.
+
+        The generation engine comes up after the training engine: it reuses the process group that is there by then.
+        """
+        optimizer = config.optimizer if trained else None
+        engine: TrainingEngine = (
+            new_training_engine(config.model, config.engine, optimizer, "policy", context)
+            if base_of is None
+            else context.peers[base_of].engine
+        )
+        spoken = config.rollout.temperature if temperature is None else temperature
+        super().__init__(context, engine, optimizer, spoken, shared=base_of is not None)
+        self.config, self.on_policy, self.base = config, on_policy, base_of is not None
         self.generation: RolloutWorker | None = None
-        if context.generates and generates_here:
+        if generates:
             axes = colocated_axes(config, context.nodes or (0,) * context.world)
-            self.generation = RolloutWorker(context, config, 0 if trains else None, axes=axes)
+            self.generation = RolloutWorker(context, config, 0 if trained else None, axes=axes)
             self.sync = ColocatedSync(self.engine, self.generation.engine, config.rollout, context)
 
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
@@ -63,33 +78,37 @@ class ActorWorker(LanguageModelOutputs, TrainedRole):
         return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
-        """Old log-probs and entropy under the training engine, at the sampling temperature."""
-        found = self.engine.forward(batch, ("log_probs", "entropy"), self.temperature)
+        """Log-probs and entropy under the training engine."""
+        found = self.engine.forward(batch, ("log_probs", "entropy"), self.temperature, base=self.base)
         entropy = found["entropy"].values
         metrics: Metrics = {"entropy": Mean(float(entropy.sum(dtype=np.float64)), float(len(entropy)))}
         if "rollout_log_probs" in batch:
             metrics |= _mismatch(found["log_probs"].values, batch["rollout_log_probs"].values)
-            self._check_ratio(metrics)
-        return OpResult(
-            columns=Batch({"old_log_probs": found["log_probs"], "entropy": found["entropy"]}, batch.num_rows),
-            metrics=metrics,
-        )
+            self._check_ratio(metrics, call)
+        return OpResult(columns=Batch(found, batch.num_rows), metrics=metrics)
 
-    def update_actor(self, batch: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
+    def compute_ref_log_prob(self, batch: Batch, call: Call) -> OpResult:
+        """Log-probs alone."""
+        found = self.engine.forward(batch, ("log_probs",), self.temperature, base=self.base)
+        return OpResult(columns=Batch({"ref_log_probs": found["log_probs"]}, batch.num_rows))
+
+    def update(self, given: Batch | tuple[Batch, ...], call: Call, **settings: Any) -> OpResult:
         """Optimizer steps; settings: see `TrainedRole.update`."""
-        temperature = self.temperature if self.context.generates else 1.0
-        result = self.update(batch, call, temperature=temperature, **settings)
-        self._check_ratio(result.metrics)
+        result = super().update(given, call, **settings)
+        self._check_ratio(result.metrics, call)
         return result
 
-    def _check_ratio(self, metrics: Metrics) -> None:
+    update_actor = update
+
+    def _check_ratio(self, metrics: Metrics, call: Call) -> None:
         """Raise OffPolicy where the policy that sampled is not the one that is trained, and should be."""
         error = metrics["rollout_ratio_error"].value if "rollout_ratio_error" in metrics else 0.0
         tolerance = self.config.rollout.ratio_tolerance or RATIO_TOLERANCE[self.config.rollout.dtype]
-        if self.on_policy and error > tolerance:
+        if call.node in self.on_policy and error > tolerance:
             raise OffPolicy(
                 f"the ratio of recomputed to sampled probabilities must be 1 on-policy, its mean error is {error:.3g} "
-                f"> {tolerance:g}; raise actor.rollout.ratio_tolerance if generation's dtype or kernels explain it"
+                f"> {tolerance:g}; raise {self.context.role}.rollout.ratio_tolerance if generation's dtype or kernels "
+                "explain it"
             )
 
     def reshard(self, batch: Batch, call: Call) -> OpResult:
@@ -100,9 +119,7 @@ class ActorWorker(LanguageModelOutputs, TrainedRole):
         return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})
 
     def _sync_weights(self) -> SyncReport:
-        report = self.sync.run(must_change=self.moved)
-        self.moved = False
-        return report
+        return self.sync.run(must_change=self.must_change())
 
     def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that generate, in a pool of their own; all of both pools do."""
@@ -118,9 +135,13 @@ class ActorWorker(LanguageModelOutputs, TrainedRole):
     def send_weights(self, batch: Batch, call: Call) -> OpResult:
         """The same move to another pool, whose ranks receive and verify meanwhile."""
         self.memory.turn(f"{self.context.role}.sync")
-        self.end.run(must_change=self.moved)
-        self.moved = False
+        self.end.run(must_change=self.must_change())
         return OpResult(columns=NOTHING)
+
+    def interrupt(self) -> None:
+        """Stop generating, if something is generated here; called from another thread."""
+        if self.generation is not None:
+            self.generation.interrupt()
 
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""
