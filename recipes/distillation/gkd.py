@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlhf_dist.algorithms import distill, distill_top_k
 from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.roles import Actor, Prompts, Reference
+from rlhf_dist.roles import Actor, Prompts, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class GKD:
 
 
 @recipe
-def gkd(prompts: Prompts, actor: Actor, teacher: Reference, cfg: GKD) -> None:
+def gkd(prompts: Prompts, actor: Actor, teacher: Teacher, cfg: GKD) -> None:
     """The actor learns from the teacher's distributions over its own responses."""
     batch = actor.generate_sequences(prompts)
     if cfg.top_k:

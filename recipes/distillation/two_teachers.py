@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rlhf_dist.algorithms import distill_top_k
 from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.roles import Actor, Prompts, Reference
+from rlhf_dist.roles import Actor, Prompts, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class TwoTeachers:
 
 
 @recipe
-def two_teachers(prompts: Prompts, actor: Actor, first: Reference, second: Reference, cfg: TwoTeachers) -> None:
+def two_teachers(prompts: Prompts, actor: Actor, first: Teacher, second: Teacher, cfg: TwoTeachers) -> None:
     """The actor learns from both over its own responses."""
     batch = actor.generate_sequences(prompts)
     batch = first.compute_top_k(batch, k=cfg.top_k, prefix="first")
