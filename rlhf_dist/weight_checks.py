@@ -34,11 +34,6 @@ def _check_target(launch: Launch, node: Node) -> None:
             f"{where} writes the weights of {node.role!r}, which has adapters, and whole weights cannot be put into "
             f"adapters; set {node.role}.engine.lora=null, or use save_weights and restore_weights"
         )
-    if heads := getattr(launch.recipe.roles[node.role], "heads", ()):
-        raise ConfigError(
-            f"{where} writes the weights of {node.role!r}, which has heads of its own ({heads[0].name}), and those "
-            "would stay as they are; write to a role without heads, or use save_weights and restore_weights"
-        )
     frozen = node.role not in launch.dataflow.trained
     if node.op != "copy_from" and frozen and engine.name == "deepspeed" and engine.dtype != "float32":
         raise ConfigError(

@@ -86,13 +86,6 @@ def of_a_frozen_one(pairs: Preferences, student: Actor, teacher: Reference) -> N
 
 
 @recipe
-def copies_beside_a_head(pairs: Preferences, judge: Judge, student: Actor) -> None:
-    student.update_actor(pairs, loss=nll())
-    judge.copy_from(student)
-    judge.compute_heads(pairs, names=("reward",))
-
-
-@recipe
 def rewards_of_labels(pairs: Preferences, rewards: RewardModel) -> None:
     rewards.compute_reward(pairs)
 
