@@ -104,9 +104,6 @@ def test_what_a_student_cannot_have_is_refused_before_a_start(tmp_path: Path) ->
         ("of_a_frozen_one", f"student.model.path={tmp_path / 'wide'}", "student.model.init=random"): (
             "student has 64 logits, teacher 52; use teacher.compute_top_k"
         ),
-        (
-            "copies_beside_a_head",
-        ): r"judge.copy_from writes the weights of 'judge', which has heads of its own \(reward\)",
         ("rewards_of_labels", f"rewards.model.path={tmp_path / 'labels'}", "rewards.model.init=random"): (
             r"rewards.model.path has 3 labels; call rewards.compute_scores\(batch\)"
         ),
