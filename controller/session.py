@@ -28,6 +28,7 @@ from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
 from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
 from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base, worker_of
@@ -254,6 +255,8 @@ def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
 def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings: Mapping[str, Any]) -> list[Any]:
     context = {
         "seed": launch.run.seed,
+        "frozen_folders": frozen_folders(launch),
+        "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
         "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,

@@ -4,10 +4,12 @@
       group_id      dense   values [3]
       response_ids  ragged  values [7]     offsets [0, 2, 5, 7]     row 1 = values[2:5]
       prompt        text    values [n] u8  offsets [0, ...]         UTF-8, one string a row
+      top_ids       ragged  values [7, k]  offsets [0, 2, 5, 7]     k numbers an entry
 
 A row is a trajectory; nothing is padded. Every column is numpy arrays, so a batch read from Ray's
 object store is a view of shared memory (read-only: copy before writing in place). Arrow and Parquet
-use the same buffers: primitive arrays for dense, large lists for ragged, large strings for text.
+use the same buffers: primitive arrays for dense, large lists for ragged, large strings for text, lists
+of a fixed size for dims behind these.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One column. Dense: `values` [B, ...], no offsets. Ragged and text: `values` [N], `offsets` [B + 1]."""
+    """One column. Dense: `values` [B, ...], no offsets. Ragged: [N, ...] and `offsets` [B + 1], text too: [N] bytes."""
 
     values: npt.NDArray[Any]
     offsets: IntArray | None = None
@@ -37,8 +39,8 @@ class Column:
     def __post_init__(self) -> None:
         if self.offsets is None:
             return
-        if self.values.ndim != 1:
-            raise ValueError(f"a ragged column's values must be one-dimensional, got shape {self.values.shape}")
+        if self.values.ndim < 1 or (self.text and self.values.ndim != 1):
+            raise ValueError(f"a {'text' if self.text else 'ragged'} column has no values of shape {self.values.shape}")
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.values):
             raise ValueError(
                 f"offsets must start at 0 and end at len(values) = {len(self.values)}, got {_ends(self.offsets)}"
@@ -82,7 +84,7 @@ class Column:
         return self.values.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
 
     def row(self, index: int) -> Any:
-        """Row `index`: a number or array (dense), a one-dimensional view (ragged), a string (text)."""
+        """Row `index`: a number or array (dense), a view of its entries (ragged), a string (text)."""
         if self.offsets is None:
             return self.values[index]
         index = range(len(self))[index]
@@ -119,15 +121,10 @@ class Column:
 
         flat = np.ascontiguousarray(self.values)
         if self.offsets is None:
-            if flat.ndim == 1:
-                return _arrow_primitive(flat)
-            array = _arrow_primitive(flat.reshape(-1))
-            for width in reversed(flat.shape[1:]):
-                array = pa.FixedSizeListArray.from_arrays(array, width)
-            return array
+            return _arrow_entries(flat)
         if self.text:
             return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(self.offsets), pa.py_buffer(flat))
-        return pa.LargeListArray.from_arrays(pa.array(self.offsets), _arrow_primitive(flat))
+        return pa.LargeListArray.from_arrays(pa.array(self.offsets), _arrow_entries(flat))
 
     @staticmethod
     def from_arrow(array: pa.Array | pa.ChunkedArray) -> Column:
@@ -152,14 +149,8 @@ class Column:
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             ends = np.asarray(array.offsets.to_numpy(zero_copy_only=False), dtype=np.int64)
             values = array.values.slice(int(ends[0]), int(ends[-1] - ends[0]))
-            return Column(_numpy_primitive(values), ends - ends[0] if ends[0] else ends)
-        if pa.types.is_fixed_size_list(kind):
-            shape: list[int] = [len(array)]
-            while pa.types.is_fixed_size_list(array.type):
-                shape.append(array.type.list_size)
-                array = array.flatten()
-            return Column(_numpy_primitive(array).reshape(shape))
-        return Column(_numpy_primitive(array))
+            return Column(_numpy_entries(values), ends - ends[0] if ends[0] else ends)
+        return Column(_numpy_entries(array))
 
 
 class Batch(Mapping[str, Column]):
@@ -333,11 +324,33 @@ def _concat_columns(name: str, columns: Sequence[Column]) -> Column:
 def _kind(column: Column) -> str:
     if column.text:
         return "text"
-    return "[B, *]" if column.offsets is not None else str(["B", *column.values.shape[1:]]).replace("'", "")
+    first = ["B"] if column.offsets is None else ["B", "*"]
+    return str([*first, *column.values.shape[1:]]).replace("'", "")
 
 
 def _ends(offsets: IntArray) -> str:
     return "no offsets" if len(offsets) == 0 else f"{offsets[0]} ... {offsets[-1]}"
+
+
+def _arrow_entries(values: npt.NDArray[Any]) -> pa.Array:
+    """[N, ...] as N entries; `values` is contiguous."""
+    import pyarrow as pa
+
+    array = _arrow_primitive(values.reshape(-1))
+    for width in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, width)
+    return array
+
+
+def _numpy_entries(array: pa.Array) -> npt.NDArray[Any]:
+    """What `_arrow_entries` made into an Arrow array."""
+    import pyarrow as pa
+
+    shape: list[int] = [len(array)]
+    while pa.types.is_fixed_size_list(array.type):
+        shape.append(array.type.list_size)
+        array = array.flatten()
+    return _numpy_primitive(array).reshape(shape)
 
 
 def _arrow_primitive(values: npt.NDArray[Any]) -> pa.Array:

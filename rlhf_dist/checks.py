@@ -22,6 +22,7 @@ from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
+from rlhf_dist.output_checks import check_outputs
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.role_kinds import generation_of, kind_of
@@ -30,7 +31,7 @@ from rlhf_dist.typed import ConfigError
 from rlhf_dist.weight_checks import check_weights
 
 if TYPE_CHECKING:
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
@@ -66,6 +67,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
         check_slots(launch, sizes)
     else:
         check_cluster(launch, sizes, cluster)
+    check_outputs(launch, shapes)
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
     _check_lengths(launch, shapes)
@@ -155,7 +157,7 @@ def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
         return read_shape(model.path, key, weights=model.init == "pretrained")
     if Path(model.path).is_dir():
         return read_shape(model.path, key, weights=False)
-    from rlhf_dist.planner.models import model_spec
+    from rlhf_dist.model_specs import model_spec
 
     spec = model_spec(model.path, key)
     return ModelShape(

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from rlhf_dist.algorithms.contract import Loss, Output
+from rlhf_dist.algorithms.contract import Loss, columns_read
+from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, Head
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
@@ -46,8 +47,8 @@ class OpSpec:
     dispatch: TransferProtocol = ROWS
     mesh: str = "train"
     """Which of the role's meshes the rows are spread over: `train` or `rollout`."""
-    outputs: tuple[Output, ...] = ()
-    """What the role's model can give a loss; empty for ops without one."""
+    outputs: tuple[str, ...] = ()
+    """Kinds of output that the role's model can give a loss besides its heads; empty for ops without one."""
     streams: bool = False
     """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
     processes), it may be given the first finished rows of its input while the others are being made."""
@@ -69,7 +70,7 @@ def op(
     weights_written: str | None = None,
     dispatch: TransferProtocol = ROWS,
     mesh: str = "train",
-    outputs: tuple[Output, ...] = (),
+    outputs: tuple[str, ...] = (),
     streams: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
@@ -102,7 +103,11 @@ def ops_of(interface: type) -> dict[str, OpSpec]:
 
 
 def _loss_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*TRAINABLE, *kwargs["loss"].reads)))
+    return tuple(dict.fromkeys((*TRAINABLE, *columns_read(kwargs["loss"]))))
+
+
+def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{kwargs['prefix']}_{what}" for what in ("ids", "log_probs", "log_rest"))
 
 
 class Role(Protocol):
@@ -112,10 +117,26 @@ class Role(Protocol):
     """What implements the role: `package.module:Class`, imported on the workers only, or a class of a user's file."""
     settings: ClassVar[type] = FunctionConfig
     """Dataclass of the role's section in the settings."""
+    heads: ClassVar[tuple[Head, ...]] = ()
+    """Heads of its model besides the one it comes with; a class of your own lists them."""
 
 
-# --- the three bases -------------------------------------------------------------------------------------
-class LanguageModel(Weights, Role, Protocol):
+class OfTrunk(Weights, Role, Protocol):
+    """What any model says besides the words of its own kind, and what is done with its weights."""
+
+    @op(reads=SEQUENCE, writes=("hidden",), weights_read="train")
+    def compute_hidden(self, batch: Batch) -> Batch:
+        """The last states that response tokens are predicted from, float32."""
+        ...
+
+    @op(reads=SEQUENCE, writes=lambda kwargs: tuple(kwargs.get("names", ())), weights_read="train")
+    def compute_heads(self, batch: Batch, *, names: tuple[str, ...]) -> Batch:
+        """What these heads of the role's own say, a column each, of the head's name."""
+        ...
+
+
+# --- the bases -------------------------------------------------------------------------------------------
+class LanguageModel(OfTrunk, Protocol):
     """A language model: generates, gives log-probs, learns."""
 
     worker: ClassVar[str | type] = "workers.language_model:LanguageModelWorker"
@@ -142,14 +163,20 @@ class LanguageModel(Weights, Role, Protocol):
         from those of sampling, where the batch has them."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("log_probs", "entropy"))
+    @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
+    def compute_top_k(self, batch: Batch, *, k: int = 32, prefix: str = "top") -> Batch:
+        """The `k` most likely tokens before each response token, their log-probs, and the log of what is left, at the
+        temperature of the role's log-probs."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_LANGUAGE_MODELS)
     def update(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """`epochs` passes over the batch cut into `mini_batches`, one optimizer step for each."""
         ...
 
 
-class ValueModel(Weights, Role, Protocol):
-    """The trunk of a language model with a linear head: a number before each token."""
+class ValueModel(OfTrunk, Protocol):
+    """The trunk of a language model with a linear head: a number before each token, or K for the whole response."""
 
     model_head: ClassVar[Literal["policy", "value"]] = "value"
     worker: ClassVar[str | type] = "workers.value_model:ValueModelWorker"
@@ -160,7 +187,12 @@ class ValueModel(Weights, Role, Protocol):
         """V(s_t) before each response token."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
+    @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
+    def compute_scores(self, batch: Batch) -> Batch:
+        """All K labels' scores of every row, [B, K] also where K is 1."""
+        ...
+
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
     def update(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `LanguageModel.update`."""
         ...
@@ -186,7 +218,7 @@ class Actor(LanguageModel, Protocol):
         from those of sampling, where the batch has them."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("log_probs", "entropy"))
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_LANGUAGE_MODELS)
     def update_actor(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `LanguageModel.update`."""
         ...
@@ -216,7 +248,7 @@ class Judge(LanguageModel, Protocol):
 class Critic(ValueModel, Protocol):
     """The value function."""
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
     def update_critic(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `LanguageModel.update`."""
         ...
@@ -230,7 +262,7 @@ class RewardModel(ValueModel, Protocol):
         """The score of every row."""
         ...
 
-    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=("values", "scores"))
+    @op(reads=_loss_columns, weights_read="train", weights_written="train", outputs=OF_VALUE_MODELS)
     def update_reward_model(self, batch: Batch, *, loss: Loss, mini_batches: int = 1, epochs: int = 1) -> None:
         """As `LanguageModel.update`."""
         ...

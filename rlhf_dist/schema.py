@@ -15,12 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Shape = Literal["[B]", "[B, T]", "[B, P]"]
+Shape = Literal["[B]", "[B, T]", "[B, P]", "[B, K]", "[B, T, K]"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSpec:
-    """One column: `shape` in rows B, response tokens T or prompt tokens P; `dtype` a numpy name or "text"."""
+    """One column: `shape` in rows B, response tokens T, prompt tokens P, and K numbers for each where it has several;
+    `dtype` a numpy name or "text"."""
 
     shape: Shape
     dtype: str
@@ -29,7 +30,7 @@ class ColumnSpec:
     @property
     def per_token(self) -> bool:
         """Whether the column has one entry for each response token."""
-        return self.shape == "[B, T]"
+        return self.shape in ("[B, T]", "[B, T, K]")
 
 
 def _spec(shape: Shape, dtype: str, meaning: str) -> ColumnSpec:
@@ -64,6 +65,13 @@ COLUMNS: dict[str, ColumnSpec] = {
     "ref_log_probs": _spec("[B, T]", "float32", "log pi_ref(y_t) under the frozen reference, nats"),
     "entropy": _spec("[B, T]", "float32", "entropy of the policy before y_t, nats"),
     "values": _spec("[B, T]", "float32", "V(s_t) under the critic, in reward units"),
+    "scores": _spec("[B, K]", "float32", "what a reward model with K labels says of the row, in reward units"),
+    "hidden": _spec(
+        "[B, T, K]", "float32", "last states of a model that it predicts y_t from, K wide; 4 K bytes a token"
+    ),
+    "top_ids": _spec("[B, T, K]", "int32", "the K most likely tokens in place of y_t, the likeliest first"),
+    "top_log_probs": _spec("[B, T, K]", "float32", "log-probs of top_ids, nats"),
+    "top_log_rest": _spec("[B, T]", "float32", "log of the probability of all tokens but top_ids, nats"),
     # Rewards, advantages.
     "rewards": _spec("[B]", "float32", "terminal reward of the trajectory"),
     "token_rewards": _spec("[B, T]", "float32", "reward received after each token; sums to the return at gamma 1"),

@@ -22,6 +22,7 @@ class _AnyLoss:
     """Stands for the loss of an update: it reads nothing of its own."""
 
     reads: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:

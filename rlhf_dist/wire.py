@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rlhf_dist.algorithms.outputs import Head
 from rlhf_dist.batch import Batch, IntArray
 from rlhf_dist.metrics import Metrics
 
@@ -153,6 +154,10 @@ class WorkerContext:
     """[world] which machine each rank of the pool is on; empty for one machine."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
+    frozen_folders: Mapping[str, str] = field(default_factory=dict)
+    """Role that is never trained -> the folder that its model is in."""
+    heads: tuple[Head, ...] = ()
+    """Heads of the role's own."""
     memory: Any = None
     """The arbiter of this process's device (`workers/memory/arbiter.py`). None: nothing limits its engines."""
     phase: Callable[[str], None] = lambda text: None

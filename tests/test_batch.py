@@ -23,7 +23,7 @@ QUICK = settings(
 
 @st.composite
 def columns(draw: st.DrawFn, rows: int) -> Column:
-    kind = draw(st.sampled_from(["dense", "matrix", "ragged", "text"]))
+    kind = draw(st.sampled_from(["dense", "matrix", "ragged", "wide", "text"]))
     if kind == "text":
         return Column.strings(draw(st.lists(st.text(max_size=6), min_size=rows, max_size=rows)))
     random, dtype = np.random.default_rng(draw(st.integers(0, 2**16))), draw(st.sampled_from(DTYPES))
@@ -39,7 +39,7 @@ def columns(draw: st.DrawFn, rows: int) -> Column:
         return Column(numbers(rows, 2, 3))
     lengths = draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
-    return Column(numbers(int(offsets[-1])), offsets)
+    return Column(numbers(int(offsets[-1]), *((3,) if kind == "wide" else ())), offsets)
 
 
 @st.composite
@@ -194,8 +194,8 @@ def test_faulty_columns_are_refused_with_what_was_got() -> None:
         Column(np.arange(3), np.array([0, 2]))
     with pytest.raises(ValueError, match="must not decrease"):
         Column(np.arange(3), np.array([0, 2, 1, 3]))
-    with pytest.raises(ValueError, match="one-dimensional"):
-        Column(np.zeros((2, 2)), np.array([0, 2]))
+    with pytest.raises(ValueError, match=r"a text column has no values of shape \(2, 2\)"):
+        Column(np.zeros((2, 2), np.uint8), np.array([0, 2]), text=True)
     with pytest.raises(KeyError, match="no column 'c'.*a, b"):
         Batch.of(a=[1], b=[2])["c"]
     with pytest.raises(KeyError):

@@ -16,6 +16,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.compose import compose, compose_dataflow
 from rlhf_dist.python_files import load_file
 from rlhf_dist.role_kinds import kind_of
+from rlhf_dist.testing import check_loss
 from rlhf_dist.transforms import __all__ as host_ops
 from tests.tiny import save_llama
 
@@ -66,6 +67,8 @@ def test_the_guides_op_loss_and_reward_do_what_they_say(mine: Path) -> None:
     value, metrics = loss(said, {"advantages": torch.tensor([3.0])})
     assert value.item() == 5.5 and metrics["policy_loss"].item() == 5.5
     assert module.digits("", "1a2b", "") == 0.5
+    check_loss(module.generative_reward(), heads=module.Generative.heads)
+    check_loss(module.spread_out())
 
 
 def test_settings_in_the_page_on_running_compose(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
 from workers.engines.training import TrainingEngine
+from workers.model_outputs import LanguageModelOutputs
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd
 from workers.reshard.sync import SyncReport
@@ -32,7 +33,7 @@ class OffPolicy(RuntimeError):
     """On-policy rows were not sampled by the policy that is trained."""
 
 
-class LanguageModelWorker(TrainedRole):
+class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
     """One rank of a language model. Implements `rlhf_dist.roles.LanguageModel` and its kinds.
 
     A role that is only ever asked to generate has a `RolloutWorker` and none of this.

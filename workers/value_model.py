@@ -9,10 +9,11 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, reward_metrics
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.build import new_training_engine
+from workers.model_outputs import TrunkOutputs
 from workers.trained_role import TrainedRole
 
 
-class ValueModelWorker(TrainedRole):
+class ValueModelWorker(TrunkOutputs, TrainedRole):
     """One rank of a value model. Implements `rlhf_dist.roles.ValueModel` and its kinds, and `Reward` where that is a
     model."""
 
@@ -34,9 +35,19 @@ class ValueModelWorker(TrainedRole):
     def compute_reward(self, batch: Batch, call: Call) -> OpResult:
         """The value head at the last token of every row."""
         scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))
+        if scores.ndim > 1:
+            raise ValueError(
+                f"{self.context.role} scores {scores.shape[1]} labels and a reward is one number a row; call "
+                f"{self.context.role}.compute_scores(batch) and make rewards of its scores in a host op"
+            )
         return OpResult(
             columns=Batch({"rewards": Column(scores)}, batch.num_rows),
             metrics=reward_metrics(scores),
         )
+
+    def compute_scores(self, batch: Batch, call: Call) -> OpResult:
+        """The value head's K numbers at the last token of every row."""
+        scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))
+        return OpResult(columns=Batch({"scores": Column(scores.reshape(batch.num_rows, -1))}, batch.num_rows))
 
     update_critic = update_reward_model = TrainedRole.update

@@ -2,8 +2,8 @@
 
     r_t = sum_k w_k sum_j 1[t ends segment j of model k] R_k(segment) - beta log pi(y_t) / pi_ref(y_t)
 
-The models are value models that are not trained; R_k is what one says of the text before a segment's last token. Segments
-here are of so many tokens each (the paper's are sub-sentences and sentences, which a batch's columns do not mark).
+The models are value models that are not trained; R_k is what one says of the text before a segment's last token.
+Segments are of so many tokens each here (the paper's are sub-sentences and sentences, which no column marks).
 """
 
 from dataclasses import dataclass

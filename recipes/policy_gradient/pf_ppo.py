@@ -16,6 +16,7 @@ from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.replay import Replay
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
+from rlhf_dist.schema import TRAINABLE
 from rlhf_dist.transforms import gae, whiten
 
 Strategy = Literal["best", "best_random", "best_worst"]
@@ -67,7 +68,8 @@ def pf_ppo(
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
     batch = filtered(reward.compute_reward(batch), keep=cfg.keep)
     if cfg.replayed:
-        old = buffer.sample(rows=cfg.replayed)
+        # Without rollout_log_probs: rows of older policies are not expected to have the log-probs that they had.
+        old = buffer.sample(rows=cfg.replayed, columns=(*TRAINABLE, "rewards"))
         buffer.add(batch)
         batch = batch.concat(old)
     batch = actor.compute_log_prob(batch)

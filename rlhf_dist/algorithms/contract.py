@@ -2,7 +2,7 @@
 
     engine                                   loss (this file's protocol)
     ------                                   ---------------------------
-    packs rows, runs the model        ->     ModelOutput: log_probs [T], entropy [T], values [T]
+    packs rows, runs the model        ->     ModelOutput: log_probs [T], values [T], ... (outputs.py has them all)
     turns columns into tensors        ->     Rows: rows["advantages"] [T], rows["label"] [B], ...
     sums what comes back, divides by  <-     one number per token [T], row [B] or group [G], unreduced
     the count over the *whole* batch
@@ -21,29 +21,55 @@ drawn on a machine that has no torch. Losses use tensor methods, or import torch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from rlhf_dist.algorithms.outputs import Output, argument_of, columns_for, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Average = Literal["tokens", "rows", "rows_with_tokens", "groups"]
 """Counted tokens, all rows, rows with a counted token, or groups."""
-Output = Literal["log_probs", "entropy", "values", "scores"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOutput:
-    """What the model said about each response token, differentiable. Only what the loss asked for is set."""
+    """What the model said, differentiable. Only what the loss asked for is set; see `outputs.py`."""
 
     log_probs: Tensor | None = None
     """[T] log pi(y_t | ...), nats."""
     entropy: Tensor | None = None
     """[T] entropy of pi(. | ...), nats."""
     values: Tensor | None = None
-    """[T] V(s_t), reward units."""
+    """[T] V(s_t), reward units; [T, K] of a model with K labels."""
     scores: Tensor | None = None
-    """[B] the value head at the last token of each row: what a reward model says, reward units."""
+    """[B] the value head at the last token of each row: what a reward model says; [B, K] of one with K labels."""
+    hidden: Tensor | None = None
+    """[T, H] the last states, float32, that each response token is predicted from."""
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    """Head -> what it says: [T] or [B], with K > 1 outputs [T, K] or [B, K]."""
+    log_probs_at: Mapping[str, Tensor] = field(default_factory=dict)
+    """Column of token ids [T, k] -> [T, k] log pi of each of them, nats."""
+    log_rest: Mapping[str, Tensor] = field(default_factory=dict)
+    """The same column -> [T] log of the probability of all other tokens."""
+    over_vocabulary: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of an `OverVocabulary` -> [T] (or [T, K]), what its function gave."""
+
+    @staticmethod
+    def of(found: Mapping[str, Tensor]) -> ModelOutput:
+        """From outputs by `key_of`; `log_probs_at.COLUMN` is [T, k + 1], the others' log-prob last."""
+        plain: dict[str, Any] = {}
+        nested: dict[str, Any] = {"heads": {}, "log_probs_at": {}, "log_rest": {}, "over_vocabulary": {}}
+        for key, value in found.items():
+            kind, argument = kind_of(key), argument_of(key)
+            if kind == "log_probs_at":
+                nested[kind][argument], nested["log_rest"][argument] = value[..., :-1], value[..., -1]
+            elif kind in nested:
+                nested[kind][argument] = value
+            else:
+                plain[key] = value
+        return ModelOutput(**plain, **nested)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +77,7 @@ class Rows:
     """One micro-batch of rows as tensors."""
 
     columns: Mapping[str, Tensor]
-    """Per-token columns [T], per-row columns [B]."""
+    """Per-token columns [T] or [T, K], per-row columns [B] or [B, K]."""
     mask: Tensor
     """[T] float; 1 where the token counts (response_mask)."""
     row_of_token: Tensor
@@ -108,6 +134,17 @@ class Loss(Protocol):
         without a counted token must have loss 0 where it is not counted (`rows_with_tokens`).
         """
         ...
+
+
+def columns_read(loss: Loss) -> tuple[str, ...]:
+    """What it reads, and what the model reads to give what it asks for."""
+    return tuple(dict.fromkeys((*loss.reads, *columns_for(loss.outputs))))
+
+
+def is_given(model: ModelOutput, output: Output) -> bool:
+    """Whether the model's answer to `output` is set."""
+    found = getattr(model, kind_of(output), None)
+    return argument_of(output) in found if isinstance(found, Mapping) else found is not None
 
 
 def loss_name(loss: Loss) -> str:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec
 
-from rlhf_dist.algorithms.contract import Average, ModelOutput, Output, Rows
+from rlhf_dist.algorithms.contract import Average, ModelOutput, Rows, is_given
+from rlhf_dist.algorithms.outputs import Output, key_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,8 +70,8 @@ class FunctionLoss:
     def __call__(self, model: ModelOutput, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Loss`. Raises ValueError where the model gave less than the loss asked for."""
         for output in self.outputs:
-            if getattr(model, output) is None:
-                raise ValueError(f"the loss {self.name} needs {output} of the model, and got none")
+            if not is_given(model, output):
+                raise ValueError(f"the loss {self.name} needs {key_of(output)} of the model, and got none")
         return self.kind.function(model, rows, **dict(self.settings))
 
     def __repr__(self) -> str:

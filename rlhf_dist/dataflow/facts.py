@@ -56,21 +56,21 @@ def facts_of(nodes: Iterable[Node], roles: Iterable[str]) -> Mapping[str, RoleFa
 
 def drawn_by(dataflow: Dataflow, node: Node) -> frozenset[str]:
     """Roles whose generation made rows that `node` has; none for rows of a file."""
-    found: set[str] = set()
-    left, seen = [node], set[str]()
-    while left:
-        one = left.pop()
-        found |= {role for role, facts in dataflow.facts.items() if facts.generates and _draws(one, role)}
-        # A node that keeps its rows has those of its first input, whatever columns it takes of others.
-        makers = {batch.rows for batch in (one.inputs[:1] if one.rows == "keep" else one.inputs)} - seen
-        seen |= makers
-        left += [dataflow[name] for name in makers]
-    return frozenset(found)
+    makers = _makers(dataflow, node)
+    generating = [role for role, facts in dataflow.facts.items() if facts.generates]
+    return frozenset(role for role in generating if any(_draws(one, role) for one in makers))
 
 
 def nodes_on_own_rows(dataflow: Dataflow, role: str) -> frozenset[str]:
-    """Nodes of `role` whose rows it drew itself, all of them: what it says of them must be what sampling said."""
-    return frozenset(node.name for node in dataflow if node.role == role and drawn_by(dataflow, node) == {role})
+    """Nodes of `role` whose rows it drew itself in the same step, all of them: what it says of them must be what
+    sampling said."""
+    return frozenset(
+        node.name
+        for node in dataflow
+        if node.role == role
+        and drawn_by(dataflow, node) == {role}
+        and not any(one.kind == "state" and one.rows != "keep" for one in _makers(dataflow, node))  # of earlier steps
+    )
 
 
 def speaker_of(dataflow: Dataflow, role: str) -> str | None:
@@ -85,6 +85,17 @@ def speaker_of(dataflow: Dataflow, role: str) -> str | None:
     drew = {one for node in dataflow if node.role == role for one in drawn_by(dataflow, node)}
     speakers = [one for one in dataflow.generating if one in drew or not drew]
     return min(speakers, key=lambda one: not dataflow.facts[one].trained, default=None)
+
+
+def _makers(dataflow: Dataflow, node: Node) -> list[Node]:
+    """`node` and all that its rows come from."""
+    found, seen = [node], set[str]()
+    for one in found:
+        # A node that keeps its rows has those of its first input, whatever columns it takes of others.
+        names = {batch.rows for batch in (one.inputs[:1] if one.rows == "keep" else one.inputs)} - seen
+        seen |= names
+        found += [dataflow[name] for name in names]
+    return found
 
 
 def _computes(node: Node, role: str) -> bool:

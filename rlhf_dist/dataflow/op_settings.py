@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args
 
-from rlhf_dist.algorithms.contract import Average, Loss, Output, loss_name
+from rlhf_dist.algorithms.contract import Average, Loss, loss_name
 from rlhf_dist.algorithms.loss import LossFunction
+from rlhf_dist.algorithms.outputs import Head, OverVocabulary, argument_of, described, key_of, kind_of, known
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.state_value import StateValue, states_read
 
@@ -43,10 +44,18 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
-def check_loss(line: str, op: str, loss: Any, outputs: tuple[Output, ...]) -> None:
+def check_loss(
+    line: str,
+    op: str,
+    loss: Any,
+    outputs: tuple[str, ...],
+    heads: Sequence[Head] = (),
+    teachers: Collection[str] = (),
+) -> None:
     """Raises GraphError for what is no loss, or one that asks for what the role's model does not give.
 
-    outputs: what that gives; empty where a user's own op does not say.
+    outputs: kinds that it gives; empty where a user's own op does not say. heads: of the role. teachers: roles of the
+    recipe that are language models.
     """
     if isinstance(loss, LossFunction):
         raise GraphError(f"{line}: {op} got loss={loss.name}, which is not called; write loss={loss.name}()")
@@ -55,14 +64,27 @@ def check_loss(line: str, op: str, loss: Any, outputs: tuple[Output, ...]) -> No
             f"{line}: {op} needs a loss, something with reads, outputs and average that is called with (model, rows), "
             f"such as ppo_clip() or a function under @loss; got {loss!r}"
         )
-    name = loss_name(loss)
+    name, outputs_text = loss_name(loss), described(outputs, heads)
     if loss.average not in get_args(Average):
         raise GraphError(f"{line}: {name} averages over {loss.average!r}; it can be {', '.join(get_args(Average))}")
     for output in loss.outputs:
-        if outputs and output not in outputs:
+        if not known(output):
+            raise GraphError(f"{line}: {name} asks for {output!r}, which is no output; a model gives {outputs_text}")
+        if kind_of(output) == "heads":
+            gives = argument_of(output) in [head.name for head in heads]
+        else:
+            gives = not outputs or kind_of(output) in outputs
+        if not gives:
+            role = op.partition(".")[0]
+            remedy = f"; give the class of {role} heads = (Head(name={argument_of(output)!r}),)"
             raise GraphError(
-                f"{line}: {op} cannot give {name} the output {output!r} that it asks for; its model gives "
-                f"{', '.join(outputs)}"
+                f"{line}: {op} cannot give {name} the output {key_of(output)!r} that it asks for; its model gives "
+                f"{outputs_text}{remedy if kind_of(output) == 'heads' else ''}"
+            )
+        if isinstance(output, OverVocabulary) and output.teacher is not None and output.teacher not in teachers:
+            raise GraphError(
+                f"{line}: {name} asks for distributions of {output.teacher!r}, which is no role of this recipe with a "
+                f"language model; it has {', '.join(teachers) or 'none'}"
             )
 
 
@@ -110,3 +132,16 @@ def check_settings(line: str, op: str, function: Callable[..., Any], kwargs: Map
                 f"{line}: {op} needs {p.name} before it runs, because it decides on rows or steps; got "
                 f"{kwargs[p.name]}, which changes from step to step"
             )
+
+
+def check_heads(line: str, op: str, settings: Mapping[str, Any], interface: Any) -> None:
+    """Raises GraphError where `compute_heads` is asked for a head that the role does not have."""
+    if not op.endswith(".compute_heads"):
+        return
+    heads, names = getattr(interface, "heads", ()), settings["names"]
+    if isinstance(names, str) or not names:
+        raise GraphError(f"{line}: {op} needs names, a tuple of heads, got {names!r}; write names=('quality',)")
+    for name in names:
+        if name not in [head.name for head in heads]:
+            has = ", ".join(head.name for head in heads) or "none"
+            raise GraphError(f"{line}: {op} asks for the head {name!r}; {interface.__name__} has {has}")

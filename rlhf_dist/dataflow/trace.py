@@ -25,6 +25,7 @@ import numpy as np
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Input, Kind, Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.op_settings import (
+    check_heads,
     check_known,
     check_loss,
     check_settings,
@@ -349,7 +350,8 @@ class RoleHandle:
         check_settings(line, where, function, kwargs)
         settings = {**defaults(function), **kwargs}
         if "loss" in settings:
-            check_loss(line, where, settings["loss"], spec.outputs)
+            self._check_loss(spec, where, settings["loss"])
+        check_heads(line, where, settings, self._interface)
         return self._record(spec, where, [(batch, self._reads(spec, batch, settings))], settings)
 
     def _update(
@@ -360,9 +362,13 @@ class RoleHandle:
         batches = []
         for batch, loss, _ in terms:
             check_settings(line, where, function, {**kwargs, "loss": loss})
-            check_loss(line, where, loss, spec.outputs)
+            self._check_loss(spec, where, loss)
             batches.append((batch, self._reads(spec, batch, {**settings, "loss": loss})))
         return self._record(spec, where, batches, {**settings, "terms": tuple((loss, w) for _, loss, w in terms)})
+
+    def _check_loss(self, spec: OpSpec, where: str, loss: Any) -> None:
+        teachers = [role for role, kind in self._tracer.recipe.roles.items() if hasattr(kind, "compute_top_k")]
+        check_loss(self._tracer.line(), where, loss, spec.outputs, getattr(self._interface, "heads", ()), teachers)
 
     def _reads(self, spec: OpSpec, batch: TracedBatch, settings: Mapping[str, Any]) -> tuple[str, ...]:
         more = dict.fromkeys((*spec.optional, *self._tracer.recipe.reads.get(self._role, ())))

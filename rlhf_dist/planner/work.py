@@ -13,7 +13,7 @@ from typing import Literal
 
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.row_facts import amounts
-from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.workload import Workload
 from rlhf_dist.typed import ConfigError, unknown
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import get_args
 
 import cloudpickle
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, Output, Rows, loss_name
+from rlhf_dist.algorithms.contract import Loss, Rows, loss_name
+from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, Head, described, known
 from rlhf_dist.schema import Shape
 from rlhf_dist.testing.failed import CheckFailed
 from rlhf_dist.testing.made_up import LENGTHS, MadeUp, all_equal, all_masked, made_up
@@ -35,43 +35,47 @@ class _Sums:
     """Of `value`, at every output of the model; zeros where it does not depend on one."""
 
 
-def check_loss(loss: Loss, *, columns: Mapping[str, Shape] | None = None, seed: int = 0) -> None:
+def check_loss(
+    loss: Loss, *, columns: Mapping[str, Shape] | None = None, heads: Sequence[Head] = (), seed: int = 0
+) -> None:
     """Raises CheckFailed for a loss that depends on how a batch is cut, trains on masked tokens, or is not finite.
 
     columns: shape of each column that the loss reads and the vocabulary (`rlhf-dist columns`) does not know: "[B]" or
-    "[B, T]". Takes milliseconds; the same batches for the same seed.
+    "[B, T]", "[B, K]" or "[B, T, K]". heads: those that it asks for, as the role declares them. Takes milliseconds; the
+    same batches for the same seed.
     """
     name, shapes = loss_name(loss), dict(columns or {})
     if not isinstance(loss, Loss):
         missing = [part for part in ("reads", "outputs", "average", "__call__") if not hasattr(loss, part)]
         raise CheckFailed(name, f"it is no loss: it has no {', '.join(missing)} (rlhf_dist.algorithms.contract.Loss)")
     for output in loss.outputs:
-        if output not in get_args(Output):
-            raise CheckFailed(name, f"it asks the model for {output!r}; there is {', '.join(get_args(Output))}")
+        if not known(output):
+            there = described(dict.fromkeys((*OF_LANGUAGE_MODELS, *OF_VALUE_MODELS, "heads.NAME")), ())
+            raise CheckFailed(name, f"it asks the model for {output!r}; there is {there}")
     try:
         cloudpickle.dumps(loss)
     except Exception as error:
         raise CheckFailed(name, f"it cannot travel to the workers: {error}; keep to numbers in its fields") from error
-    usual = made_up(name, loss, shapes, seed)
+    usual = made_up(name, loss, shapes, seed, heads=heads)
     whole = _sums(name, loss, usual, [range(len(LENGTHS))], "a random batch")
     _check_teaches(name, whole)
     _check_masked(name, usual, whole)
     _check_cuts(name, loss, usual, whole)
-    for edge, batch, passes in _edges(name, loss, shapes, seed):
+    for edge, batch, passes in _edges(name, loss, shapes, seed, heads):
         _check_finite(name, edge, _sums(name, loss, batch, passes, edge))
 
 
 def _edges(
-    name: str, loss: Loss, shapes: Mapping[str, Shape], seed: int
+    name: str, loss: Loss, shapes: Mapping[str, Shape], seed: int, heads: Sequence[Head]
 ) -> Iterator[tuple[str, MadeUp, list[Sequence[int]]]]:
     """What it is, the batch, and its passes."""
     pairs = "label" in loss.reads
-    usual = made_up(name, loss, shapes, seed)
-    some_empty = made_up(name, loss, shapes, seed, lengths=(0, *LENGTHS[1:]))
+    usual = made_up(name, loss, shapes, seed, heads=heads)
+    some_empty = made_up(name, loss, shapes, seed, heads=heads, lengths=(0, *LENGTHS[1:]))
     yield "an empty response", some_empty, [range(len(LENGTHS))]
     yield "an empty response in a pass of its own", some_empty, _one_by_one(loss, some_empty)
-    yield "empty responses alone", made_up(name, loss, shapes, seed, lengths=(0, 0, 0, 0)), [range(4)]
-    one = made_up(name, loss, shapes, seed, lengths=LENGTHS[: 2 if pairs else 1])
+    yield "empty responses alone", made_up(name, loss, shapes, seed, heads=heads, lengths=(0, 0, 0, 0)), [range(4)]
+    one = made_up(name, loss, shapes, seed, heads=heads, lengths=LENGTHS[: 2 if pairs else 1])
     yield "one pair" if pairs else "one row", one, [range(len(one.lengths))]
     for value in (0.0, 1.0):
         yield f"all values equal to {value:g}", all_equal(usual, value), [range(len(LENGTHS))]

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows
+from rlhf_dist.algorithms.outputs import Head, Output, argument_of, key_of, kind_of
 from rlhf_dist.schema import COLUMNS, Shape
 from rlhf_dist.testing.failed import CheckFailed
 
 LENGTHS = (3, 5, 1, 4, 6, 2, 4, 3)
 """Response tokens of the rows of the usual batch, two rows a group."""
-Draw = Callable[[int], Tensor]
+WIDTH = 4
+"""K of columns and outputs with several numbers an entry, where nothing says how many."""
+Draw = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class MadeUp:
     outputs: Mapping[str, Tensor]
     """What the loss asked for, as leaves that take a gradient."""
     per_row: frozenset[str]
-    """Columns and outputs that are [B]; the others are [T]."""
+    """Columns and outputs that are [B] or [B, K]; the others are [T] or [T, K]."""
 
     def take(self, rows: Sequence[int]) -> tuple[ModelOutput, Rows]:
         """These rows as a micro-batch; gradients arrive at the leaves of the whole."""
@@ -46,7 +49,7 @@ class MadeUp:
 
         _, groups = torch.unique(torch.tensor([self.groups[row] for row in rows]), return_inverse=True)
         outputs = {name: cut(name, values) for name, values in self.outputs.items()}
-        return ModelOutput(**outputs), Rows(
+        return ModelOutput.of(outputs), Rows(
             columns={name: cut(name, values) for name, values in self.columns.items()},
             mask=self.mask[tokens],
             row_of_token=torch.repeat_interleave(torch.arange(len(rows)), lengths),
@@ -56,36 +59,45 @@ class MadeUp:
 
 
 def made_up(
-    name: str, loss: Loss, shapes: Mapping[str, Shape], seed: int, lengths: Sequence[int] = LENGTHS, in_group: int = 2
+    name: str,
+    loss: Loss,
+    shapes: Mapping[str, Shape],
+    seed: int,
+    lengths: Sequence[int] = LENGTHS,
+    in_group: int = 2,
+    heads: Sequence[Head] = (),
 ) -> MadeUp:
     """A random batch with what `loss` reads and asks for; one token in four does not count, nor does all of row 2.
 
-    shapes: of columns that the vocabulary does not know. Raises CheckFailed, naming the loss `name`, for a column of
-    no known shape, or text.
+    shapes: of columns that the vocabulary does not know; heads: that it asks for. Raises CheckFailed, naming the loss
+    `name`, for a column of no known shape, text, or a head that is not among these.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens, rows = sum(lengths), len(lengths)
 
-    def draw(size: int) -> Tensor:
+    def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    def count(size: int) -> Tensor:
-        return torch.randint(0, 2, (size,), generator=generator)
+    def count(*size: int) -> Tensor:
+        return torch.randint(0, 2, size, generator=generator)
 
     columns: dict[str, Tensor] = {}
     per_row = {"scores"}
     for column in loss.reads:
         shape, dtype = _kind(name, column, shapes)
-        per_row |= {column} if shape == "[B]" else set()
+        per_row |= {column} if shape in ("[B]", "[B, K]") else set()
         make: Draw = draw if dtype.startswith("float") else count
-        columns[column] = make(rows if shape == "[B]" else tokens)
+        columns[column] = make(rows if column in per_row else tokens, *((WIDTH,) if "K" in shape else ()))
     if "label" in columns:
         columns["label"] = torch.tensor([1, -1] * rows)[:rows]
     row_of_token = torch.repeat_interleave(torch.arange(rows), torch.tensor(lengths))
     mask = ((torch.rand(tokens, generator=generator) < 0.75) & (row_of_token != 2)).double()
-    outputs: dict[str, Tensor] = {
-        output: draw(rows if output in per_row else tokens).requires_grad_() for output in loss.outputs
-    }
+    outputs: dict[str, Tensor] = {}
+    for output in loss.outputs:
+        key, (is_row, width) = key_of(output), _shape_of(name, output, {head.name: head for head in heads})
+        per_row |= {key} if is_row else set()
+        said = draw(rows if is_row else tokens, *((width,) if width else ()))
+        outputs[key] = (said.log_softmax(-1) if kind_of(output) == "log_probs_at" else said).requires_grad_()
     groups = tuple(row // in_group for row in range(rows))
     return MadeUp(
         lengths=tuple(lengths),
@@ -110,6 +122,21 @@ def all_equal(batch: MadeUp, value: float) -> MadeUp:
     }
     outputs = {name: torch.full_like(values, value).requires_grad_() for name, values in batch.outputs.items()}
     return replace(batch, columns=columns, outputs=outputs)
+
+
+def _shape_of(name: str, output: Output, heads: Mapping[str, Head]) -> tuple[bool, int]:
+    """Whether it has an entry a row, and how many numbers each entry has; 0 for one that is a number."""
+    kind, argument = kind_of(output), argument_of(output)
+    if kind == "heads":
+        if argument not in heads:
+            raise CheckFailed(
+                name,
+                f"it asks for heads.{argument}; say what that is: check_loss(..., heads=(Head(name={argument!r}),))",
+            )
+        head = heads[argument]
+        return head.at == "last_token", head.outputs if head.outputs > 1 else 0
+    widths = {"hidden": WIDTH, "log_probs_at": WIDTH + 1}
+    return kind == "scores", widths.get(kind, 0)
 
 
 def _kind(name: str, column: str, shapes: Mapping[str, Shape]) -> tuple[Shape, str]:

@@ -174,7 +174,7 @@ def _check_losses(name: str, launch: Launch) -> None:
             if loss is None or not set(loss.reads) <= COLUMNS.keys():
                 continue
             try:
-                check_loss(loss)
+                check_loss(loss, heads=getattr(launch.recipe.roles[node.role], "heads", ()))
             except CheckFailed as failed:
                 raise CheckFailed(name, f"{node.line}: {failed}") from failed
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows, loss_name
+from rlhf_dist.algorithms.contract import Loss, ModelOutput, Rows, columns_read, loss_name
 from rlhf_dist.algorithms.ragged import last_counted
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.metrics import Mean, Metrics
@@ -83,7 +83,7 @@ class Accumulation:
                 continue
             k, rows = one
             _, loss, batch = self.terms[k]
-            yield k, batch.select(*dict.fromkeys((*TRAINABLE, *loss.reads))).take(rows)
+            yield k, batch.select(*dict.fromkeys((*TRAINABLE, *columns_read(loss)))).take(rows)
 
     def note(self, name: str, total: float, count: float) -> None:
         """Add to a metric that is `total` / `count` over all passes and ranks."""
@@ -96,7 +96,7 @@ class Accumulation:
         """
         weight, loss, _ = self.terms[term]
         rows = rows_of(batch, loss.reads, self._device)
-        values, metrics = loss(ModelOutput(**outputs), rows)
+        values, metrics = loss(ModelOutput.of(outputs), rows)
         total = _total(loss, "its value", values, rows)
         self._keep(term, "loss", total)
         for name, metric in metrics.items():

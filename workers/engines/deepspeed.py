@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf_dist.algorithms.outputs import Head as OwnHead
+from rlhf_dist.algorithms.outputs import Output
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
@@ -46,6 +48,7 @@ class DeepSpeedEngine(PackedEngine):
         engine: EngineConfig,
         optimizer: OptimizerConfig | None,
         head: Head,
+        heads: Sequence[OwnHead] = (),
         device: torch.device,
         seed: int,
     ) -> None:
@@ -58,7 +61,7 @@ class DeepSpeedEngine(PackedEngine):
             raise ValueError(
                 "engine deepspeed has no sequence_parallel, tensor_parallel, replicas, lora or compile; use engine fsdp"
             )
-        module = build_model(model, engine, head=head, seed=seed, trained=optimizer is not None)
+        module = build_model(model, engine, head=head, heads=heads, seed=seed, trained=optimizer is not None)
         super().__init__(module, model, engine, optimizer, training_mesh(engine, device), seed)
         self._world = dist.get_world_size(self._mesh.world)
         self._rank = dist.get_rank(self._mesh.world)
@@ -115,14 +118,17 @@ class DeepSpeedEngine(PackedEngine):
         return engine
 
     # --- one pass, one step ------------------------------------------------------------------------
-    def _run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def _run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
         runs = self._engine if self._engine is not None else self._module
         found: dict[str, Tensor] = runs(packed, outputs, temperature)
         return found
 
     def _after_forward(self) -> None:
-        if self._engine is not None:
-            self._engine.empty_partition_cache()
+        # Not by the engine's own method, which also collects Python's garbage and empties the device's cache: with all
+        # that is imported here a quarter of a second of every pass.
+        optimizer = getattr(self._engine, "optimizer", None)
+        if hasattr(optimizer, "empty_partition_cache"):  # stage 3
+            optimizer.empty_partition_cache()
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -307,6 +313,10 @@ class DeepSpeedEngine(PackedEngine):
                 for parameter in parts:
                     parameter.ds_tensor.data.copy_(masters.detach()[at : at + parameter.ds_tensor.ds_numel])
                     at += parameter.ds_tensor.ds_numel
+            # Small parameters stay gathered from step to step, with the values they had.
+            whole: list[Any] = [p for p in self._parameters.values() if p.ds_status.name == "AVAILABLE"]  # type: ignore[attr-defined]
+            if whole:
+                whole[0].partition(whole, has_been_updated=False)
         else:
             optimizer.update_lp_params()
 

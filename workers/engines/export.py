@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from rlhf_dist.data.ends import end_token_ids
 from rlhf_dist.reshard.file_tensors import FileTensors, whole_box
 from workers.engines.checkpoint import BrokenCheckpoint, ModelCard, copy_tokenizer, read_card
 from workers.engines.lora import Adapter, is_adapter
+from workers.engines.own_heads import head_name, is_head, write_heads
 
 FILE_BYTES = 2 << 30
 """Most bytes of one exported weight file (a larger tensor gets a file of its own)."""
@@ -111,12 +112,14 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, dtype: str | None, adap
         config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
         buckets = _buckets(checkpoint, card, target)
         write_model(partial, buckets, config, checkpoint / "hf", card.model, writes=True)
+        heads = _saved(checkpoint, card, [name for name in card.shapes if is_head(name)])
+        write_heads(partial, {head_name(name): weight for name, weight in heads.items()})
     partial.rename(folder)
 
 
 def _buckets(checkpoint: Path, card: ModelCard, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
     """The tensors of the model's files, at most FILE_BYTES in float32, or what is made of one parameter."""
-    files = FileTensors.from_json(card.files, {n: s for n, s in card.shapes.items() if not is_adapter(n)})
+    files = FileTensors.from_json(card.files, _of_model(card.shapes))
     bucket: tuple[list[str], list[str]] = ([], [])
     for parameters, names in files.groups:
         size = sum(prod(card.shapes[n]) for n in [*bucket[0], *parameters]) * 4
@@ -125,6 +128,11 @@ def _buckets(checkpoint: Path, card: ModelCard, dtype: torch.dtype) -> Iterator[
             bucket = ([], [])
         bucket = (bucket[0] + parameters, bucket[1] + names)
     yield _tensors(checkpoint, card, files, *bucket, dtype)
+
+
+def _of_model(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Those that belong to the model's own files."""
+    return {name: shape for name, shape in shapes.items() if not is_adapter(name) and not is_head(name)}
 
 
 def _tensors(

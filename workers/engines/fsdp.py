@@ -19,6 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from rlhf_dist.algorithms.outputs import Head as OwnHead
+from rlhf_dist.algorithms.outputs import Output
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards
@@ -46,6 +48,7 @@ class FsdpEngine(PackedEngine):
         engine: EngineConfig,
         optimizer: OptimizerConfig | None,
         head: Head,
+        heads: Sequence[OwnHead] = (),
         device: torch.device,
         seed: int,
         masters: bool = False,
@@ -56,7 +59,9 @@ class FsdpEngine(PackedEngine):
         for a dtype or mesh it cannot use, and what `build_model` raises.
         """
         mesh = training_mesh(engine, device)
-        module = build_model(model, engine, head=head, seed=seed, trained=optimizer is not None, masters=masters)
+        module = build_model(
+            model, engine, head=head, heads=heads, seed=seed, trained=optimizer is not None, masters=masters
+        )
         super().__init__(module, model, engine, optimizer, mesh, seed)
         if mesh.tensor is not None:
             split_over_tensor_ranks(module.hf, mesh.tensor)
@@ -90,7 +95,7 @@ class FsdpEngine(PackedEngine):
                 _fsdp(module).set_force_sum_reduction_for_comms(True)
 
     # --- one pass, one step ------------------------------------------------------------------------
-    def _run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def _run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self._module(packed, outputs, temperature)
         return found
 

@@ -45,10 +45,8 @@ def load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> tuple
     family: Any = AutoModelForCausalLM
     if head == "value":
         family = AutoModelForSequenceClassification
-        has_head = any("SequenceClassification" in name for name in config.architectures or ())
-        if has_head and config.num_labels != 1:
-            raise ValueError(f"a value or reward model has one label, got {config.num_labels} in {folder}/config.json")
-        config.num_labels = 1
+        if not any("SequenceClassification" in name for name in config.architectures or ()):
+            config.num_labels = 1
     # Eager, as every family has it; a pass sets its own (`RoleModel.trunk`).
     made = {"config": config, "attn_implementation": "eager", "dtype": torch.float32}
     weights: Weights | None = None

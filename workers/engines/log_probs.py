@@ -39,7 +39,7 @@ def log_probs_and_entropy(
     Without `with_entropy` the second result is empty ([0]). `targets` is [T] int64.
     Raises ValueError for a temperature that is not positive.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     result: tuple[Tensor, Tensor] = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, 1.0 / temperature, chunk_tokens, with_entropy
     )
@@ -56,7 +56,7 @@ def log_probs_of_logits(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same with `logits_of` [t, H] -> [t, V] for a head; it runs again in the backward pass."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         log_p = (logits_of(hidden).float() / temperature).log_softmax(-1)
@@ -70,16 +70,19 @@ def log_probs_of_logits(
     return torch.cat([log_probs for log_probs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError for one that is not positive."""
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy decoding has no log-probabilities")
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits bent to at most `softcap`; None: as they are."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """[t, V] float32, a tensor of its own; before the cap."""
     logits = hidden @ weight.t()
     if bias is not None:
         logits = logits + bias
@@ -105,7 +108,7 @@ class _ChunkedHead(torch.autograd.Function):
         entropy = torch.empty_like(log_probs) if with_entropy else log_probs.new_empty(0)
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = _capped(_logits(hidden[chunk], weight, bias, scale), softcap)
+            logits = capped(head_logits(hidden[chunk], weight, bias, scale), softcap)
             # Not z - logsumexp(z): for large z that loses the digits that the gradient of the entropy is made of.
             log_p = (logits if cooling == 1 else logits.mul_(cooling)).log_softmax(-1)
             log_probs[chunk] = log_p.gather(-1, targets[chunk, None]).squeeze(-1)
@@ -126,7 +129,7 @@ class _ChunkedHead(torch.autograd.Function):
         factor = ctx.scale * ctx.cooling
         for start in range(0, len(targets), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
-            logits = _logits(hidden[chunk], weight, bias, ctx.scale)
+            logits = head_logits(hidden[chunk], weight, bias, ctx.scale)
             bend = None
             if ctx.softcap is not None:
                 bend = torch.tanh(logits / ctx.softcap)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,66 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_dist.algorithms.contract import Output
+from rlhf_dist.algorithms.outputs import (
+    OF_LANGUAGE_MODELS,
+    OF_VALUE_MODELS,
+    Output,
+    OverVocabulary,
+    argument_of,
+    columns_for,
+    described,
+    key_of,
+    kind_of,
+)
+from rlhf_dist.algorithms.outputs import Head as OwnHead
 from rlhf_dist.config import EngineConfig, ModelConfig
 from rlhf_dist.quantised import quantised
 from workers.engines.attention import running
+from workers.engines.distribution import (
+    LogitsOf,
+    Reduce,
+    log_probs_at,
+    logits_of_matrix,
+    over_vocabulary,
+    over_vocabulary_of_logits,
+    top_k,
+)
 from workers.engines.heads import library_logits, matrix_head, trunk_of
 from workers.engines.load import Head, Weights, load
+from workers.engines.log_probs import Head as MatrixHead
 from workers.engines.log_probs import log_probs_and_entropy, log_probs_of_logits
 from workers.engines.lora import add_adapters
 from workers.engines.mixers import mix_by_row
+from workers.engines.own_heads import head_module, start_heads, width_of
 from workers.engines.packing import Packed
 from workers.engines.rotary import rotate_by_row, row_lengths
 from workers.engines.router import balance_of_rows
 from workers.engines.token_split import gather_tokens, summed_gradient
 
+TOP_COLUMNS = ("top_ids", "top_log_probs", "top_log_rest")
+"""What `top_k.K` gives: [T, K], [T, K] and [T]."""
+
 
 class RoleModel(nn.Module, ABC):
     """What both kinds of model do alike."""
 
-    outputs: tuple[Output, ...]
+    outputs: tuple[str, ...]
+    """Kinds of output of such a model, besides heads of its own."""
+    of_its_head: frozenset[str]
+    """Those of them that take the head which the model comes with."""
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, heads: Sequence[OwnHead]) -> None:
         super().__init__()
         self.hf = hf
+        self.teachers: dict[str, MatrixHead] = {}
+        """Role -> head of its model, for distributions beside this one's."""
+        self.own_heads = {head.name: head for head in heads}
+        self.heads_at_start: dict[str, Tensor] = {}
+        """Head -> [K, H], whole: an engine may have to place them itself."""
+        for head in heads:
+            self.add_module(head_module(head.name), nn.Linear(width_of(hf), head.outputs, bias=False))
+        inside = set(trunk_of(hf).modules())
+        self._beyond_trunk = [module for module in hf.modules() if module not in inside]
         self._mixers = mix_by_row(trunk_of(hf))
         self.alike_up_to = rotate_by_row(hf)
         """Tokens up to which a row's positions do not depend on its length; None for any."""
@@ -60,10 +97,14 @@ class RoleModel(nn.Module, ABC):
         """Training passes give `router_balance` [B] as well (`router.py`)."""
         self._accepts = set(inspect.signature(trunk_of(hf).forward).parameters)
 
-    def forward(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
-        """`outputs` of the pack's tokens or rows, in the order of its rows. A trial pass that fails gives none."""
+    def forward(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
+        """`outputs`, by `key_of`, of the pack's tokens or rows, in the order of its rows. A trial pass that fails gives
+        none; one with gradients gives `unused` [0] too, where it has weights that the outputs do not depend on."""
         if not packed.trial:
-            return self.run(packed, outputs, temperature)
+            found = self.run(packed, outputs, temperature)
+            if torch.is_grad_enabled():
+                found |= self._unused({kind_of(output) for output in outputs}, set(map(key_of, outputs)))
+            return found
         self.failure = None
         try:
             return self.run(packed, outputs, temperature)
@@ -72,8 +113,44 @@ class RoleModel(nn.Module, ABC):
             return {}
 
     @abstractmethod
-    def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
         """See `forward`."""
+
+    def gives(self, output: Output) -> bool:
+        """Whether it can be asked for this."""
+        if kind_of(output) == "heads":
+            return argument_of(output) in self.own_heads
+        return kind_of(output) in self.outputs
+
+    def per_row(self, key: str) -> bool:
+        """Whether an output has one entry a row, not one a response token."""
+        head = self.own_heads.get(argument_of(key)) if kind_of(key) == "heads" else None
+        return key == "scores" or (head is not None and head.at == "last_token")
+
+    @property
+    def described(self) -> str:
+        """What it gives, for messages."""
+        return described(self.outputs, self.own_heads.values())
+
+    def _say(self, name: str, hidden: Tensor, packed: Packed) -> Tensor:
+        """What a head of its own says of all states [n, H]; in float32, as the value head does."""
+        at_end = self.own_heads[name].at == "last_token"
+        at, counts = (packed.last_token, packed.row_counts) if at_end else (packed.before_token, packed.token_counts)
+        weight = summed_gradient(getattr(self, head_module(name)).weight, packed.split).float()
+        return gather_tokens(_answers(hidden[at].float(), weight), counts, packed.split)
+
+    def _unused(self, kinds: set[str], keys: set[str]) -> dict[str, Tensor]:
+        """Gives such weights the gradient 0. Ranks reduce gradients together, and each may be at another loss."""
+        weights = [getattr(self, head_module(name)).weight for name in self.own_heads if f"heads.{name}" not in keys]
+        if not kinds & self.of_its_head:
+            weights += list(self._weights_beyond_trunk())
+        nothing = [weight.flatten()[:0].float() for weight in weights if weight.requires_grad]
+        return {"unused": torch.cat(nothing)} if nothing else {}
+
+    def _weights_beyond_trunk(self) -> Iterator[Tensor]:
+        for module in self._beyond_trunk:
+            for name, _ in list(module.named_parameters(recurse=False)):
+                yield getattr(module, name)
 
     def take(self, packed: Packed) -> None:
         """Make the library's modules go the way of the pack."""
@@ -112,14 +189,15 @@ class RoleModel(nn.Module, ABC):
 class PolicyModel(RoleModel):
     """A causal language model that gives log-probabilities and entropy of response tokens."""
 
-    outputs: tuple[Output, ...] = ("log_probs", "entropy")
+    outputs = (*OF_LANGUAGE_MODELS, "top_k")
+    of_its_head = frozenset({"log_probs", "entropy", "log_probs_at", "over_vocabulary"})
 
-    def __init__(self, hf: PreTrainedModel, logit_chunk_tokens: int) -> None:
-        super().__init__(hf)
+    def __init__(self, hf: PreTrainedModel, heads: Sequence[OwnHead], logit_chunk_tokens: int) -> None:
+        super().__init__(hf, heads)
         self.logit_chunk_tokens = logit_chunk_tokens
 
-    def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
-        """`outputs` of log_probs [T], entropy [T] (float32, nats, at `temperature`) and hidden [T, H] (float32)."""
+    def run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
+        """Float32, nats at `temperature`. `top_k.32` gives top_ids and top_log_probs [T, 32] and top_log_rest [T]."""
         split = packed.split
         found: dict[str, Tensor] = {}
         if packed.way.head == "whole":
@@ -128,63 +206,135 @@ class PolicyModel(RoleModel):
             log_p = (logits / temperature).log_softmax(-1)
             found["log_probs"] = log_p.gather(-1, packed.targets[:, None]).squeeze(-1)
             found["entropy"] = -(log_p.exp() * log_p).sum(-1)
-            return {name: found[name] for name in outputs}
+            return {key_of(output): found[key_of(output)] for output in outputs}
         states = self.trunk(packed)
-        hidden = summed_gradient(states.last_hidden_state.flatten(0, 1), split)[packed.before_token]
-        if "hidden" in outputs:
-            found["hidden"] = hidden.float()
+        whole = summed_gradient(states.last_hidden_state.flatten(0, 1), split)
+        hidden = whole[packed.before_token]
         if {"log_probs", "entropy"} & set(outputs):
-            found["log_probs"], found["entropy"] = self._log_probs(packed, states, hidden, temperature, outputs)
-        result = {name: gather_tokens(found[name], packed.token_counts, split) for name in outputs}
+            log_probs, entropy = self._log_probs(packed, states, hidden, temperature, "entropy" in outputs)
+            found |= {
+                name: values for name, values in (("log_probs", log_probs), ("entropy", entropy)) if name in outputs
+            }
+        for output in outputs:
+            if output == "hidden":
+                found["hidden"] = hidden.float()
+            elif kind_of(output) == "top_k":
+                found |= self._top_k(packed, states, hidden, int(argument_of(output)), temperature)
+            elif kind_of(output) in ("log_probs_at", "over_vocabulary"):
+                found[key_of(output)] = self._over_vocabulary(packed, states, hidden, output, temperature)
+        result = {name: gather_tokens(values, packed.token_counts, split) for name, values in found.items()}
+        result |= {
+            key_of(one): self._say(argument_of(one), whole, packed) for one in outputs if kind_of(one) == "heads"
+        }
         if self.balances and torch.is_grad_enabled():
             result["router_balance"] = balance_of_rows(self.hf, states, packed)
         return result
 
     def _log_probs(
-        self, packed: Packed, states: Any, hidden: Tensor, temperature: float, outputs: Sequence[str]
+        self, packed: Packed, states: Any, hidden: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         asked: dict[str, Any] = {
             "temperature": temperature,
             "chunk_tokens": self.logit_chunk_tokens,
-            "with_entropy": "entropy" in outputs,
+            "with_entropy": with_entropy,
         }
+        head = self._head(packed)
+        if head is not None:
+            # Of some families the last states are float32 whatever the weights are.
+            return log_probs_and_entropy(hidden.to(head.weight.dtype), head, packed.targets, **asked)
+        return log_probs_of_logits(hidden, partial(library_logits, self.hf, states), packed.targets, **asked)
+
+    def _head(self, packed: Packed) -> MatrixHead | None:
+        """The head as a matrix; None where it is the library's code."""
         if packed.way.head == "matrix":
             head = matrix_head(self.hf, packed.split)
             if head is None:
                 raise ValueError(f"{type(self.hf).__name__} has no matrix for a head")
-            # Of some families the last states are float32 whatever the weights are.
-            return log_probs_and_entropy(hidden.to(head.weight.dtype), head, packed.targets, **asked)
+            return head
         if packed.split.tensor_group is not None:
             raise ValueError(f"the head of {type(self.hf).__name__} is not one matrix; set tensor_parallel=1")
-        return log_probs_of_logits(hidden, partial(library_logits, self.hf, states), packed.targets, **asked)
+        return None
+
+    def _top_k(self, packed: Packed, states: Any, hidden: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
+        head = self._head(packed)
+        logits_of: LogitsOf = logits_of_matrix(head) if head else partial(library_logits, self.hf, states)
+        found = top_k(hidden, logits_of, k, temperature=temperature, chunk_tokens=self.logit_chunk_tokens)
+        return dict(zip(TOP_COLUMNS, found, strict=True))
+
+    def _over_vocabulary(
+        self, packed: Packed, states: Any, hidden: Tensor, output: Output, temperature: float
+    ) -> Tensor:
+        head = self._head(packed)
+        if not set(columns_for([output])) <= packed.columns.keys():
+            # A filler: it has none of the columns, and takes part with an exact zero.
+            nothing = hidden.flatten()[:0].sum() + sum(w.flatten()[:0].sum() for w in self._weights_beyond_trunk())
+            return nothing + torch.zeros(len(hidden), device=hidden.device)
+        reduce: Reduce = log_probs_at
+        given = [packed.columns[argument_of(output)]] if isinstance(output, str) else []
+        if isinstance(output, OverVocabulary):
+            given = [packed.columns[name] for name in output.reads]
+            reduce = output.function
+            if output.teacher is not None:
+                given = [packed.columns[output.hidden], *given]
+                reduce = partial(_beside, reduce, logits_of_matrix(self.teachers[output.teacher]), temperature)
+        asked: dict[str, Any] = {"temperature": temperature, "chunk_tokens": self.logit_chunk_tokens}
+        if head is not None:
+            return over_vocabulary(hidden.to(head.weight.dtype), head, reduce, given, **asked)
+        return over_vocabulary_of_logits(hidden, partial(library_logits, self.hf, states), reduce, given, **asked)
+
+
+def _beside(
+    function: Reduce, teacher: LogitsOf, temperature: float, log_p: Tensor, hidden: Tensor, *given: Tensor
+) -> Tensor:
+    """`function` of a model's log_p [t, V] and the teacher's, whose last states are `hidden` [t, H]."""
+    with torch.no_grad():
+        theirs = (teacher(hidden) / temperature).log_softmax(-1)
+    return function(log_p, theirs, *given)
+
+
+def _answers(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[n, H] and a head [K, H] -> [n, K]; [n] where K is 1."""
+    return hidden @ (weight[0] if len(weight) == 1 else weight.t())
 
 
 class ValueModel(RoleModel):
-    """A trunk with a linear head: values before each response token, or one score at the end of each row."""
+    """A trunk with a linear head: values before each response token, or scores at the end of each row."""
 
-    outputs: tuple[Output, ...] = ("values", "scores")
+    outputs = OF_VALUE_MODELS
+    of_its_head = frozenset({"values", "scores"})
 
-    def run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
-        """`outputs` of values [T], scores [B] and hidden [T, H], float32; the temperature is not used."""
+    def run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
+        """Float32; values and scores have K numbers each of a head with K > 1 labels. The temperature is not used."""
         states = self.trunk(packed)
         hidden = summed_gradient(states.last_hidden_state.flatten(0, 1), packed.split)
         # The head in float32: bfloat16 has three digits, too few for returns to be fitted.
-        head = summed_gradient(self.hf.score.weight, packed.split)[0].float()
+        head = summed_gradient(self.hf.score.weight, packed.split).float()
         places = {
             "values": (packed.before_token, packed.token_counts),
             "scores": (packed.last_token, packed.row_counts),
             "hidden": (packed.before_token, packed.token_counts),
         }
         found: dict[str, Tensor] = {}
-        for name in outputs:
+        for name in map(key_of, outputs):
+            if kind_of(name) == "heads":
+                found[name] = self._say(argument_of(name), hidden, packed)
+                continue
             at, counts = places[name]
             picked = hidden[at].float()
-            found[name] = gather_tokens(picked if name == "hidden" else picked @ head, counts, packed.split)
+            said = picked if name == "hidden" else _answers(picked, head)
+            found[name] = gather_tokens(said, counts, packed.split)
         return found
 
 
 def build_model(
-    config: ModelConfig, engine: EngineConfig, *, head: Head, seed: int, trained: bool, masters: bool = False
+    config: ModelConfig,
+    engine: EngineConfig,
+    *,
+    head: Head,
+    heads: Sequence[OwnHead] = (),
+    seed: int,
+    trained: bool,
+    masters: bool = False,
 ) -> RoleModel:
     """The model of a folder, dropout off; the same on every rank.
 
@@ -217,8 +367,9 @@ def build_model(
         hf.gradient_checkpointing_enable({"use_reentrant": engine.name == "deepspeed"})
         for layer in layers_of(hf):
             _recompute(layer)
-    module = PolicyModel(hf, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf)
+    module = PolicyModel(hf, heads, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf, heads)
     module.weights, module.read_whole = weights, read_whole
+    start_heads(module, folder if config.init == "pretrained" else None, seed, trained, getattr(torch, engine.dtype))
     return module
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, Output, loss_name
+from rlhf_dist.algorithms.contract import Loss, loss_name
+from rlhf_dist.algorithms.outputs import Output, OverVocabulary, argument_of, columns_for, key_of, kind_of
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
@@ -42,11 +44,13 @@ from workers.engines.file_tensors import file_tensors, kept_buffers, parameters_
 from workers.engines.gather import full_tensors
 from workers.engines.lora import Adapter, is_adapter, without_adapters
 from workers.engines.mesh import TrainingMesh
-from workers.engines.models import RoleModel
+from workers.engines.models import TOP_COLUMNS, RoleModel
+from workers.engines.own_heads import head_name, is_head, write_heads
 from workers.engines.packing import Packed, filler, longest_row, pack
 from workers.engines.probe import probe
 from workers.engines.router import check_balance
 from workers.engines.schedule import learning_rate
+from workers.engines.teacher_head import teacher_head
 from workers.engines.token_split import WHOLE
 from workers.engines.training import DevicePart, NonFiniteLoss, Term, Use, WeightPart
 from workers.engines.ways import PACKED, Way
@@ -72,6 +76,7 @@ class PackedEngine(ABC):
             raise ValueError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {engine.dtype!r}")
         self.version = 0
         self.before_use: Callable[[Use], None] = lambda use: None
+        self.teacher_folders: Mapping[str, str] = {}
         self._parts: dict[DevicePart, Movable] | None = None
         self._module, self._folder, self._config, self._optimizer_config = module, Path(model.path), engine, optimizer
         self._mesh, self._device, self._seed = mesh, mesh.device, seed
@@ -82,9 +87,10 @@ class PackedEngine(ABC):
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
         self._sets: dict[str, WeightSet] = {}
-        self._layouts: dict[bool, Layout] = {}
-        """Of the adapters, and of everything else: nothing moves from rank to rank."""
-        held = {name: parameter for name, parameter in parameters_of(module).items() if not is_adapter(name)}
+        self._layouts: dict[str, Layout] = {}
+        """Of the adapters, of heads of its own, and of everything else: nothing moves from rank to rank."""
+        parameters = parameters_of(module).items()
+        held = {name: parameter for name, parameter in parameters if not is_adapter(name) and not is_head(name)}
         held_shapes = {name: tensor.shape for name, tensor in (held | kept_buffers(module.hf)).items()}
         self._files = file_tensors(module.hf, held_shapes)
 
@@ -93,6 +99,14 @@ class PackedEngine(ABC):
         weights, self._module.weights = self._module.weights, None
         if weights is not None:
             weights.fill(self.layout("base"), self.local_shards("base"), dist.get_rank(self._mesh.world))
+            self._fill_heads()
+
+    def _fill_heads(self) -> None:
+        rank, shards = dist.get_rank(self._mesh.world), self.local_shards("heads")
+        for name, held in self.layout("heads").parameters.items():
+            for box, shard in zip(np.flatnonzero(held.rank == rank), shards[name], strict=True):
+                place = tuple(slice(int(a), int(b)) for a, b in held.box(int(box)))
+                shard.copy_(self._module.heads_at_start[head_name(name)][place])
 
     def _choose_way(self) -> None:
         """Find out how rows go through this model; the last thing a constructor does. Collective.
@@ -148,7 +162,7 @@ class PackedEngine(ABC):
         self._check_outputs(outputs)
         found = self._outputs(batch, outputs, temperature, base)
         offsets = _offsets(batch)
-        return {name: Column(value, None if name == "scores" else offsets) for name, value in found.items()}
+        return {name: Column(value, None if self._module.per_row(name) else offsets) for name, value in found.items()}
 
     def scores(self, batch: Batch) -> npt.NDArray[np.float32]:
         """See `TrainingEngine.scores`."""
@@ -160,28 +174,33 @@ class PackedEngine(ABC):
         return np.split(states, _offsets(batch)[1:-1]) if batch.num_rows else []
 
     def _outputs(
-        self, batch: Batch, names: Sequence[str], temperature: float, base: bool
+        self, batch: Batch, outputs: Sequence[Output], temperature: float, base: bool
     ) -> dict[str, npt.NDArray[np.float32]]:
-        """The named outputs, rows in the order of `batch`."""
+        """The outputs by name, rows in the order of `batch`; token ids are int32."""
         self.before_use("forward")
         pad_to = longest_row(batch) if self._padded else 0
         cut = even_passes(batch, self._budget, False, pad_to, self._mesh.rows, self._device)
-        parts: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
+        parts: dict[str, list[npt.NDArray[Any]]] = {}
         with torch.no_grad(), without_adapters(self._module) if base else nullcontext():
             for rows in cut:
                 chosen = batch.select(*SEQUENCE).take(rows) if len(rows) else self._filler()
-                result = self._run(self._pack(chosen, pad_to), names, temperature)
-                for name in names if len(rows) else ():
-                    parts[name].append(result[name].float().cpu().numpy())
+                result = self._run(self._pack(chosen, pad_to), outputs, temperature)
+                for name, found in result.items():
+                    array = (found.float() if found.is_floating_point() else found.int()).cpu().numpy()
+                    # Of a filler the shape alone: a rank without rows gives no entries of the same kind.
+                    parts.setdefault(name, []).append(array if len(rows) else array[:0])
         self._after_forward()
         if not batch.num_rows:
-            return {name: np.empty(0, np.float32) for name in names}
+            return {name: arrays[0] for name, arrays in parts.items()} or _nothing(outputs)
         passed = np.concatenate(cut)
         lengths = batch["response_ids"].lengths
         starts = np.cumsum(lengths[passed]) - lengths[passed]
         back = np.argsort(passed)
         tokens = np.concatenate([np.arange(starts[k], starts[k] + lengths[passed[k]]) for k in back])
-        return {name: np.concatenate(parts[name])[back if name == "scores" else tokens] for name in names}
+        return {
+            name: np.concatenate(arrays)[back if self._module.per_row(name) else tokens]
+            for name, arrays in parts.items()
+        }
 
     # --- training --------------------------------------------------------------------------------
     def step(self, batch: Batch, loss: Loss, temperature: float = 1.0) -> Metrics:
@@ -194,6 +213,7 @@ class PackedEngine(ABC):
             raise RuntimeError("this model is frozen: it was built without an optimizer and makes no steps")
         for _, loss, _ in terms:
             self._check_outputs(loss.outputs)
+            self._meet_teachers(loss.outputs)
         self.before_use("update")
         passes = Accumulation(
             terms,
@@ -222,13 +242,16 @@ class PackedEngine(ABC):
 
     def _loss(self, passes: Accumulation, one: tuple[int, Batch] | None, temperature: float) -> Tensor:
         term, rows = one if one else (0, self._filler())
-        packed = self._pack(rows, passes.pad_to)
+        asked = passes.terms[term][1].outputs
+        packed = self._pack(rows, passes.pad_to, columns_for(asked))
+        self._check_ids(rows, asked)
         size = packed.packing.tokens
         passes.note("padding_share", packed.padding if one else size, size)
-        outputs = self._run(packed, passes.terms[term][1].outputs, temperature)
+        outputs = self._run(packed, asked, temperature)
         # Gradients are reduced where backward reaches: every output takes part on every rank, with an exact zero.
         loss = sum((output[:0].sum() for output in outputs.values()), torch.zeros((), device=self._device))
         balance = outputs.pop("router_balance", None)
+        outputs.pop("unused", None)
         if not one:
             return loss
         if balance is not None:
@@ -236,14 +259,35 @@ class PackedEngine(ABC):
             loss = loss + balance.sum() * (self._config.router_aux_loss / passes.num_rows)
         return loss + passes.add(term, rows, outputs)
 
-    def _pack(self, rows: Batch, pad_to: int) -> Packed:
+    def _meet_teachers(self, outputs: Sequence[Output]) -> None:
+        """Read the heads of teachers that are new, each once."""
+        for output in outputs:
+            teacher = output.teacher if isinstance(output, OverVocabulary) else None
+            if teacher is None or teacher in self._module.teachers:
+                continue
+            if teacher not in self.teacher_folders:
+                raise ValueError(f"{teacher} is no frozen language model of this run; distil its top_k instead")
+            self._module.teachers[teacher] = teacher_head(
+                Path(self.teacher_folders[teacher]), self._dtype, self._device
+            )
+
+    def _check_ids(self, rows: Batch, outputs: Sequence[Output]) -> None:
+        vocabulary = int(self._module.hf.config.get_text_config().vocab_size)
+        for column in (argument_of(output) for output in outputs if kind_of(output) == "log_probs_at"):
+            if column in rows and (worst := rows[column].values.max(initial=0)) >= vocabulary:
+                raise ValueError(
+                    f"{column} holds token id {worst}, and this model's vocabulary has {vocabulary}; distil between "
+                    "models of one vocabulary"
+                )
+
+    def _pack(self, rows: Batch, pad_to: int, columns: Sequence[str] = ()) -> Packed:
         # Pieces of a sequence are gathered in the order of its tokens: there each row keeps its own prompt. So it does
         # where its positions depend on its own length.
         limit = self._module.alike_up_to
         shares = self._config.share_prompts and self._mesh.tokens.sequence == 1 and not self._module.balances
         shares = shares and (limit is None or longest_row(rows) <= limit)
         way = self._way if shares else self._way.unshared()
-        return pack(rows, self._device, way=way, pad_to=pad_to, split=self._mesh.tokens)
+        return pack(rows, self._device, way=way, pad_to=pad_to, split=self._mesh.tokens, columns=columns)
 
     def _filler(self) -> Batch:
         return filler(0 if self._module.hf.config.get_text_config().pad_token_id != 0 else 1)
@@ -279,39 +323,38 @@ class PackedEngine(ABC):
 
     def layout(self, part: WeightPart = "merged") -> Layout:
         """See `TrainingEngine.layout`."""
-        if part == "adapters":
-            return self._held(adapters=True)
-        return self._file_layout
+        return self._file_layout if part in ("merged", "base") else self._held(part)
 
     def local_shards(self, part: WeightPart = "merged") -> Shards:
         """See `TrainingEngine.local_shards`."""
         self._require_here()
         shards = self._parameter_shards(part)
-        if part == "adapters":
-            return shards
+        if part in ("adapters", "heads"):
+            return {name: boxes for name, boxes in shards.items() if is_head(name) == (part == "heads")}
         buffers = {name: [buffer] for name, buffer in kept_buffers(self._module.hf).items()}
         return self._files.shards(self._cuts, {**shards, **buffers})
 
     @cached_property
     def _file_layout(self) -> Layout:
-        return self._files.layout(self._held(adapters=False))
+        return self._files.layout(self._held("base"))
 
     @cached_property
     def _cuts(self) -> Mapping[str, Sequence[Cut]]:
-        return self._files.cuts(self._held(adapters=False), dist.get_rank(self._mesh.world))
+        return self._files.cuts(self._held("base"), dist.get_rank(self._mesh.world))
 
-    def _held(self, *, adapters: bool) -> Layout:
-        """What each rank holds, by names in memory."""
-        if adapters not in self._layouts:
-            held = self._parameter_layout(adapters=adapters)
-            buffers = {} if adapters else kept_buffers(self._module.hf)
+    def _held(self, part: WeightPart) -> Layout:
+        """What each rank holds, by names in memory: of adapters, heads of its own, or all else (`base`)."""
+        if part not in self._layouts:
+            held = self._parameter_layout(adapters=part == "adapters")
+            parameters = {name: one for name, one in held.parameters.items() if is_head(name) == (part == "heads")}
+            buffers = kept_buffers(self._module.hf) if part == "base" else {}
             ranks = np.arange(held.world)
             copies = {
                 name: ParameterLayout.from_mesh(tuple(buffer.shape), dtype_name(buffer), ranks, [None])
                 for name, buffer in buffers.items()
             }
-            self._layouts[adapters] = Layout(held.world, {**held.parameters, **copies})
-        return self._layouts[adapters]
+            self._layouts[part] = Layout(held.world, {**parameters, **copies})
+        return self._layouts[part]
 
     def full_weights(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """See `TrainingEngine.full_weights`."""
@@ -381,7 +424,15 @@ class PackedEngine(ABC):
         hf = self._module.hf
         writes = dist.get_rank(self._mesh.world) == 0
         write_model(folder, buckets, hf.config, self._folder, type(hf).__name__, writes=writes)
+        heads = self._whole_heads()
+        if writes:
+            write_heads(folder, heads)
         dist.barrier(group=self._mesh.world)
+
+    def _whole_heads(self) -> dict[str, Tensor]:
+        layout, shards = self.layout("heads"), self.local_shards("heads")
+        whole = full_tensors(layout, shards, torch.float32, FILE_BYTES, self._mesh.world, self._device)
+        return {head_name(name): weight for bucket in whole for name, weight in bucket}
 
     def _card(self) -> ModelCard:
         """Whose state a checkpoint of this engine is."""
@@ -408,13 +459,13 @@ class PackedEngine(ABC):
             yield
 
     def _check_outputs(self, outputs: Sequence[Output]) -> None:
-        wrong = [name for name in outputs if name not in self._module.outputs]
-        if wrong or not outputs:
-            raise ValueError(f"this model gives {' and '.join(self._module.outputs)}, asked for {list(outputs)}")
+        if not outputs or not all(map(self._module.gives, outputs)):
+            asked = ", ".join(map(key_of, outputs)) or "nothing"
+            raise ValueError(f"this model gives {self._module.described}, asked for {asked}")
 
     # --- what engines differ in --------------------------------------------------------------------
     @abstractmethod
-    def _run(self, packed: Packed, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def _run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
         """The model on one pack."""
 
     @abstractmethod
@@ -461,6 +512,12 @@ class PackedEngine(ABC):
     @abstractmethod
     def _loaded(self) -> None:
         """Bring everything else in line with the state and `version` that were loaded."""
+
+
+def _nothing(outputs: Sequence[Output]) -> dict[str, npt.NDArray[np.float32]]:
+    """Where no rank has rows."""
+    names = [name for output in outputs for name in (TOP_COLUMNS if kind_of(output) == "top_k" else (key_of(output),))]
+    return {name: np.empty(0, np.float32) for name in names}
 
 
 def _offsets(batch: Batch) -> npt.NDArray[np.int64]:

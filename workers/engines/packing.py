@@ -12,8 +12,8 @@ With sequence parallelism a rank has a piece of the N tokens, and the outputs at
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,8 @@ class Packed:
     """b of each rank of the split."""
     padding: int
     """Tokens of the pack that are no row's."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[t, ...] what outputs are made of besides the tokens (`outputs.columns_for`)."""
     trial: bool = False
     """The model may fail (`RoleModel.failure`): whether it does is the question."""
 
@@ -68,13 +70,19 @@ class Packed:
 
 
 def pack(
-    batch: Batch, device: torch.device, *, way: Way = PACKED, pad_to: int = 0, split: TokenSplit = WHOLE
+    batch: Batch,
+    device: torch.device,
+    *,
+    way: Way = PACKED,
+    pad_to: int = 0,
+    split: TokenSplit = WHOLE,
+    columns: Iterable[str] = (),
 ) -> Packed:
     """All rows of `batch` as one pass; rows should come in order of length (`micro_batches` sees to it).
 
     `pad_to`: length that every row is padded to; 0 for no padding, in a grid the longest row's. Prompts are shared as
-    `way` says, without padding. Raises ValueError for a row without a prompt: its first token would have nothing to be
-    predicted from.
+    `way` says, without padding. `columns`: those that the model needs, where the batch has them. Raises ValueError for
+    a row without a prompt: its first token would have nothing to be predicted from.
     """
     prompts, responses = batch["prompt_ids"], batch["response_ids"]
     if np.any(prompts.lengths < 1):
@@ -126,6 +134,9 @@ def pack(
         token_counts=token_counts,
         row_counts=row_counts,
         padding=places.padding,
+        columns={
+            name: _tensor(name, batch[name], responses.lengths, device, tokens) for name in columns if name in batch
+        },
     )
 
 
@@ -262,11 +273,15 @@ def _within(starts: IntArray, lengths: IntArray) -> IntArray:
     return positions
 
 
-def _tensor(name: str, column: Column, lengths: IntArray, device: torch.device) -> Tensor:
+def _tensor(
+    name: str, column: Column, lengths: IntArray, device: torch.device, taken: IntArray | None = None
+) -> Tensor:
+    """taken: entries of it; None for all."""
     if column.text:
         raise TypeError(f"a loss cannot read the text column {name!r}")
     if column.offsets is not None and not np.array_equal(column.lengths, lengths):
         raise ValueError(f"a loss reads columns with one entry per row or per response token; {name!r} has neither")
     floating = np.issubdtype(column.values.dtype, np.floating)
     # astype copies: arrays from the object store are read-only, and torch wants to own what it is given.
-    return torch.from_numpy(column.values.astype(np.float32 if floating else np.int64)).to(device)
+    values = column.values if taken is None else column.values[taken]
+    return torch.from_numpy(values.astype(np.float32 if floating else np.int64)).to(device)

@@ -122,6 +122,11 @@ class FolderWeights:
                     edges = tuple(slice(int(a), int(b)) for a, b in parameter.box(int(box)))
                     shard.copy_(source[edges] if edges else source[...])
 
+    def whole(self, name: str) -> Tensor:
+        """One file tensor."""
+        with ExitStack() as stack:
+            return self._slice(name, {}, stack)[...]  # type: ignore[no-any-return]
+
     def fill_whole(self, tensors: FileTensors, parameters: Mapping[str, Tensor]) -> None:
         """Write whole parameters, one file tensor at a time."""
         with torch.no_grad(), ExitStack() as stack:

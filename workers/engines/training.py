@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms.contract import Loss, Output
+from rlhf_dist.algorithms.contract import Loss
+from rlhf_dist.algorithms.outputs import Output
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.reshard.layout import Layout
@@ -28,8 +29,8 @@ Term = tuple[float, Loss, Batch]
 """One summand of a step: weight, loss, and the rows of this rank."""
 
 
-WeightPart = Literal["merged", "base", "adapters"]
-"""The model with its adapters added to what they change, without them, or the adapters alone."""
+WeightPart = Literal["merged", "base", "adapters", "heads"]
+"""The model with its adapters added to what they change, without them, the adapters alone, or its own heads alone."""
 DevicePart = Literal["parameters", "gradients", "buckets", "optimizer"]
 """What an engine holds on its device between steps: master and compute weights; what gradients are summed in, and go
 through, where that stays; optimizer states."""
@@ -60,6 +61,8 @@ class TrainingEngine(Protocol):
 
     version: int
     """Optimizer steps done."""
+    teacher_folders: Mapping[str, str]
+    """Frozen role -> its model's folder, for losses that compare this model with another one."""
     remarks: tuple[str, ...]
     """What a user should know about this model here, a sentence each."""
     before_use: Callable[[Use], None]
@@ -70,7 +73,8 @@ class TrainingEngine(Protocol):
     def forward(
         self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False
     ) -> dict[str, Column]:
-        """`outputs` without gradient: ragged float32 columns aligned with response_ids (`scores`: dense [B]).
+        """`outputs` without gradient, by `key_of`: ragged float32 columns aligned with response_ids, dense ones for
+        `scores` [B] and heads at the last token. `top_k.32` gives top_ids (int32), top_log_probs and top_log_rest.
 
         Reads prompt_ids (at least one token a row) and response_ids (may be empty). Entry j is read at the
         position before response token j: log_probs[j] and entropy[j] are those of token j, values[j] is the

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_dist.algorithms.contract import ModelOutput, Output, Rows
+from rlhf_dist.algorithms.contract import ModelOutput, Rows
 from rlhf_dist.algorithms.loss import Settings, loss
 from rlhf_dist.algorithms.losses.advantage_clip import check_advantage_clip, clipped_advantages
 from rlhf_dist.algorithms.losses.average import TokenAverage, averaged, check_average
 from rlhf_dist.algorithms.losses.correction import Correction, check_correction, corrected
+from rlhf_dist.algorithms.outputs import Output
 
 if TYPE_CHECKING:
     from torch import Tensor
