@@ -5,6 +5,7 @@
     preference          losses on preferences that are given
     online_preference   responses drawn, compared and learned from; self-play and games
     reward_models       what scores or compares responses
+    distillation        a student that learns from the distributions of teachers
     constrained         several objectives at a time
     reasoning           verifiable rewards with curricula, hints, selective rollouts        (none yet)
     agents              environments, tools, search, writers of prompts                     (none yet)

@@ -63,6 +63,15 @@ def test_a_judge_with_heads_and_a_student_of_a_teacher_run_the_same_both_ways() 
     assert any(name.endswith("distill_kl") for name in steps[-1])
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gkd", {}), ("gkd", {"algorithm.top_k": 8}), ("two_teachers", {"algorithm.top_k": 8}), ("grm", {})],
+)
+def test_recipes_on_outputs_run_the_same_both_ways(name: str, said: dict[str, int]) -> None:
+    (step,) = check_recipe(name, steps=1, **said)
+    assert step["judge/version" if name == "grm" else "actor/version"] > 0
+
+
 @recipe
 def of_a_trained_one(pairs: Preferences, student: Actor, teacher: Actor) -> None:
     pairs = teacher.compute_hidden(pairs)
@@ -95,6 +104,9 @@ def test_what_a_student_cannot_have_is_refused_before_a_start(tmp_path: Path) ->
         ("of_a_frozen_one", f"student.model.path={tmp_path / 'wide'}", "student.model.init=random"): (
             "student has 64 logits, teacher 52; use teacher.compute_top_k"
         ),
+        (
+            "copies_beside_a_head",
+        ): r"judge.copy_from writes the weights of 'judge', which has heads of its own \(reward\)",
         ("rewards_of_labels", f"rewards.model.path={tmp_path / 'labels'}", "rewards.model.init=random"): (
             r"rewards.model.path has 3 labels; call rewards.compute_scores\(batch\)"
         ),

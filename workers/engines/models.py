@@ -369,7 +369,8 @@ def build_model(
             _recompute(layer)
     module = PolicyModel(hf, heads, engine.logit_chunk_tokens) if head == "policy" else ValueModel(hf, heads)
     module.weights, module.read_whole = weights, read_whole
-    start_heads(module, folder if config.init == "pretrained" else None, seed, trained, getattr(torch, engine.dtype))
+    dtype = torch.float32 if trained or masters else getattr(torch, engine.dtype)
+    start_heads(module, folder if config.init == "pretrained" else None, seed, trained, dtype)
     return module
 
 

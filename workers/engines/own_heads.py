@@ -51,8 +51,8 @@ def width_of(hf: PreTrainedModel) -> int:
 def start_heads(module: Any, folder: Path | None, seed: int, trained: bool, dtype: torch.dtype) -> None:
     """Give the heads of a `RoleModel` their values: those of the folder's file, else random ones of their scale.
 
-    They are float32 where they are trained, else of `dtype`; the same on every rank. Raises ValueError for a head of
-    another size in the file.
+    dtype: of the model's other parameters. The same on every rank. Raises ValueError for a head of another size in the
+    file.
     """
     saved = read_heads(folder) if folder is not None else {}
     for name, head in module.own_heads.items():
@@ -66,7 +66,7 @@ def start_heads(module: Any, folder: Path | None, seed: int, trained: bool, dtyp
         drawn = torch.randn(layer.weight.shape, generator=generator) * head.scale
         values = saved.get(name, drawn).float()
         module.heads_at_start[name] = values
-        layer.weight = nn.Parameter(values if trained else values.to(dtype), requires_grad=trained)
+        layer.weight = nn.Parameter(values.to(dtype), requires_grad=trained)
 
 
 def read_heads(folder: Path) -> dict[str, Tensor]:
