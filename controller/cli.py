@@ -23,7 +23,7 @@ from controller.stages_command import are_stages, check_stages_command, run_stag
 if TYPE_CHECKING:
     from controller.run_folder import Beginning
     from rlhf_dist.compose import Launch
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 EPILOG = """examples:
   rlhf-dist recipes
@@ -114,7 +114,7 @@ def _prepared(
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from rlhf_dist.planner.hardware import parse_cluster
+    from rlhf_dist.hardware import parse_cluster
 
     try:
         cluster = None if arguments.cluster is None else parse_cluster(arguments.cluster, key="--cluster")

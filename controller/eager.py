@@ -56,27 +56,30 @@ class _Syncs:
 
     def __init__(self, recipe: Recipe, runner: RayRunner, step: int) -> None:
         self._recipe, self._runner, self._step = recipe, runner, step
-        self._trained: set[str] = set()
-        """Roles whose weights have changed since their last sync."""
+        self._writers: dict[str, list[Node]] = {}
+        """Role -> what writes its weights, since its last sync."""
         self._generated: set[str] = set()
         self._done: Counter[str] = Counter()
 
     def before(self, node: Node) -> list[Finished]:
-        """Sync what `node` generates with, if its role has been trained in this step."""
+        """Sync what `node` generates with, if its role's weights have been written in this step."""
         reads = {role for role in self._recipe.roles if f"{role}.rollout" in node.weights_read}
         self._generated |= reads
-        synced = [self._sync(role) for role in reads & self._trained]
-        self._trained |= {role for role in self._recipe.roles if f"{role}.train" in node.weights_written}
+        synced = [one for role in reads & self._writers.keys() for one in self._sync(role)]
+        for role in self._recipe.roles:
+            if f"{role}.train" in node.weights_written:
+                self._writers.setdefault(role, []).append(node)
         return synced
 
     def at_the_end(self) -> list[Finished]:
         """Sync what the next step generates with."""
-        return [self._sync(role) for role in self._recipe.roles if role in self._trained & self._generated]
+        due = self._writers.keys() & self._generated
+        return [one for role in self._recipe.roles if role in due for one in self._sync(role)]
 
-    def _sync(self, role: str) -> Finished:
-        self._trained.discard(role)
+    def _sync(self, role: str) -> list[Finished]:
         self._done[role] += 1
-        return self._runner.run_node(reshard_node(role, self._done[role]), self._step)
+        node = reshard_node(role, self._done[role], self._writers.pop(role))
+        return [self._runner.run_node(node, self._step)] if node.runs_at(self._step) else []
 
 
 def _fetch(runner: RayRunner, node: str, column: str, step: int) -> Any:

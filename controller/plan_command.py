@@ -142,10 +142,10 @@ def _launched(arguments: argparse.Namespace) -> Any:
     from dataclasses import replace
 
     from rlhf_dist.compose import compose
+    from rlhf_dist.hardware import parse_cluster
     from rlhf_dist.placement.file import AUTO, asked_placement
     from rlhf_dist.planner.asked import asked_strategies
     from rlhf_dist.planner.case import parse_request
-    from rlhf_dist.planner.hardware import parse_cluster
     from rlhf_dist.planner.launch import hardware_of, problem_of
     from rlhf_dist.planner.plan import Question
     from rlhf_dist.typed import ConfigError

@@ -18,10 +18,10 @@ from typing import Any
 from controller.executor import Finished
 from controller.session import pools_of_roles
 from rlhf_dist.compose import Launch
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.placement.roles import pool_size, rollout_of
 from rlhf_dist.planner.calibration import calibration_text, refined
 from rlhf_dist.planner.explain import as_json
-from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.launch import hardware_of, problem_of
 from rlhf_dist.planner.machine import cpu_node, this_machine, usual_efficiency
 from rlhf_dist.planner.plan import Question, Request, make_plan

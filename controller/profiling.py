@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields, replace
 from statistics import median
 from typing import Any
 
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.calibration import SHARES, calibration_text
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
 
 REPEATS = 7

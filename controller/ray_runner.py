@@ -123,7 +123,8 @@ class RayRunner:
     # --- the Runner protocol -------------------------------------------------------------------------
     def pools_of(self, node: Node) -> tuple[str, ...]:
         """The pools of its worker groups; host ops, sources on the host pool and joins occupy none."""
-        return tuple(group.pool.name for group in self._groups_of(node) if group.pool.name != HOST_POOL)
+        pools = (group.pool.name for group in self._groups_of(node) if group.pool.name != HOST_POOL)
+        return tuple(dict.fromkeys(pools))
 
     def streams(self, source: Node, target: Node) -> bool:
         """A row-wise op on CPU processes takes each rank's rows as they come, where all it reads is made there."""
@@ -216,15 +217,17 @@ class RayRunner:
         own, apart = self.groups.get(node.role), self.groups.get(rollout_of(node.role))
         if apart is not None and own is not None and node.kind == "reshard":
             return (own, apart)
+        if own is not None and node.kind == "weights":
+            givers = (self.groups[role] for role in node.senders)
+            return (*(group for group in givers if group.pool.name != own.pool.name), own)
         group = apart if apart is not None and rollout_of(node.role) in node.weights_read else own
         return () if group is None else (group,)
 
     def _call_groups(self, pending: _Pending) -> None:
         node, step, readings = pending.node, pending.step, self._readings(pending)
         groups = self._groups_of(node)
-        ops = ("send_weights", "receive_weights") if len(groups) > 1 else (node.op,)
-        kwargs, averages = self._kwargs(pending), averages_of(node)
-        for group, op in zip(groups, ops, strict=True):
+        settings, averages = self._kwargs(pending), averages_of(node)
+        for group, (op, kwargs) in zip(groups, _ops(node, len(groups), settings), strict=True):
             cuts = [
                 cut(node, group, reading, average, seed=self.seed, step=step)
                 for reading, average in zip(readings or (None,), averages, strict=False)
@@ -434,6 +437,13 @@ def _checked(reply: Reply | Failure | Exception, pending: _Pending, call: int) -
     node, (pool, rank) = pending.node, pending.callees[call]
     where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
     raise (WorkerLost if failure.lost else NodeError)(f"{where}: {explained(failure, pool.log(rank))}")
+
+
+def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What each of a node's groups does, and its settings; the last one receives where weights go between pools."""
+    if node.kind == "weights":
+        return [("give_weights", {"target": node.role})] * (groups - 1) + [(node.op, settings)]
+    return [("send_weights", settings), ("receive_weights", settings)] if groups > 1 else [(node.op, settings)]
 
 
 def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:

@@ -181,6 +181,9 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
         if rollout_of(role) in groups:
             phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
             _connect(groups[role], groups[rollout_of(role)], cluster.replies, run.ray.call_timeout_s)
+    for (source, target), staged in launch.dataflow.ways.items():
+        phase(f"{target}: planning how weights come from {source}")
+        _connect_weights(groups[source], groups[target], staged, cluster.replies, run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
@@ -196,13 +199,34 @@ def slots_needed(launch: Launch) -> int:
 
 def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
+    bridge = _bridge(sending, receiving, replies, timeout_s)
+    joining = [
+        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
+        for group in (sending, receiving)
+    ]
+    _await_roles(joining, replies, timeout_s)
+
+
+def _connect_weights(source: WorkerGroup, target: WorkerGroup, staged: int, replies: Replies, timeout_s: float) -> None:
+    """Have all ranks of two roles plan how weights go from one to the other; staged: see `Dataflow.ways`."""
+    apart = source.pool.name != target.pool.name
+    bridge = _bridge(source, target, replies, timeout_s) if apart else None
+    way = (source.role, target.role, bridge, staged)
+    joining = [
+        (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
+        for group in ((source, target) if apart else (target,))
+    ]
+    _await_roles(joining, replies, timeout_s)
+
+
+def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> Bridge:
     (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
     if isinstance(opened, Exception):
         raise opened
     if isinstance(opened, Failure):
         raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
     address, port = cast(tuple[str, int], opened)
-    bridge = Bridge(
+    return Bridge(
         address=address,
         port=port,
         senders=sending.pool.size,
@@ -210,11 +234,6 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, tim
         nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
         timeout_s=SYNC_SHARE * timeout_s,
     )
-    joining = [
-        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
-        for group in (sending, receiving)
-    ]
-    _await_roles(joining, replies, timeout_s)
 
 
 def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, **own: Any) -> list[Any]:
@@ -238,6 +257,7 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
         "seed": launch.run.seed,
         "frozen_folders": frozen_folders(launch),
         "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
+        "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
         "total_steps": launch.run.steps,
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,

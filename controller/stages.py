@@ -29,7 +29,7 @@ from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_dist.compose import Launch
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 
 class StageFailed(Exception):

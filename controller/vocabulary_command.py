@@ -66,6 +66,12 @@ def roles_command(arguments: argparse.Namespace) -> int:
             reads += [f"{name} if there" for name in op["optional"]]
             print(_wrapped(f"reads   {', '.join(reads)}"))
             print(_wrapped(f"writes  {', '.join(op['writes']) or 'no column'}"))
+        for op in kind["weight_ops"]:
+            settings = "".join(
+                f", {name}" if value is None else f", {name}={value}" for name, value in op["settings"].items()
+            )
+            print(f"  {op['name']}(...{settings})\n{_wrapped(op['doc'], '')}")
+            print(_wrapped(f"weights {op['weights_read']} -> {op['weights_written']}"))
     return 0
 
 

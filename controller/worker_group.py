@@ -149,11 +149,12 @@ def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], bef
     """
     answers = [replies[rank] for rank in shards.answering]
     # In a weight transfer every rank of both groups may report, and reports once.
-    metrics = combine(reply.metrics for reply in (replies if node.kind == "reshard" else answers))
+    metrics = combine(reply.metrics for reply in (replies if node.kind in ("reshard", "weights") else answers))
     seconds = max((reply.seconds for reply in replies), default=0.0)
     nbytes = sum(reply.nbytes for reply in answers)
-    if node.kind == "reshard" and "sync_bytes" in metrics:
-        nbytes = int(metrics["sync_bytes"].value)
+    sent = {"reshard": "sync_bytes", "weights": "copy_bytes"}.get(node.kind, "")
+    if sent in metrics:
+        nbytes = int(metrics[sent].value)
     state, held = next(((reply.state, reply.held) for reply in answers if reply.state is not None), (None, None))
     if not any(reply.stored or reply.parent is not None for reply in answers):
         return NodeOutput(batch=None, metrics=metrics, seconds=seconds, nbytes=nbytes, state=state, held=held)

@@ -28,9 +28,10 @@ from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.role_kinds import generation_of, kind_of
 from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.typed import ConfigError
+from rlhf_dist.weight_checks import check_weights
 
 if TYPE_CHECKING:
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
@@ -47,6 +48,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_name(launch)
     _check_tracker(launch)
     check_rewards(launch)
+    check_weights(launch)
     shapes = {
         role: _shape(model, f"{role}.model.path", cluster is not None)
         for role, settings in launch.used_roles.items()
@@ -155,7 +157,7 @@ def _shape(model: ModelConfig, key: str, described: bool) -> ModelShape:
         return read_shape(model.path, key, weights=model.init == "pretrained")
     if Path(model.path).is_dir():
         return read_shape(model.path, key, weights=False)
-    from rlhf_dist.planner.models import model_spec
+    from rlhf_dist.model_specs import model_spec
 
     spec = model_spec(model.path, key)
     return ModelShape(
@@ -406,6 +408,8 @@ def _plan(
 def _where(node: Node, pools: dict[str, str]) -> str:
     """The pool a node runs on; `from -> to` for a weight transfer between two."""
     apart = pools.get(rollout_of(node.role))
+    if others := dict.fromkeys(pools[sender] for sender in node.senders if pools[sender] != pools[node.role]):
+        return f"{', '.join(others)} -> {pools[node.role]}"
     if apart is not None and node.kind == "reshard":
         return f"{pools[node.role]} -> {apart}"
     if apart is not None and rollout_of(node.role) in node.weights_read:
@@ -415,6 +419,8 @@ def _where(node: Node, pools: dict[str, str]) -> str:
 
 def _freshness(launch: Launch, role: str, pools: dict[str, str]) -> str:
     placement, apart = launch.run.placement, pools.get(rollout_of(role))
+    if role in launch.dataflow.written and not launch.dataflow.facts[role].trained:
+        return f"in pool {apart or pools[role]}, weights synced after the recipe has written them"
     if not launch.dataflow.facts[role].trained:
         return f"in pool {apart or pools[role]}, with the weights of its model: it never learns"
     if apart is None:

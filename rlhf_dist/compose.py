@@ -121,7 +121,7 @@ class Launch:
 
     @property
     def learning_roles(self) -> list[str]:
-        """Roles whose weights some node of the graph writes."""
+        """Roles whose weights some node of the graph writes or keeps: those of a checkpoint."""
         written = {state.split(".")[0] for node in self.dataflow for state in node.weights_written}
         return [role for role in self.used_roles if role in written]
 
@@ -187,7 +187,8 @@ def compose_dataflow(spec: str, overrides: Sequence[str] = (), config: str | Non
     _, overrides = asked_placement(overrides)
     recipe = load_recipe(spec)
     composed = _compose(spec, recipe, _root(recipe), overrides, {}, config)
-    return trace(recipe, _algorithm(recipe, composed))
+    staleness = OmegaConf.select(composed, "placement.max_staleness", default=0)
+    return replace(trace(recipe, _algorithm(recipe, composed)), staleness=max(int(staleness or 0), 0))
 
 
 def root_type(recipe: Recipe) -> type:

@@ -36,9 +36,10 @@ def model_lines(launch: Launch) -> list[str]:
             lines[-1] += f", computes in {engine.dtype}"
         if (rollout := generation_of(launch, role)) is not None:
             lines[-1] += f", generates in {rollout.dtype}"
-        if launch.dataflow.facts[role].trained:
+        if role in launch.learning_roles:
             exported = export_dtype(model.path, engine.export_dtype, engine.dtype)
-            lines[-1] += f", trains float32 master weights, exported as {exported}"
+            how = "trains float32 master weights" if role in launch.dataflow.trained else "written by the recipe"
+            lines[-1] += f", {how}, exported as {exported}"
         uses = {
             "zero": engine.name == "deepspeed",
             "tp": engine.tensor_parallel > 1,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 BFLOAT16_FLAGS = {"x86": ("amx_bf16", "avx512_bf16"), "arm": ("bf16", "svebf16")}
 """Family of processors -> flags of /proc/cpuinfo that mean products of bfloat16 in one instruction."""

@@ -114,7 +114,12 @@ def has_training_engine(launch: Launch, role: str) -> bool:
 
 
 def role_with_base(launch: Launch, role: str) -> str | None:
-    """The role whose frozen base model is all that frozen `role` needs, in the same pool: one with adapters."""
+    """The role whose frozen base model is all that frozen `role` needs, in the same pool: one with adapters.
+
+    None where the recipe has weights of `role` go anywhere, or change: then they are its own.
+    """
+    if any(node.kind == "weights" and role in (node.role, *node.senders) for node in launch.dataflow):
+        return None
     facts, config = launch.dataflow.facts[role], launch.roles[role]
     if facts.trained or facts.generates or not isinstance(config, LanguageModelConfig):
         return None
@@ -132,7 +137,8 @@ def _language_model(launch: Launch, role: str) -> Worker:
     assert isinstance(config, LanguageModelConfig), f"{role} is a language model"
     speaker = speaker_of(launch.dataflow, role)
     spoken = None if speaker is None else generation_of(launch, speaker)
-    on_policy = launch.run.placement.max_staleness == 0
+    # What a recipe writes anew may be trained on what the weights before have drawn.
+    on_policy = launch.run.placement.max_staleness == 0 and role not in launch.dataflow.written
     return _interface(launch, role).worker, {
         "config": config,
         "trained": facts.trained,

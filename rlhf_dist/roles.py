@@ -21,6 +21,7 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
+from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 Columns = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
@@ -120,8 +121,8 @@ class Role(Protocol):
     """Heads of its model besides the one it comes with; a class of your own lists them."""
 
 
-class OfTrunk(Role, Protocol):
-    """What any model says besides the words of its own kind."""
+class OfTrunk(Weights, Role, Protocol):
+    """What any model says besides the words of its own kind, and what is done with its weights."""
 
     @op(reads=SEQUENCE, writes=("hidden",), weights_read="train")
     def compute_hidden(self, batch: Batch) -> Batch:
@@ -177,6 +178,7 @@ class LanguageModel(OfTrunk, Protocol):
 class ValueModel(OfTrunk, Protocol):
     """The trunk of a language model with a linear head: a number before each token, or K for the whole response."""
 
+    model_head: ClassVar[Literal["policy", "value"]] = "value"
     worker: ClassVar[str | type] = "workers.value_model:ValueModelWorker"
     settings: ClassVar[type] = ValueModelConfig
 
@@ -223,7 +225,7 @@ class Actor(LanguageModel, Protocol):
 
 
 class Reference(LanguageModel, Protocol):
-    """A frozen policy."""
+    """A frozen policy. Its weights change where a recipe writes them (`rlhf_dist/weights.py`)."""
 
     @op(reads=SEQUENCE, writes=("ref_log_probs",), weights_read="train")
     def compute_ref_log_prob(self, batch: Batch) -> Batch:

@@ -11,7 +11,7 @@ from rlhf_dist.machine import local_machine
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_dist.planner.hardware import Cluster
+    from rlhf_dist.hardware import Cluster
 
 CPU_SLOTS = 8
 """Processes that a machine without GPUs may always have, however few cores it has."""

@@ -12,6 +12,7 @@ from rlhf_dist.algorithms import losses
 from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.roles import KINDS, Columns, ops_of
+from rlhf_dist.weights import Weights, weight_ops_of
 
 _ROWS = {"keep": "", "drop": ", fewer rows", "derive": ", rows made of those"}
 
@@ -28,11 +29,16 @@ def describe_ops() -> str:
         for name, op in _public(transforms)
         if isinstance(op, HostOp)
     ]
+    of_weights = [
+        (f"ROLE.{name}", f"weights: {spec.reads} -> {spec.writes}", getattr(Weights, name))
+        for name, spec in weight_ops_of(Weights).items()
+    ]
     made = [(name, _settings(make), make) for name, make in _public(losses) if isinstance(make, LossFunction)]
     return "\n\n".join(
         f"{title}\n{_table(rows)}"
         for title, rows in (
             ("ops of roles (rlhf_dist.roles)", role_ops),
+            ("weights of roles with a model (rlhf_dist.weights)", of_weights),
             ("host ops (rlhf_dist.transforms)", host_ops),
             ("losses (rlhf_dist.algorithms), for loss=", made),
         )

@@ -15,6 +15,7 @@ from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.recipe_files import family_of
 from rlhf_dist.roles import KINDS, Columns, ops_of
 from rlhf_dist.schema import COLUMNS
+from rlhf_dist.weights import weight_ops_of
 
 
 class _AnyLoss:
@@ -45,6 +46,7 @@ def role_facts() -> list[dict[str, Any]]:
     """Every kind of role with its ops: settings, and what each reads, writes and does to rows and weights.
 
     `optional`: columns it reads where the batch has them. `reads_of_loss`: it reads what its loss reads, too.
+    `weight_ops`: what a recipe may do with its weights; whose each reads and writes.
     """
     return [
         {
@@ -63,6 +65,16 @@ def role_facts() -> list[dict[str, Any]]:
                     "weights_written": spec.weights_written,
                 }
                 for name, spec in ops_of(interface).items()
+            ],
+            "weight_ops": [
+                {
+                    "name": name,
+                    "doc": _one_line(getattr(interface, name)),
+                    "settings": _settings(getattr(interface, name)),
+                    "weights_read": spec.reads,
+                    "weights_written": spec.writes,
+                }
+                for name, spec in weight_ops_of(interface).items()
             ],
         }
         for interface in KINDS

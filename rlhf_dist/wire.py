@@ -142,6 +142,8 @@ class WorkerContext:
     device: str
     """`cpu`, `cuda:0`, ..."""
     seed: int
+    sums_weights: bool = False
+    """Whether the recipe mixes weights of other roles into this one's, which are kept in float32 then."""
     total_steps: int = 0
     """Steps of the run, for schedules."""
     folder: str = ""

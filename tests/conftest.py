@@ -1,15 +1,37 @@
-"""Folders whose tests start real process groups, engines or clusters are `slow`: left out of `make check`."""
+"""Folders whose tests start real process groups, engines or clusters are `slow`: left out of `make check`.
+
+`make test` runs files of tests in two processes (pytest-xdist). A test marked `alone` waits until the other process is
+between two tests, and the other waits until it is over.
+"""
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 SLOW_FOLDERS = {"engines", "generation", "gpu", "runs"}
+GATE, ROOM = Path(__file__), Path(__file__).with_name("__init__.py")
+"""Files to lock. Whoever has the room may run; the gate is passed on the way in, and held by one that waits to be
+alone, so that others do not go in again and again before it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout: a wait is no part of a test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    alone = item.get_closest_marker("alone") is not None
+    with GATE.open() as gate, ROOM.open() as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)  # closing it would not do, where a test left a fork of this process

@@ -17,9 +17,9 @@ from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import Launch, compose, list_recipes
 from rlhf_dist.config import PoolConfig, RayConfig
+from rlhf_dist.hardware import parse_cluster
 from rlhf_dist.machine import Gpu, Machine, described_machine, local_machine, read_gpus, read_processor, visible
 from rlhf_dist.machine_settings import attention_on, device_of, dtype_on, gpu_share, slots_on
-from rlhf_dist.planner.hardware import parse_cluster
 from tests.tiny import save_llama
 
 # Cut down to the lines that are read, and some beside them.

@@ -22,7 +22,8 @@ from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd
 from workers.reshard.sync import SyncReport
 from workers.rollout import RolloutWorker, sync_metrics
-from workers.trained_role import NOTHING, TrainedRole
+from workers.trained_role import TrainedRole
+from workers.weight_sets import NOTHING
 
 RATIO_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 """Rollout dtype -> largest mean |ratio - 1|. Measured: 5e-7 in float32, 0.06 to 0.1 (with outliers) in bfloat16."""
@@ -118,9 +119,7 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
         return OpResult(columns=NOTHING, metrics=sync_metrics(report) if self.context.rank == 0 else {})
 
     def _sync_weights(self) -> SyncReport:
-        report = self.sync.run(must_change=self.moved)
-        self.moved = False
-        return report
+        return self.sync.run(must_change=self.must_change())
 
     def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that generate, in a pool of their own; all of both pools do."""
@@ -136,8 +135,7 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
     def send_weights(self, batch: Batch, call: Call) -> OpResult:
         """The same move to another pool, whose ranks receive and verify meanwhile."""
         self.memory.turn(f"{self.context.role}.sync")
-        self.end.run(must_change=self.moved)
-        self.moved = False
+        self.end.run(must_change=self.must_change())
         return OpResult(columns=NOTHING)
 
     def interrupt(self) -> None:

@@ -191,6 +191,11 @@ class WorkerProcess:
         self._roles[role].connect(bridge)
 
     @reported
+    def connect_weights(self, role: str, source: str, target: str, bridge: Bridge | None, staged: int) -> None:
+        """Let `role` plan the way of weights from `source` to `target`, one of which it is; all ranks of both do."""
+        self._roles[role].connect_weights(source, target, bridge, staged)
+
+    @reported
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
         started = time.perf_counter()

@@ -16,11 +16,10 @@ from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.checkpoint import SAVE_TIMEOUT_S
 from workers.engines.training import NonFiniteLoss, Term, TrainingEngine
 from workers.memory.arbiter import arbiter_of
+from workers.weight_sets import NOTHING, WeightSets
 
-NOTHING = Batch({}, 0)
 
-
-class TrainedRole:
+class TrainedRole(WeightSets):
     """One rank of a role with a training engine."""
 
     def __init__(
@@ -37,7 +36,7 @@ class TrainedRole:
         self.remarks = () if shared else engine.remarks
         if not shared:
             self.memory.add_training(context.role, engine, trained=optimizer is not None)
-        self.moved = False
+        self.moved = self.rewritten = False
         """A step with a gradient was made since this was last set to False."""
         self.nonfinite = optimizer.nonfinite if optimizer else "stop"
         self._saving: Future[None] | None = None

@@ -84,9 +84,12 @@ def to_mermaid(dataflow: Dataflow) -> str:
     ids = {node.name: f"n{number}" for number, node in enumerate(dataflow)}
     lines = ["flowchart TD"]
     for node in dataflow:
-        opening, closing = {"source": ("([", "])"), "reshard": ("{{", "}}"), "state": ("[(", ")]")}.get(
-            node.kind, ("[", "]")
-        )
+        opening, closing = {
+            "source": ("([", "])"),
+            "reshard": ("{{", "}}"),
+            "weights": ("{{", "}}"),
+            "state": ("[(", ")]"),
+        }.get(node.kind, ("[", "]"))
         lines.append(f'    {ids[node.name]}{opening}"{_escape(node.name)}"{closing}')
     for source, target, names in _grouped(dataflow):
         lines.append(f'    {ids[source]} -->|"{_escape(", ".join(names))}"| {ids[target]}')

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rlhf_dist.dataflow.facts import RoleFacts, facts_of
 from rlhf_dist.roles import RowEffect
 
-Kind = Literal["source", "op", "host", "state", "join", "concat", "refill", "reshard"]
+Kind = Literal["source", "op", "host", "state", "join", "concat", "refill", "reshard", "weights"]
 
 
 class GraphError(ValueError):
@@ -68,7 +68,7 @@ class Node:
     rows: RowEffect = "keep"
     weights_read: tuple[str, ...] = ()
     weights_written: tuple[str, ...] = ()
-    """Weight states, e.g. `actor.train`, `actor.rollout`, `multiplier.state`."""
+    """Weight states, e.g. `actor.train`, `actor.rollout`, `actor.anchor` (a named set), `multiplier.state`."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     spec: Any = None
     """OpSpec or HostOp behind it."""
@@ -84,6 +84,12 @@ class Node:
     def runs_at(self, step: int) -> bool:
         """Whether the node runs at `step`; a node that does not counts as done."""
         return step >= self.after and step % self.every == 0
+
+    @property
+    def senders(self) -> tuple[str, ...]:
+        """Other roles whose weights a node of kind `weights` takes."""
+        read = (state.removesuffix(".train") for state in self.weights_read if state.endswith(".train"))
+        return tuple(role for role in read if role != self.role) if self.kind == "weights" else ()
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -206,6 +212,23 @@ class Dataflow:
     def trained(self) -> tuple[str, ...]:
         """Roles that learn, in the recipe's order."""
         return tuple(role for role, facts in self.facts.items() if facts.trained)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Roles whose weights a node of kind `weights` writes, in the recipe's order."""
+        rewritten = {n.role for n in self if n.kind == "weights" and f"{n.role}.train" in n.weights_written}
+        return tuple(role for role in self.roles if role in rewritten)
+
+    @property
+    def ways(self) -> dict[tuple[str, str], int]:
+        """(role, role that takes its weights) -> copies of its own weights that the taker needs beside them."""
+        staged = {"copy_from": 0, "mix_from": 1, "merge_from": 2}
+        found: dict[tuple[str, str], int] = {}
+        for node in self:
+            for sender in node.senders:
+                way = (sender, node.role)
+                found[way] = max(found.get(way, 0), staged[node.op])
+        return found
 
     def readers(self, name: str) -> set[str]:
         """Nodes that need anything `name` wrote or carried, in the same step."""

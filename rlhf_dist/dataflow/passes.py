@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, Input, Node
@@ -11,35 +12,43 @@ from rlhf_dist.schema import COLUMNS
 def insert_reshard(dataflow: Dataflow) -> Dataflow:
     """Add the nodes that move a role's weights from its training layout to its generation layout.
 
-    `actor.train` and `actor.rollout` are two weight states. Generation reads what the last update before it wrote,
-    in the recipe's order and around the loop: between an update and the generation that follows it stands a
-    `reshard`, right after the last update. Where that generation is the next step's, the edge is loop-carried.
+    `actor.train` and `actor.rollout` are two weight states. Generation reads what the last write before it left,
+    in the recipe's order and around the loop: between an update (or another write) and the generation that follows it
+    stands a `reshard`, right after the last write. Where that generation is the next step's, the edge is loop-carried.
     """
     nodes = list(dataflow.nodes)
     for role in dataflow.roles:
         due = _syncs_due(nodes, role)
-        for number, position in reversed(list(enumerate(due, start=1))):
-            nodes.insert(position + 1, reshard_node(role, number))
+        for number, (position, writers) in reversed(list(enumerate(due, start=1))):
+            nodes.insert(position + 1, reshard_node(role, number, writers))
     return replace(dataflow, nodes=tuple(nodes))
 
 
-def _syncs_due(nodes: list[Node], role: str) -> list[int]:
-    """Positions of the updates whose weights `role` generates with; none for a role that does not generate."""
+def _syncs_due(nodes: list[Node], role: str) -> list[tuple[int, list[Node]]]:
+    """Where weights are that `role` generates with: position of the last writer, and all since the generation before;
+    none for a role that does not generate."""
     train, rollout = f"{role}.train", f"{role}.rollout"
     if not any(rollout in node.weights_read for node in nodes):
         return []
-    due, written = list[int](), None
-    for position, node in enumerate(nodes):
-        if rollout in node.weights_read and written is not None:
-            due.append(written)
-            written = None
+    due, position, writers = list[tuple[int, list[Node]]](), 0, list[Node]()
+    for at, node in enumerate(nodes):
+        if rollout in node.weights_read and writers:
+            due.append((position, writers))
+            writers = []
         if train in node.weights_written:
-            written = position
-    return due if written is None else [*due, written]
+            position, writers = at, [*writers, node]
+    return [*due, (position, writers)] if writers else due
 
 
-def reshard_node(role: str, number: int = 1) -> Node:
-    """The node that reads `role`.train and writes `role`.rollout, for the `number`th time in a step."""
+def reshard_node(role: str, number: int = 1, writers: Sequence[Node] = ()) -> Node:
+    """The node that reads `role`.train and writes `role`.rollout, for the `number`th time in a step.
+
+    writers: whose weights it moves. It keeps their cadence where all are copies and the like with one cadence; after
+    an update it runs every step, since generation counts the steps that its weights have seen.
+    """
+    cadences = {(node.every, node.after) for node in writers}
+    follows = len(cadences) == 1 and all(node.kind == "weights" for node in writers)
+    every, after = cadences.pop() if follows else (1, 0)
     return Node(
         name=f"{role}.reshard" if number == 1 else f"{role}.reshard#{number}",
         role=role,
@@ -47,6 +56,8 @@ def reshard_node(role: str, number: int = 1) -> Node:
         kind="reshard",
         weights_read=(f"{role}.train",),
         weights_written=(f"{role}.rollout",),
+        every=every,
+        after=after,
     )
 
 

@@ -44,8 +44,10 @@ from rlhf_dist.dataflow.row_facts import (
     with_token_ids,
 )
 from rlhf_dist.dataflow.state_value import states_read, value_of
+from rlhf_dist.dataflow.weight_ops import WeightRole, check_sets, record_weights
 from rlhf_dist.roles import OpSpec, RowEffect, State, base_of, ops_of
 from rlhf_dist.schema import COLUMNS, ROW_IDS
+from rlhf_dist.weights import WeightOp, weight_ops_of
 
 OnNode = Callable[[Node], None]
 Fetch = Callable[[str, str], Any]
@@ -308,13 +310,19 @@ class RoleHandle:
 
     def __init__(self, tracer: Tracer, role: str, interface: type) -> None:
         self._tracer, self._role, self._interface = tracer, role, interface
-        self._ops = ops_of(interface)
+        self._ops, self._weight_ops = ops_of(interface), weight_ops_of(interface)
 
-    def __getattr__(self, name: str) -> Callable[..., TracedBatch]:
+    def weight_role(self) -> WeightRole:
+        """This role, for another one that takes its weights."""
+        return WeightRole(self._role, self._interface)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in self._weight_ops:
+            return self._weights_call(self._weight_ops[name])
         if name not in self._ops:
-            near = difflib.get_close_matches(name, self._ops, n=1)
+            near = difflib.get_close_matches(name, [*self._ops, *self._weight_ops], n=1)
             raise GraphError(
                 f"{self._tracer.line()}: {self._interface.__name__} {self._role!r} has no op {name!r}; "
                 f"it has {', '.join(self._ops)}" + (f"; did you mean {near[0]!r}?" if near else "")
@@ -323,6 +331,12 @@ class RoleHandle:
 
         def call(batch: TracedBatch, **kwargs: Any) -> TracedBatch:
             return self._call(spec, batch, kwargs)
+
+        return call
+
+    def _weights_call(self, spec: WeightOp) -> Callable[..., None]:
+        def call(*given: Any, **kwargs: Any) -> None:
+            record_weights(self._tracer, self.weight_role(), spec, given, kwargs)
 
         return call
 
@@ -530,6 +544,7 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     except ValueError as error:  # of something that the recipe makes: a loss with a setting out of range
         lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(recipe.file)]
         raise GraphError(f"{recipe.file.name}:{lines[-1]}: {error}" if lines else str(error)) from error
+    check_sets(tracer.nodes)
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
     bases = {name: base.__name__ for name, kind in recipe.roles.items() if (base := base_of(kind)) is not None}

@@ -24,8 +24,10 @@ def phases_of(dataflow: Dataflow, placed: Mapping[str, str], pool: str, bases: M
 def _phases(node: Node, placed: Mapping[str, str], bases: Mapping[str, str]) -> list[tuple[str, str]]:
     """(pool, phase) of one node."""
     role, rollout = node.role, rollout_of(node.role)
-    if role not in placed or node.kind not in ("op", "reshard"):
+    if role not in placed or node.kind not in ("op", "reshard", "weights"):
         return []
+    if node.kind == "weights":
+        return _weight_phases(node, placed)
     if node.kind == "reshard":
         apart = [(placed[rollout], f"{rollout}.sync")] if rollout in placed else []
         return [(placed[role], f"{role}.sync"), *apart]
@@ -33,3 +35,17 @@ def _phases(node: Node, placed: Mapping[str, str], bases: Mapping[str, str]) -> 
         return [(placed.get(rollout, placed[role]), f"{role}.generate")]
     use = "update" if f"{role}.train" in node.weights_written else "forward"
     return [(placed[role], f"{bases.get(role, role)}.{use}")]
+
+
+def _weight_phases(node: Node, placed: Mapping[str, str]) -> list[tuple[str, str]]:
+    if node.op == "save_weights":
+        return [(placed[node.role], f"{node.role}.{'update' if node.kwargs['optimizer'] else 'forward'}")]
+    ways = [way_of(sender, node.role) for sender in node.senders]
+    pools = [dict.fromkeys((placed[sender], placed[node.role])) for sender in node.senders]
+    moved = [(pool, way) for way, both in zip(ways, pools, strict=True) for pool in both]
+    return [*moved, (placed[node.role], f"{node.role}.write")]
+
+
+def way_of(source: str, target: str) -> str:
+    """The phase in which weights of one role go to another's."""
+    return f"{target} from {source}.copy"

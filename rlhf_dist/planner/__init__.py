@@ -2,7 +2,7 @@
 
     case / recipe + cluster
         |  work.py                                     what every node computes
-        |  hardware.py, efficiency.py, rates.py        what the cluster does a second; models.py, workload.py
+        |  efficiency.py, rates.py, workload.py        what the cluster does a second, and how long texts are
         v
     latency.py, generation.py, transfer.py, memory.py  seconds and bytes of a node under a strategy (cost.py)
         v
@@ -17,5 +17,6 @@
 
     case.py, launch.py                                 the question in a file, and in a run's settings
 
+Datasheets of GPUs and shapes of models lie below (`rlhf_dist/hardware.py`, `model_specs.py`): checks read them too.
 docs/planner.md has the model, its constants and what they miss. Nothing here imports torch, ray or an engine.
 """

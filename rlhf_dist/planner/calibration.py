@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
+from rlhf_dist.hardware import Cluster, Gpu
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import Cluster, Gpu
 from rlhf_dist.planner.work import NodeWork
 from rlhf_dist.typed import ConfigError, build, unknown
 

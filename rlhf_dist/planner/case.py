@@ -35,9 +35,9 @@ import yaml
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.hardware import parse_cluster
+from rlhf_dist.model_specs import ModelSpec, model_spec
 from rlhf_dist.planner.calibration import apply_gpu, load_calibration
-from rlhf_dist.planner.hardware import parse_cluster
-from rlhf_dist.planner.models import ModelSpec, model_spec
 from rlhf_dist.planner.plan import PRESETS, Question, Request
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import RULES, Problem, make_problem

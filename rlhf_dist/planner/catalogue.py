@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.cost import NodeCost, Variants, cheapest, staircase
 from rlhf_dist.planner.generation import generation_cost, generation_floor_s
 from rlhf_dist.planner.latency import floor_s, inference_variants, training_variants
 from rlhf_dist.planner.layouts import Candidates, Layout, undominated
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, host_bytes, resting_bytes, usable_bytes
-from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import (
     Generation,

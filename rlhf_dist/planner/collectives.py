@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import Cluster
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from rlhf_dist.hardware import KINDS, Cluster
 from rlhf_dist.planner.found import FoundPlan
-from rlhf_dist.planner.hardware import KINDS, Cluster
 from rlhf_dist.planner.memory import generation_weights, gib, resting_bytes
 from rlhf_dist.planner.plan import TIE, Plan, headroom_bytes, what_if
 from rlhf_dist.planner.work import NodeWork

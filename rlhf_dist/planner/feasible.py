@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.boxes import Box, Partition
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.generation import least_cache_bytes
-from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.layouts import Layout
 from rlhf_dist.planner.memory import generation_weights, gib, resting_bytes
 from rlhf_dist.planner.search import INFINITE, Search, State
@@ -70,7 +70,7 @@ def blame(search: Search, *, offload: bool = True) -> Blame:
 
 
 def _needs(layout: Layout, node: str, model: object, trained: bool) -> dict[str, float]:
-    from rlhf_dist.planner.models import ModelSpec
+    from rlhf_dist.model_specs import ModelSpec
 
     assert isinstance(model, ModelSpec), "a role with a layout has a model"
     rest = resting_bytes(model, layout.strategy, trained=trained)

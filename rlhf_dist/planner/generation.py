@@ -13,9 +13,9 @@ from __future__ import annotations
 from functools import lru_cache
 from math import ceil, log
 
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.cost import NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, kv_bytes_per_token
-from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Generation
 from rlhf_dist.planner.work import NodeWork

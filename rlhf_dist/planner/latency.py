@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from math import ceil
 
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.collectives import Fabric
 from rlhf_dist.planner.cost import NodeCost, Variants, staircase
 from rlhf_dist.planner.memory import (
@@ -25,7 +26,6 @@ from rlhf_dist.planner.memory import (
     gradient_bytes,
     logit_bytes,
 )
-from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Strategy
 from rlhf_dist.planner.work import NodeWork

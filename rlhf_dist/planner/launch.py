@@ -11,15 +11,15 @@ from typing import Any
 
 from rlhf_dist.compose import Launch, compose
 from rlhf_dist.config import DataConfig, RolloutConfig
+from rlhf_dist.hardware import Cluster, parse_cluster
+from rlhf_dist.model_specs import ModelSpec, model_spec
 from rlhf_dist.placement.file import AUTO, asked_placement
 from rlhf_dist.planner.asked import asked_strategies
 from rlhf_dist.planner.calibration import apply_gpu, load_calibration
 from rlhf_dist.planner.case import parse_request
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.emit import settings_of
-from rlhf_dist.planner.hardware import Cluster, parse_cluster
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
-from rlhf_dist.planner.models import ModelSpec, model_spec
 from rlhf_dist.planner.plan import Question, make_plan
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import Problem, make_problem

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.checks import max_row_tokens, rows_of_nodes
 from rlhf_dist.config import EngineConfig, RolloutConfig
+from rlhf_dist.hardware import GIB, Cluster, parse_cluster
+from rlhf_dist.model_specs import ModelSpec, model_spec
 from rlhf_dist.placement.roles import HOST_POOL, pool_size, rollout_of
-from rlhf_dist.planner.hardware import GIB, Cluster, parse_cluster
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
 from rlhf_dist.planner.memory import activation_bytes_per_token, kv_bytes_per_token, logit_bytes, usable_bytes
-from rlhf_dist.planner.models import ModelSpec, model_spec
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.reshard.schedule import default_bucket_bytes
 from rlhf_dist.role_kinds import generation_of, has_training_engine
@@ -136,7 +136,7 @@ class _Role:
 def memory_of(launch: Launch, cluster: Cluster) -> list[PhaseBytes]:
     """Pools and phases of a launch on `cluster`, in order. Raises ConfigError for a model whose shape is not said."""
     placed = launch.placed
-    learning, cuda = set(launch.learning_roles), cluster.gpu.name != "CPU"
+    learning, cuda = set(launch.dataflow.trained), cluster.gpu.name != "CPU"
     longest = max_row_tokens(launch)[0]
     found: list[PhaseBytes] = []
     pools = {pool for name, pool in placed.items() if name.split(".")[0] in launch.used_roles} - {HOST_POOL}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rlhf_dist import machine
+from rlhf_dist.hardware import KINDS, Cluster, Gpu
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import KINDS, Cluster, Gpu
 from rlhf_dist.typed import ConfigError
 
 CPU_SLOTS = 8

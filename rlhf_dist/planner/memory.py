@@ -11,9 +11,9 @@ reduced in fp32, so 2 + 4 + 12); activations as in Korthikanti et al. 2022, eq. 
 
 from __future__ import annotations
 
+from rlhf_dist.hardware import Cluster
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import Cluster
-from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.strategy import Generation, Strategy
 
 WEIGHT_BYTES = 2.0

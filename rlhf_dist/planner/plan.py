@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.boxes import Partition, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.feasible import anything_fits, cannot_fit, check_layouts, what_is_missing
 from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
-from rlhf_dist.planner.hardware import Cluster
 from rlhf_dist.planner.memory import usable_bytes
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.schedule import Graph, Slot, simulate_steps

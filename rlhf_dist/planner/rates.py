@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_dist.hardware import Cluster
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.collectives import Fabric
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.hardware import Cluster
-from rlhf_dist.planner.models import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.model_specs import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)

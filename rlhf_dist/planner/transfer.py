@@ -8,9 +8,9 @@ the network, and copies inside a node travel over its links.
 
 from __future__ import annotations
 
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.cost import NodeCost, cost_of
 from rlhf_dist.planner.memory import WEIGHT_BYTES
-from rlhf_dist.planner.models import ModelSpec
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Generation, Strategy
 

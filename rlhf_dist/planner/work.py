@@ -13,7 +13,7 @@ from typing import Literal
 
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.row_facts import amounts
-from rlhf_dist.planner.models import ModelSpec
+from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.workload import Workload
 from rlhf_dist.typed import ConfigError, unknown
 
@@ -118,7 +118,8 @@ def make_problem(
     for work in nodes:
         if work.phase == "host":
             node = dataflow[work.name]
-            if node.role in placed and (node.weights_read or node.weights_written):
+            needs_model = node.kind != "weights" or node.role not in shapes
+            if node.role in placed and needs_model and (node.weights_read or node.weights_written):
                 raise ConfigError(f"models.{node.role}: {work.name} runs a model, so it cannot be a rule; give one")
     return Problem(dataflow=dataflow, models=shapes, workload=workload, nodes=nodes)
 
@@ -160,6 +161,8 @@ def _cut(node: Node, name: str, asked: int, of_graph: bool) -> int:
 def _phase(node: Node, models: Mapping[str, ModelSpec]) -> Phase:
     if node.role not in models:
         return "host"
+    if node.kind == "weights":
+        return "host"  # a copy beside steps of minutes: its time is not modelled
     if node.kind == "reshard":
         return "reshard"
     if any(state.endswith(".train") for state in node.weights_written):

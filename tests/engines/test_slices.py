@@ -123,7 +123,7 @@ def test_a_rank_never_holds_the_model(wide: Path, families: dict[str, Path]) -> 
         "whole": {"whole": True},
     }
     found: dict[str, list[Peak]] = {}
-    world = World(2)
+    world = World(2, forked=False)
     try:
         for way in ways.values():
             world.run(start, families["llama"], way)  # imports, first buffers

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -16,18 +17,25 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 CALL_TIMEOUT_S = 150.0
+IMPORTED = ["workers.actor", "workers.value_model", "torch.distributed.fsdp", "transformers.models.llama"]
+"""What a rank on a CPU starts with: one process imports them (6 s), and all ranks of all worlds are its forks."""
 
 
 class World:
     """`size` processes, each a rank of one group on this machine: gloo, or NCCL too where the device is `cuda` (a GPU
     each) or `cuda:0` (that one for all)."""
 
-    def __init__(self, size: int, device: str = "cpu", call_timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def __init__(
+        self, size: int, device: str = "cpu", call_timeout_s: float = CALL_TIMEOUT_S, forked: bool = True
+    ) -> None:
+        """forked: False starts each rank from nothing, as it is with a GPU, which a fork could not use."""
         self._call_timeout_s = call_timeout_s
+        context = mp.get_context("forkserver" if forked and device == "cpu" else "spawn")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(IMPORTED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -84,6 +92,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, device: str, call_
     from workers.device import device_for, init_distributed
     from workers.network import use_network
 
+    # What is imported is no garbage: a collection (DeepSpeed asks for one with each engine) need not go through it.
+    gc.freeze()
     torch.set_num_threads(1)
     if ":" in device:
         _share_one_gpu(rank)

@@ -100,7 +100,7 @@ def trace_again() -> None:
 def run(must_change: bool, late: int = -1) -> dict[str, Any]:
     """One sync; the rank `late` (of this world) comes when the others have given up."""
     if dist.get_rank() == late:
-        time.sleep(4.0)
+        time.sleep(6.0)
     try:
         report = _sync.run() if isinstance(_sync, GenerationEnd) else _sync.run(must_change)
     except (SyncFailed, SyncStopped, CanaryDied) as error:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf_dist.hardware import KINDS, parse_cluster
 from rlhf_dist.planner.asked import asked_strategies
 from rlhf_dist.planner.calibration import calibration_text, load_calibration, refined
 from rlhf_dist.planner.case import parse_case, read_case
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.emit import as_yaml
 from rlhf_dist.planner.explain import CAUSES, as_json, as_table, bottleneck, what_else
-from rlhf_dist.planner.hardware import KINDS, parse_cluster
 from rlhf_dist.planner.latency import INFERENCE_PARTS, TRAINING_PARTS
 from rlhf_dist.planner.launch import compose_planned, problem_of
 from rlhf_dist.planner.machine import CPU_EFFICIENCY

@@ -10,10 +10,10 @@ import pytest
 
 from controller.cli import main
 from rlhf_dist.compose import compose
-from rlhf_dist.planner.hardware import parse_cluster
+from rlhf_dist.hardware import parse_cluster
+from rlhf_dist.model_specs import BUILT_IN
 from rlhf_dist.planner.launch_memory import PhaseBytes, check_memory, here_lines, memory_of
 from rlhf_dist.planner.machine import cpu_node
-from rlhf_dist.planner.models import BUILT_IN
 from rlhf_dist.typed import ConfigError
 
 REWARD = f"{Path(__file__).parents[1]}/runs/digit_reward.py:digits"

@@ -10,13 +10,13 @@ from random import Random
 
 import pytest
 
+from rlhf_dist.hardware import parse_cluster
+from rlhf_dist.model_specs import BUILT_IN, model_spec
 from rlhf_dist.planner.collectives import Fabric
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.generation import generation_cost
-from rlhf_dist.planner.hardware import parse_cluster
 from rlhf_dist.planner.latency import training_variants
 from rlhf_dist.planner.memory import gradient_bytes, kv_bytes_per_token, resting_bytes
-from rlhf_dist.planner.models import BUILT_IN, model_spec
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.planner.transfer import received_bytes

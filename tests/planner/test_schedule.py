@@ -16,7 +16,7 @@ from recipes.policy_gradient.ppo import PPO, ppo
 from recipes.policy_gradient.remax import remax
 from recipes.preference.dpo import dpo
 from rlhf_dist.dataflow.trace import trace
-from rlhf_dist.planner.models import BUILT_IN
+from rlhf_dist.model_specs import BUILT_IN
 from rlhf_dist.planner.plan import make_plan, searcher
 from rlhf_dist.planner.schedule import Graph, bound, simulate_steps, step_seconds
 from rlhf_dist.planner.work import make_problem

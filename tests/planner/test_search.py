@@ -14,13 +14,13 @@ from recipes.policy_gradient.grpo import grpo
 from recipes.policy_gradient.ppo import ppo
 from recipes.policy_gradient.remax import remax
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.hardware import parse_cluster
+from rlhf_dist.model_specs import BUILT_IN, ModelSpec
 from rlhf_dist.planner.boxes import partitions, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.generation import generation_cost, generation_floor_s
-from rlhf_dist.planner.hardware import parse_cluster
 from rlhf_dist.planner.layouts import Layout
-from rlhf_dist.planner.models import BUILT_IN, ModelSpec
 from rlhf_dist.planner.plan import make_plan, searcher
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.search import INFINITE, NEAR, Search

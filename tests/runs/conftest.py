@@ -15,6 +15,7 @@ from controller.local import local_launch
 from controller.run import run
 from rlhf_dist.checks import check_launch
 from rlhf_dist.planner.launch import compose_planned
+from tests.runs.warm_cluster import WarmCluster
 from tests.tiny import save_llama
 
 SUMS = [(a, b) for a in range(10) for b in range(10)]
@@ -23,7 +24,13 @@ SUMS = [(a, b) for a in range(10) for b in range(10)]
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """One Ray for all tests of this folder."""
-    ray.init(num_cpus=24, object_store_memory=256 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",  # never one that another test has started meanwhile
+        num_cpus=24,
+        object_store_memory=256 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
@@ -81,3 +88,20 @@ def launch(cluster: None, model: Path, data: Path, tmp_path: Path) -> Callable[.
             return run(made, display, eager=eager or local, local=local)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def warm(cluster: None) -> Iterator[WarmCluster]:
+    made = WarmCluster()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def launch_warm(
+    launch: Callable[..., dict[str, Any]], warm: WarmCluster, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """`launch`, in processes that are there already. Not for vLLM, which wants a process to itself, nor where a second
+    run must find everything on disk (resume) or its processes' logs in its own folder."""
+    monkeypatch.setattr("controller.cluster.Cluster", lambda *settings: warm)
+    return launch

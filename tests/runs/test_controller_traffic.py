@@ -9,14 +9,12 @@ from typing import Any
 from controller.traffic import ControllerTraffic
 
 
-def test_bytes_through_the_controller_do_not_grow_with_tokens(
-    cluster: None, launch: Callable[..., dict[str, Any]]
-) -> None:
+def test_bytes_through_the_controller_do_not_grow_with_tokens(launch_warm: Callable[..., dict[str, Any]]) -> None:
     reward = f"{Path(__file__).parent}/digit_reward.py:digits"
     bytes_of = {}
-    for tokens in (8, 256):
+    for tokens in (8, 8, 256):  # the first starts the processes
         with ControllerTraffic() as traffic:
-            summary = launch(
+            summary = launch_warm(
                 "grpo",
                 "actor.rollout.engine=transformers",
                 f"reward.function={reward}",

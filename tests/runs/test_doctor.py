@@ -68,6 +68,7 @@ def test_what_the_checks_found_is_there(told: dict[str, Any]) -> None:
     assert ledger and float(ledger[1]) == pytest.approx(float(ledger[2]), rel=0.02) and float(ledger[1]) > 40
 
 
+@pytest.mark.alone
 def test_an_interrupted_doctor_ends_within_seconds_and_leaves_nothing(tmp_path: Path) -> None:
     before, output = shared_memory(), tmp_path / "output.txt"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

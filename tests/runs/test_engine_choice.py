@@ -54,11 +54,11 @@ def test_ppo_on_deepspeed_with_a_critic_on_fsdp_is_ppo_on_fsdp(launch: Launch, t
     ],
     ids=" ".join,
 )
-def test_grpo_is_the_same_on_every_engine(launch: Launch, tmp_path: Path, engine: tuple[str, ...]) -> None:
+def test_grpo_is_the_same_on_every_engine(launch_warm: Launch, tmp_path: Path, engine: tuple[str, ...]) -> None:
     settings = (*TRANSFORMERS, *STEADY, "algorithm.samples_per_prompt=2")
     if not (tmp_path.parent / "grpo_on_fsdp").exists():
-        launch("grpo", *settings, "name=grpo_on_fsdp", root=tmp_path.parent)
-    launch("grpo", *settings, *engine)
+        launch_warm("grpo", *settings, "name=grpo_on_fsdp", root=tmp_path.parent)
+    launch_warm("grpo", *settings, *engine)
     assert same_weights(tmp_path / "grpo", tmp_path.parent / "grpo_on_fsdp") > 10
 
 
@@ -140,16 +140,16 @@ def broken(examples: Examples, actor: Actor) -> None:
 
 
 def test_a_loss_that_is_not_a_number_is_skipped_or_stops_the_run_and_leaves_its_rows(
-    launch: Launch, tmp_path: Path, model: Path
+    launch_warm: Launch, tmp_path: Path, model: Path
 ) -> None:
     file = tmp_path / "broken.py"
     file.write_text(NAN_LOSS)
-    summary = launch(str(file), "actor.optimizer.nonfinite=skip")
+    summary = launch_warm(str(file), "actor.optimizer.nonfinite=skip")
     assert summary["last"]["actor/skipped_steps"] == 1 and summary["last"]["actor/version"] == 0
     same_before = weights(tmp_path / "broken/models/actor")
     assert all(np.array_equal(value, same_before[name]) for name, value in weights(model).items())
     with pytest.raises(NodeError, match=r"Sometimes is not finite in optimizer step 0.*nonfinite=skip") as stopped:
-        launch(str(file))
+        launch_warm(str(file))
     dumps = list((tmp_path / "broken/nonfinite").glob("*.parquet"))
     assert dumps and all(str(dump.parent) in str(stopped.value) for dump in dumps)
     assert {"prompt_ids", "response_ids", "group_id"} <= set(pq.read_table(dumps[0]).column_names)

@@ -23,6 +23,7 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_quickly_and_leaves_nothing(
     model: Path, data: Path, tmp_path: Path, number: signal.Signals

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from controller.cluster import Cluster
 from controller.metrics import read_metrics
-from controller.pool import Pool
 from controller.timeline import draw
 from rlhf_dist.batch import Batch
-from rlhf_dist.config import PoolConfig, RayConfig
-from rlhf_dist.placement.roles import HOST_POOL
 from tests.tiny import save_classifier
 
 Launch = Callable[..., dict[str, Any]]
@@ -31,46 +26,6 @@ TINY = (
     "output.save_model=false",
 )
 APART = ("placement=standalone", "reward.function=" + REWARD, *TINY)
-
-
-class WarmCluster(Cluster):
-    """Keeps its processes between runs: pools of the next run that have their size get them, with new role workers."""
-
-    def __init__(self) -> None:
-        super().__init__(RayConfig(), slots=12, host_processes=1)
-        self.idle: list[Pool] = []
-
-    def __exit__(self, *error: object) -> None:
-        self.idle += self.pools.values()
-        self.pools.clear()
-
-    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
-        return self._again(name, pool.slots, False) or super().add_pool(name, pool)
-
-    def add_host_pool(self) -> Pool:
-        return self._again(HOST_POOL, self.host_processes, True) or super().add_host_pool()
-
-    def _again(self, name: str, size: int, host: bool) -> Pool | None:
-        found = next((one for one in self.idle if one.size == size and (one.name == HOST_POOL) == host), None)
-        if found is not None:
-            self.idle.remove(found)
-            self.pools[name] = replace(found, name=name)
-        return self.pools.get(name)
-
-
-@pytest.fixture(scope="module")
-def warm(cluster: None) -> Iterator[WarmCluster]:
-    made = WarmCluster()
-    yield made
-    made.pools = {str(k): pool for k, pool in enumerate(made.idle)}
-    made.close()
-
-
-@pytest.fixture
-def launch_warm(launch: Launch, warm: WarmCluster, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """`launch`, in processes that are there already."""
-    monkeypatch.setattr("controller.cluster.Cluster", lambda *settings: warm)
-    return launch
 
 
 def partitions(items: tuple[str, ...]) -> Iterator[list[list[str]]]:

@@ -40,8 +40,8 @@ def finite(summary: dict[str, Any]) -> bool:
     return all(math.isfinite(value) for value in summary["last"].values())
 
 
-def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Path, model: Path) -> None:
-    summary = launch("sft", "data.epochs=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
+def test_sft_learns_and_leaves_a_run_folder_behind(launch_warm: Launch, tmp_path: Path, model: Path) -> None:
+    summary = launch_warm("sft", "data.epochs=6", "actor.optimizer.lr=1e-2", "data.prompts_per_step=100")
     assert summary["last"]["actor/loss"] < 0.8 * summary["first"]["actor/loss"]
     assert summary["tokens_per_s"] > 0
     folder = tmp_path / "sft"
@@ -54,19 +54,19 @@ def test_sft_learns_and_leaves_a_run_folder_behind(launch: Launch, tmp_path: Pat
     assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
 
 
-def test_reward_model_tells_chosen_from_rejected_and_serves_as_a_reward(launch: Launch, tmp_path: Path) -> None:
-    summary = launch("reward_model", "steps=12", "reward.optimizer.lr=1e-2", "data.prompts_per_step=50")
+def test_reward_model_tells_chosen_from_rejected_and_serves_as_a_reward(launch_warm: Launch, tmp_path: Path) -> None:
+    summary = launch_warm("reward_model", "steps=12", "reward.optimizer.lr=1e-2", "data.prompts_per_step=50")
     assert summary["last"]["reward/accuracy"] > summary["first"]["reward/accuracy"]
     trained = tmp_path / "reward_model/models/reward"
     assert AutoModelForSequenceClassification.from_pretrained(trained).config.num_labels == 1
-    scored = launch(
+    scored = launch_warm(
         "grpo", *TRANSFORMERS, "reward.function=null", f"reward.model.path={trained}", "algorithm.samples_per_prompt=2"
     )
     assert finite(scored) and scored["first"]["reward/reward"] != 0.0
 
 
-def test_dpo_raises_the_chosen_over_the_rejected(launch: Launch) -> None:
-    summary = launch("dpo", "steps=6", "actor.optimizer.lr=3e-3", "data.prompts_per_step=50")
+def test_dpo_raises_the_chosen_over_the_rejected(launch_warm: Launch) -> None:
+    summary = launch_warm("dpo", "steps=6", "actor.optimizer.lr=3e-3", "data.prompts_per_step=50")
     assert abs(summary["first"]["actor/loss"] - math.log(2)) < 1e-4, "at the start the policy is the reference"
     assert summary["last"]["actor/margin"] > 0
 
@@ -94,24 +94,24 @@ def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(laun
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
 
 
-def test_remax_subtracts_the_greedy_response(launch: Launch, tmp_path: Path) -> None:
+def test_remax_subtracts_the_greedy_response(launch_warm: Launch, tmp_path: Path) -> None:
     rows = tmp_path / "heldout.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n}+3=", "answer": str(n + 3)}) + "\n" for n in range(10, 15)))
-    summary = launch("remax", *TRANSFORMERS, f"data.heldout.path={rows}")
+    summary = launch_warm("remax", *TRANSFORMERS, f"data.heldout.path={rows}")
     heldout = Batch.read_parquet(tmp_path / "remax/rollouts/heldout/step_000002.parquet")
     assert heldout.num_rows == 5 and {"prompt", "response", "rewards"} <= set(heldout), "all of them are kept"
     assert finite(summary)
     assert GENERATING | {"remax_advantage/baseline_reward", "remax_advantage/ref_kl"} <= summary["last"].keys()
 
 
-def test_iterative_dpo_makes_pairs_of_its_own_responses(launch: Launch) -> None:
-    summary = launch("iterative_dpo", *TRANSFORMERS, "algorithm.samples_per_prompt=4")
+def test_iterative_dpo_makes_pairs_of_its_own_responses(launch_warm: Launch) -> None:
+    summary = launch_warm("iterative_dpo", *TRANSFORMERS, "algorithm.samples_per_prompt=4")
     assert 0 < summary["last"]["keep_best_and_worst/pairs"] <= 4
 
 
-def test_iterative_dpo_survives_groups_without_a_preference(launch: Launch) -> None:
+def test_iterative_dpo_survives_groups_without_a_preference(launch_warm: Launch) -> None:
     equal = f"{Path(__file__).parent}/test_recipes.py:always_one"
-    summary = launch("iterative_dpo", *TRANSFORMERS, f"reward.function={equal}", "algorithm.samples_per_prompt=2")
+    summary = launch_warm("iterative_dpo", *TRANSFORMERS, f"reward.function={equal}", "algorithm.samples_per_prompt=2")
     assert summary["last"]["keep_best_and_worst/pairs"] == 0
     assert summary["last"]["keep_best_and_worst/zero_variance_groups"] == 1.0
     assert summary["steps_without_signal"] == 2, "a run says which of its steps taught nothing"
@@ -121,8 +121,8 @@ def always_one(prompt: str, response: str, answer: str) -> float:
     return 1.0
 
 
-def test_safe_rlhf_raises_its_multiplier_while_the_cost_is_over_the_limit(launch: Launch) -> None:
-    summary = launch(
+def test_safe_rlhf_raises_its_multiplier_while_the_cost_is_over_the_limit(launch_warm: Launch) -> None:
+    summary = launch_warm(
         "safe_rlhf", *TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2", "algorithm.cost_limit=-1.0"
     )
     assert finite(summary)
@@ -130,8 +130,12 @@ def test_safe_rlhf_raises_its_multiplier_while_the_cost_is_over_the_limit(launch
 
 
 @pytest.mark.parametrize("recipe", ["ppo", "grpo"])
-def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch: Launch, tmp_path: Path, recipe: str) -> None:
+def test_the_eager_run_ends_with_the_weights_of_the_graph_run(
+    launch: Launch, tmp_path: Path, recipe: str, request: pytest.FixtureRequest
+) -> None:
     settings = (*(ROLLOUT if recipe == "ppo" else TRANSFORMERS), "algorithm.mini_batches=2", "steps=3")
+    if recipe == "grpo":  # ppo generates with vLLM
+        request.getfixturevalue("launch_warm")
     launch(recipe, *settings, root=tmp_path / "graph")
     launch(recipe, *settings, root=tmp_path / "eager", eager=True)
     one, other = (weights(tmp_path / way / recipe / "models/actor") for way in ("graph", "eager"))
@@ -166,15 +170,15 @@ def half_steps(prompts: Prompts, actor: Actor, reference: Reference, reward: Rew
 """
 
 
-def test_each_generation_of_a_step_has_the_weights_of_the_update_before_it(launch: Launch, tmp_path: Path) -> None:
+def test_each_generation_of_a_step_has_the_weights_of_the_update_before_it(launch_warm: Launch, tmp_path: Path) -> None:
     file = tmp_path / "half_steps.py"
     file.write_text(HALF_STEPS)
     runs = [
-        launch(str(file), *TRANSFORMERS, "steps=3", root=tmp_path / way, eager=way == "eager")
+        launch_warm(str(file), *TRANSFORMERS, "steps=3", root=tmp_path / way, eager=way == "eager")
         for way in ("graph", "eager")
     ]
     apart = ("placement=standalone",)
-    runs.append(launch(str(file), *TRANSFORMERS, "steps=3", *apart, root=tmp_path / "apart"))
+    runs.append(launch_warm(str(file), *TRANSFORMERS, "steps=3", *apart, root=tmp_path / "apart"))
     for summary in runs:
         versions = [summary[when][f"{kl}/version"] for when in ("first", "last") for kl in ("first", "second")]
         assert versions == [0, 1, 4, 5], "one update between a step's two generations, one after them"

@@ -62,7 +62,7 @@ def test_every_shipped_reward_works_in_a_worker(spec: str, process: Any) -> None
     texts = {"prompt": ["1+2="] * 2, "response": [right, wrong], "answer": [answer] * 2}
     stored = ray.put(Batch({name: Column.strings(rows) for name, rows in texts.items()}))
     object_of, row_of = np.zeros(2, np.int32), np.arange(2, dtype=np.int32)
-    fetch = Fetch({name: name for name in texts}, (stored,), object_of, row_of)
+    fetch = Fetch({name: (name,) for name in texts}, (stored,), object_of, row_of)
     settings = {"function": load_reward(spec), "limits": Limits(timeout_s=60.0), "failed_reward": None}
     ray.get(
         process.host_role.remote("reward", "workers.rule_reward:RuleRewardWorker", settings, {"seed": 0}), timeout=120
@@ -81,29 +81,29 @@ def test_no_shipped_reward_is_left_out() -> None:
     }  # fmt: skip
 
 
-def test_the_maths_reward_works_in_a_run(launch: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_maths_reward_works_in_a_run(launch_warm: Callable[..., Any], tmp_path: Path) -> None:
     rows = tmp_path / "maths.jsonl"
     rows.write_text('{"prompt": "1+0=", "answer": "$1$"}\n' * 4)
     spec = "reward.function=rlhf_dist.rewards:math_verify"
-    launch("grpo", *ROLLOUT, spec, f"data.train.path={rows}", "steps=1")
+    launch_warm("grpo", *ROLLOUT, spec, f"data.train.path={rows}", "steps=1")
     (metrics,) = read_metrics(tmp_path / "grpo")
     assert 0.0 <= metrics["reward/reward"] <= 1.0 and metrics["reward/score/timed_out"] == 0.0
 
 
-def test_an_async_class_and_any_column_by_name(launch: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_async_class_and_any_column_by_name(launch_warm: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(OWN)
-    launch("grpo", *ROLLOUT, f"reward.function={file}:Scores", "steps=1")
+    launch_warm("grpo", *ROLLOUT, f"reward.function={file}:Scores", "steps=1")
     (metrics,) = read_metrics(tmp_path / "grpo")
     assert metrics["reward/score/versions"] == 0.0 and 0.0 <= metrics["reward/reward"] <= 4.0
 
 
 def test_a_reward_that_ends_its_process_is_counted_where_that_was_asked_for(
-    launch: Callable[..., Any], tmp_path: Path
+    launch_warm: Callable[..., Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "own_exit.py"
     file.write_text(OWN)
     settings = (*ROLLOUT, f"reward.function={file}:exits", "steps=1", "algorithm.samples_per_prompt=2")
-    launch("grpo", *settings, "data.prompts_per_step=2", "reward.failed_reward=-1")
+    launch_warm("grpo", *settings, "data.prompts_per_step=2", "reward.failed_reward=-1")
     (metrics,) = read_metrics(tmp_path / "grpo")
     assert metrics["reward/failed_rows"] == 4 and metrics["reward/reward"] == -1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,14 +34,11 @@ def new_training_engine(
     context.phase(f"{engine.name} engine, reading {Path(model.path).name}")
     arbiter_of(context).make_room()
     device = torch.device(context.device)
+    own: dict[str, Any] = {"heads": context.heads}
+    if context.sums_weights and engine.name == "fsdp":
+        own["masters"] = True
     built = kind(
-        model=model,
-        engine=engine,
-        optimizer=optimizer,
-        head=head,
-        heads=context.heads,
-        device=device,
-        seed=context.seed,
+        model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed, **own
     )
     built.teacher_folders = context.frozen_folders
     return built

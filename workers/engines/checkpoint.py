@@ -69,6 +69,8 @@ class ModelCard:
     lora: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the adapters."""
     version: int = 0
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Named set -> its version, and whether it has the optimizer's state; in the files as NAME/KEY."""
 
 
 class CheckpointWriter:
@@ -116,8 +118,8 @@ class CheckpointWriter:
         dist.barrier(group=self._group)
 
 
-def load(folder: Path, state: State, card: ModelCard, group: dist.ProcessGroup) -> int:
-    """Restore `state` in place from what a save wrote, on any number of ranks; returns the version. Collective.
+def load(folder: Path, state: State, card: ModelCard, group: dist.ProcessGroup) -> ModelCard:
+    """Restore `state` in place from what a save wrote, on any number of ranks; returns its card. Collective.
 
     Raises FileNotFoundError if there is no checkpoint, BrokenCheckpoint on every rank if a file is missing, cut
     or changed, or if it is of another model than `card` describes.
@@ -131,8 +133,13 @@ def load(folder: Path, state: State, card: ModelCard, group: dist.ProcessGroup) 
     dist.all_gather_object(problems, problem, group=group)
     if found := next(filter(None, problems), None):
         raise BrokenCheckpoint(f"{folder}: {found}")
+    read_state(folder, state, group)
+    return saved
+
+
+def read_state(folder: Path, state: State, group: dist.ProcessGroup) -> None:
+    """Read the tensors of `state` in place, from files that `load` has seen. Collective."""
     state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
-    return saved.version
 
 
 def read_card(folder: Path) -> ModelCard:

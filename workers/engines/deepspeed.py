@@ -124,8 +124,11 @@ class DeepSpeedEngine(PackedEngine):
         return found
 
     def _after_forward(self) -> None:
-        if self._engine is not None:
-            self._engine.empty_partition_cache()
+        # Not by the engine's own method, which also collects Python's garbage and empties the device's cache: with all
+        # that is imported here a quarter of a second of every pass.
+        optimizer = getattr(self._engine, "optimizer", None)
+        if hasattr(optimizer, "empty_partition_cache"):  # stage 3
+            optimizer.empty_partition_cache()
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -287,11 +290,16 @@ class DeepSpeedEngine(PackedEngine):
         return found
 
     def _loaded(self) -> None:
-        if self._optimizer_config is None:
-            return
-        optimizer = self._engine.optimizer
-        for flat in _flat_masters(optimizer, self._stage):
-            optimizer.optimizer.state[flat]["step"].fill_(float(self.version))
+        if self._optimizer_config is not None:
+            optimizer = self._engine.optimizer
+            self._moments()
+            for flat in _flat_masters(optimizer, self._stage):
+                optimizer.optimizer.state[flat]["step"].fill_(float(self.version))
+        elif self._engine is None and self._world > 1:
+            for parameter in self._parameters.values():  # rank 0's are the masters, see `_ranges`
+                dist.broadcast(parameter.detach(), group_src=0, group=self._mesh.world)
+        # Stage 3 keeps small parameters gathered after a step: they are gathered anew.
+        self._after_forward()
         self._follow_masters()
 
     def _follow_masters(self) -> None:

@@ -51,14 +51,17 @@ class FsdpEngine(PackedEngine):
         heads: Sequence[OwnHead] = (),
         device: torch.device,
         seed: int,
+        masters: bool = False,
     ) -> None:
         """Build, load and shard over all ranks. Collective; needs the default process group.
 
-        `optimizer` None freezes the model. Raises ValueError for a dtype or mesh it cannot use, and what
-        `build_model` raises.
+        `optimizer` None freezes the model; `masters`: it keeps float32 weights, for sums of others. Raises ValueError
+        for a dtype or mesh it cannot use, and what `build_model` raises.
         """
         mesh = training_mesh(engine, device)
-        module = build_model(model, engine, head=head, heads=heads, seed=seed, trained=optimizer is not None)
+        module = build_model(
+            model, engine, head=head, heads=heads, seed=seed, trained=optimizer is not None, masters=masters
+        )
         super().__init__(module, model, engine, optimizer, mesh, seed)
         if mesh.tensor is not None:
             split_over_tensor_ranks(module.hf, mesh.tensor)

@@ -327,14 +327,22 @@ class ValueModel(RoleModel):
 
 
 def build_model(
-    config: ModelConfig, engine: EngineConfig, *, head: Head, heads: Sequence[OwnHead] = (), seed: int, trained: bool
+    config: ModelConfig,
+    engine: EngineConfig,
+    *,
+    head: Head,
+    heads: Sequence[OwnHead] = (),
+    seed: int,
+    trained: bool,
+    masters: bool = False,
 ) -> RoleModel:
     """The model of a folder, dropout off; the same on every rank.
 
     Its parameters are on the meta device where they can be had in slices, and `weights` has them; else on the CPU, with
     their values (folders in an older form). Adapters are there always: they are small.
 
-    In float32 if it is trained (master weights); a frozen one in the engine's dtype, in which it computes anyway.
+    In float32 if it is trained (master weights), or `masters`; another frozen one in the engine's dtype, in which it
+    computes anyway.
 
     A value model from a language model's folder gets a zero head: it says 0 until it is trained. A model that is
     not `trained` needs no gradient; of one with adapters only they (and a value head) do.
@@ -349,7 +357,7 @@ def build_model(
     # Dropout would make old and new log-probs of the same weights differ. Evaluation mode turns it off.
     hf.train(False)
     hf.requires_grad_(trained)
-    if not trained:
+    if not trained and not masters:
         for parameter in hf.parameters():  # Not buffers: rotary frequencies stay in float32.
             parameter.data = parameter.data.to(getattr(torch, engine.dtype))
     if engine.lora is not None and trained:

@@ -54,6 +54,7 @@ from workers.engines.teacher_head import teacher_head
 from workers.engines.token_split import WHOLE
 from workers.engines.training import DevicePart, NonFiniteLoss, Term, Use, WeightPart
 from workers.engines.ways import PACKED, Way
+from workers.engines.weight_set import WeightSet, copy_state, room_for, sets_of_card
 from workers.memory.movable import Movable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,6 +86,7 @@ class PackedEngine(ABC):
         self._export_dtype = export_dtype(model.path, engine.export_dtype, engine.dtype)
         self._writer = CheckpointWriter(mesh.world)
         self._adapters: Mapping[str, Adapter] = {}
+        self._sets: dict[str, WeightSet] = {}
         self._layouts: dict[str, Layout] = {}
         """Of the adapters, of heads of its own, and of everything else: nothing moves from rank to rank."""
         parameters = parameters_of(module).items()
@@ -374,12 +376,42 @@ class PackedEngine(ABC):
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
         self.before_use("update" if self._optimizer_config is not None else "forward")
-        return self._writer.save(folder, self._with_buffers(), self._card(), self._module.hf.config, self._folder)
+        state = dict(self._with_buffers())
+        for name, kept in self._sets.items():
+            state |= kept.of_checkpoint(name)
+        return self._writer.save(folder, state, self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
-        self.before_use("update" if self._optimizer_config is not None else "forward")
-        self.version = checkpoint.load(folder, self._with_buffers(), self._card(), self._mesh.world)
+        self.before_use("update" if self._optimizer_config is not None else "write")
+        state = self._with_buffers()
+        saved = checkpoint.load(folder, state, self._card(), self._mesh.world)
+        self._sets = sets_of_card(saved.sets, state)
+        for name, kept in self._sets.items():
+            checkpoint.read_state(folder, kept.of_checkpoint(name), self._mesh.world)
+        self.version = saved.version
+        self._loaded()
+
+    def weights_written(self) -> None:
+        """See `TrainingEngine.weights_written`."""
+        self._loaded()
+
+    def save_weights(self, name: str, *, optimizer: bool) -> None:
+        """See `TrainingEngine.save_weights`."""
+        self.before_use("update" if optimizer else "forward")
+        state, before = self._with_buffers(), self._sets.get(name)
+        if before is None or before.optimizer != optimizer:
+            before = room_for(state, optimizer=optimizer, version=self.version)
+        self._sets[name] = replace(before, version=self.version)
+        copy_state(state, before.tensors)
+
+    def restore_weights(self, name: str) -> None:
+        """See `TrainingEngine.restore_weights`."""
+        self.before_use("write")
+        kept, state = self._sets[name], self._with_buffers()
+        copy_state(kept.tensors, {key: state[key] for key in kept.tensors})
+        if kept.optimizer:
+            self.version = kept.version
         self._loaded()
 
     def _with_buffers(self) -> checkpoint.State:
@@ -415,6 +447,7 @@ class PackedEngine(ABC):
             adapters={name: [a.down, a.up, a.scale, a.transposed] for name, a in self._adapters.items()},
             lora=asdict(lora) if lora is not None and self._adapters else {},
             version=self.version,
+            sets={name: {"version": kept.version, "optimizer": kept.optimizer} for name, kept in self._sets.items()},
         )
 
     @contextmanager

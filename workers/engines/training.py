@@ -34,8 +34,8 @@ WeightPart = Literal["merged", "base", "adapters", "heads"]
 DevicePart = Literal["parameters", "gradients", "buckets", "optimizer"]
 """What an engine holds on its device between steps: master and compute weights; what gradients are summed in, and go
 through, where that stays; optimizer states."""
-Use = Literal["forward", "update"]
-"""What is needed: parameters, or everything."""
+Use = Literal["forward", "update", "write"]
+"""What is needed: parameters, everything, or what other weights are written to (parameters, and optimizer states)."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -132,6 +132,24 @@ class TrainingEngine(Protocol):
 
     def checksums(self, dtype: torch.dtype) -> dict[str, int]:
         """`full_checksum` of each parameter as `full_weights(dtype, ...)` gives it, without gathering."""
+        ...
+
+    def weights_written(self) -> None:
+        """Bring what is computed with in line with the master weights: something has written to `local_shards("base")`.
+
+        Collective. Those are whole models' weights: with adapters, none may be written.
+        """
+        ...
+
+    def save_weights(self, name: str, *, optimizer: bool) -> None:
+        """Keep a copy of what is trained (of a frozen model: of its weights) in host memory, under `name`.
+
+        optimizer: the moments and the version too. Checkpoints hold all that is kept.
+        """
+        ...
+
+    def restore_weights(self, name: str) -> None:
+        """The reverse, with all that was kept. Raises KeyError for a name that was never saved."""
         ...
 
     def device_parts(self) -> Mapping[DevicePart, Movable]:

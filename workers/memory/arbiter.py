@@ -77,6 +77,8 @@ class Arbiter:
         parts = engine.device_parts()
         self._add(role, TrainingTenant(parts))
         phases = [Phase(name=f"{role}.forward", needs=frozenset({(role, "parameters")}))]
+        states = frozenset((role, kind) for kind in ("parameters", "optimizer") if kind in parts)
+        phases.append(Phase(name=f"{role}.write", needs=states, writes=states))
         if trained:
             everything = frozenset((role, kind) for kind in parts)
             written = frozenset({(role, "parameters"), (role, "optimizer")})

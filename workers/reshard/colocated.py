@@ -48,7 +48,7 @@ class ColocatedSync:
         offer = offer_of(engine, config.dtype)
         nodes = context.nodes or (0,) * context.world
         device = torch.device(context.device)
-        self._link = _link(context, device)
+        self._link = new_link(context, device)
         wanted = [wanted_from_json(told) for told in self._gather("plan", wanted_by(rollout, offer.weights))]
         self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         try:
@@ -119,7 +119,8 @@ class ColocatedSync:
         return SyncReport(self._engine.version, report.parameters, report.bytes, time.perf_counter() - started)
 
 
-def _link(context: WorkerContext, device: torch.device) -> Link | None:
+def new_link(context: WorkerContext, device: torch.device) -> Link | None:
+    """A link between the ranks of this pool; None for one alone. Collective."""
     if context.world == 1:
         return None
     # A name of its own each time: the store still knows the addresses of every link before.

@@ -1,0 +1,45 @@
+"""A cluster whose processes outlive a run: a start of Ray actors that import an engine is half of a tiny run's time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controller.cluster import Cluster
+from controller.pool import Pool
+from rlhf_dist.config import PoolConfig, RayConfig
+from rlhf_dist.placement.roles import HOST_POOL
+
+
+class WarmCluster(Cluster):
+    """Keeps its processes between runs: pools of the next run that have their size get them, with new role workers."""
+
+    def __init__(self) -> None:
+        super().__init__(RayConfig(), slots=12, host_processes=1)
+        self.idle: list[Pool] = []
+
+    def __exit__(self, *error: object) -> None:
+        self.idle += self.pools.values()
+        self.pools.clear()
+
+    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+        return self._again(name, pool.slots, False) or self._kept(super().add_pool(name, pool))
+
+    def add_host_pool(self) -> Pool:
+        return self._again(HOST_POOL, self.host_processes, True) or self._kept(super().add_host_pool())
+
+    def end(self) -> None:
+        """End all processes, at work or idle."""
+        self.pools |= {str(k): pool for k, pool in enumerate(self.idle)}
+        self.close()
+
+    def _kept(self, pool: Pool) -> Pool:
+        """Its slots are given back in the end, whatever other pools of its name there are until then."""
+        self._groups[f"kept {len(self._groups)}"] = self._groups.pop(pool.name)
+        return pool
+
+    def _again(self, name: str, size: int, host: bool) -> Pool | None:
+        found = next((one for one in self.idle if one.size == size and (one.name == HOST_POOL) == host), None)
+        if found is not None:
+            self.idle.remove(found)
+            self.pools[name] = replace(found, name=name)
+        return self.pools.get(name)
