@@ -10,6 +10,7 @@ from typing import Any
 from controller.executor import StepReport, run_steps
 from controller.session import HELDOUT, Session
 from rlhf_dist.compose import Launch
+from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
@@ -30,8 +31,9 @@ class Evaluation:
         self._session = session
         players, scorer = _players(session.launch), _scorer(session.launch)
         self.possible = HELDOUT in session.groups and bool(players) and scorer is not None
-        self._dataflows = {}
-        for role in players if self.possible and scorer is not None else ():
+        self._dataflows: dict[str, Dataflow] = {}
+        for role in players if self.possible else ():
+            assert scorer is not None, "who scores is part of what is possible"
             prefix = HELDOUT if len(players) == 1 else f"{HELDOUT}/{role}"
             dataflow = trace(_game(session.launch, role, scorer))
             if rollouts is not None:

@@ -37,9 +37,7 @@ def new_training_engine(
     own: dict[str, Any] = {"heads": context.heads}
     if context.sums_weights and engine.name == "fsdp":
         own["masters"] = True
-    built = kind(
-        model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed, **own
-    )
+    built = kind(model=model, engine=engine, optimizer=optimizer, head=head, device=device, seed=context.seed, **own)
     built.teacher_folders = context.frozen_folders
     return built
 
