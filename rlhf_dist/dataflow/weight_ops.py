@@ -120,6 +120,12 @@ def _source(line: str, where: str, target: WeightRole, given: Any) -> str:
             f"{line}: {where} cannot take weights of {role.name!r}: that is a {theirs} model ({kind}), and "
             f"{target.name!r} a {mine} model ({target.interface.__name__}); they differ in their head"
         )
+    for one in (target, role):
+        if own := getattr(one.interface, "heads", ()):
+            raise GraphError(
+                f"{line}: {where} would leave out {', '.join(head.name for head in own)}, heads of {one.name!r}'s own: "
+                "weights go between roles without such heads; a named set (save_weights) has them"
+            )
     return role.name
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.algorithms import nll
+from rlhf_dist.algorithms.outputs import Head
 from rlhf_dist.dataflow import Dataflow, GraphError
 from rlhf_dist.dataflow.draw import to_text
 from rlhf_dist.dataflow.recipe import recipe
@@ -103,6 +104,20 @@ def body(line: Callable[..., None]) -> str:
         trace(recipe(refused))
     assert str(caught.value).startswith("test_weights.py:")
     return str(caught.value)
+
+
+class Judge(Actor):
+    heads = (Head(name="quality"),)
+
+
+def test_weights_of_a_role_with_heads_of_its_own_go_to_no_other() -> None:
+    @recipe
+    def judged(examples: Examples, judge: Judge, reference: Reference) -> None:
+        reference.copy_from(judge)
+        reference.compute_ref_log_prob(examples)
+
+    with pytest.raises(GraphError, match=r"would leave out quality, heads of 'judge's own.*save_weights.* has them"):
+        trace(judged)
 
 
 def test_what_cannot_be_meant_is_refused_with_the_line_the_rule_and_the_remedy() -> None:
