@@ -26,7 +26,7 @@ from controller.local import Local
 from controller.metrics import MetricsWriter
 from controller.plan_feedback import write_feedback
 from controller.run_folder import claim_folder
-from controller.session import Session, slots_needed, start_session
+from controller.session import HELDOUT, Session, slots_needed, start_session
 from controller.step_warnings import StepWarnings
 from controller.termination import terminate_as_interrupt
 from controller.timeline import Timeline
@@ -270,7 +270,9 @@ class _Run:
         if metrics:
             self.progress.evaluations.append({"step": float(done), **metrics})
             self.writer.write_evaluation(done, metrics)
-            self.display.note(f"held-out reward after {done} steps: {metrics.get('heldout/reward', float('nan')):.4f}")
+            of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}
+            said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
+            self.display.note(f"held-out reward after {done} steps: {said}")
 
     def _checkpoint(self, done: int) -> None:
         self._finish_checkpoint(wait=True)

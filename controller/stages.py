@@ -23,6 +23,7 @@ import yaml
 from controller.prepare import prepared
 from controller.run_folder import Beginning, find_beginning, finished_steps, is_run
 from rlhf_dist import typed
+from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.model_to_come import write_model_to_come
 from rlhf_dist.stages import Stage, Stages
 from rlhf_dist.typed import ConfigError
@@ -167,7 +168,7 @@ def _named(stage: str) -> Iterator[None]:
     """Errors of a run that explain themselves say which stage it was."""
     try:
         yield
-    except ValueError as error:
+    except (ConfigError, GraphError) as error:
         raise ConfigError(f"stage {stage}: {error}") from error
     except Exception as error:
         if not type(error).__module__.startswith("controller."):

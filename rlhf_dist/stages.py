@@ -82,13 +82,13 @@ class Stages:
 
     name: str
     root: str
-    """Folder of all runs."""
+    """Folder of all runs, `~` and `$NAME` put in."""
     stages: tuple[Stage, ...]
 
     @property
     def folder(self) -> Path:
         """Of the launch; a stage's run is in the folder of its name there."""
-        return Path(self.root).expanduser() / self.name
+        return Path(self.root) / self.name
 
     def model_of(self, stage: str, role: str) -> str:
         """The folder that a stage exports a role's model to."""
@@ -119,12 +119,12 @@ def read_stages(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     stages = _with_overrides(stages, [text for text in overrides if _key(text) not in launch])
     _check_references(stages)
     folder = Path(launch["output.root"]) / launch["name"]
-    own = [tuple([f"name={stage.name}", f"output.root={folder}"]) for stage in stages]
     return Stages(
         name=launch["name"],
         root=launch["output.root"],
         stages=tuple(
-            replace(stage, overrides=(*stage.overrides, *place)) for stage, place in zip(stages, own, strict=True)
+            replace(stage, overrides=(*stage.overrides, f"name={stage.name}", f"output.root={folder}"))
+            for stage in stages
         ),
     )
 
@@ -158,7 +158,7 @@ def _of_the_launch(
     name = found["name"]
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name:
         raise ConfigError(f"{where}: name must be a plain folder name, got {name!r}")
-    return {key: str(value) for key, value in found.items()}, left
+    return {"name": name, "output.root": typed.expanded(str(found["output.root"]), "output.root")}, left
 
 
 def _with_shared(where: str, stages: Sequence[Stage], shared: Mapping[str, Any]) -> list[Stage]:

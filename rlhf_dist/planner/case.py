@@ -148,7 +148,8 @@ def parse_models(models: Any, dataflow: Dataflow) -> dict[str, ModelSpec | None]
         models = {"default": models}
     if not isinstance(models, Mapping):
         raise ConfigError(f"models must map roles to models, such as {{actor: llama2-13b}}, got {models!r}")
-    aside = {node.role for node in dataflow if node.kind in ("source", "state")} | {"host", "controller"}
+    aside = {node.role for node in dataflow if node.kind == "source"} | {"host", "controller"}
+    aside |= {name for name in dataflow.roles if any(f"{name}.state" in node.weights_read for node in dataflow)}
     roles = [role for role in dataflow.roles if role not in aside]
     for role in models:
         if role != "default" and role not in roles:

@@ -101,7 +101,7 @@ def make_problem(
     """
     used = [role for role in dataflow.roles if role in dataflow.used_roles]
     sources = {node.role for node in dataflow if node.kind == "source"}
-    states = {node.role for node in dataflow if node.kind == "state"}
+    states = {name for name in dataflow.roles if any(f"{name}.state" in node.weights_read for node in dataflow)}
     placed = [role for role in used if role not in sources | states]
     for role in models:
         if role not in dataflow.roles:
@@ -141,7 +141,7 @@ def _nodes(
             NodeWork(
                 name=node.name,
                 phase=_phase(node, models),
-                role=node.role if node.role in models else "",
+                role=node.role if node.role in models and node.kind != "weights" else "",
                 rows=rows[node.name],
                 prompts=prompts[node.name],
                 mini_batches=_cut(node, "mini_batches", workload.mini_batches, cuts_of_graph),

@@ -16,6 +16,9 @@ from rlhf_dist.dataflow import Dataflow, GraphError
 from rlhf_dist.dataflow.draw import to_text
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.model_specs import model_spec
+from rlhf_dist.planner.work import make_problem
+from rlhf_dist.planner.workload import Lengths, Workload
 from rlhf_dist.recipe_files import load_recipe
 from rlhf_dist.roles import Actor, Critic, Examples, Prompts, Reference, Reward, RewardModel, State
 
@@ -169,3 +172,12 @@ def test_the_guide_s_recipe_is_what_it_says(tmp_path: Path) -> None:
     dataflow = trace(load_recipe(str(tmp_path / "soups.py")))
     assert dataflow.written == ("actor", "reference", "ema", "soup")
     assert dataflow["reference.copy_from"].every == 100 and dataflow["soup.merge_from"].senders == ("actor", "ema")
+
+
+def test_a_plan_counts_no_work_for_what_goes_from_role_to_role() -> None:
+    shape = model_spec("llama3-8b", "models.default")
+    load = Workload(prompts=8, prompt=Lengths.fixed(64), response=Lengths.fixed(64))
+    problem = make_problem(trace(ema), dict.fromkeys(("actor", "reference", "soup"), shape), load)
+    phases = {work.name: (work.phase, work.role) for work in problem.nodes}
+    assert phases["reference.mix_from"] == phases["actor.save_weights"] == ("host", "")
+    assert problem.trained == {"actor"} and set(problem.roles) == {"actor", "reference", "soup"}

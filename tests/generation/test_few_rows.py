@@ -42,6 +42,11 @@ ROW = {
     "returns": Column.ragged([[0.5, 0.25]], dtype=np.float32),
     "label": Column.dense([1], dtype=np.int8),
 }
+SETTINGS: dict[str, dict[str, Any]] = {
+    "generate_sequences": {"n": 2},
+    "compute_top_k": {"k": 2, "prefix": "top"},
+    "compute_heads": {"names": ()},
+}
 Answer = tuple[str, dict[str, str], int]
 """Op, its columns with their types, its rows."""
 
@@ -146,7 +151,7 @@ def every_op(rows: int) -> list[Answer]:
             mesh = meshes[spec.mesh]
             last = spec.dispatch.part_of(mesh, context.rank) == spec.dispatch.parts(mesh) - 1
             batch = Batch.of(**ROW) if rows and last else Batch.of(**ROW).take([])
-            settings: dict[str, Any] = {"n": 2} if name == "generate_sequences" else {}
+            settings = SETTINGS.get(name, {})
             if spec.weights_written:
                 settings = {"loss": losses[role], "mini_batches": 1, "epochs": 1}
             result = getattr(workers[role], name)(batch, _call(batch.num_rows), **settings)

@@ -94,10 +94,15 @@ def test_two_actors_learn_each_in_its_pool_or_together(launch: Launch, tmp_path:
     file = tmp_path / "pair.py"
     file.write_text(PAIR)
     settings = (*ONE_SLOT, f"second.model.path={tied}", "second.rollout.temperature=0.7")
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "12+3=", "answer": "15"}')
+    settings += (f"data.heldout.path={tmp_path}/heldout.jsonl",)
     for role in ("first", "second"):
         settings += (f"{role}.rollout.engine=transformers", f"{role}.rollout.max_response_tokens=6")
         settings += (f"{role}.optimizer.lr=1e-2",)
-    launch(str(file), *settings, local=True, root=tmp_path / "local")
+    summary = launch(str(file), *settings, local=True, root=tmp_path / "local")
+    evaluated = {name for name in summary["evaluations"][-1] if name.endswith("/reward")}
+    assert evaluated == {"heldout/first/reward", "heldout/second/reward"}
+    assert (tmp_path / "local/pair/rollouts/heldout/second/step_000003.parquet").is_file()
     launch(str(file), *settings, root=tmp_path / "together")
     apart = ("placement.roles.second=other", "placement.rollout.first=third")
     launch(str(file), *settings, *APART, *apart, root=tmp_path / "apart")

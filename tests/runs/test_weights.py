@@ -40,6 +40,28 @@ def weighed(examples: Examples, actor: Actor, ema: Reference, soup: Reference, b
     before.copy_from(actor, every=2)
     soup.merge_from([(actor, 2.0), (soup, -0.5), (ema, -0.5)])
 """
+DUEL = """
+from rlhf_dist.algorithms import ppo_clip
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Opponent, Prompts, Reward
+from rlhf_dist.transforms import rloo_advantage
+
+
+def characters(prompt, response, answer):
+    return float(len(response))
+
+
+@recipe
+def duel(prompts: Prompts, actor: Actor, opponent: Opponent, reward: Reward) -> None:
+    actor.save_weights("anchor", optimizer=True)
+    for half in (True, False):
+        opponent.generate_sequences(prompts)
+        batch = rloo_advantage(reward.compute_reward(actor.generate_sequences(prompts, n=2)))
+        if not half:
+            actor.restore_weights("anchor")
+        actor.update_actor(actor.compute_log_prob(batch), loss=ppo_clip(0.2))
+    opponent.mix_from(actor, tau=0.25, every=2)
+"""
 ROLES = ("actor", "ema", "soup", "before")
 Launch = Callable[..., dict[str, Any]]
 
@@ -96,6 +118,27 @@ def test_line_by_line_is_the_graph(here: Callable[..., Any], straight: Any, tmp_
     for one, other in (("actor", "ema"), ("ema", "soup"), ("actor", "before")):
         assert any(not np.array_equal(straight[one][name], straight[other][name]) for name in straight[one])
     same(here(tmp_path, eager=True), straight)
+
+
+def test_a_half_step_of_a_policy_that_generates_is_synced_and_taken_back(
+    small: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "duel.py").write_text(DUEL)
+    short = [f"{role}.rollout.max_response_tokens=6" for role in ("actor", "opponent")]
+    found = []
+    for way in ("graph", "eager"):
+        overrides = [*settings(small, data, tmp_path / way), *short, "reward.function=characters"]
+        made = local_launch(compose(str(tmp_path / "duel.py"), overrides), overrides)
+        lines = check_launch(made)
+        with Display("duel", 4, quiet=True) as display:
+            last = run(made, display, eager=way == "eager", local=True)["last"]
+        found.append({role: weights(tmp_path / way / "duel/models" / role) for role in ("actor", "opponent")})
+    assert any("weights synced after the recipe has written them" in line for line in lines)
+    assert last["actor/rollout_ratio_error"] < 1e-3, "the half-step is on-policy"
+    assert last["actor#2/rollout_ratio_error"] > 1e-3, "what follows is drawn by the half-step, by the recipe's wish"
+    assert last["actor/version"] == last["actor#2/version"] == 4, "a step taken back does not count"
+    for role, graph in found[0].items():
+        assert all(np.array_equal(graph[name], found[1][role][name]) for name in graph)
 
 
 def test_a_resumed_run_has_the_sets_and_the_weights_of_frozen_roles(

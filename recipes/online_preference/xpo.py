@@ -1,0 +1,58 @@
+"""XPO: exploratory preference optimisation (Xie et al. 2024, arXiv 2405.21046).
+
+    y ~ pi, y~ ~ pi_ref, labelled by reward          L = L_DPO(pair) + alpha log pi(y~ | x)
+
+The last term is optimism: it pushes probability away from what the reference would say anyway.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rlhf_dist.algorithms import loss
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.dataflow import host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Prompts, Reference, Reward
+from rlhf_dist.transforms import keep_best_and_worst
+
+
+@dataclass(frozen=True, kw_only=True)
+class XPO:
+    """Settings of XPO."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    alpha: float = 1e-5
+    """Weight of the optimism (TRL's default)."""
+
+
+@host_op(reads=("group_id",), writes=("of_reference",))
+def marked(batch: Batch, *, of_reference: Literal[0, 1]) -> Batch:
+    """Who drew the rows."""
+    return Batch({"of_reference": Column(np.full(batch.num_rows, of_reference, np.float32))})
+
+
+@loss(reads=("label", "ref_log_probs", "of_reference"), average="groups")
+def optimistic_dpo(model, rows, beta: float = 0.1, alpha: float = 1e-5):
+    """DPO on the pair, and log pi of the reference's response."""
+    from torch.nn.functional import logsigmoid
+
+    log_prob = rows.sum_tokens(model.log_probs)
+    chosen, rejected = chosen_and_rejected(beta * (log_prob - rows.sum_tokens(rows["ref_log_probs"])), rows)
+    optimism = rows.sum_groups(rows["of_reference"] * log_prob)
+    preference = -logsigmoid(chosen - rejected)
+    metrics = {"preference_loss": preference, "optimism": optimism, "margin": chosen - rejected}
+    return preference + alpha * optimism, {name: value.detach() for name, value in metrics.items()}
+
+
+@recipe
+def xpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, cfg: XPO) -> None:
+    """Pairs of the policy's own and the reference's response."""
+    own = marked(actor.generate_sequences(prompts), of_reference=0)
+    theirs = marked(reference.generate_sequences(prompts), of_reference=1)
+    pairs = keep_best_and_worst(reward.compute_reward(own.concat(theirs)))
+    pairs = reference.compute_ref_log_prob(pairs)
+    actor.update_actor(pairs, loss=optimistic_dpo(cfg.beta, cfg.alpha))
