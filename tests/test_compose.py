@@ -28,6 +28,7 @@ from typing import Literal
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reward, RewardModel
+from tests.shelf import sources_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def test_every_recipe_composes_with_a_model_and_data() -> None:
         "sft", "reward_model", "dpo", "ppo", "grpo", "remax", "safe_rlhf", "iterative_dpo"
     }  # fmt: skip
     for name, file in list_recipes().items():
-        launch = compose(name, ["model.path=/m"])
+        launch = compose(name, ["model.path=/m", *sources_of(name)])
         assert launch.recipe.name == name and launch.run.name == name and launch.recipe.file == file
         assert family_of(file) in list_families() and recipe_facts(launch.recipe)["doc"]
         assert set(launch.roles) == set(launch.recipe.roles)

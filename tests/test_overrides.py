@@ -161,9 +161,9 @@ VARIED = ["model.path=/m", "placement=split", "name=costs ${5", "data.train.syst
 
 @pytest.mark.parametrize("recipe", sorted(list_recipes()))
 def test_a_runs_config_runs_again(recipe: str, tmp_path: Path) -> None:
-    trained = "reward" if recipe == "reward_model" else "actor"
+    trained = {"reward_model": "reward", "grm": "judge"}.get(recipe, "actor")
     task = "chain_sum" if recipe in ("ppo", "grpo", "remax") else "none"
-    first = compose(recipe, [*VARIED, f"task={task}", f"{trained}.optimizer.lr=3e-7"])
+    first = compose(recipe, [*VARIED, f"task={task}", f"{trained}.optimizer.lr=3e-7", *sources_of(recipe)])
     (tmp_path / "config.yaml").write_text(first.yaml)
     again = compose(recipe, [], str(tmp_path / "config.yaml"))
     assert yaml.safe_load(again.yaml) == yaml.safe_load(first.yaml)
@@ -221,6 +221,7 @@ MINE = '''
 from dataclasses import dataclass
 from rlhf_dist.dataflow.recipe import follows, recipe
 from rlhf_dist.roles import Actor, Prompts
+from tests.shelf import sources_of
 
 @dataclass(frozen=True, kw_only=True)
 class Mine:

@@ -12,6 +12,7 @@ from rlhf_dist.compose import compose, list_recipes
 from rlhf_dist.config import PlacementConfig, PoolConfig
 from rlhf_dist.placement.roles import pool_of_roles, pool_size, resolved
 from rlhf_dist.typed import ConfigError
+from tests.shelf import sources_of
 from tests.tiny import save_llama
 
 SETTINGS = ["task=gcd", "data.train.chat=false", "data.heldout=null", "data.prompts_per_step=8"]
@@ -46,7 +47,7 @@ def failure(model: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("preset", ["colocate", "split", "standalone"])
 @pytest.mark.parametrize("recipe", sorted(list_recipes()))
 def test_every_preset_places_every_recipe(recipe: str, preset: str, model: Path) -> None:
-    launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}"])
+    launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}", *sources_of(recipe)])
     found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.facts)
     assert set(launch.roles) <= set(found)
 

@@ -38,12 +38,10 @@ def marked(batch: Batch, *, of_reference: Literal[0, 1]) -> Batch:
 @loss(reads=("label", "ref_log_probs", "of_reference"), average="groups")
 def optimistic_dpo(model, rows, beta: float = 0.1, alpha: float = 1e-5):
     """DPO on the pair, and log pi of the reference's response."""
-    from torch.nn.functional import logsigmoid
-
     log_prob = rows.sum_tokens(model.log_probs)
     chosen, rejected = chosen_and_rejected(beta * (log_prob - rows.sum_tokens(rows["ref_log_probs"])), rows)
     optimism = rows.sum_groups(rows["of_reference"] * log_prob)
-    preference = -logsigmoid(chosen - rejected)
+    preference = (rejected - chosen).logaddexp(0.0 * chosen)  # -log sigma(chosen - rejected)
     metrics = {"preference_loss": preference, "optimism": optimism, "margin": chosen - rejected}
     return preference + alpha * optimism, {name: value.detach() for name, value in metrics.items()}
 

@@ -123,7 +123,7 @@ def _source(line: str, where: str, target: WeightRole, given: Any) -> str:
     for one in (target, role):
         if own := getattr(one.interface, "heads", ()):
             raise GraphError(
-                f"{line}: {where} would leave out {', '.join(head.name for head in own)}, heads of {one.name!r}'s own: "
+                f"{line}: {where} would leave out {', '.join(head.name for head in own)}, {one.name!r}'s own heads: "
                 "weights go between roles without such heads; a named set (save_weights) has them"
             )
     return role.name
