@@ -83,7 +83,8 @@ def test_every_recipe_composes_with_a_model_and_data() -> None:
         "sft", "reward_model", "dpo", "ppo", "grpo", "remax", "safe_rlhf", "iterative_dpo"
     }  # fmt: skip
     for name, file in list_recipes().items():
-        launch = compose(name, ["model.path=/m"])
+        others = list(load_recipe(name).sources)[1:]  # rows of another kind have a section of their own
+        launch = compose(name, ["model.path=/m", *(f"data.sources.{source}.path=rows.jsonl" for source in others)])
         assert launch.recipe.name == name and launch.run.name == name and launch.recipe.file == file
         assert family_of(file) in list_families() and recipe_facts(launch.recipe)["doc"]
         assert set(launch.roles) == set(launch.recipe.roles)

@@ -8,7 +8,7 @@ import pytest
 
 from controller.session import phases_of_pool
 from rlhf_dist.checks import check_launch
-from rlhf_dist.compose import compose, list_recipes
+from rlhf_dist.compose import compose, list_recipes, load_recipe
 from rlhf_dist.config import PlacementConfig, PoolConfig
 from rlhf_dist.placement.roles import pool_of_roles, pool_size, resolved
 from rlhf_dist.typed import ConfigError
@@ -46,7 +46,8 @@ def failure(model: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("preset", ["colocate", "split", "standalone"])
 @pytest.mark.parametrize("recipe", sorted(list_recipes()))
 def test_every_preset_places_every_recipe(recipe: str, preset: str, model: Path) -> None:
-    launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}"])
+    rows = [f"data.sources.{source}.path=rows.jsonl" for source in list(load_recipe(recipe).sources)[1:]]
+    launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}", *rows])
     found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.facts)
     assert set(launch.roles) <= set(found)
 
