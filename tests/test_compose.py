@@ -20,6 +20,7 @@ from rlhf_dist.field_docs import field_docs
 from rlhf_dist.recipe_files import family_of, list_families
 from rlhf_dist.typed import ConfigError, build
 from rlhf_dist.vocabulary_facts import recipe_facts
+from tests.shelf import sources_of
 
 MINE = '''"""A recipe of my own."""
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from typing import Literal
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reward, RewardModel
-from tests.shelf import sources_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from rlhf_dist import typed
 from rlhf_dist.compose import Launch, compose, compose_dataflow, list_recipes, load_recipe, root_type
 from rlhf_dist.config import LanguageModelConfig, PathText
 from rlhf_dist.typed import ConfigError
+from tests.shelf import sources_of
 
 BASE = ["model.path=/m", "actor.engine.lora.rank=4", "data.heldout.size=3"]
 
@@ -221,7 +222,6 @@ MINE = '''
 from dataclasses import dataclass
 from rlhf_dist.dataflow.recipe import follows, recipe
 from rlhf_dist.roles import Actor, Prompts
-from tests.shelf import sources_of
 
 @dataclass(frozen=True, kw_only=True)
 class Mine:

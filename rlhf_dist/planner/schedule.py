@@ -21,6 +21,8 @@ WARM_UP = 4
 """Steps until a schedule repeats itself."""
 MEASURED = 8
 """Steps over which the steady step is averaged, at least; three times as many with staleness above 1."""
+LONGEST_PERIOD = 64
+"""Most steps after which cadences may come together again in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class Graph:
     def warm(self) -> Graph:
         """The graph as it is once every node has begun to run."""
         return replace(self, after=(0,) * len(self.names))
+
+    @cached_property
+    def repeating(self) -> tuple[Graph, tuple[int, ...]]:
+        """The graph with a schedule that repeats itself soon, and what each node's seconds are divided by: what runs
+        rarest is spread over the steps between, so that no simulation waits for a refresh every 100,000 steps."""
+        every, divisors = list(self.every), [1] * len(self.every)
+        while lcm(*every) > LONGEST_PERIOD:
+            rarest = max(range(len(every)), key=every.__getitem__)
+            divisors[rarest], every[rarest] = every[rarest], 1
+        return (self if every == list(self.every) else replace(self, every=tuple(every))), tuple(divisors)
 
     @cached_property
     def after_of(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -185,6 +197,8 @@ def simulate_steps(
 
 def step_seconds(graph: Graph, pools: Sequence[tuple[int, ...]], seconds: Sequence[float]) -> float:
     """Seconds of a step once the schedule repeats itself; never below `bound`, which holds for any schedule."""
+    graph, divisors = graph.repeating
+    seconds = [one / divisor for one, divisor in zip(seconds, divisors, strict=True)]
     if graph.open_steps == 1 and max(graph.every) == 1:  # Every step is like the first that runs all nodes.
         return simulate_steps(graph.warm, pools, seconds, 1)[1][-1]
     # Whole periods (a schedule may repeat only after as many steps as are open at once); the last steps that are

@@ -133,3 +133,17 @@ def test_a_slow_critic_is_hidden_behind_the_next_generation() -> None:
         for overlap in (False, True)
     )
     assert fast < slow, "the critic's update runs beside the next generation"
+
+
+def test_what_runs_once_in_very_many_steps_costs_next_to_nothing_and_no_simulation_waits_for_it() -> None:
+    graph = graph_of("ppo", overlap=False)
+    critic = graph.names.index("critic.update_critic")
+    seconds = [1.0] * len(graph.names)
+
+    def step(every: int) -> float:
+        cadences = tuple(every if node == critic else 1 for node in range(len(graph.names)))
+        return step_seconds(replace(graph, every=cadences), [(0,)] * len(graph.names), seconds)
+
+    assert step(1) == len(graph.names) and step(1 << 40) == pytest.approx(len(graph.names) - 1)
+    assert step(50) == pytest.approx(len(graph.names) - 1 + 1 / 50)
+    assert step(500) == pytest.approx(len(graph.names) - 1 + 1 / 500)
