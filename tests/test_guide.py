@@ -16,7 +16,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.compose import compose, compose_dataflow
 from rlhf_dist.python_files import load_file
 from rlhf_dist.role_kinds import kind_of
-from rlhf_dist.testing import check_loss
+from rlhf_dist.testing import check_loss, check_recipe
 from rlhf_dist.transforms import __all__ as host_ops
 from tests.tiny import save_llama
 
@@ -82,3 +82,32 @@ def test_the_list_of_ops_has_all_there_are(capsys: pytest.CaptureFixture[str]) -
     listed = {line.strip() for line in capsys.readouterr().out.splitlines()}
     assert {*host_ops, "Actor.update_actor", "ppo_clip", "value_clip"} <= listed
     assert "rewards, values, response_mask -> advantages, returns" in listed
+
+
+# --- from PPO to other methods ---------------------------------------------------------------------------------------
+def changed(text: str, diff: str) -> str:
+    """`text` with the hunks of `diff`, parted by @@: lines that stay or go must be there, once."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def ppo_of_the_guide() -> str:
+    (base,) = blocks("writing-a-recipe.md", "py base")
+    return base
+
+
+DIFFS = blocks("writing-a-recipe.md", "diff")
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
+def test_a_short_change_of_ppo_is_another_method_that_runs(diff: str, tmp_path: Path) -> None:
+    assert sum(line[0] in "+-" for line in diff.splitlines()) <= 15
+    file = tmp_path / "mine.py"
+    file.write_text(changed(ppo_of_the_guide(), diff))
+    (step,) = check_recipe(file, steps=1, **{"data.prompts_per_step": 2})
+    assert step["actor/grad_norm"] > 0
