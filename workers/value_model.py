@@ -48,6 +48,7 @@ class ValueModelWorker(TrunkOutputs, TrainedRole):
     def compute_scores(self, batch: Batch, call: Call) -> OpResult:
         """The value head's K numbers at the last token of every row."""
         scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))
-        return OpResult(columns=Batch({"scores": Column(scores.reshape(batch.num_rows, -1))}, batch.num_rows))
+        of_each = scores if scores.ndim > 1 else scores[:, None]  # no rows have a shape, too
+        return OpResult(columns=Batch({"scores": Column(of_each)}, batch.num_rows))
 
     update_critic = update_reward_model = TrainedRole.update

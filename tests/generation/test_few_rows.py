@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_dist.algorithms.outputs import Head
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, LanguageModelConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.dispatch import Mesh
@@ -45,7 +46,7 @@ ROW = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "generate_sequences": {"n": 2},
     "compute_top_k": {"k": 2, "prefix": "top"},
-    "compute_heads": {"names": ()},
+    "compute_heads": {"names": ("quality",)},
 }
 Answer = tuple[str, dict[str, str], int]
 """Op, its columns with their types, its rows."""
@@ -98,7 +99,7 @@ def _context() -> WorkerContext:
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    return WorkerContext(role="actor", rank=rank, world=world, device="cpu", seed=0)
+    return WorkerContext(role="actor", rank=rank, world=world, device="cpu", seed=0, heads=(Head(name="quality"),))
 
 
 def build_trainers(folder: str, engine: dict[str, Any], rollout: dict[str, Any]) -> None:
