@@ -1,12 +1,32 @@
-"""What every recipe of the shelf needs to be composed, whatever its sources."""
+"""What recipes of the shelf need to be composed, whatever their sources and roles."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rlhf_dist.recipe_files import load_recipe
+from rlhf_dist.roles import Reward, base_of
+
+
+def kinds_of_sources(recipe: str) -> dict[str, str]:
+    """Source -> kind of its rows."""
+    return {name: getattr(kind, "rows_kind", "prompts") for name, kind in load_recipe(recipe).sources.items()}
 
 
 def sources_of(recipe: str) -> list[str]:
     """Settings that give all sources but the first prompts a file: data.train cannot be rows of several kinds."""
-    kinds = {name: getattr(kind, "rows_kind", "prompts") for name, kind in load_recipe(recipe).sources.items()}
+    kinds = kinds_of_sources(recipe)
     first = next((name for name, kind in kinds.items() if kind == "prompts"), next(iter(kinds)))
     return [f"data.sources.{name}.path=/d" for name in kinds if name != first]
+
+
+def rows_of(recipe: str, folder: Path) -> list[str]:
+    """Settings that give every source the file of its kind in `folder`: prompts.jsonl, examples.jsonl, ..."""
+    kinds = kinds_of_sources(recipe)
+    return [f"data.sources.{name}.path={folder / kind}.jsonl" for name, kind in kinds.items()]
+
+
+def rules_of(recipe: str) -> list[str]:
+    """Settings that make every reward a rule."""
+    roles = load_recipe(recipe).roles.items()
+    return [f"{role}.function=rlhf_dist.rewards:exact_match" for role, kind in roles if base_of(kind) is Reward]

@@ -20,6 +20,7 @@ from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.hardware import parse_cluster
 from rlhf_dist.machine import Gpu, Machine, described_machine, local_machine, read_gpus, read_processor, visible
 from rlhf_dist.machine_settings import attention_on, device_of, dtype_on, gpu_share, slots_on
+from tests.shelf import rows_of, rules_of
 from tests.tiny import save_llama
 
 # Cut down to the lines that are read, and some beside them.
@@ -247,7 +248,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and rows of each form beside it."""
     folder = save_llama(tmp_path_factory.mktemp("tiny"), hidden=128)
     rows = {
-        "examples": {"prompt": "1+1=", "response": "2"},
+        "examples": {"prompt": "1+1=", "response": "2", "desirable": 1},
         "preferences": {"prompt": "1", "chosen": "2", "rejected": "3"},
     }
     for name, row in {"prompts": {"prompt": "1+1=", "answer": "2"}, **rows}.items():
@@ -258,11 +259,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", sorted(list_recipes()))
 @pytest.mark.parametrize("machine", [cpu(EPYC_MILAN, cores=1), gpus(H100)], ids=["core", "GPU"])
 def test_every_recipe_starts_with_the_one_slot_there_is(recipe: str, machine: Machine, tiny: Path) -> None:
-    rows = {"sft": "examples", "dpo": "preferences", "reward_model": "preferences"}.get(recipe, "prompts")
-    reward = "rlhf_dist.rewards:exact_match"
-    settings = [f"model.path={tiny}", "task=none", f"data.train.path={tiny / rows}.jsonl", "data.prompts_per_step=4"]
-    scored = {"safe_rlhf": ("reward", "cost"), "sft": (), "dpo": (), "reward_model": ()}.get(recipe, ("reward",))
-    launch = settle(compose(recipe, [*settings, *(f"{role}.function={reward}" for role in scored)]), machine)
+    settings = [f"model.path={tiny}", "task=none", "data.prompts_per_step=4", *rows_of(recipe, tiny), *rules_of(recipe)]
+    launch = settle(compose(recipe, settings), machine)
     assert launch.run.placement.pools["main"].slots == 1
     if machine.gpus and not local_machine().gpus:
         launch = replace(launch, run=replace(launch.run, ray=RayConfig(address="auto")))  # where there is one

@@ -43,7 +43,7 @@ class Seen(State):
 
     @state_op(reads=("prompt", "response_ids"), writes=("often",))
     def report(self, values, batch):
-        times = dict(values["times"])
+        times, prompt = dict(values["times"]), ""
         for prompt in batch["prompt"].rows():
             times[prompt] = times.get(prompt, 0) + 1
         often = np.array([times[prompt] for prompt in batch["prompt"].rows()], np.float32)
