@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_dist.algorithms.outputs import Head as OwnHead
-from rlhf_dist.algorithms.outputs import Output
+from rlhf_dist.algorithms.outputs import Output, key_of
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import Shards, dtype_name, flat_shards
@@ -40,6 +40,9 @@ Range = tuple[int, int]
 
 class DeepSpeedEngine(PackedEngine):
     """A model under ZeRO; see `TrainingEngine` for what its methods promise."""
+
+    _passed: tuple[str, ...] = ()
+    """What the last pass was asked for."""
 
     def __init__(
         self,
@@ -119,9 +122,21 @@ class DeepSpeedEngine(PackedEngine):
 
     # --- one pass, one step ------------------------------------------------------------------------
     def _run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
+        self._forget_other_passes(tuple(map(key_of, outputs)))
         runs = self._engine if self._engine is not None else self._module
         found: dict[str, Tensor] = runs(packed, outputs, temperature)
         return found
+
+    def _forget_other_passes(self, outputs: tuple[str, ...]) -> None:
+        """Stage 3 fetches parameters in the order of the pass before, and takes another order for an error; what is
+        asked of the model decides which parameters a pass needs."""
+        optimizer = getattr(self._engine, "optimizer", None)
+        offload = getattr(optimizer, "parameter_offload", optimizer)  # a frozen engine has nothing else there
+        if hasattr(offload, "get_param_coordinator") and outputs != self._passed:
+            coordinator = offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+        self._passed = outputs
 
     def _after_forward(self) -> None:
         # Not by the engine's own method, which also collects Python's garbage and empties the device's cache: with all
