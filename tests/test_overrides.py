@@ -25,7 +25,8 @@ def text_keys() -> list[str]:
     for key, kind in typed.keys(root_type(load_recipe("ppo"))).items():
         parts = {part for part in (kind, *typed.typing.get_args(kind)) if part is not type(None)}
         words = key != "name" and any(key.rpartition(".")[2] == name for _, name in typed.ALLOWED)
-        if str in parts and typed.is_text(kind, "") and not words:
+        path = key.endswith(".path")  # where ~ and $NAME stand for something
+        if str in parts and typed.is_text(kind, "") and not words and not path:
             found.append(key)
     return found
 
