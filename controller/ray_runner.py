@@ -136,6 +136,7 @@ class RayRunner:
             and group is not None
             and group.pool.name == HOST_POOL
             and target.inputs[0].rows == source.name
+            and not target.inputs[0].ids  # ids are made when all rows are there
             and all(origin.node == source.name for origin in target.inputs[0].columns.values())
         )
 
@@ -202,6 +203,7 @@ class RayRunner:
     def restore_state(self, name: str, held: HeldState) -> None:
         """Go on from what `held_state` gave, or a checkpoint."""
         self.numbers[name], self._held[name] = dict(held.numbers), held.ref
+        self._first.pop(name, None)
 
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
@@ -394,6 +396,7 @@ class RayRunner:
         if output.state is not None:
             self.numbers[node.role] = dict(output.state)
             self._held[node.role] = output.held
+            self._first.pop(node.role, None)  # an op may have let go of what the state began with
         self.outputs.done(node, step)
         prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
         suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""

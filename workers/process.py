@@ -339,9 +339,10 @@ def _gather(parts: list[Batch], fetch: Fetch) -> Batch:
 
 def _reply(result: OpResult, call: Call, batch: Batch, started: float, pulled: float, store: Store) -> Reply:
     columns = result.columns
-    tokens = _tokens_of(columns, batch, result.parent) if result.tokens is None else result.tokens
     if call.out:
         columns = columns.rename(**{new: old for old, new in call.out.items()})
+    # Under the recipe's names: token ids that it calls otherwise are not the row's own.
+    tokens = _tokens_of(columns, batch, result.parent) if result.tokens is None else result.tokens
     groups = _column_groups(columns)
     stored = tuple((names, store.put(columns.select(*names))) for names in groups)
     return Reply(

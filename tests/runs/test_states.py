@@ -105,6 +105,20 @@ def test_a_resumed_run_remembers_and_local_is_ray(
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_what_an_op_lets_go_of_is_gone(file: Path) -> None:
+    text = RECIPE.replace('"last": ""}', '"last": "", "once": np.ones(1)}')
+    text = text.replace(
+        "times, prompt = dict", 'assert ("once" in values) == (not values["total"])\n        times, prompt = dict'
+    )
+    short = text.replace('new = {"times": times, "total"', 'new = {"total"').replace(
+        ', "lengths": lengths, "last": prompt}', "}"
+    )
+    short = short.replace('values["times"]', 'values.get("times", {})').replace('[values["lengths"], ', "[")
+    for version in (text, short):  # the second goes on with numbers alone
+        file.write_text(version)
+        check_recipe(file, steps=2)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
