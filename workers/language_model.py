@@ -102,7 +102,9 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
 
     def _check_ratio(self, metrics: Metrics, call: Call) -> None:
         """Raise OffPolicy where the policy that sampled is not the one that is trained, and should be."""
-        error = metrics["rollout_ratio_error"].value if "rollout_ratio_error" in metrics else 0.0
+        # Of an update with several terms each has its own.
+        found = [one.value for name, one in metrics.items() if name.rpartition("/")[2] == "rollout_ratio_error"]
+        error = max(found, default=0.0)
         tolerance = self.config.rollout.ratio_tolerance or RATIO_TOLERANCE[self.config.rollout.dtype]
         if call.node in self.on_policy and error > tolerance:
             raise OffPolicy(

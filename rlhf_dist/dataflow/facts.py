@@ -69,7 +69,7 @@ def nodes_on_own_rows(dataflow: Dataflow, role: str) -> frozenset[str]:
         for node in dataflow
         if node.role == role
         and drawn_by(dataflow, node) == {role}
-        and not any(one.kind == "state" and one.rows != "keep" for one in _makers(dataflow, node))  # of earlier steps
+        and not any(one.kind == "state" and one.rows == "new" for one in _makers(dataflow, node))  # of earlier steps
     )
 
 
