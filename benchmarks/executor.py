@@ -3,7 +3,7 @@
     make bench-executor          prints one JSON line last; about four minutes on 2 cores
 
 step_s             PPO on real Ray worker groups whose work is sleep: wall seconds per step
-critical_path_s    the least that any schedule of the same work needs (controller/critical_path.py)
+critical_path_s    the least that any schedule of the same work needs (controller/execution/critical_path.py)
 data_plane         2,048 rows through values, reference, reward and update on 8 CPU workers: ours by reference; the
                    others collect each result at the driver, concatenate, split and send, as torch tensors:
                    collect_padded [B, T], collect_ragged one tensor a row, collect_flat one tensor a column (all
@@ -25,14 +25,14 @@ import ray
 import torch
 
 from benchmarks.executor_roles import ChainProcess
-from controller.cluster import Cluster, worker_actor
-from controller.critical_path import lower_bound_s
-from controller.executor import StepReport, run_steps
-from controller.pool import Pool
-from controller.ray_runner import RayRunner
-from controller.simulated_workers import SimulatedWorkers
-from controller.traffic import ControllerTraffic
-from controller.worker_group import WorkerGroup
+from controller.cluster.pool import Pool
+from controller.cluster.start import Cluster, worker_actor
+from controller.execution.critical_path import lower_bound_s
+from controller.execution.executor import StepReport, run_steps
+from controller.execution.ray_runner import RayRunner
+from controller.execution.simulated_workers import SimulatedWorkers
+from controller.execution.worker_group import WorkerGroup
+from controller.record.traffic import ControllerTraffic
 from recipes.policy_gradient.ppo import ppo
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import PoolConfig, RayConfig

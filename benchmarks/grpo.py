@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from controller.display import Display
-from controller.metrics import read_metrics
-from controller.run import run
+from controller.lifecycle.run import run
+from controller.record.display import Display
+from controller.record.metrics import read_metrics
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
 

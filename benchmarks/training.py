@@ -78,7 +78,7 @@ def save_model(folder: Path) -> Path:
 # --- on the ranks ----------------------------------------------------------------------------------
 def new_engine(folder: Path, name: str, dtype: str, **settings: Any) -> Any:
     """An engine over the ranks of the world."""
-    from workers.engines.build import new_training_engine
+    from workers.build_engines import new_training_engine
 
     context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
     config = EngineConfig(name=name, dtype=dtype, micro_batch_tokens=BUDGET, **settings)
@@ -119,8 +119,8 @@ class PlainLoop:
     """What one would write by hand: a module, micro-batches, autocast, AdamW."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        from workers.engines.load import fill_whole
-        from workers.engines.models import build_model
+        from workers.engines.files.load import fill_whole
+        from workers.engines.model.models import build_model
 
         settings = EngineConfig(dtype=dtype)
         self._model = build_model(ModelConfig(path=str(folder)), settings, head="policy", seed=0, trained=True)
@@ -131,7 +131,7 @@ class PlainLoop:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
-        from workers.engines.packing import micro_batches, pack, rows_of
+        from workers.engines.model.packing import micro_batches, pack, rows_of
 
         device = torch.device("cpu")
         tokens = int(batch["response_ids"].lengths.sum())

@@ -18,8 +18,8 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig
 from tests.engines.losses import ENTROPY_BONUS, TokenLoss
 from tests.families import VOCABULARY
-from workers.engines.deepspeed import DeepSpeedEngine
-from workers.engines.fsdp import FsdpEngine
+from workers.engines.training.deepspeed import DeepSpeedEngine
+from workers.engines.training.fsdp import FsdpEngine
 
 EXACT = 1e-4
 """Largest difference in nats that is rounding in float32 (most families: 3e-6)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.cli import main
+from controller.commands.cli import main
 from rlhf_dist.recipe_files import list_families, list_recipes
 from tests.tiny import save_llama
 
@@ -22,14 +22,14 @@ def command(*arguments: str, folder: Path | None = None) -> subprocess.Completed
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     environment.pop("RLHF_DIST_TRACEBACK", None)
     return subprocess.run(
-        [sys.executable, "-m", "controller.cli", *arguments],
+        [sys.executable, "-m", "controller.commands.cli", *arguments],
         capture_output=True, text=True, timeout=120, check=False, cwd=folder, env=environment,
     )  # fmt: skip
 
 
 def imported_by(*arguments: str) -> set[str]:
     code = (
-        "import sys; from controller.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from controller.commands.cli import main; code = main(sys.argv[1:]); "
         f"print('IMPORTED', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(
@@ -134,7 +134,7 @@ def test_config_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    code = 'rlhf() { %s -m controller.cli "$@"; }; rlhf graph ppo --format json | head -1; echo ${PIPESTATUS[0]}'
+    code = 'rlhf() { %s -m controller.commands.cli "$@"; }; rlhf graph ppo --format json | head -1; echo ${PIPESTATUS}'
     done = subprocess.run(
         ["bash", "-c", code % sys.executable], capture_output=True, text=True, timeout=60, check=False
     )

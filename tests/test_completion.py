@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.cli import main
+from controller.commands.cli import main
 
 PROGRAM = str(Path(sys.executable).with_name("rlhf-dist"))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from controller.cli import main
+from controller.commands.cli import main
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
 from rlhf_dist.data import training_source, with_steps_of_epochs

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from controller.cli import main
+from controller.commands.cli import main
 from controller.doctor import machines, network, storage, versions
 from controller.doctor.catalogue import CHECKS
 from controller.doctor.command import chosen, examine, line, report

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from controller.failure_text import explained
+from controller.cluster.failure_text import explained
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.python_files import load_file
 from rlhf_dist.wire import Call
@@ -153,7 +153,7 @@ def test_errors_that_cannot_travel_are_shown_by_their_text(users: Any) -> None:
 def test_without_lines_of_the_user_a_bug_shows_its_place_and_an_error_of_ours_its_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from workers.engines.generation import Arrivals
+    from workers.engines.generation.interface import Arrivals
     from workers.process import WorkerProcess
 
     monkeypatch.setattr(sys, "breakpointhook", sys.breakpointhook)  # a worker sets one for its process

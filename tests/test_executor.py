@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.critical_path import critical_path, lower_bound_s, seconds_on_path
-from controller.executor import Finished, StepReport, run_steps
-from controller.simulation import Clock, Span, simulate
+from controller.execution.critical_path import critical_path, lower_bound_s, seconds_on_path
+from controller.execution.executor import Finished, StepReport, run_steps
+from controller.execution.simulation import Clock, Span, simulate
 from recipes.constrained.safe_rlhf import safe_rlhf
 from recipes.policy_gradient.ppo import PPO, ppo
 from recipes.policy_gradient.remax import remax

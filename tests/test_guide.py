@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from controller.cli import main
+from controller.commands.cli import main
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.compose import compose, compose_dataflow

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from controller import job_files as module
-from controller.job_files import job_files
+from controller.commands import job_files as module
+from controller.commands.job_files import job_files
 from rlhf_dist.typed import ConfigError
 
 

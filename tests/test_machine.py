@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from controller.cluster_machine import machine_of_nodes
+from controller.cluster.machine import machine_of_nodes
 from rlhf_dist import machine as machine_module
 from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.checks import check_launch

@@ -17,7 +17,7 @@ from rlhf_dist.model_folder import check_head, read_shape
 from rlhf_dist.typed import ConfigError
 from tests.test_checks import plan
 from tests.tiny import llama_config, save_classifier, save_llama, save_tokenizer
-from workers.engines.models import build_model
+from workers.engines.model.models import build_model
 
 KEY = "reward.model.path"
 

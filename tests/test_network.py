@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from controller.worker_environment import is_sent
+from controller.cluster.worker_environment import is_sent
 from workers.network import interface_of, own_address, rendezvous, reserve_port, use_network
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP")

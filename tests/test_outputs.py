@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.batch_ref import BatchRef, FetchPlan, Located, RowTable, StoredColumn, merge_stored
-from controller.executor import StepReport, run_steps
-from controller.outputs import Outputs, RowsError, join
-from controller.simulated_workers import AtOnce, SimulatedWorkers
+from controller.execution.batch_ref import BatchRef, FetchPlan, Located, RowTable, StoredColumn, merge_stored
+from controller.execution.executor import StepReport, run_steps
+from controller.execution.outputs import Outputs, RowsError, join
+from controller.execution.simulated_workers import AtOnce, SimulatedWorkers
 from recipes.policy_gradient.ppo import ppo
 from recipes.policy_gradient.remax import remax
 from rlhf_dist.dataflow.graph import Node

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.session import phases_of_pool
+from controller.lifecycle.session import phases_of_pool
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose, list_recipes
 from rlhf_dist.config import PlacementConfig, PoolConfig

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from controller.display import Display, key_metrics, sparkline
-from controller.metrics import MetricsWriter, read_metrics
-from controller.tracking import new_tracker
+from controller.record.display import Display, key_metrics, sparkline
+from controller.record.metrics import MetricsWriter, read_metrics
+from controller.record.tracking import new_tracker
 
 
 def shown(console: Console) -> str:

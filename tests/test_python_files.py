@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from controller.user_files import send_user_files_by_value
+from controller.cluster.user_files import send_user_files_by_value
 from rlhf_dist.python_files import load_file
 from rlhf_dist.recipe_files import load_recipe
 from rlhf_dist.rewards import load_function

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.ray_address import ANSWER_S, CONNECT_S, AddressError, address_to_join, prepare_own
+from controller.cluster.ray_address import ANSWER_S, CONNECT_S, AddressError, address_to_join, prepare_own
 from tests.tiny import save_llama
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.run_folder import LOCK, Beginning, claim_folder, find_beginning
+from controller.lifecycle.run_folder import LOCK, Beginning, claim_folder, find_beginning
 from rlhf_dist.compose import Launch, compose
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_llama
@@ -124,7 +124,7 @@ def test_a_run_of_an_earlier_version_is_known_by_its_settings(start: Start, mode
 
 HOLD = """
 import sys
-from controller.run_folder import claim_folder
+from controller.lifecycle.run_folder import claim_folder
 from rlhf_dist.compose import compose
 with claim_folder(compose("sft", sys.argv[1:]), print):
     print("held", flush=True)

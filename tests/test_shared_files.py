@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from controller.local import LocalReplies, _Process
-from controller.pool import ClusterError, Pool
-from controller.shared_files import check_files_are_shared
+from controller.cluster.local import LocalReplies, _Process
+from controller.cluster.pool import ClusterError, Pool
+from controller.cluster.shared_files import check_files_are_shared
 from rlhf_dist.compose import Launch, compose
 from rlhf_dist.placement.roles import HOST_POOL
 from tests.tiny import save_llama

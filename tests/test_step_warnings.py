@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from controller.step_warnings import StepWarnings, nothing_learned
+from controller.lifecycle.step_warnings import StepWarnings, nothing_learned
 
 EQUAL = {"grpo_advantage/zero_variance_groups": 1.0, "actor/grad_norm": 0.0, "actor/optimizer_steps": 1.0}
 FINE = {"grpo_advantage/zero_variance_groups": 0.75, "actor/grad_norm": 0.3, "actor/optimizer_steps": 1.0}

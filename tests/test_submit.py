@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from controller.job_files import JobFiles
-from controller.submit import _package
+from controller.commands.job_files import JobFiles
+from controller.commands.submit import _package
 from tests.tiny import save_llama
 
 TOKEN = "a-token-only-this-test-knows-0123456789"
@@ -95,7 +95,7 @@ def submit(
     cluster: RunningCluster, *arguments: str, folder: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "controller.cli", "submit", *arguments, "--address", cluster.url],
+        [sys.executable, "-m", "controller.commands.cli", "submit", *arguments, "--address", cluster.url],
         capture_output=True, text=True, timeout=280, check=False, cwd=folder,
         env=environment(PYTHONPATH=str(Path.cwd()), **variables),
     )  # fmt: skip
@@ -164,7 +164,8 @@ def test_ctrl_c_stops_the_job(cluster: RunningCluster, tmp_path: Path) -> None:
         "    actor.generate_sequences(prompts)\n"
     )
     started = subprocess.Popen(
-        [sys.executable, "-m", "controller.cli", "submit", "slow.py", "model.path=/m", "--address", cluster.url],
+        [sys.executable, "-m", "controller.commands.cli", "submit", "slow.py", "model.path=/m", "--address",
+         cluster.url],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
         env=environment(PYTHONPATH=str(Path.cwd()), PYTHONUNBUFFERED="1", RAY_AUTH_TOKEN=TOKEN),
     )  # fmt: skip

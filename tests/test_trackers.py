@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from controller.metrics import MetricsWriter, read_metrics
-from controller.outbox import CLOSE_S
-from controller.tracking import new_tracker
+from controller.record.metrics import MetricsWriter, read_metrics
+from controller.record.outbox import CLOSE_S
+from controller.record.tracking import new_tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,7 +120,7 @@ def test_a_server_that_is_not_there_at_the_start_does_not_hold_the_run_up(
 
 
 def test_a_tracker_that_never_returns_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import controller.outbox as outbox
+    import controller.record.outbox as outbox
 
     monkeypatch.setattr(outbox, "CLOSE_S", 0.5)
     lines: list[str] = []
@@ -135,7 +135,7 @@ def test_a_tracker_that_never_returns_is_left_behind(tmp_path: Path, monkeypatch
 
 
 def test_a_tracker_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import controller.outbox as outbox
+    import controller.record.outbox as outbox
 
     monkeypatch.setattr(outbox, "RETRY_S", 0.0)
     (tmp_path / "board").write_text("a file where the folder has to be")

@@ -15,8 +15,8 @@ from rlhf_dist.config import LanguageModelConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
-from workers.engines.build import new_training_engine
-from workers.engines.training import TrainingEngine
+from workers.build_engines import new_training_engine
+from workers.engines.training.interface import TrainingEngine
 from workers.model_outputs import LanguageModelOutputs
 from workers.reshard.colocated import ColocatedSync
 from workers.reshard.separate import TrainingEnd

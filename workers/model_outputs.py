@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.wire import Call, OpResult
-from workers.engines.training import TrainingEngine
+from workers.engines.training.interface import TrainingEngine
 
 
 class TrunkOutputs:

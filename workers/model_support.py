@@ -24,9 +24,9 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import WorkerContext
-from workers.engines.build import new_generation_engine, new_training_engine
-from workers.engines.generation import Response
-from workers.engines.training import TrainingEngine
+from workers.build_engines import new_generation_engine, new_training_engine
+from workers.engines.generation.interface import Response
+from workers.engines.training.interface import TrainingEngine
 from workers.reshard.colocated import ColocatedSync
 
 Runs = Literal["native", "transformers backend", "none"]

@@ -17,8 +17,8 @@ from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
-from workers.engines.build import new_generation_engine
-from workers.engines.generation import Response, StaleWeights
+from workers.build_engines import new_generation_engine
+from workers.engines.generation.interface import Response, StaleWeights
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport

@@ -13,8 +13,8 @@ from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics, combine
 from rlhf_dist.wire import Call, OpResult, WorkerContext
-from workers.engines.checkpoint import SAVE_TIMEOUT_S
-from workers.engines.training import NonFiniteLoss, Term, TrainingEngine
+from workers.engines.files.checkpoint import SAVE_TIMEOUT_S
+from workers.engines.training.interface import NonFiniteLoss, Term, TrainingEngine
 from workers.memory.arbiter import arbiter_of
 from workers.weight_sets import NOTHING, WeightSets
 

@@ -8,7 +8,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, reward_metrics
 from rlhf_dist.wire import Call, OpResult, WorkerContext
-from workers.engines.build import new_training_engine
+from workers.build_engines import new_training_engine
 from workers.model_outputs import TrunkOutputs
 from workers.trained_role import TrainedRole
 

@@ -11,7 +11,7 @@ from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.placement.phases import way_of
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
-from workers.engines.training import TrainingEngine
+from workers.engines.training.interface import TrainingEngine
 from workers.memory.arbiter import Arbiter
 from workers.reshard.colocated import new_link
 from workers.reshard.sync import SyncReport

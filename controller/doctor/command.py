@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from controller.cluster.termination import terminate_as_interrupt
 from controller.doctor.catalogue import CHECKS
 from controller.doctor.finding import Check, Finding, State, failed, skipped
 from controller.doctor.rank_pool import NoRanks
 from controller.doctor.subject import Subject, open_subject
 from controller.doctor.versions import packages
-from controller.termination import terminate_as_interrupt
 from rlhf_dist.failure import text_of
 from rlhf_dist.typed import ConfigError, unknown
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from controller.cluster import Cluster
-from controller.pool import ClusterError, Pool
+from controller.cluster.pool import ClusterError, Pool
+from controller.cluster.start import Cluster
 from rlhf_dist.config import PoolConfig
 from rlhf_dist.failure import Failure, failure_of_call
 

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from controller.cluster import Cluster
+from controller.cluster.start import Cluster
 from controller.doctor.node_facts import NodeFacts, NodeProbe
 from controller.doctor.rank_pool import CALL_S, READY_S, RankPool
 from rlhf_dist.config import RayConfig

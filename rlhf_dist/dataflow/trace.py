@@ -2,7 +2,7 @@
 
 Every handle holds, per column, which node wrote it; an op looks up the origins of the columns it
 reads, so edges come out per column although the text reads as a sequence. Nothing is executed here:
-`on_node` is called with each node as it is recorded, and a live run (`controller/eager.py`) executes
+`on_node` is called with each node as it is recorded, and a live run (`controller/execution/eager.py`) executes
 it there and then. That is the whole difference between the two ways to run a recipe.
 """
 

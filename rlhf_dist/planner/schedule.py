@@ -1,4 +1,4 @@
-"""What the executor would schedule, on a clock: the same rules as `controller/executor.py`, without a runner.
+"""What the executor would schedule, on a clock: the same rules as `controller/execution/executor.py`, without a runner.
 
     ready instances, oldest step first, then recipe order  ->  start if all their pools are idle
     the earliest end  ->  its pools are free, its successors (same step, or step + distance) count down

@@ -158,7 +158,7 @@ class _Child:
             BOOT.format(theirs.fileno(), table),
             json.dumps([*sys.path, *function.folders]),
         ]
-        # What tells our own processes to keep freed memory (controller/cluster.py) is wrong for a bounded one.
+        # What tells our own processes to keep freed memory (controller/cluster/start.py) is wrong for a bounded one.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         self.process = subprocess.Popen(
             command,

@@ -78,7 +78,7 @@ def _launch(
     name: str, recipe: str | Path | Recipe, overrides: Mapping[str, Any], folder: Path
 ) -> tuple[Launch, list[str]]:
     """The recipe with its settings for this check, and these as `key=value`."""
-    from controller.api import as_overrides, spec_of
+    from controller.lifecycle.api import as_overrides, spec_of
 
     try:
         spec = spec_of(recipe)
@@ -130,10 +130,10 @@ def _run(
     name: str, launch: Launch, settings: list[str], folder: Path, *, eager: bool
 ) -> tuple[list[dict[str, float]], Weights]:
     """Metrics of every step and the weights at the end, `role/tensor` -> values."""
-    from controller.display import Display
-    from controller.local import local_launch
-    from controller.metrics import read_metrics
-    from controller.run import run
+    from controller.cluster.local import local_launch
+    from controller.lifecycle.run import run
+    from controller.record.display import Display
+    from controller.record.metrics import read_metrics
     from rlhf_dist.checks import check_launch
 
     way = "line by line" if eager else "as a graph"

@@ -20,13 +20,13 @@ from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.roles import Actor, Critic, Examples, Reference
 from rlhf_dist.testing import CheckFailed, check_loss
 from tests.algorithms.rows import make_rows, tokens
-from workers.engines.distribution import (
+from workers.engines.model.distribution import (
     log_probs_at,
     over_vocabulary,
     over_vocabulary_of_logits,
     top_k,
 )
-from workers.engines.log_probs import Head as MatrixHead
+from workers.engines.model.log_probs import Head as MatrixHead
 
 P, Q = (0.5, 0.3, 0.2), (0.6, 0.3, 0.1)
 """Student and teacher: two tokens, and all others."""

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.engines.test_exact import new_engine
-from workers.engines import load
-from workers.engines.deepspeed import DeepSpeedEngine, _flat_masters
-from workers.engines.packed_engine import PackedEngine
-from workers.engines.slices import ReadWhole
+from workers.engines.files import load
+from workers.engines.files.slices import ReadWhole
+from workers.engines.training.deepspeed import DeepSpeedEngine, _flat_masters
+from workers.engines.training.packed_engine import PackedEngine
 
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192}
 """42 M parameters, 168 MB in float32; the largest tensor 16.8 MB."""

@@ -66,7 +66,7 @@ from vllm.platforms.interface import Platform
 from rlhf_dist.config import RolloutConfig
 from tests.tiny import save_llama
 from workers.device import assigned_index, sees_its_peers
-from workers.engines.vllm import _engine_args
+from workers.engines.generation.vllm import _engine_args
 
 class Cuda(Platform):
     device_name, device_control_env_var = "cuda", "CUDA_VISIBLE_DEVICES"

@@ -126,7 +126,7 @@ def new_engine(
     device: str = "cpu",
     **engine: Any,
 ) -> Any:
-    from workers.engines.build import new_training_engine
+    from workers.build_engines import new_training_engine
 
     context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device=device, seed=0)
     optimizer = OPTIMIZER if trained else None

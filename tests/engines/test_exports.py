@@ -19,7 +19,7 @@ from tests.engines.test_features import new_engine
 from tests.engines.world import World
 from tests.generation.families import save_family
 from tests.tiny import save_tokenizer
-from workers.engines.export import export_checkpoint
+from workers.engines.files.export import export_checkpoint
 
 LORA = {"lora": LoraConfig(rank=4, alpha=8.0, targets=["c_attn", "c_fc", "c_proj"])}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

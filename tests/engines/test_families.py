@@ -136,7 +136,7 @@ def test_layers_with_a_state_need_whole_rows(world2: World) -> None:
 
 def balanced_step(folder: Path, budget: int, packing: bool = True) -> tuple[dict[str, np.ndarray], float]:
     """On a rank: one step on half of the rows with a balance loss; parameters after it, and the loss."""
-    from workers.engines.fsdp import FsdpEngine
+    from workers.engines.training.fsdp import FsdpEngine
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = FsdpEngine(
@@ -179,7 +179,7 @@ def test_a_family_without_a_balance_loss_says_so(world1: World) -> None:
 
 def values_of(folder: Path) -> list[np.ndarray]:
     """On a rank: values of a trunk with a head of ones."""
-    from workers.engines.fsdp import FsdpEngine
+    from workers.engines.training.fsdp import FsdpEngine
 
     engine = FsdpEngine(
         model=ModelConfig(path=str(folder)),
@@ -211,7 +211,7 @@ def test_values_are_those_of_each_row_alone(world1: World, tmp_path: Path, famil
 
 def bfloat16_log_probs(folder: Path) -> np.ndarray:
     """On a rank: log-probs of a frozen model that computes in bfloat16."""
-    from workers.engines.fsdp import FsdpEngine
+    from workers.engines.training.fsdp import FsdpEngine
 
     engine = FsdpEngine(
         model=ModelConfig(path=str(folder)),
@@ -237,7 +237,7 @@ def test_in_bfloat16_a_family_is_as_far_off_as_the_library_is(world1: World, tmp
 
 @pytest.mark.parametrize("family", ["mamba", "bamba"])
 def test_generation_refuses_a_family_that_does_not_go_on_from_keys_and_values(tmp_path: Path, family: str) -> None:
-    from workers.engines.transformers import TransformersEngine
+    from workers.engines.generation.transformers import TransformersEngine
 
     tiny_config(family).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not follow from a cache of keys and values; set rollout.engine=vllm"):
@@ -252,8 +252,8 @@ def test_generation_refuses_a_family_that_does_not_go_on_from_keys_and_values(tm
 
 def leaky(folder: Path, dtype: str) -> str:
     """On a rank: the way of an engine whose layers with a state are not kept to rows."""
-    from workers.engines import models
-    from workers.engines.fsdp import FsdpEngine
+    from workers.engines.model import models
+    from workers.engines.training.fsdp import FsdpEngine
 
     by_row = models.mix_by_row
     models.mix_by_row = lambda model: []  # type: ignore[assignment]

@@ -26,7 +26,7 @@ STEADY = OptimizerConfig(lr=1e-2, eps=1e-3)
 def new_engine(folder: Path, optimizer: OptimizerConfig | None, head: str = "policy", **engine: Any) -> Any:
     import torch.distributed as dist
 
-    from workers.engines.build import new_training_engine
+    from workers.build_engines import new_training_engine
 
     context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=0)
     return new_training_engine(ModelConfig(path=str(folder)), EngineConfig(**engine), optimizer, head, context)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from tests.engines.losses import make_batch
 from tests.engines.test_exact import OPTIMIZER, TEMPERATURE, before_tokens, my_rows, padded
 from tests.engines.world import World
 from tests.tiny import save_classifier, save_llama
-from workers.engines.packing import rows_of
+from workers.engines.model.packing import rows_of
 
 HEADS = (Head(name="quality", outputs=2, at="last_token", scale=0.1), Head(name="risk", scale=0.1), Head(name="idle"))
 K = 3
@@ -105,7 +105,7 @@ def with_teacher(batch: Batch, folder: Path) -> tuple[Batch, Tensor]:
 
 
 def new_engine(folder: Path, heads: Any = HEADS, head: Any = "policy", trained: bool = True, **engine: Any) -> Any:
-    from workers.engines.build import new_training_engine
+    from workers.build_engines import new_training_engine
 
     frozen = {"teacher": str(engine.pop("teacher"))} if "teacher" in engine else {}
     context = WorkerContext(
@@ -233,7 +233,7 @@ def save_and_load(student: Path, teacher: Path, batch: Batch, folder: Path, engi
 def test_heads_are_saved_resumed_and_exported_beside_the_model(
     world2: World, folders: tuple[Path, Path], expected: Any, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    from workers.engines.export import export_checkpoint
+    from workers.engines.files.export import export_checkpoint
 
     found = world2.run(save_and_load, *folders, expected[0], tmp_path, engine)
     for weights, again, moved, resumed, started, layout in found:
@@ -302,7 +302,7 @@ def test_a_model_of_several_labels_scores_and_trains_all_of_them(world2: World, 
 def test_a_head_that_is_no_matrix_is_no_teacher_s(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
-    from workers.engines.teacher_head import teacher_head
+    from workers.engines.training.teacher_head import teacher_head
 
     size = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32}
     BertLMHeadModel(BertConfig(vocab_size=50, is_decoder=True, **size)).save_pretrained(tmp_path)

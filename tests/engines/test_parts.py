@@ -22,12 +22,12 @@ from rlhf_dist.reshard import checksum
 from rlhf_dist.reshard.checksum import box_checksum, full_checksum, unsigned
 from rlhf_dist.reshard.layout import flat_range_boxes
 from tests.engines.losses import make_batch
-from workers.engines.attention import Packing, packed_attention, running
-from workers.engines.log_probs import Head, log_probs_and_entropy, log_probs_of_logits
-from workers.engines.packing import micro_batches, pack
-from workers.engines.schedule import learning_rate
-from workers.engines.ways import Way
-from workers.memory import movable
+from workers.engines import movable
+from workers.engines.model.attention import Packing, packed_attention, running
+from workers.engines.model.log_probs import Head, log_probs_and_entropy, log_probs_of_logits
+from workers.engines.model.packing import micro_batches, pack
+from workers.engines.model.ways import Way
+from workers.engines.training.schedule import learning_rate
 
 CPU = torch.device("cpu")
 

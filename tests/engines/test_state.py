@@ -40,7 +40,7 @@ every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def new_engine(
     folder: Path, head: str = "policy", init: str = "pretrained", seed: int = 0, trained: bool = True, **engine: Any
 ) -> Any:
-    from workers.engines.build import new_training_engine
+    from workers.build_engines import new_training_engine
 
     context = WorkerContext(role="actor", rank=dist.get_rank(), world=dist.get_world_size(), device="cpu", seed=seed)
     optimizer = OptimizerConfig(lr=1e-2) if trained else None
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_model_or_engine_is_refused(
 def test_a_checkpoint_exports_without_an_engine_what_the_engine_exports(
     world2: World, llama: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    from workers.engines.export import export_checkpoint
+    from workers.engines.files.export import export_checkpoint
 
     _, weights, _ = world2.run(train_and_save, llama, "policy", engine, [make_batch()], [], tmp_path / "checkpoint")[0]
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype=None, adapter=False)
@@ -300,7 +300,7 @@ class BrokenLoss:
 
 
 def break_a_step(folder: Path, settings: dict[str, Any]) -> tuple[str, Any, Any, float]:
-    from workers.engines.training import NonFiniteLoss
+    from workers.engines.training.interface import NonFiniteLoss
 
     engine = new_engine(folder, micro_batch_tokens=40, **settings)
     before = weights_of(engine)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from tests.engines.world import World
 from tests.families import tiny_config, tiny_model
 from tests.family_check import Verdict, check_training
-from workers.engines.unseen import caps_scores, head_cap, unseen
+from workers.engines.model.unseen import caps_scores, head_cap, unseen
 
 
 @pytest.mark.parametrize(

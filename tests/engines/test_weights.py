@@ -32,7 +32,7 @@ _kept: dict[str, Any] = {}
 
 
 def new_role(role: str, folder: Path, trained: bool, seed: int = 0, peers: Any = None, **engine: Any) -> Any:
-    from workers.engines.build import new_training_engine
+    from workers.build_engines import new_training_engine
     from workers.trained_role import TrainedRole
 
     context = WorkerContext(

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 CALL_TIMEOUT_S = 150.0
-IMPORTED = ["workers.actor", "workers.value_model", "torch.distributed.fsdp", "transformers.models.llama"]
+IMPORTED = ["workers.language_model", "workers.value_model", "torch.distributed.fsdp", "transformers.models.llama"]
 """What a rank on a CPU starts with: one process imports them (6 s), and all ranks of all worlds are its forks."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from workers.engines.file_tensors import kept_buffers
+from workers.engines.files.file_tensors import kept_buffers
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {

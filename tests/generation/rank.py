@@ -30,9 +30,9 @@ def open_engine(kind: str, folder: Path, device: str = "cpu", **rollout: Any) ->
     global _engine, _folder
     close_engine()
     if kind == "vllm":
-        from workers.engines.vllm import VllmEngine as Engine
+        from workers.engines.generation.vllm import VllmEngine as Engine
     else:
-        from workers.engines.transformers import TransformersEngine as Engine  # type: ignore[assignment]
+        from workers.engines.generation.transformers import TransformersEngine as Engine  # type: ignore[assignment]
     limits = {"max_prompt_tokens": 200, "max_response_tokens": 12, "kv_cache_bytes": 16 << 20} | rollout
     _folder = folder
     _engine = Engine(
@@ -80,7 +80,7 @@ def sync(version: int, seed: int, fault: str = "", fault_rank: int = 0) -> dict[
 
 def sync_without_packing(version: int, seed: int) -> dict[str, Any]:
     """A sync in which the packed kernels are not built again: vLLM's own mistake with tied embeddings."""
-    from workers.engines import vllm_weights
+    from workers.engines.generation import vllm_weights
 
     pack = vllm_weights.pack
     vllm_weights.pack = lambda model: None
@@ -113,7 +113,7 @@ def random_launches(
 
 def eager_on(device: str) -> bool:
     """Whether vLLM runs without CUDA graphs there."""
-    from workers.engines.vllm import _engine_args
+    from workers.engines.generation.vllm import _engine_args
 
     return bool(_engine_args(str(_folder), RolloutConfig(), torch.device(device), sees_peers=True).enforce_eager)
 
@@ -217,7 +217,7 @@ _colocated: Any = None
 def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
     """A colocated sync of the weights of `seed`; `traces` False: as if the model could not be traced."""
     global _colocated
-    from workers.engines.generation import Untraceable
+    from workers.engines.generation.interface import Untraceable
     from workers.reshard.colocated import ColocatedSync
 
     if version == 1:

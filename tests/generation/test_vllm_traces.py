@@ -125,7 +125,7 @@ def _refusal_with(backend: str) -> str:
     """On a rank: what is said of the open model where vLLM has chosen this backend for its experts."""
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-    from workers.engines.vllm_weights import check_experts
+    from workers.engines.generation.vllm_weights import check_experts
 
     check_experts(rank._engine._model)
     layer = next(one for one in rank._engine._model.modules() if hasattr(one, "w13_weight"))

@@ -17,7 +17,7 @@ from rlhf_dist.wire import Bridge, WorkerContext
 from tests.engines.losses import TokenLoss, make_batch
 from tests.generation import rank
 from tests.generation.test_engines import SAMPLING
-from workers.engines.build import new_training_engine
+from workers.build_engines import new_training_engine
 from workers.memory.arbiter import Arbiter
 from workers.reshard.canary import CanaryDied
 from workers.reshard.colocated import ColocatedSync
@@ -83,7 +83,7 @@ def connect(port: int, senders: int, receivers: int, timeout_s: float, traces: b
         _sync = TrainingEnd(_trainer, ROLLOUT, bridge, dist.get_rank(), CPU)
         return
     if not traces:
-        from workers.engines.generation import Untraceable
+        from workers.engines.generation.interface import Untraceable
 
         def refuse(shapes: Any) -> Any:
             raise Untraceable("this test wants whole tensors")

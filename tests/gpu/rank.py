@@ -18,7 +18,7 @@ from rlhf_dist.wire import WorkerContext
 from tests.engines.losses import TokenLoss
 from tests.engines.test_exact import OPTIMIZER, TEMPERATURE, my_rows
 from tests.reshard import rank as reshard_rank
-from workers.engines.build import new_training_engine
+from workers.build_engines import new_training_engine
 from workers.reshard import connect
 
 

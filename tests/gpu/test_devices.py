@@ -21,7 +21,7 @@ from tests.engines.test_exact import BATCHES, plain_log_probs, plain_training
 from tests.engines.world import World
 from tests.gpu import rank
 from tests.gpu.devices import EACH_DEVICE, EACH_DTYPE
-from workers.engines.attention import Packing, packed_attention
+from workers.engines.model.attention import Packing, packed_attention
 
 LINKS = {"cpu": "strict", "cuda:0": "cuda nccl"}
 """On the CPU the double that keeps NCCL's rules."""

@@ -81,7 +81,7 @@ def _turns(folder: Path) -> dict[str, Any]:
 
 def test_the_doctor_finds_nothing_that_fails(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    command = [sys.executable, "-m", "controller.cli", "doctor", "--format", "json", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "controller.commands.cli", "doctor", "--format", "json", "--folder", str(tmp_path)]
     done = subprocess.run(
         [*command, "--limit", "240"],
         capture_output=True,

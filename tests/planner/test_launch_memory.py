@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.cli import main
+from controller.commands.cli import main
 from rlhf_dist.compose import compose
 from rlhf_dist.hardware import parse_cluster
 from rlhf_dist.model_specs import BUILT_IN

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.simulation import simulate
+from controller.execution.simulation import simulate
 from recipes.constrained.safe_rlhf import safe_rlhf
 from recipes.policy_gradient.grpo import grpo
 from recipes.policy_gradient.ppo import PPO, ppo

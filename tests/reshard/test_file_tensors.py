@@ -16,7 +16,7 @@ from rlhf_dist.reshard.layout import Layout, ParameterLayout
 from rlhf_dist.reshard.shards import flat_shards
 from tests.families import families, tiny_config, tiny_model
 from tests.tiny import llama_config
-from workers.engines.file_tensors import UnknownFiles, file_tensors, kept_buffers
+from workers.engines.files.file_tensors import UnknownFiles, file_tensors, kept_buffers
 
 CUT = ("mixtral", "qwen3_moe", "olmo_hybrid", "nemotron_h", "gpt_neox", "glm4_moe")
 """Split over experts, joined, renamed, with a buffer."""
@@ -110,7 +110,7 @@ def test_groups_are_what_one_conversion_needs() -> None:
 def test_what_computes_something_new_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LlamaForCausalLM(llama_config())
     monkeypatch.setattr(
-        "workers.engines.file_tensors.revert_weight_conversion",
+        "workers.engines.files.file_tensors.revert_weight_conversion",
         lambda _, weights: {name: tensor * 2 for name, tensor in weights.items()},
     )
     with pytest.raises(

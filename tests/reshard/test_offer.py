@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_dist.reshard.layout import Layout, LayoutError, ParameterLayout
 from rlhf_dist.reshard.plan import make_plan
-from workers.engines.generation import Untraceable
+from workers.engines.generation.interface import Untraceable
 from workers.reshard.offer import pair_of
 
 BOX = ((0, 4), (0, 2))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import ray
 
-from controller.display import Display
-from controller.local import local_launch
-from controller.run import run
+from controller.cluster.local import local_launch
+from controller.lifecycle.run import run
+from controller.record.display import Display
 from rlhf_dist.checks import check_launch
 from rlhf_dist.planner.launch import compose_planned
 from tests.runs.warm_cluster import WarmCluster
@@ -103,5 +103,5 @@ def launch_warm(
 ) -> Callable[..., dict[str, Any]]:
     """`launch`, in processes that are there already. Not for vLLM, which wants a process to itself, nor where a second
     run must find everything on disk (resume) or its processes' logs in its own folder."""
-    monkeypatch.setattr("controller.cluster.Cluster", lambda *settings: warm)
+    monkeypatch.setattr("controller.cluster.start.Cluster", lambda *settings: warm)
     return launch

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from controller import RunResult, launch
-from controller.api import _override
+from controller.lifecycle.api import _override
 from rlhf_dist.compose import compose
 from rlhf_dist.typed import ConfigError
 
@@ -93,6 +93,6 @@ def test_settings_are_python_values(tmp_path: Path) -> None:
         made = compose("grpo", [_override("data.train.generator_args", {"x": text})])
         assert made.run.data.train.generator_args == {"x": text}
     assert _override("a", Path("/x y")) == "a=/x y"
-    assert _override("reward.function", RunResult) == "reward.function=controller.api:RunResult"
+    assert _override("reward.function", RunResult) == "reward.function=controller.lifecycle.api:RunResult"
     with pytest.raises(ConfigError, match="a is given as a set"):
         _override("a", {1})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from controller.traffic import ControllerTraffic
+from controller.record.traffic import ControllerTraffic
 
 
 def test_bytes_through_the_controller_do_not_grow_with_tokens(launch_warm: Callable[..., dict[str, Any]]) -> None:

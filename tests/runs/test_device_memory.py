@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.metrics import read_metrics
-from controller.pool import ClusterError
+from controller.cluster.pool import ClusterError
+from controller.record.metrics import read_metrics
 from tests.runs.test_recipes import weights
 from tests.tiny import save_classifier
 from workers.reshard.colocated import ColocatedSync

@@ -75,7 +75,7 @@ def test_an_interrupted_doctor_ends_within_seconds_and_leaves_nothing(tmp_path: 
     command = [
         sys.executable,
         "-m",
-        "controller.cli",
+        "controller.commands.cli",
         "doctor",
         "--only",
         "disk,processes",

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
-from controller.cli import main
-from controller.metrics import read_metrics
-from controller.ray_runner import NodeError
+from controller.commands.cli import main
+from controller.execution.ray_runner import NodeError
+from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
 from tests.runs.test_recipes import ROLLOUT, TRANSFORMERS, finite, weights
 

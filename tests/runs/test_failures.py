@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from controller.cluster import Cluster
-from controller.display import Display
-from controller.pool import ClusterError
-from controller.ray_runner import NodeError, WorkerLost
-from controller.run import run
+from controller.cluster.pool import ClusterError
+from controller.cluster.start import Cluster
+from controller.execution.ray_runner import NodeError, WorkerLost
+from controller.lifecycle.run import run
+from controller.record.display import Display
 from rlhf_dist.compose import compose
 from rlhf_dist.config import PoolConfig, RayConfig
 from tests.runs.digit_reward import digits

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.metrics import read_metrics
+from controller.record.metrics import read_metrics
 from tests.runs.test_recipes import REWARD, weights
 
 Launch = Callable[..., dict[str, Any]]

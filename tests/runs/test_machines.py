@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.metrics import read_metrics
+from controller.record.metrics import read_metrics
 from tests.runs.machines import Machines, refusal
 
 REWARD = f"{Path(__file__).parent}/digit_reward.py:digits"
@@ -58,7 +58,7 @@ def ppo(machines: Machines, folder: Path, *overrides: str) -> subprocess.Complet
         "ray.call_timeout_s=90",
         *overrides,
     ]
-    return machines.run(0, sys.executable, "-m", "controller.cli", "run", "ppo", *settings)
+    return machines.run(0, sys.executable, "-m", "controller.commands.cli", "run", "ppo", *settings)
 
 
 TOGETHER = ("placement.pools={main: {slots: 1, nodes: 2}}", "actor.rollout.engine=transformers")

@@ -12,9 +12,9 @@ import time
 import numpy as np
 import ray
 from ray.cluster_utils import Cluster as Nodes
-from controller.cluster import Cluster
-from controller.pool import ClusterError
-from controller.object_store import ObjectStore
+from controller.cluster.start import Cluster
+from controller.cluster.pool import ClusterError
+from controller.cluster.object_store import ObjectStore
 from rlhf_dist.config import PoolConfig, RayConfig
 
 nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20})

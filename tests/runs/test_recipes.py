@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from controller.metrics import read_metrics
+from controller.record.metrics import read_metrics
 from rlhf_dist.batch import Batch
 
 Launch = Callable[..., dict[str, Any]]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import ray
 
-from controller.cluster import worker_actor
-from controller.metrics import read_metrics
+from controller.cluster.start import worker_actor
+from controller.record.metrics import read_metrics
 from rlhf_dist import rewards
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.rewards.child import Limits

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.metrics import read_metrics
+from controller.record.metrics import read_metrics
 from rlhf_dist.testing import CheckFailed, check_recipe
 from tests.runs.test_recipes import weights
 

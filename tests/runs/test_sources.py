@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.metrics import read_metrics
+from controller.record.metrics import read_metrics
 from rlhf_dist.checks import check_launch, rows_of_nodes
 from rlhf_dist.compose import compose
 from rlhf_dist.data import training_source

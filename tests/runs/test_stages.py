@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from controller import launch_stages
-from controller.cli import main
-from controller.display import Display
+from controller.commands.cli import main
+from controller.record.display import Display
 from rlhf_dist.compose import compose
 from rlhf_dist.stages import read_stages
 from rlhf_dist.typed import ConfigError

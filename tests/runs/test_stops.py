@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from controller.checkpoint import list_checkpoints
-from controller.display import Display
-from controller.metrics import read_metrics
-from controller.run import run
+from controller.lifecycle.checkpoint import list_checkpoints
+from controller.lifecycle.run import run
+from controller.record.display import Display
+from controller.record.metrics import read_metrics
 from rlhf_dist.compose import compose
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.display import Display
-from controller.local import local_launch
-from controller.run import run
+from controller.cluster.local import local_launch
+from controller.lifecycle.run import run
+from controller.record.display import Display
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
 from rlhf_dist.typed import ConfigError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.cluster import Cluster
-from controller.pool import Pool
+from controller.cluster.pool import Pool
+from controller.cluster.start import Cluster
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.placement.roles import HOST_POOL
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from controller.cli import main
+from controller.commands.cli import main
 from rlhf_dist.python_files import load_file
 from rlhf_dist.recipe_files import list_recipes
 from rlhf_dist.schema import COLUMNS

@@ -23,7 +23,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.sampling import Sampling
 from rlhf_dist.wire import WorkerContext
-from workers.engines.build import new_generation_engine, new_training_engine
+from workers.build_engines import new_generation_engine, new_training_engine
 from workers.memory.arbiter import new_arbiter
 from workers.reshard.colocated import ColocatedSync
 

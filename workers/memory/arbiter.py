@@ -20,8 +20,8 @@ import torch.distributed as dist
 from rlhf_dist.device_ledger import Ledger, Moves, Part, Phase, leaves_at
 from rlhf_dist.metrics import Largest, Mean, Metrics
 from rlhf_dist.wire import WorkerContext
-from workers.engines.generation import GenerationEngine
-from workers.engines.training import TrainingEngine, Use
+from workers.engines.generation.interface import GenerationEngine
+from workers.engines.training.interface import TrainingEngine, Use
 from workers.memory.meter import Meter
 from workers.memory.tenants import GenerationTenant, Tenant, TrainingTenant
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, cast
 
-from workers.engines.generation import GenerationEngine, SleepPart
-from workers.memory.movable import Movable
+from workers.engines.generation.interface import GenerationEngine, SleepPart
+from workers.engines.movable import Movable
 
 
 class Tenant(Protocol):

@@ -14,8 +14,8 @@ import numpy as np
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.sampling import Sampling
-from workers.engines.generation import GenerationEngine
-from workers.engines.training import TrainingEngine
+from workers.engines.generation.interface import GenerationEngine
+from workers.engines.training.interface import TrainingEngine
 
 _TOKENS = 8
 """Of the prompt and of the response, at most."""

@@ -21,8 +21,8 @@ from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.schedule import default_bucket_bytes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import WorkerContext
-from workers.engines.generation import GenerationEngine, Untraceable
-from workers.engines.training import TrainingEngine
+from workers.engines.generation.interface import GenerationEngine, Untraceable
+from workers.engines.training.interface import TrainingEngine
 from workers.memory.arbiter import arbiter_of
 from workers.reshard.canary import send_canary
 from workers.reshard.link import Link

@@ -8,9 +8,9 @@ from typing import Any
 
 from rlhf_dist.reshard.encoding import layout_from_json, layout_to_json
 from rlhf_dist.reshard.layout import Box, Layout, LayoutError, ParameterLayout
-from workers.engines.generation import GenerationEngine, Untraceable
-from workers.engines.lora import Adapter
-from workers.engines.training import TrainingEngine
+from workers.engines.added.lora import Adapter
+from workers.engines.generation.interface import GenerationEngine, Untraceable
+from workers.engines.training.interface import TrainingEngine
 
 Wanted = dict[str, list[Box]]
 """Per parameter the boxes that one generation rank wants."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.plan import make_plan
 from rlhf_dist.reshard.shards import Shards
-from workers.engines.training import TrainingEngine
+from workers.engines.training.interface import TrainingEngine
 from workers.reshard.link import Link
 from workers.reshard.offer import Offer, Wanted, pair_of, whole_on
 from workers.reshard.sync import SyncReport, WeightSync

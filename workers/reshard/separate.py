@@ -28,8 +28,8 @@ from rlhf_dist.reshard.plan import make_plan
 from rlhf_dist.reshard.schedule import default_bucket_bytes, schedule
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge
-from workers.engines.generation import Bucket, GenerationEngine, Untraceable
-from workers.engines.training import TrainingEngine
+from workers.engines.generation.interface import Bucket, GenerationEngine, Untraceable
+from workers.engines.training.interface import TrainingEngine
 from workers.network import own_address, rendezvous
 from workers.reshard.canary import send_canary
 from workers.reshard.exchange import exchange

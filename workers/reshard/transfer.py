@@ -25,7 +25,7 @@ from rlhf_dist.reshard.plan import make_plan
 from rlhf_dist.reshard.schedule import default_bucket_bytes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge
-from workers.engines.training import TrainingEngine
+from workers.engines.training.interface import TrainingEngine
 from workers.network import own_address, rendezvous
 from workers.reshard.link import Link
 from workers.reshard.sync import SyncReport, WeightSync

@@ -1,0 +1,130 @@
+"""How short a schedule can be, and what made a measured one as long as it was.
+
+Nodes of several steps, unrolled: an edge of distance d runs from step t to step t + d. Two lower bounds on
+the time of all steps, whatever the order in which they run:
+
+    path     the longest chain of nodes that wait for one another
+    pool     of any nodes of one pool: least chain before one of them + their work + least chain after one of them
+
+The largest of the latter over all sets of nodes is what a schedule needs that may interrupt them, found by always
+running the ready one with the longest chain after it (Carlier 1982, "The one-machine sequencing problem", on
+Jackson's preemptive schedule).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from controller.execution.executor import Finished
+from controller.execution.simulation import Seconds
+from rlhf_dist.dataflow.graph import Dataflow, Node
+
+Instance = tuple[str, int]
+"""A node of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A node on the critical path, and how long nothing on the path ran before it."""
+
+    node: str
+    step: int
+    seconds: float
+    waited_s: float
+
+
+def lower_bound_s(
+    dataflow: Dataflow, *, pools_of: Callable[[Node], tuple[str, ...]], seconds: Seconds, steps: int
+) -> float:
+    """Seconds that `steps` steps from 0 take at least. Nodes take `seconds`; a pool runs one node at a time."""
+    order: list[Instance] = [(node.name, step) for step in range(steps) for node in dataflow if node.runs_at(step)]
+    lasts = {(node.name, step): seconds(node, step) for step in range(steps) for node in dataflow}
+    before = _predecessors(dataflow, order)
+    head: dict[Instance, float] = {}
+    for at in order:
+        head[at] = max((head[other] + lasts[other] for other in before[at]), default=0.0)
+    tail = dict.fromkeys(order, 0.0)
+    for at in reversed(order):
+        for other in before[at]:
+            tail[other] = max(tail[other], tail[at] + lasts[at])
+    members: dict[str, list[Instance]] = {}
+    for at in order:
+        for pool in pools_of(dataflow[at[0]]):
+            members.setdefault(pool, []).append(at)
+    loads = [_one_machine_s([(head[at], lasts[at], tail[at]) for at in inside]) for inside in members.values()]
+    return max([*(head[at] + lasts[at] for at in order), *loads], default=0.0)
+
+
+def _one_machine_s(jobs: list[tuple[float, float, float]]) -> float:
+    """The least seconds for jobs (earliest start, work, least time afterwards) that take turns; see the module."""
+    waiting = sorted(jobs, reverse=True)
+    ready: list[tuple[float, float]] = []  # (-time afterwards, work left)
+    now = longest = 0.0
+    while waiting or ready:
+        if not ready:
+            now = max(now, waiting[-1][0])
+        while waiting and waiting[-1][0] <= now:
+            _, work, after = waiting.pop()
+            heapq.heappush(ready, (-after, work))
+        after, work = heapq.heappop(ready)
+        runs = min(work, waiting[-1][0] - now) if waiting else work
+        now += runs
+        if runs < work:
+            heapq.heappush(ready, (after, work - runs))
+        else:
+            longest = max(longest, now - after)
+    return longest
+
+
+def critical_path(
+    dataflow: Dataflow, finished: Iterable[Finished], pools_of: Callable[[Node], tuple[str, ...]]
+) -> list[Link]:
+    """The chain that ends with the last node: each link is what the next one waited for the longest.
+
+    A node waits for those whose columns or weights it uses and for the node before it on its pools.
+    Returns the links in the order of time.
+    """
+    ran: dict[Instance, Finished] = {}
+    for one in finished:  # a node that was interrupted is there several times: its last run ends it
+        ran[one.node, one.step] = one
+    if not ran:
+        return []
+    before = _predecessors(dataflow, list(ran))
+    on_pool: dict[str, list[Finished]] = {}
+    for one in sorted(ran.values(), key=lambda one: one.started_s):
+        for pool in pools_of(dataflow[one.node]):
+            if on_pool.get(pool):
+                before[one.node, one.step].append((on_pool[pool][-1].node, on_pool[pool][-1].step))
+            on_pool.setdefault(pool, []).append(one)
+    links: list[Link] = []
+    now: Finished | None = max(ran.values(), key=lambda one: one.ended_s)
+    while now is not None:
+        waited_for = [ran[at] for at in before[now.node, now.step] if ran[at].ended_s <= now.started_s + 1e-3]
+        last = max(waited_for, key=lambda one: one.ended_s, default=None)
+        waited_s = max(0.0, now.started_s - last.ended_s) if last else 0.0
+        links.append(Link(node=now.node, step=now.step, seconds=now.ended_s - now.started_s, waited_s=waited_s))
+        now = last
+    return links[::-1]
+
+
+def seconds_on_path(links: Iterable[Link]) -> dict[str, float]:
+    """Node -> its seconds on the path, longest first; `waiting` for the gaps."""
+    total: dict[str, float] = {}
+    for link in links:
+        total[link.node] = total.get(link.node, 0.0) + link.seconds
+        total["waiting"] = total.get("waiting", 0.0) + link.waited_s
+    return dict(sorted(total.items(), key=lambda entry: -entry[1]))
+
+
+def _predecessors(dataflow: Dataflow, instances: list[Instance]) -> dict[Instance, list[Instance]]:
+    """Instance -> those among `instances` that it waits for."""
+    there = set(instances)
+    edges: Mapping[str, set[Instance]] = {node.name: set() for node in dataflow}
+    for source, target, distance in dataflow.waits:
+        edges[target].add((source, distance))
+    return {
+        (name, step): [(source, step - d) for source, d in sorted(edges[name]) if (source, step - d) in there]
+        for name, step in instances
+    }

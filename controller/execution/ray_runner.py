@@ -1,0 +1,473 @@
+"""Runs nodes on worker groups: resolves a node's inputs, calls every rank, collects the replies.
+
+    launch   inputs by reference (outputs.py) -> cut into shards -> a Call for every rank
+    wait     replies as they come -> shards of a streamed node sent on -> all there: collect -> outputs
+
+A weight transfer between pools is one node with two groups: the ranks that send and the ranks that
+receive are called together. A streamed node (a rule reward) gets the rows of each rank of its source as
+soon as that rank has replied, while the other ranks still generate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from controller.cluster.failure_text import explained, logs_of
+from controller.cluster.pool import RELAYS, SIGNALS, Pool
+from controller.cluster.replies import RayReplies, Replies
+from controller.execution.batch_ref import BatchRef, merge_stored
+from controller.execution.executor import Finished
+from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
+from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
+from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.state_value import resolved, states_read
+from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.metrics import Metrics
+from rlhf_dist.placement.roles import HOST_POOL, rollout_of
+from rlhf_dist.roles import State
+from rlhf_dist.wire import Call, HeldState, Reply, numbers_in
+
+INDEX_ONLY = ("join", "concat", "refill")
+"""Kinds of nodes that the controller does itself: they move row indices."""
+WHOLE = Shards(parts=(np.empty(0, np.int64),), answering=(0,), part_of_answer=(0,))
+"""Of a node without a batch."""
+NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
+
+
+class NodeError(RuntimeError):
+    """A node failed; the message says which, where in the recipe, at which step, on which rank, and why."""
+
+
+class WorkerLost(NodeError):
+    """A worker process died or stopped answering: an infrastructure failure, not a data failure."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    node: Node
+    step: int
+    shards: Shards
+    """Of its first batch."""
+    batches: tuple[BatchRef, ...]
+    started_s: float
+    callees: list[tuple[Pool, int]] = field(default_factory=list)
+    """Pool and rank in it of each call, in the order of `replies`."""
+    refs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    """Ranks (of the receiving group after the sending one) -> reference to their replies."""
+    replies: dict[int, Reply] = field(default_factory=dict)
+    """Rank -> its reply, once fetched."""
+    source: _Pending | None = None
+    """What it streams from, until that is finished."""
+    bundles: list[tuple[int, ...]] = field(default_factory=list)
+    """Parts of the source's rows that each call of a streamed node has."""
+    interrupted: bool = False
+    """Its ranks were asked to stop early."""
+
+    @property
+    def before(self) -> BatchRef | None:
+        """Its first batch, whose rows it keeps or makes others of."""
+        return self.batches[0] if self.batches else None
+
+    @property
+    def complete(self) -> bool:
+        return self.source is None and len(self.replies) == self.ranks
+
+    @property
+    def ranks(self) -> int:
+        return sum(map(len, self.refs))
+
+
+class RayRunner:
+    """The runner of a real run. One instance serves many runs over the same groups."""
+
+    def __init__(
+        self,
+        dataflow: Dataflow | None,
+        groups: Mapping[str, WorkerGroup],
+        host: Pool,
+        *,
+        seed: int,
+        call_timeout_s: float,
+        states: Mapping[str, State] | None = None,
+        numbers: Mapping[str, Mapping[str, Any]] | None = None,
+        source_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        interrupts: bool = False,
+        beside: bool = False,
+        replies: Replies | None = None,
+    ) -> None:
+        """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
+        stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something."""
+        self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
+        self.states = dict(states or {})
+        self.numbers: dict[str, dict[str, float]] = {
+            name: numbers_in(values) for name, values in (numbers or {}).items()
+        }
+        self._first = {
+            name: {key: value for key, value in values.items() if key not in self.numbers[name]}
+            for name, values in (numbers or {}).items()
+        }
+        self._held: dict[str, Any] = {}
+        self.source_kwargs = source_kwargs or {}
+        self.outputs = Outputs(dataflow)
+        self._interrupts, self._beside = interrupts, beside
+        self._replies = replies or RayReplies()
+        self._pending: list[_Pending] = []
+        self._cut_short: dict[tuple[str, int], _Pending] = {}
+        self._next_host = 0
+
+    # --- the Runner protocol -------------------------------------------------------------------------
+    def pools_of(self, node: Node) -> tuple[str, ...]:
+        """The pools of its worker groups; host ops, sources on the host pool and joins occupy none."""
+        pools = (group.pool.name for group in self._groups_of(node) if group.pool.name != HOST_POOL)
+        return tuple(dict.fromkeys(pools))
+
+    def streams(self, source: Node, target: Node) -> bool:
+        """A row-wise op on CPU processes takes each rank's rows as they come, where all it reads is made there."""
+        group = self.groups.get(target.role)
+        return (
+            source.kind == "op"
+            and source.rows == "expand"
+            and getattr(target.spec, "streams", False)
+            and group is not None
+            and group.pool.name == HOST_POOL
+            and target.inputs[0].rows == source.name
+            and not target.inputs[0].ids  # ids are made when all rows are there
+            and all(origin.node == source.name for origin in target.inputs[0].columns.values())
+        )
+
+    def launch(self, node: Node, step: int) -> None:
+        """Send the node to its ranks."""
+        again = self._cut_short.pop((node.name, step), None)
+        if again is not None:
+            self._launch_again(again)
+            return
+        source = next((p for p in self._pending if node.inputs and self._is_source(p, node, step)), None)
+        if source is not None:
+            self._pending.append(_Pending(node, step, NO_SHARDS, (), 0.0, source=source))
+            return
+        batches = tuple(self.outputs.input(entry, step) for entry in node.inputs)
+        pending = _Pending(node, step, NO_SHARDS, batches, time.perf_counter())
+        if node.kind in INDEX_ONLY:
+            pending.started_s = 0.0
+        elif node.kind in ("host", "state"):
+            self._call_host_op(pending)
+        else:
+            self._call_groups(pending)
+        self._pending.append(pending)
+
+    def interrupt(self, node: Node, step: int) -> None:
+        """Ask the ranks that generate to stop where they are, where the run allows it."""
+        pending = next((p for p in self._pending if (p.node.name, p.step) == (node.name, step)), None)
+        if not self._interrupts or pending is None or pending.interrupted or node.rows != "expand":
+            return
+        pending.interrupted = True
+        (group,) = self._groups_of(node)
+        for process in group.pool.processes:
+            process.interrupt.options(concurrency_group=SIGNALS).remote(group.role)
+
+    def wait(self) -> list[Finished]:
+        """Block until a node is finished; raises NodeError or WorkerLost."""
+        while True:
+            for pending in self._pending:
+                if pending.source is not None:
+                    self._stream(pending, pending.source)
+            complete = [pending for pending in self._pending if pending.complete]
+            if complete:
+                self._pending = [pending for pending in self._pending if pending not in complete]
+                return [self._finish(pending) for pending in complete]
+            self._check_deadlines()
+            waiting = {
+                ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
+            }
+            ready = self._replies.ready(list(waiting), 1.0)
+            # A rank that failed must not be waited for behind ranks that wait for it.
+            for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
+                pending, ranks = waiting[ref]
+                replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
+                for rank, reply in replies.items():
+                    pending.replies[rank] = _checked(reply, pending, rank)
+
+    def end_step(self, step: int) -> None:
+        """Drop what is left of a step."""
+        self.outputs.end_step(step)
+
+    def held_state(self, name: str) -> HeldState:
+        """What is held of a state now."""
+        return HeldState(self.numbers[name], self._held.get(name), self._first.get(name, {}))
+
+    def restore_state(self, name: str, held: HeldState) -> None:
+        """Go on from what `held_state` gave, or a checkpoint."""
+        self.numbers[name], self._held[name] = dict(held.numbers), held.ref
+        self._first.pop(name, None)
+
+    def run_node(self, node: Node, step: int) -> Finished:
+        """Launch one node and wait for it: a live run, line by line."""
+        self.launch(node, step)
+        return self.wait()[0]
+
+    def objects(self, refs: Sequence[Any]) -> list[Any]:
+        """What workers stored under these references, for looking at it."""
+        return list(self._replies.get(list(refs), 60.0))
+
+    # --- calls -----------------------------------------------------------------------------------------
+    def _groups_of(self, node: Node) -> tuple[WorkerGroup, ...]:
+        own, apart = self.groups.get(node.role), self.groups.get(rollout_of(node.role))
+        if apart is not None and own is not None and node.kind == "reshard":
+            return (own, apart)
+        if own is not None and node.kind == "weights":
+            givers = (self.groups[role] for role in node.senders)
+            return (*(group for group in givers if group.pool.name != own.pool.name), own)
+        group = apart if apart is not None and rollout_of(node.role) in node.weights_read else own
+        return () if group is None else (group,)
+
+    def _call_groups(self, pending: _Pending) -> None:
+        node, step, readings = pending.node, pending.step, self._readings(pending)
+        groups = self._groups_of(node)
+        settings, averages = self._kwargs(pending), averages_of(node)
+        for group, (op, kwargs) in zip(groups, _ops(node, len(groups), settings), strict=True):
+            cuts = [
+                cut(node, group, reading, average, seed=self.seed, step=step)
+                for reading, average in zip(readings or (None,), averages, strict=False)
+            ]
+            pending.shards = cuts[0][0] if group is groups[0] else pending.shards
+            first, parts = pending.ranks, part_of_ranks(node, group)
+            pending.callees += [(group.pool, rank) for rank in range(group.pool.size)]
+            calls = [
+                build_call(
+                    node,
+                    step,
+                    self.seed,
+                    [
+                        reading.given(shards.parts[part], mini_batch)
+                        for reading, (shards, mini_batch) in zip(readings, cuts, strict=False)
+                    ],
+                    kwargs,
+                )
+                for part in parts
+            ]
+            # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
+            alone = node.rows == "expand" or len(groups) > 1 or self._beside
+            for ranks in [(rank,) for rank in range(len(calls))] if alone else group.pool.teams:
+                process = group.pool.processes[ranks[0]]
+                if self._beside:
+                    ref = process.call.options(concurrency_group=SIGNALS).remote(group.role, op, calls[ranks[0]])
+                elif len(ranks) == 1:
+                    ref = process.call.remote(group.role, op, calls[ranks[0]])
+                else:
+                    relayed = {rank: calls[rank] for rank in ranks}
+                    relay = process.relay.options(concurrency_group=RELAYS)
+                    ref = relay.remote(group.role, op, relayed, self.call_timeout_s)
+                pending.refs[tuple(first + rank for rank in ranks)] = ref
+
+    def _call_host_op(self, pending: _Pending) -> None:
+        node, step, readings = pending.node, pending.step, self._readings(pending)
+        shards = cut_for_host(node, self.host.size, pending.batches)
+        pending.shards = shards[0] if shards else WHOLE
+        for part in range(len(pending.shards.parts)):
+            given = [reading.given(one.parts[part], None) for reading, one in zip(readings, shards, strict=True)]
+            call = build_call(node, step, self.seed, given, self._kwargs(pending))
+            process = self._host_process(pending, self.host)
+            pending.refs[part,] = (
+                process.run_state_op.remote(self.states[node.role], node.op, self.held_state(node.role), call)
+                if node.kind == "state"
+                else process.run_host_op.remote(node.spec, call)
+            )
+
+    def _launch_again(self, pending: _Pending) -> None:
+        """Call the ranks that were interrupted once more; they go on with the responses they hold."""
+        node = pending.node
+        (group,) = self._groups_of(node)
+        (reading,), parts = self._readings(pending), part_of_ranks(node, group)
+        for rank, process in enumerate(group.pool.processes):
+            if pending.replies[rank].interrupted:
+                given = [reading.given(pending.shards.parts[parts[rank]], None)]
+                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending))
+                pending.refs[rank,] = process.call.remote(group.role, node.op, call)
+                del pending.replies[rank]
+        pending.started_s, pending.interrupted = time.perf_counter(), False
+        self._pending.insert(0, pending)
+
+    def _is_source(self, pending: _Pending, node: Node, step: int) -> bool:
+        return pending.step == step and pending.node.name == node.inputs[0].rows and self.streams(pending.node, node)
+
+    def _stream(self, pending: _Pending, source: _Pending) -> None:
+        """Send on the rows of those ranks of `source` that have replied since, spread over the CPU processes."""
+        sent = {answer for bundle in pending.bundles for answer in bundle}
+        new = [
+            answer
+            for answer, rank in enumerate(source.shards.answering)
+            if answer not in sent and rank in source.replies and not source.replies[rank].interrupted
+        ]
+        group = self.groups[pending.node.role]
+        for at in range(min(len(new), group.pool.size)):
+            bundle = new[at :: group.pool.size]
+            call = self._streamed_call(pending, source, bundle)
+            process = self._host_process(pending, group.pool)
+            pending.refs[len(pending.bundles),] = process.call.remote(group.role, pending.node.op, call)
+            pending.bundles.append(tuple(bundle))
+            pending.started_s = pending.started_s or time.perf_counter()
+
+    def _streamed_call(self, pending: _Pending, source: _Pending, bundle: list[int]) -> Call:
+        shards, node = source.shards, pending.node
+        replies = [source.replies[shards.answering[answer]] for answer in bundle]
+        made = [
+            shards.parts[shards.part_of_answer[answer]][reply.parent]
+            for answer, reply in zip(bundle, replies, strict=True)
+        ]
+        assert source.before is not None, f"{source.node.name} has no input"
+        moved = source.before.take(np.concatenate(made))
+        rows = np.arange(len(moved.rows))
+        stored = merge_stored([reply.stored for reply in replies], rows, [reply.num_rows for reply in replies])
+        columns = {**moved.columns, **stored}
+        (entry,) = node.inputs
+        made_of = BatchRef(moved.rows, {c: columns[at.column] for c, at in entry.columns.items()})
+        given = [Reading(entry, made_of).given(rows, None)]
+        return build_call(node, pending.step, self.seed, given, self._kwargs(pending))
+
+    def _host_process(self, pending: _Pending, pool: Pool) -> Any:
+        """The next of the CPU processes, for a call of `pending`."""
+        self._next_host += 1
+        pending.callees.append((pool, self._next_host % pool.size))
+        return pool.processes[self._next_host % pool.size]
+
+    def _readings(self, pending: _Pending) -> list[Reading]:
+        if pending.node.kind == "source":  # what it waits for says how many rows are drawn
+            return []
+        return [Reading(entry, batch) for entry, batch in zip(pending.node.inputs, pending.batches, strict=True)]
+
+    def _kwargs(self, pending: _Pending) -> dict[str, Any]:
+        node = pending.node
+        if node.kind == "source":
+            return self._source_kwargs(node, pending.batches)
+        try:
+            settings: dict[str, Any] = resolved(node.kwargs, self.numbers)
+        except (ValueError, KeyError, ArithmeticError) as error:
+            held = {state: self.numbers[state] for state in states_read(node.kwargs)}
+            raise NodeError(f"{node.name} ({node.line}) cannot take its settings from {held}: {error!r}") from error
+        return settings
+
+    def _source_kwargs(self, node: Node, gate: Sequence[BatchRef]) -> dict[str, Any]:
+        given = dict(self.source_kwargs.get(node.role, {}))
+        if f"{node.role}.drawn" in node.weights_written:
+            given["position"] = int(self.numbers.get(node.role, {}).get("drawn", 0))
+            groups = sum(len(np.unique(batch.rows.group)) for batch in gate)
+            if gate and groups >= node.kwargs["until"]:
+                given["rows"] = 0
+        return given
+
+    def _check_deadlines(self) -> None:
+        now = time.perf_counter()
+        for pending in self._pending:
+            if pending.refs and now - pending.started_s > self.call_timeout_s:
+                silent = [callee for rank, callee in enumerate(pending.callees) if rank not in pending.replies]
+                logs = [log for pool, rank in silent if (log := pool.log(rank))]
+                raise WorkerLost(
+                    f"{pending.node.name} (step {pending.step}, {pending.node.line}) did not finish within "
+                    f"ray.call_timeout_s={self.call_timeout_s:g} s; no reply of rank "
+                    f"{', '.join(str(rank) for _, rank in silent)}{logs_of(logs)}"
+                )
+
+    # --- outputs -----------------------------------------------------------------------------------------
+    def _finish(self, pending: _Pending) -> Finished:
+        node, step, ended = pending.node, pending.step, time.perf_counter()
+        if any(reply.interrupted for reply in pending.replies.values()):
+            self._cut_short[node.name, step] = pending
+            return Finished(
+                node=node.name, step=step, started_s=pending.started_s, ended_s=ended, metrics={}, interrupted=True
+            )
+        output = self._moved(pending) if node.kind in INDEX_ONLY else self._collect(pending)
+        started = pending.started_s or ended
+        if node.kind in ("host", "state", "source"):
+            started = max(started, ended - output.seconds)
+        if output.batch is not None:
+            self.outputs.put(node.name, step, output.batch)
+        for streamed in [p for p in self._pending if p.source is pending]:
+            streamed.batches = (self.outputs.input(streamed.node.inputs[0], step),)
+            self._stream(streamed, pending)
+            places = tuple(np.concatenate([output.places[answer] for answer in b]) for b in streamed.bundles)
+            bundles = tuple(range(len(places)))
+            streamed.shards = Shards(parts=places, answering=bundles, part_of_answer=bundles)
+            streamed.source = None
+        if output.state is not None:
+            self.numbers[node.role] = dict(output.state)
+            self._held[node.role] = output.held
+            self._first.pop(node.role, None)  # an op may have let go of what the state began with
+        self.outputs.done(node, step)
+        prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
+        suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""
+        rows = output.batch if node.rows == "expand" and output.batch is not None else pending.before
+        return Finished(
+            node=node.name,
+            step=step,
+            started_s=started,
+            ended_s=ended,
+            metrics={f"{prefix}{suffix}/{key}": mean.value for key, mean in output.metrics.items()},
+            tokens=0 if rows is None else int(rows.rows.tokens.sum()),
+            nbytes=output.nbytes,
+        )
+
+    def _collect(self, pending: _Pending) -> NodeOutput:
+        replies = [pending.replies[rank] for rank in range(pending.ranks)]
+        return collect(pending.node, pending.step, pending.shards, replies, pending.before)
+
+    def _moved(self, pending: _Pending) -> NodeOutput:
+        """The output of a node that moves row indices only."""
+        node, batches = pending.node, pending.batches
+        metrics: Metrics = {}
+        try:
+            if node.kind == "join":
+                batch = join(batches[0].rows, batches[1], node.out, node.kwargs["on"])
+            elif node.kind == "concat":
+                batch = put_together(batches, ordered=node.kwargs["ordered"])
+            else:
+                batch, metrics = first_groups(batches, node.kwargs["groups"])
+                _check_refilled(node, batches, batch)
+        except RowsError as error:
+            raise NodeError(f"{node.line}: {error}") from error
+        return NodeOutput(batch=batch, metrics=metrics, seconds=0.0, nbytes=0)
+
+
+def _checked(reply: Reply | Failure | Exception, pending: _Pending, call: int) -> Reply:
+    """The reply; raises NodeError or WorkerLost, naming the node, for what is none."""
+    if isinstance(reply, Reply):
+        return reply
+    failure = reply if isinstance(reply, Failure) else failure_of_call(reply)
+    node, (pool, rank) = pending.node, pending.callees[call]
+    where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
+    raise (WorkerLost if failure.lost else NodeError)(f"{where}: {explained(failure, pool.log(rank))}")
+
+
+def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What each of a node's groups does, and its settings; the last one receives where weights go between pools."""
+    if node.kind == "weights":
+        return [("give_weights", {"target": node.role})] * (groups - 1) + [(node.op, settings)]
+    return [("send_weights", settings), ("receive_weights", settings)] if groups > 1 else [(node.op, settings)]
+
+
+def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:
+    """The part of the rows that each rank of `group` gets."""
+    mesh = group.mesh(getattr(node.spec, "mesh", "train"))
+    protocol = getattr(node.spec, "dispatch", None)
+    return [protocol.part_of(mesh, rank) if protocol else 0 for rank in range(group.pool.size)]
+
+
+def averages_of(node: Node) -> list[str | None]:
+    """For each batch of a node, what the loss over it is averaged over; None where there is none."""
+    if "terms" in node.kwargs:
+        return [loss.average for loss, _ in node.kwargs["terms"]]
+    return [getattr(node.kwargs.get("loss"), "average", None)] * max(1, len(node.inputs))
+
+
+def _check_refilled(node: Node, batches: Sequence[BatchRef], batch: BatchRef) -> None:
+    found, wanted = len(np.unique(batch.rows.group)), node.kwargs["groups"]
+    if found < wanted and node.kwargs["short"] == "stop":
+        kept = ", ".join(str(len(np.unique(one.rows.group))) for one in batches)
+        raise RowsError(
+            f"refill has {found} of {wanted} groups after {len(batches)} rounds, which kept {kept}; raise rounds=, "
+            "draw more prompts a round, let the attempt keep more, or train on fewer with short='train'"
+        )

@@ -1,0 +1,56 @@
+"""`rlhf-dist export`: a role's checkpoint as a folder that transformers and vLLM load, without a cluster.
+
+It runs in a process of its own: what reads checkpoints belongs to the workers, whom the controller never imports.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from controller.lifecycle.checkpoint import Checkpoint, check_files, list_checkpoints
+from rlhf_dist.typed import ConfigError
+
+EXPORTER = "workers.engines.files.export"
+TIMEOUT_S = 3600.0
+"""Longest an export may take."""
+
+
+def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapter: bool) -> Path:
+    """Write the model of `role` in `checkpoint` to the folder `out`; returns it.
+
+    Raises ConfigError for a folder without a checkpoint, a role it does not have, a damaged file, or an `out` that
+    is there already.
+    """
+    found = _find(Path(checkpoint))
+    if role is None and len(found.roles) != 1:
+        raise ConfigError(f"{found.folder} has {', '.join(found.roles)}; choose one with --role")
+    chosen = role or found.roles[0]
+    if chosen not in found.roles:
+        raise ConfigError(f"{found.folder} has no role {chosen!r}; it has {', '.join(found.roles)}")
+    check_files(found)
+    target = Path(out)
+    if target.exists():
+        raise ConfigError(f"{target} is there already; choose another folder, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    options = [*(["--dtype", dtype] if dtype else []), *(["--adapter"] if adapter else [])]
+    command = [sys.executable, "-m", EXPORTER, str(found.folder / chosen), str(target), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ConfigError(lines[-1].split(": ", 1)[-1] if lines else f"the export ended with code {done.returncode}")
+    return target
+
+
+def _find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a step's folder, or the last one of a run's folder."""
+    for root, name in ((path.parent, path.name), (path / "checkpoints", None), (path, None)):
+        complete = list_checkpoints(root)
+        chosen = [one for one in complete if name is None or one.folder.name == name]
+        if chosen:
+            return chosen[-1]
+    raise ConfigError(
+        f"no complete checkpoint at {path}; give runs/NAME or runs/NAME/checkpoints/step_N (a run writes one with "
+        f"output.checkpoint_every=N)"
+    )

@@ -1,0 +1,347 @@
+"""A run from start to summary: folder, cluster, first sync, evaluation, steps, checkpoints, export, clean-up.
+
+prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
+                                                                     |
+                                  on every finished step: metrics.jsonl, TensorBoard, display
+                                  at barriers: checkpoint, evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from controller.cluster.local import Local
+from controller.cluster.machine import settled_on_cluster
+from controller.cluster.termination import terminate_as_interrupt
+from controller.execution.eager import run_eagerly
+from controller.execution.executor import StepReport, run_steps
+from controller.lifecycle.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
+from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.plan_feedback import write_feedback
+from controller.lifecycle.run_folder import claim_folder
+from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.step_warnings import StepWarnings
+from controller.record.metrics import MetricsWriter
+from controller.record.timeline import Timeline
+from controller.record.tracking import new_tracker
+from rlhf_dist.compose import Launch
+from rlhf_dist.data.of_launch import with_steps_of_epochs
+from rlhf_dist.dataflow.passes import insert_rollout_dump
+
+if TYPE_CHECKING:
+    from controller.cluster.start import Cluster
+
+STATES = "states"
+"""Folder of a checkpoint with the values of states that are no numbers."""
+PENDING_S = 60.0
+"""Longest that a run which ends early waits for the checkpoint it is writing."""
+
+
+class StepDisplay(Protocol):
+    """What shows progress (`controller/record/display.py`)."""
+
+    def step(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> None:
+        """A step is finished."""
+        ...
+
+    def phase(self, text: str) -> None:
+        """Something of the start-up begins."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened."""
+        ...
+
+
+@dataclass
+class _Progress:
+    """What the run has done so far, for its summary."""
+
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    timeline: Timeline | None = None
+    warnings: StepWarnings = field(default_factory=StepWarnings)
+    steps: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+
+def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: bool = False) -> dict[str, Any]:
+    """Run a launch to its end and return its summary, which is also written to summary.json.
+
+    eager: line by line. local: in this process, for a launch that `local_launch` made.
+
+    Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
+    every process that was started has ended.
+    """
+    launch = with_steps_of_epochs(launch)
+    with claim_folder(launch, display.note) as (folder, first_step):
+        return _run_in(folder, first_step, launch, display, eager, local)
+
+
+def _cluster(launch: Launch, folder: Path) -> Cluster:
+    from controller.cluster.start import Cluster  # imports Ray, which a local run does not need
+
+    return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
+
+
+def _run_in(
+    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
+    progress = _Progress()
+    cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
+    display.phase("this process" if local else "Ray")
+    # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
+    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+        if not isinstance(cluster, Local):
+            if launch.run.ray.address is not None:
+                launch = settled_on_cluster(launch, display.note)
+                cluster.slots = slots_needed(launch)
+            counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
+            display.phase(f"processes: {counts}, {cluster.about}")
+        session = start_session(launch, cluster, display.phase)
+        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
+    summary = {
+        "name": launch.run.name,
+        "folder": str(folder),
+        "recipe": launch.recipe.name,
+        "steps": launch.run.steps,
+        "seed": launch.run.seed,
+        "wall_s": round(time.perf_counter() - started, 2),
+        "step_s": round(progress.seconds / max(progress.steps, 1), 4),
+        "tokens_per_s": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+        "first": progress.first,
+        "last": progress.last,
+        "evaluations": progress.evaluations,
+        "steps_without_signal": progress.warnings.steps,
+        "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
+    }
+    if progress.timeline is not None:
+        summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
+        _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
+        if progress.steps:
+            write_feedback(launch, folder, progress.timeline.finished, progress.seconds / progress.steps, progress.last)
+    _write_json(folder / "summary.json", summary)
+    return summary
+
+
+class _Run:
+    def __init__(
+        self,
+        launch: Launch,
+        session: Session,
+        folder: Path,
+        writer: MetricsWriter,
+        display: StepDisplay,
+        progress: _Progress,
+        eager: bool,
+        store_metrics: Callable[[], dict[str, float]],
+    ) -> None:
+        self.launch, self.session, self.folder = launch, session, folder
+        self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
+        output = launch.run.output
+        self.dataflow = insert_rollout_dump(
+            launch.dataflow,
+            folder=str((folder / "rollouts").resolve()),
+            rows=output.rollout_rows,
+            every=output.rollouts_every,
+        )
+        numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
+        # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        self.runner = session.runner(None if eager else self.dataflow, numbers)
+        self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
+        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
+        self.store_metrics = store_metrics
+        self.closed_s = time.perf_counter()
+        self.pending: PendingCheckpoint | None = None
+
+    def execute(self, first_step: int) -> None:
+        run = self.launch.run
+        if first_step:
+            self.display.phase("checkpoint")
+            self._resume(first_step)
+        if self.launch.dataflow.generating:
+            self.display.phase("first weight sync")
+        self.session.sync(first_step)
+        if first_step < run.steps:
+            if self.evaluation.possible:
+                self.display.phase("evaluation")
+            self._evaluate(first_step)
+            self.display.phase("first step")
+        self.closed_s = time.perf_counter()
+        try:
+            self._steps(first_step)
+        except BaseException:
+            self._keep_pending()
+            raise
+        self._finish_checkpoint(wait=True)
+        self._export()
+
+    def _steps(self, first_step: int) -> None:
+        run = self.launch.run
+        if self.eager:
+            run_eagerly(
+                self.launch.recipe,
+                self.launch.algorithm,
+                self.runner,
+                start=first_step,
+                stop=run.steps,
+                on_step=self._on_step,
+                refilled=self.launch.dataflow.refilled,
+            )
+        else:
+            run_steps(
+                self.dataflow,
+                self.runner,
+                start=first_step,
+                stop=run.steps,
+                on_step=self._on_step,
+                barrier=self._is_barrier,
+            )
+
+    def _on_step(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        seconds, self.closed_s = now - self.closed_s, now
+        metrics = report.metrics
+        tokens = self._tokens(metrics)
+        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
+        self._remember(report, metrics, tokens, seconds)
+        self.writer.write(report.step, metrics, report.seconds)
+        self.display.step(report.step, metrics, report.seconds)
+        if said := self.progress.warnings.of(report.step, metrics):
+            self.display.note(said)
+        done = report.step + 1
+        self._finish_checkpoint(wait=False)
+        if self._evaluates_after(report.step):
+            with self._paused("evaluation"):
+                self._evaluate(done)
+        if self._checkpoints_after(report.step):
+            with self._paused("checkpoint"):
+                self._checkpoint(done)
+        self.closed_s = time.perf_counter()
+
+    def _tokens(self, metrics: Mapping[str, float]) -> float:
+        """Prompt and response tokens of the step: what was generated, or what the sources gave."""
+        counted = {name: value for name, value in metrics.items() if name.endswith("/sequence_tokens")}
+        sources = {f"{name}/sequence_tokens" for name in self.launch.recipe.sources}
+        return sum(value for name, value in counted.items() if name not in sources) or sum(counted.values())
+
+    def _remember(self, report: StepReport, metrics: dict[str, float], tokens: float, seconds: float) -> None:
+        self.progress.first = self.progress.first or metrics
+        self.progress.last = metrics
+        self.progress.steps += 1
+        self.progress.tokens += tokens
+        self.progress.seconds += seconds
+        assert self.progress.timeline is not None, "set when the run begins"
+        self.progress.timeline.finished += report.nodes
+
+    @contextmanager
+    def _paused(self, what: str) -> Iterator[None]:
+        """Nothing of the graph runs inside."""
+        started = time.perf_counter()
+        yield
+        assert self.progress.timeline is not None, "set when the run begins"
+        self.progress.timeline.paused.append((what, started, time.perf_counter()))
+
+    # --- barriers ------------------------------------------------------------------------------------
+    def _evaluates_after(self, step: int) -> bool:
+        every, done = self.launch.run.output.evaluate_every, step + 1
+        return self.evaluation.possible and (done == self.launch.run.steps or bool(every and done % every == 0))
+
+    def _checkpoints_after(self, step: int) -> bool:
+        every, done = self.launch.run.output.checkpoint_every, step + 1
+        return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
+
+    def _is_barrier(self, step: int) -> bool:
+        return self._evaluates_after(step) or self._checkpoints_after(step)
+
+    def _evaluate(self, done: int) -> None:
+        metrics = self.evaluation.run(done, self.runner.numbers)
+        if metrics:
+            self.progress.evaluations.append({"step": float(done), **metrics})
+            self.writer.write_evaluation(done, metrics)
+            of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}
+            said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
+            self.display.note(f"held-out reward after {done} steps: {said}")
+
+    def _checkpoint(self, done: int) -> None:
+        self._finish_checkpoint(wait=True)
+        self.pending = begin_checkpoint(
+            self.folder / "checkpoints",
+            step=done,
+            recipe=self.launch.recipe.name,
+            roles=self.session.model_roles,
+            numbers=self.runner.numbers,
+            save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
+            keep=self.launch.run.output.keep_checkpoints,
+        )
+        for name in self.session.states:
+            self.session.save_state(self.runner.held_state(name), self.pending.partial / STATES / name)
+
+    def _keep_pending(self) -> None:
+        """The run ends early: what was copied for a checkpoint is written to its end, unless that takes too long."""
+        if self.pending is None:
+            return
+        step, deadline = self.pending.step, time.monotonic() + PENDING_S
+        self.display.note(f"the checkpoint after {step} steps is being written (interrupt again to leave without it)")
+        try:
+            while self.pending is not None and time.monotonic() < deadline:
+                self._finish_checkpoint(wait=False, limit_s=deadline - time.monotonic())
+                time.sleep(0.05)
+        except Exception as error:  # What ended the run may have ended this too; it must not hide the first error.
+            self.display.note(f"the checkpoint after {step} steps is lost: {error}")
+
+    def _finish_checkpoint(self, *, wait: bool, limit_s: float | None = None) -> None:
+        """Make the checkpoint that is being written visible if it is complete; with `wait`, once it is."""
+        if self.pending is None:
+            return
+        step, roles = self.pending.step, self.pending.roles
+        # Beside what the next step already runs: the schedule must not stand still for a question.
+        answers = [
+            self.session.call_role(role, "saved", step, beside=True, limit_s=limit_s, wait=wait) for role in roles
+        ]
+        left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
+        if not any(left):
+            self.pending.finish()
+            self.pending = None
+
+    def _resume(self, step: int) -> None:
+        checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
+        load_checkpoint(
+            checkpoint,
+            roles=self.session.model_roles,
+            load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
+        )
+        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
+        for folder in sorted((checkpoint.folder / STATES).glob("*")):
+            self.runner.restore_state(folder.name, self.session.load_state(folder))
+        self.display.note(f"resumed after {step} steps from {checkpoint.folder}")
+
+    def _export(self) -> None:
+        if not self.launch.run.output.save_model:
+            return
+        for role in self.session.model_roles:
+            target = self.folder / "models" / role
+            partial = target.with_name(f".{role}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            self.display.note(f"wrote {target}")
+
+
+def _write_json(path: Path, data: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2))
+    partial.replace(path)

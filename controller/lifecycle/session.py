@@ -1,0 +1,330 @@
+"""A session: the pools and worker groups of one launch, up and ready.
+
+    Launch -- placement --> pools --> processes --> role workers --> WorkerGroup per role
+                                                        actor --- weights ---> actor.rollout, in another pool
+
+Rule rewards and sources live on the host pool's CPU processes; everything with a model lives on a slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from controller.cluster.failure_text import explained, logs_of
+from controller.cluster.pool import SIGNALS, ClusterError, Pool, machines
+from controller.cluster.replies import Replies
+from controller.cluster.shared_files import check_files_are_shared
+from controller.execution.executor import Finished
+from controller.execution.ray_runner import RayRunner
+from controller.execution.worker_group import WorkerGroup
+from rlhf_dist.compose import Launch
+from rlhf_dist.config import PoolConfig, SourceConfig
+from rlhf_dist.data.of_launch import tokenizer_of
+from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.passes import reshard_node
+from rlhf_dist.dispatch import ONE_TO_ALL
+from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.output_checks import frozen_folders
+from rlhf_dist.placement.phases import phases_of
+from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
+from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base, worker_of
+from rlhf_dist.roles import OpSpec, State
+from rlhf_dist.wire import Bridge, HeldState
+
+HELDOUT = "heldout"
+GROUP_BITS = 48
+"""Group ids of a recipe's k-th source begin at k times two to this."""
+SOURCE_WORKER = "workers.source:SourceWorker"
+SYNC_SHARE = 0.8
+"""Of what the controller waits for a call: a weight sync takes less, so that ranks say who is missing."""
+
+
+class Processes(Protocol):
+    """Where a session's processes come from: a Ray cluster, or the process of a local run."""
+
+    pools: dict[str, Pool]
+
+    @property
+    def replies(self) -> Replies:
+        """How calls to them are waited for."""
+        ...
+
+    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+        """Processes that share a process group."""
+        ...
+
+    def add_host_pool(self) -> Pool:
+        """CPU processes for sources, rules and host ops."""
+        ...
+
+
+@dataclass
+class Session:
+    """Worker groups of a launch, and calls to them."""
+
+    launch: Launch
+    cluster: Processes
+    groups: dict[str, WorkerGroup]
+    states: dict[str, State]
+
+    def runner(
+        self,
+        dataflow: Dataflow | None,
+        numbers: Mapping[str, Mapping[str, float]],
+        *,
+        beside: bool = False,
+        limit_s: float | None = None,
+        **sources: str,
+    ) -> RayRunner:
+        """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
+        beside: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
+        run = self.launch.run
+        groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
+        rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
+        default = {name: {"rows": self.launch.source_rows(name)} for name in self.launch.recipe.sources}
+        return RayRunner(
+            dataflow,
+            groups,
+            self.cluster.pools[HOST_POOL],
+            seed=run.seed,
+            call_timeout_s=run.ray.call_timeout_s if limit_s is None else limit_s,
+            states=self.states,
+            numbers=numbers,
+            source_kwargs={**default, **rows},
+            interrupts=run.placement.interrupt,
+            beside=beside,
+            replies=self.cluster.replies,
+        )
+
+    def call_role(
+        self, role: str, op: str, step: int, *, beside: bool = False, limit_s: float | None = None, **kwargs: Any
+    ) -> dict[str, float]:
+        """Run `op` on every rank of a role, without rows; returns its metrics. beside, limit_s: see `runner`."""
+        node = Node(
+            name=f"{role}.{op}",
+            role=role,
+            op=op,
+            kind="op",
+            kwargs=kwargs,
+            spec=OpSpec(name=op, reads=(), dispatch=ONE_TO_ALL),
+        )
+        return self.runner(None, {}, beside=beside, limit_s=limit_s).run_node(node, step).metrics
+
+    def sync(self, steps_done: int) -> list[Finished]:
+        """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps."""
+        runner, generating = self.runner(None, {}), self.launch.dataflow.generating
+        synced = [role for role in generating if has_training_engine(self.launch, role)]
+        return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
+
+    def save_state(self, held: HeldState, folder: Path) -> None:
+        """Write a state's values, where there are others than numbers."""
+        if held.ref is not None or held.first:
+            self._on_host("save_state", held, str(folder.resolve()))
+
+    def load_state(self, folder: Path) -> HeldState:
+        """Read what `save_state` wrote."""
+        return cast(HeldState, self._on_host("load_state", str(folder.resolve())))
+
+    def _on_host(self, method: str, *arguments: Any) -> Any:
+        """Raises ClusterError where the host process cannot do it."""
+        process, timeout_s = self.cluster.pools[HOST_POOL].processes[0], self.launch.run.ray.call_timeout_s
+        (answer,) = self.cluster.replies.get([getattr(process, method).remote(*arguments)], timeout_s)
+        failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+        if isinstance(failure, Failure):
+            raise ClusterError(f"{method.replace('_', ' ')} {arguments[-1]}: {explained(failure, None)}")
+        return answer
+
+    @property
+    def model_roles(self) -> list[str]:
+        """Roles with weights of their own that learn: what is checkpointed and exported."""
+        return self.launch.learning_roles
+
+
+def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], None]) -> Session:
+    """Start pools and role workers; `phase` hears what begins. Raises ClusterError when something does not come up."""
+    run = launch.run
+    placed = pools_of_roles(launch)
+    pools = {HOST_POOL: cluster.add_host_pool()}
+    pools |= {
+        name: cluster.add_pool(name, resolved(run.placement, name))
+        for name in run.placement.pools
+        if name in placed.values()
+    }
+    if placed_pools := {name: pool for name, pool in pools.items() if pool.node_ids}:  # none in a local run
+        check_files_are_shared(launch, _folder(launch), placed, placed_pools, cluster.replies, run.ray.ready_timeout_s)
+    groups: dict[str, WorkerGroup] = {}
+    states = {name: kind() for name, kind in launch.recipe.states.items()}
+    first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
+    tokenizer = tokenizer_of(launch)
+    if tokenizer is None:
+        raise ClusterError("no role has a model, so there is no tokenizer for the source")
+    starting: list[tuple[WorkerGroup, list[Any]]] = []
+    for k, name in enumerate(launch.recipe.sources):
+        groups[name] = WorkerGroup(name, first_host)
+        own = {"heldout": run.data.heldout, "fields": launch.recipe.source_fields(name), "first_group": k << GROUP_BITS}
+        starting.append((groups[name], _host_source(launch, groups[name], launch.source(name), tokenizer, **own)))
+    if run.data.heldout is not None:
+        groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
+        starting.append((groups[HELDOUT], _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
+    # What learns first: a frozen role may share the base of one with adapters.
+    for name in sorted(placed, key=lambda name: not launch.dataflow.facts[name.split(".")[0]].trained):
+        pool = pools[placed[name]]
+        groups[name] = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
+        worker, settings = worker_of(launch, name)
+        starting.append((groups[name], _host_role(launch, groups[name], worker, settings)))
+    _await_roles(starting, cluster.replies, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
+    for role in launch.dataflow.generating:
+        if rollout_of(role) in groups:
+            phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
+            _connect(groups[role], groups[rollout_of(role)], cluster.replies, run.ray.call_timeout_s)
+    for (source, target), staged in launch.dataflow.ways.items():
+        phase(f"{target}: planning how weights come from {source}")
+        _connect_weights(groups[source], groups[target], staged, cluster.replies, run.ray.call_timeout_s)
+    return Session(launch, cluster, groups, states)
+
+
+def pools_of_roles(launch: Launch) -> dict[str, str]:
+    """Role -> pool, for the roles the graph uses; `ROLE.rollout` too where generation has a pool of its own."""
+    return {name: pool for name, pool in launch.placed.items() if name.split(".")[0] in launch.used_roles}
+
+
+def slots_needed(launch: Launch) -> int:
+    """Slots of all pools that some role is placed in."""
+    return sum(pool_size(launch.run.placement, name) for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
+
+
+def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
+    """Have all ranks of both pools meet, for the weights that go from one to the other."""
+    bridge = _bridge(sending, receiving, replies, timeout_s)
+    joining = [
+        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
+        for group in (sending, receiving)
+    ]
+    _await_roles(joining, replies, timeout_s)
+
+
+def _connect_weights(source: WorkerGroup, target: WorkerGroup, staged: int, replies: Replies, timeout_s: float) -> None:
+    """Have all ranks of two roles plan how weights go from one to the other; staged: see `Dataflow.ways`."""
+    apart = source.pool.name != target.pool.name
+    bridge = _bridge(source, target, replies, timeout_s) if apart else None
+    way = (source.role, target.role, bridge, staged)
+    joining = [
+        (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
+        for group in ((source, target) if apart else (target,))
+    ]
+    _await_roles(joining, replies, timeout_s)
+
+
+def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> Bridge:
+    (opened,) = replies.get([sending.pool.processes[0].open_port.remote()], timeout_s)
+    if isinstance(opened, Exception):
+        raise opened
+    if isinstance(opened, Failure):
+        raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
+    address, port = cast(tuple[str, int], opened)
+    return Bridge(
+        address=address,
+        port=port,
+        senders=sending.pool.size,
+        receivers=receiving.pool.size,
+        nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
+        timeout_s=SYNC_SHARE * timeout_s,
+    )
+
+
+def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, **own: Any) -> list[Any]:
+    settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer, **own}
+    return _host_role(launch, group, SOURCE_WORKER, settings)
+
+
+def _folder(launch: Launch) -> Path:
+    """Of the run; every process names it alike."""
+    return (Path(launch.run.output.root) / launch.run.name).resolve()
+
+
+def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
+    """What a step asks of the devices of `pool`, in order."""
+    bases = {name: base for name in launch.used_roles if (base := role_with_base(launch, name)) is not None}
+    return phases_of(launch.dataflow, pools_of_roles(launch), pool, bases)
+
+
+def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings: Mapping[str, Any]) -> list[Any]:
+    context = {
+        "seed": launch.run.seed,
+        "frozen_folders": frozen_folders(launch),
+        "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
+        "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
+        "total_steps": launch.run.steps,
+        "nodes": group.pool.nodes,
+        "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
+        "folder": str(_folder(launch)),
+    }
+    memory: dict[str, Any] = {}
+    if group.pool.name != HOST_POOL:
+        device_bytes = launch.run.placement.pools[group.pool.name].device_bytes
+        memory = {"device_bytes": device_bytes, "phases": phases_of_pool(launch, group.pool.name)}
+    return [
+        process.host_role.remote(group.role, worker, settings, context, **memory) for process in group.pool.processes
+    ]
+
+
+def _await_roles(
+    starting: list[tuple[WorkerGroup, list[Any]]],
+    replies: Replies,
+    timeout_s: float,
+    phase: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Wait until every rank of every group has answered, `timeout_s` at most for the next; `phase` hears what the
+    first rank of each pool is at. Raises ClusterError for the first that failed."""
+    rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in enumerate(refs)}
+    left, answered_s = list(rank_of), time.monotonic()
+    phases = _Phases(phase, replies)
+    while left:
+        ready = replies.ready(left, 1.0)
+        left = [ref for ref in left if ref not in ready]
+        phases.ask({rank_of[ref][0].pool.name: rank_of[ref][0].pool for ref in left})
+        for ref in ready:
+            answered_s = time.monotonic()
+            group, rank = rank_of[ref]
+            remarks = _check_started(replies.get([ref], 60.0)[0], group, rank)
+            for remark in remarks if rank == 0 else ():
+                phase(f"{group.role}: {remark}")
+        if left and time.monotonic() - answered_s > timeout_s:
+            missing = sorted({rank_of[ref][0].role for ref in left})
+            logs = [log for ref in left if (log := rank_of[ref][0].pool.log(rank_of[ref][1]))]
+            raise ClusterError(
+                f"the workers of {', '.join(missing)} did not start within {timeout_s:g} s{logs_of(logs)}"
+            )
+
+
+def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
+    """What the worker has to say. Raises ClusterError if it did not start."""
+    failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+    if isinstance(failure, Failure):
+        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(failure, group.pool.log(rank))}")
+    return tuple(answer or ())
+
+
+class _Phases:
+    """What pools are starting, asked beside the start itself and never waited for."""
+
+    def __init__(self, tell: Callable[[str], None], replies: Replies) -> None:
+        self._tell, self._replies = tell, replies
+        self._asked: dict[str, Any] = {}
+        self._told: set[str] = set()
+
+    def ask(self, pools: Mapping[str, Pool]) -> None:
+        for name, pool in pools.items():
+            if name not in self._asked:
+                self._asked[name] = pool.processes[0].phase.options(concurrency_group=SIGNALS).remote()
+        answered = self._replies.ready(list(self._asked.values()), 0.0) if self._asked else []
+        for name in [name for name, ref in self._asked.items() if ref in answered]:
+            (text,) = self._replies.get([self._asked.pop(name)], 60.0)
+            # An exception is a process that died, which is found where it is waited for.
+            if isinstance(text, str) and text and text not in self._told:
+                self._told.add(text)
+                self._tell(text)

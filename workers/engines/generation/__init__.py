@@ -1,0 +1,1 @@
+"""Engines that generate: vLLM and transformers behind one interface."""

@@ -1,0 +1,1 @@
+"""Engines that train: FSDP2 and DeepSpeed behind one interface."""
