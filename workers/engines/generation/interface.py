@@ -111,6 +111,8 @@ class GenerationEngine(Protocol):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
+        ends: Callable[[NDArray[np.int32]], bool] | None = None,
+        mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """Draw sampling.n responses per prompt.
 
@@ -120,6 +122,8 @@ class GenerationEngine(Protocol):
         one call may share a stream. Returns len(prompts) * n responses, the n of one prompt together.
         stop: asked after every token; once it is true on any rank of the copy, all that is not done is returned
         as interrupted. begun: what such a call returned; interrupted responses go on where they were.
+        ends: asked after every token of a response with all of its tokens; true ends it there, as finished.
+        mixture: another engine of this process and its share s: tokens are drawn from (1 - s) own + s other logits.
         Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
         """
         ...
