@@ -79,6 +79,7 @@ def test_a_recipe_runs_alike_as_a_graph_and_line_by_line(name: str, made: dict[s
     ("name", "settings"),
     [
         ("nash_md", {"algorithm.opponent": "average", "algorithm.average": 0.5}),
+        ("nash_md", {"algorithm.mixture": 0.5, "placement.pools.main.device_bytes": 400_000}),  # both engines come
         (
             "judge_grpo",
             {**PAIR, "algorithm.mode": "pairwise", "algorithm.rounds": 2, "algorithm.samples_per_prompt": 4},
