@@ -135,9 +135,9 @@ class JsonFields:
     def __post_init__(self) -> None:
         if wrong := [kind for kind in self.fields.values() if kind not in get_args(Kind)]:
             raise ValueError(f"JsonFields has a field of kind {wrong[0]!r}; it can be {', '.join(get_args(Kind))}")
-        if wrong := [name for name in self.optional if self.fields.get(name, "number") == "number"]:
+        if needed := [name for name in self.optional if self.fields.get(name, "number") == "number"]:
             raise ValueError(
-                f"JsonFields cannot have the optional field {wrong[0]!r}: only texts and lists may be missing"
+                f"JsonFields cannot have the optional field {needed[0]!r}: only texts and lists may be missing"
             )
 
     @property

@@ -15,7 +15,7 @@ from rlhf_dist.sampling import Sampling
 from rlhf_dist.schema import COLUMNS
 
 if TYPE_CHECKING:
-    from rlhf_dist.dataflow.trace import TracedBatch
+    from rlhf_dist.dataflow.traced_batch import TracedBatch
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "stop")
 """Settings of the role's `rollout` section that a call may replace, and texts that end a response."""
