@@ -74,10 +74,8 @@ def copy_and_avoid(model, rows, eta: float = 0.5, beta: float = 0.01):
 @loss(reads=("label",), outputs=("values",), average="rows")
 def outcome_cross_entropy(model, rows):
     """-log sigma(+-mean of w_t), + for a right response."""
-    from torch.nn.functional import logsigmoid
-
     logit = rows.mean_tokens(model.values)
-    value = -logsigmoid(rows["label"] * logit)
+    value = (-rows["label"] * logit).logaddexp(0.0 * logit)  # -log sigma(label * logit)
     return value, {"cross_entropy": value.detach(), "accuracy": ((logit > 0) == (rows["label"] > 0)).to(logit.dtype)}
 
 
