@@ -224,8 +224,8 @@ def _divisors(shape: ModelShape, slots: int) -> list[int]:
 
 
 def _check_lengths(launch: Launch, shapes: dict[str, ModelShape]) -> None:
-    tokens, key = max_row_tokens(launch)
     for role, shape in shapes.items():
+        tokens, key = max_row_tokens(launch, role)
         if shape.max_tokens is not None and tokens > shape.max_tokens:
             raise ConfigError(
                 f"{key} = {tokens} tokens, but the model of {role!r} "
@@ -233,9 +233,13 @@ def _check_lengths(launch: Launch, shapes: dict[str, ModelShape]) -> None:
             )
 
 
-def max_row_tokens(launch: Launch) -> tuple[int, str]:
-    """Longest prompt and response together, tokens, and the settings that say so."""
-    generation = {f"{role}.rollout": generation_of(launch, role) for role in launch.roles}
+def max_row_tokens(launch: Launch, of: str | None = None) -> tuple[int, str]:
+    """Longest prompt and response together, tokens, and the settings that say so.
+
+    of: for that role; what another one is asked by templates alone, it does not see.
+    """
+    seen = [role for role in launch.roles if of in (None, role) or reads_others_tokens(launch.dataflow, role)]
+    generation = {f"{role}.rollout": generation_of(launch, role) for role in seen}
     limits = {
         where: (rollout.max_prompt_tokens, rollout.max_response_tokens)
         for where, rollout in generation.items()

@@ -183,7 +183,7 @@ class Numbers:
 
 def parsed_columns(parser: Parser, texts: list[str]) -> tuple[dict[str, Column], int]:
     """The columns of some responses, `parsed` among them, and how many could not be parsed."""
-    values = [_checked(parser, parser(text)) for text in texts]
+    values = [_checked(parser, _said(parser, text)) for text in texts]
     columns: dict[str, Column] = {}
     for name, kind in parser.columns.items():
         rows = [None if row is None else row[name] for row in values]
@@ -210,6 +210,17 @@ def columns_of(parser: Any) -> tuple[str, ...]:
         said = wrong[0] if wrong else "no column" if not kinds else f"a column {PARSED!r}, which every parser writes"
         raise ValueError(f"{type(parser).__name__}.columns has {said}; it is name -> {', '.join(get_args(Kind))}")
     return (*kinds, PARSED)
+
+
+def _said(parser: Parser, text: str) -> Mapping[str, Any] | None:
+    try:
+        return parser(text)
+    except Exception as error:  # the user's own code
+        shown = text if len(text) <= 200 else f"{text[:200]}..."
+        raise ValueError(
+            f"parser {type(parser).__name__} raised {type(error).__name__}: {error} for the response {shown!r}; it "
+            "returns None for what it cannot read"
+        ) from error
 
 
 def _checked(parser: Parser, found: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

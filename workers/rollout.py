@@ -23,7 +23,7 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker
 from workers.build_engines import new_generation_engine
-from workers.engines.generation.interface import GenerationEngine, Response, StaleWeights
+from workers.engines.generation.interface import Ends, GenerationEngine, Response, StaleWeights
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
@@ -133,15 +133,10 @@ class RolloutWorker:
             return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
         columns = {**response_columns(responses, versions), **asked_columns(asked, parent, template, prefix)}
-        # One by one: the tokenizer's batch of no rows is one empty text, and a rank may have no rows.
-        for name, skips in (("response", True), ("raw_response", False)):
-            texts = [self.tokenizer.decode(r.token_ids, skip_special_tokens=skips) for r in responses]
-            columns[name] = Column.strings(texts if name == "raw_response" else [cut(text, sampling) for text in texts])
+        columns |= self._texts(responses, sampling)
         metrics: Metrics = {}
         if parser is not None:
-            begun_with = [""] * len(parent) if asked.answers is None else [asked.answers[row] for row in parent]
-            whole = [first + text for first, text in zip(begun_with, columns["response"].rows(), strict=True)]
-            found, unparsed = parsed_columns(parser, whole)
+            found, unparsed = parsed_columns(parser, _whole_answers(asked, parent, columns["response"]))
             columns |= found
             metrics = {
                 "unparsed": Mean(float(unparsed), float(len(parent))),
@@ -176,8 +171,20 @@ class RolloutWorker:
             "top_k": rollout.top_k,
             "max_tokens": rollout.max_response_tokens,
         }
-        own |= {name: value for name, value in sampled.items() if value is not None}
+        whole = {"top_k": int, "max_tokens": int}  # a state's number is not
+        own |= {name: whole.get(name, float)(value) for name, value in sampled.items() if value is not None}
         return Sampling(n=n, greedy=greedy, stop=tuple(stop), **own)
+
+    def _texts(self, responses: Sequence[Response], sampling: Sampling) -> dict[str, Column]:
+        # One by one: the tokenizer's batch of no rows is one empty text, and a rank may have no rows.
+        plain, raw = (
+            [self.tokenizer.decode(one.token_ids, skip_special_tokens=skips) for one in responses]
+            for skips in (True, False)
+        )
+        return {
+            "response": Column.strings([before_stop(text, sampling.stop) for text in plain]),
+            "raw_response": Column.strings(raw),
+        }
 
     def _staleness(self, step: int) -> int:
         """Updates that the weights are behind `step`. Raises StaleWeights where that is more than they may be."""
@@ -234,18 +241,21 @@ class RolloutWorker:
             [seeds[place] for place in places],
             begun=None if begun is None else [begun[place] for place in places],
             stop=stop,
-            ends=self._says(sampling.stop) if sampling.stop else None,
+            ends=self._ends(sampling.stop),
             mixture=mixture,
         )
         for place, response in zip(places, found, strict=True):
             responses[place] = response
         return responses
 
-    def _says(self, texts: Sequence[str]) -> Callable[[NDArray[np.int32]], bool]:
-        """Whether tokens say one of `texts` in their last few: a token has at least one byte, and a text may begin
-        inside one."""
-        tail = max(len(text.encode()) for text in texts) + 4
-        return lambda ids: any(text in self.tokenizer.decode(ids[-tail:], skip_special_tokens=True) for text in texts)
+    def _ends(self, texts: Sequence[str]) -> Ends | None:
+        """Ends a response that says one of `texts`. A token has at least one byte, and a text may begin inside one."""
+        if not texts:
+            return None
+        last = max(len(text.encode()) for text in texts) + 4
+        return Ends(
+            last, lambda ids: any(text in self.tokenizer.decode(ids, skip_special_tokens=True) for text in texts)
+        )
 
     def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that train, in a pool of their own; all of both pools do."""
@@ -289,9 +299,17 @@ def asked_columns(
     return columns
 
 
-def cut(text: str, sampling: Sampling) -> str:
-    """The text before the first that ends a response."""
-    return text[: min((at for stop in sampling.stop if (at := text.find(stop)) >= 0), default=len(text))]
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops`."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _whole_answers(asked: Asked, parent: NDArray[np.int64], response: Column) -> list[str]:
+    """What each response says, behind the beginning that it was given."""
+    texts: list[str] = response.rows()
+    if asked.answers is None:
+        return texts
+    return [asked.answers[row] + text for row, text in zip(parent, texts, strict=True)]
 
 
 def response_columns(responses: Sequence[Response], versions: Sequence[NDArray[np.int32]]) -> dict[str, Column]:

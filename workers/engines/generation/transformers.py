@@ -28,6 +28,7 @@ from workers.engines.generation.interface import (
     BOTH,
     DROPPED,
     Bucket,
+    Ends,
     GenerationEngine,
     Response,
     SleepPart,
@@ -79,7 +80,7 @@ class TransformersEngine(SyncedEngine):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
-        ends: Callable[[NDArray[np.int32]], bool] | None = None,
+        ends: Ends | None = None,
         mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
@@ -104,7 +105,7 @@ class TransformersEngine(SyncedEngine):
                 [resumed_seed(seeds[row], len(one.token_ids)) for row, one in zip(here, before, strict=True)],
                 [sampling.max_tokens - len(one.token_ids) for one in before],
                 stop,
-                None if ends is None else [_behind(one.token_ids, ends) for one in before],
+                None if ends is None else (ends, [one.token_ids for one in before]),
             )
             for row, one, rest in zip(here, before, more, strict=True):
                 responses[row] = continued(one, rest)
@@ -228,10 +229,10 @@ class TransformersEngine(SyncedEngine):
         seeds: Sequence[int],
         limits: Sequence[int],
         stop: Callable[[], bool] | None,
-        ends: Sequence[Callable[[NDArray[np.int32]], bool]] | None,
+        ends: tuple[Ends, Sequence[NDArray[np.int32]]] | None,
     ) -> list[Response]:
-        """models: each with its share of the logits. limits: [B] most tokens of each row. ends: [B] see `generate`, of
-        the tokens drawn here."""
+        """models: each with its share of the logits. limits: [B] most tokens of each row. ends: see `generate`, and [B]
+        the tokens that each response has already."""
         tokens, mask = self._left_padded(prompts)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         streams = [torch.Generator(self._device).manual_seed(stream_seed(seed)) for seed in seeds]
@@ -262,7 +263,7 @@ class TransformersEngine(SyncedEngine):
             lengths += ~ended
             finished |= ~ended & torch.isin(token, self._end_tokens)
             if ends is not None:
-                finished |= ~ended & self._ended_by(ends, drawn, ended)
+                finished |= self._ended_by(*ends, drawn, ended)
             ended |= finished | (lengths >= most)
             tokens, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
@@ -281,11 +282,14 @@ class TransformersEngine(SyncedEngine):
         ]
 
     def _ended_by(
-        self, ends: Sequence[Callable[[NDArray[np.int32]], bool]], drawn: Sequence[Tensor], ended: Tensor
+        self, ends: Ends, before: Sequence[NDArray[np.int32]], drawn: Sequence[Tensor], ended: Tensor
     ) -> Tensor:
-        """[B] which rows `ends` says are at their end; not asked of those that are `ended` already."""
-        so_far = torch.stack(list(drawn), dim=1).to(torch.int32).cpu().numpy()
-        asked = [not over and end(row) for over, end, row in zip(ended.tolist(), ends, so_far, strict=True)]
+        """[B] which rows `ends` says are at their end; not asked of those that have `ended`."""
+        last = torch.stack(list(drawn[-ends.last :]), dim=1).tolist()
+        asked = [
+            not over and ends.after(earlier, more)
+            for over, earlier, more in zip(ended.tolist(), before, last, strict=True)
+        ]
         return torch.tensor(asked, dtype=torch.bool, device=self._device)
 
     def _left_padded(self, prompts: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
@@ -317,13 +321,6 @@ _NO_CACHE = (
     "rollout.engine=transformers cannot generate with {}: its tokens do not follow from a cache of keys and values; "
     "set rollout.engine=vllm"
 )
-
-
-def _behind(
-    before: NDArray[np.int32], ends: Callable[[NDArray[np.int32]], bool]
-) -> Callable[[NDArray[np.int32]], bool]:
-    """`ends` of a response that has begun, of the tokens drawn since."""
-    return lambda more: ends(np.concatenate([before, more]))
 
 
 def _mixture(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -40,6 +40,7 @@ from workers.engines.generation.interface import (
     BOTH,
     DROPPED,
     Bucket,
+    Ends,
     GenerationEngine,
     Response,
     SleepPart,
@@ -143,7 +144,7 @@ class VllmEngine(SyncedEngine):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
-        ends: Callable[[NDArray[np.int32]], bool] | None = None,
+        ends: Ends | None = None,
         mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
@@ -430,11 +431,10 @@ def _executor_class(name: str, rank: int, device: torch.device) -> type[Executor
     return InDefaultGroup
 
 
-def _at_its_end(before: Response, output: Any, ends: Callable[[NDArray[np.int32]], bool]) -> bool:
+def _at_its_end(before: Response, output: Any, ends: Ends) -> bool:
     """Whether `ends` says so of a request's tokens, those drawn `before` included; not asked where it ended itself."""
     completion = output.outputs[0]
-    here = np.asarray(completion.token_ids, dtype=np.int32)
-    return completion.finish_reason != "stop" and ends(np.concatenate([before.token_ids, here]))
+    return completion.finish_reason != "stop" and ends.after(before.token_ids, completion.token_ids)
 
 
 def _response(completion: Any) -> Response:
