@@ -393,8 +393,8 @@ class RunConfig:
     seed: int = 0
     """Of everything random: data order, initial heads, sampling."""
     resume: str = "never"
-    """`never` (an earlier run of this name is an error), `auto` (continue from its last checkpoint; a run without one
-    is kept under another name), `overwrite` (delete it)."""
+    """`never` (an earlier run of this name is an error), `auto` (continue from its newest good checkpoint; a run
+    without one is kept under another name), `step_N` (from that one), `overwrite` (delete it)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rows in."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from controller.lifecycle.checkpoint import Checkpoint, check_files, list_checkpoints
+from controller.lifecycle.checkpoint import Checkpoint, checked, find_checkpoints
 from rlhf_dist.typed import ConfigError
 
 EXPORTER = "workers.engines.files.export"
@@ -29,7 +29,6 @@ def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapt
     chosen = role or found.roles[0]
     if chosen not in found.roles:
         raise ConfigError(f"{found.folder} has no role {chosen!r}; it has {', '.join(found.roles)}")
-    check_files(found)
     target = Path(out)
     if target.exists():
         raise ConfigError(f"{target} is there already; choose another folder, or remove it")
@@ -44,12 +43,18 @@ def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapt
 
 
 def _find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's folder, or the last one of a run's folder."""
+    """The checkpoint at `path`: a step's folder, or the newest good one of a run's folder."""
     for root, name in ((path.parent, path.name), (path / "checkpoints", None), (path, None)):
-        complete = list_checkpoints(root)
-        chosen = [one for one in complete if name is None or one.folder.name == name]
-        if chosen:
-            return chosen[-1]
+        damaged = []
+        for one in reversed([one for one in find_checkpoints(root) if name is None or one.folder.name == name]):
+            good = checked(one, read=None)
+            if isinstance(good, Checkpoint):
+                return good
+            damaged.append(good)
+        if damaged:
+            raise ConfigError(
+                f"{root}: damaged: {', '.join(map(str, damaged))}; copy the files again, or use an older one"
+            )
     raise ConfigError(
         f"no complete checkpoint at {path}; give runs/NAME or runs/NAME/checkpoints/step_N (a run writes one with "
         f"output.checkpoint_every=N)"

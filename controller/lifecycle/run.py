@@ -22,10 +22,11 @@ from controller.cluster.machine import settled_on_cluster
 from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.lifecycle.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
+from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin_checkpoint, load_checkpoint
 from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.manifest import Manifest
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.run_folder import claim_folder
+from controller.lifecycle.run_folder import Beginning, claim_folder
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.record.metrics import MetricsWriter
@@ -83,8 +84,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
-    with claim_folder(launch, display.note) as (folder, first_step):
-        return _run_in(folder, first_step, launch, display, eager, local)
+    with claim_folder(launch, display.note) as beginning:
+        return _run_in(beginning, launch, display, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:
@@ -93,9 +94,8 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(
-    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
-) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+    folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
@@ -110,7 +110,7 @@ def _run_in(
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
+        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(beginning.checkpoint)
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -165,11 +165,13 @@ class _Run:
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
 
-    def execute(self, first_step: int) -> None:
-        run = self.launch.run
-        if first_step:
+    def execute(self, checkpoint: Checkpoint | None) -> None:
+        """From its start, or from a checkpoint, to its end."""
+        run, first_step = self.launch.run, 0
+        if checkpoint is not None:
             self.display.phase("checkpoint")
-            self._resume(first_step)
+            self._resume(checkpoint)
+            first_step = checkpoint.step
         if self.launch.dataflow.generating:
             self.display.phase("first weight sync")
         self.session.sync(first_step)
@@ -276,12 +278,17 @@ class _Run:
 
     def _checkpoint(self, done: int) -> None:
         self._finish_checkpoint(wait=True)
+        roles = self.session.model_roles
         self.pending = begin_checkpoint(
             self.folder / "checkpoints",
-            step=done,
-            recipe=self.launch.recipe.name,
-            roles=self.session.model_roles,
-            numbers=self.runner.numbers,
+            Manifest(
+                step=done,
+                recipe=self.launch.recipe.name,
+                roles=tuple(roles),
+                numbers=self.runner.numbers,
+                files={},
+            ),
+            ranks={role: self.session.groups[role].pool.size for role in roles},
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
@@ -305,7 +312,7 @@ class _Run:
         """Make the checkpoint that is being written visible if it is complete; with `wait`, once it is."""
         if self.pending is None:
             return
-        step, roles = self.pending.step, self.pending.roles
+        step, roles = self.pending.step, self.pending.manifest.roles
         # Beside what the next step already runs: the schedule must not stand still for a question.
         answers = [
             self.session.call_role(role, "saved", step, beside=True, limit_s=limit_s, wait=wait) for role in roles
@@ -315,14 +322,14 @@ class _Run:
             self.pending.finish()
             self.pending = None
 
-    def _resume(self, step: int) -> None:
-        checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        step = checkpoint.step
         load_checkpoint(
             checkpoint,
             roles=self.session.model_roles,
             load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
         )
-        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
+        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.manifest.numbers.items()})
         for folder in sorted((checkpoint.folder / STATES).glob("*")):
             self.runner.restore_state(folder.name, self.session.load_state(folder))
         self.display.note(f"resumed after {step} steps from {checkpoint.folder}")

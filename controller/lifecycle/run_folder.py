@@ -1,39 +1,45 @@
 """The folder of a run: who writes there, what is there already, and where this run begins.
 
     runs/NAME   absent, empty, or a start that never finished a step    step 0
-                a run, resume=auto, with a complete checkpoint          its step
+                a run, resume=auto, with a complete checkpoint          the step of the newest good one
                 a run, resume=auto, without one                         kept as NAME.1; step 0
+                a run, resume=step_N                                    N, if that one is good
                 a run, resume=overwrite                                 deleted; step 0
                 a run, resume=never                                     refused
-                a run that is under way                                 refused, naming its owner
+                a run that is under way (folder_lock.py)                refused, naming its owner
                 files of something else                                 refused
 
-A run holds a lock on `.lock` while it lasts; the kernel lets it go with the process, however that ends.
+Newer checkpoints than the one a run goes on from, damaged or not, are set aside under another name: they are of steps
+that are done again.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import shlex
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from controller.lifecycle.checkpoint import check_checkpoint, list_checkpoints
+from controller.lifecycle.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    check_checkpoint,
+    checked,
+    find_checkpoints,
+    set_aside,
+)
+from controller.lifecycle.folder_lock import LOCK, FolderTaken, held, owner_of
 from rlhf_dist.compose import Launch
+from rlhf_dist.durable_files import write_durably
 from rlhf_dist.recipe_files import family_of
 from rlhf_dist.typed import ConfigError
 
-LOCK = ".lock"
+SMALL_BYTES = 1 << 20
+"""Files of a checkpoint up to here are read by `check` too; shards only by the run that goes on from them."""
 RESULTS = ("metrics.jsonl", "checkpoints", "models", "summary.json")
 """What a run that finished a step has, one or more of them, not empty."""
 
@@ -43,7 +49,8 @@ class Beginning:
     """Where a run begins, and what happens to what is in its folder."""
 
     folder: Path
-    first_step: int = 0
+    checkpoint: Checkpoint | None = None
+    """What it goes on from; None: from the start."""
     keep_as: Path | None = None
     """Where an earlier run without a checkpoint is moved."""
     deletes: bool = False
@@ -51,20 +58,31 @@ class Beginning:
     note: str = ""
     """For people; empty for a new folder."""
 
+    @property
+    def first_step(self) -> int:
+        """Steps done before it."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
 
 def find_beginning(launch: Launch) -> Beginning:
-    """Where the run begins; changes nothing. Raises ConfigError where it must not."""
-    folder, resume = Path(launch.run.output.root) / launch.run.name, launch.run.resume
+    """Where the run begins, as sizes and small files say; changes nothing. Raises ConfigError where it must not."""
+    folder = Path(launch.run.output.root) / launch.run.name
     _check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return Beginning(folder=folder)
     if not is_run(folder):
         raise ConfigError(f"{folder} holds files that are not of a run; choose another name=... or output.root=...")
-    owner = _owner(folder)
-    if owner is not None:
-        raise ConfigError(
-            f"{folder} belongs to a run that is under way ({owner}); end it first, or choose another name"
-        )
+    state, owner = owner_of(folder)
+    if state == "live":
+        raise _taken(folder, owner)
+    return _beginning(launch, folder, read=SMALL_BYTES)
+
+
+def _beginning(launch: Launch, folder: Path, *, read: int | None) -> Beginning:
+    """See find_beginning, of a folder that nobody else has. read: see `check_files`."""
+    resume = launch.run.resume
+    if {entry.name for entry in folder.iterdir()} <= {LOCK}:
+        return Beginning(folder=folder)
     if not any(_has_results(folder / name) for name in RESULTS):
         return Beginning(folder=folder, note="an earlier start never finished a step; its folder is used again")
     if resume == "never":
@@ -74,49 +92,84 @@ def find_beginning(launch: Launch) -> Beginning:
         )
     if resume == "overwrite":
         return Beginning(folder=folder, deletes=True, note="the earlier run in it is deleted")
-    complete = list_checkpoints(folder / "checkpoints")
-    if not complete:
+    found = find_checkpoints(folder / "checkpoints")
+    if not found and resume == "auto":
         number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
         keep_as = folder.with_name(f"{folder.name}.{number}")
         note = f"the earlier run in it has no complete checkpoint to continue from and is kept as {keep_as}"
         return Beginning(folder=folder, keep_as=keep_as, note=note)
+    checkpoint, damaged = _newest_good(folder, found, resume, read)
     models = {role: model for role in launch.learning_roles if (model := launch.used_roles[role].model) is not None}
-    check_checkpoint(complete[-1], recipe=launch.recipe.name, roles=list(models), models=models)
-    first, steps = complete[-1].step, launch.run.steps
+    check_checkpoint(checkpoint, recipe=launch.recipe.name, roles=list(models), models=models)
+    first, steps = checkpoint.step, launch.run.steps
     if first > steps or (first == steps and finished_steps(folder) == steps):
         raise ConfigError(
             f"{folder} has all its {first} steps already; set steps above {first} to continue (steps={steps})"
         )
-    return Beginning(folder=folder, first_step=first, note=f"continues after {first} steps")
+    note = f"continues after {first} steps"
+    if damaged:
+        note += f"; damaged and left out: {', '.join(map(str, damaged))}"
+    return Beginning(folder=folder, checkpoint=checkpoint, note=note)
+
+
+def _newest_good(
+    folder: Path, found: list[Checkpoint | DamagedCheckpoint], resume: str, read: int | None
+) -> tuple[Checkpoint, list[DamagedCheckpoint]]:
+    """The checkpoint to go on from, and newer ones that are damaged. Raises ConfigError where there is none."""
+    if resume != "auto":
+        names = {one.folder.name: one for one in found}
+        if resume not in names:
+            raise ConfigError(f"resume={resume}: {folder} has {', '.join(names) or 'no checkpoint'}")
+        found = [names[resume]]
+    damaged: list[DamagedCheckpoint] = []
+    for one in reversed(found):
+        good = checked(one, read=read)
+        if isinstance(good, Checkpoint):
+            return good, damaged
+        damaged.append(good)
+    raise ConfigError(
+        f"{folder} has no good checkpoint to continue from: {', '.join(map(str, damaged))}; copy the files again, "
+        f"choose another with resume=step_N, or set resume=overwrite to start anew"
+    )
+
+
+def _taken(folder: Path, owner: str) -> ConfigError:
+    return ConfigError(f"{folder} belongs to a run that is under way ({owner}); end it first, or choose another name")
 
 
 @contextmanager
-def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
-    """Make the run's folder and hold it; yields (folder, first step). Raises ConfigError as `find_beginning` does."""
-    beginning = find_beginning(launch)
-    folder = beginning.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); set output.root to a folder of yours"
-        ) from error
-    try:
+def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[Beginning]:
+    """Make the run's folder and hold it; yields where to begin. Raises ConfigError as `find_beginning` does."""
+    folder = find_beginning(launch).folder
+    with ExitStack() as holding:
+        _hold(folder, holding, note)
+        beginning = _beginning(launch, folder, read=None)
         if beginning.keep_as is not None:
             folder.rename(beginning.keep_as)  # The lock moves along with it.
-            lock.close()
-            folder.mkdir(exist_ok=True)
-            lock = _lock(folder)
+            holding.close()
+            _hold(folder, holding, note)
         for entry in folder.iterdir() if beginning.deletes else ():
             if entry.name != LOCK:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         if beginning.note:
             note(f"{folder}: {beginning.note}")
-        (folder / "config.yaml").write_text(f"# {_command(launch, folder)}\n{launch.yaml}", encoding="utf-8")
-        yield folder, beginning.first_step
-    finally:
-        lock.close()
+        if beginning.checkpoint is not None:
+            for moved in set_aside(folder / "checkpoints", beginning.first_step):
+                note(f"{moved}: of later steps, which are done again; remove it when you do not need it")
+        write_durably(folder / "config.yaml", f"# {_command(launch, folder)}\n{launch.yaml}")
+        yield beginning
+
+
+def _hold(folder: Path, holding: ExitStack, note: Callable[[str], None]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holding.enter_context(held(folder, note))
+    except FolderTaken as taken:
+        raise _taken(folder, str(taken)) from taken
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); set output.root to a folder of yours"
+        ) from error
 
 
 def _command(launch: Launch, folder: Path) -> str:
@@ -158,41 +211,3 @@ def _check_writable(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"output.root: {there} cannot be written ({reason}); set it to a folder of yours") from error
-
-
-# --- the lock ----------------------------------------------------------------------------------------------------
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder until the returned file is closed."""
-    file = (folder / LOCK).open("a+", encoding="utf-8")
-    for left in (2, 1, 0):  # `rlhf-dist check` looks at the lock for a moment.
-        if _locked(file, fcntl.LOCK_EX):
-            break
-        if not left:
-            file.close()
-            raise ConfigError(f"{folder} belongs to a run that is under way ({_owner(folder)}); choose another name")
-        time.sleep(0.1)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
-    return file
-
-
-def _owner(folder: Path) -> str | None:
-    """Who holds the folder; None where nobody does."""
-    path = folder / LOCK
-    if not path.is_file():
-        return None
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return None if _locked(file, fcntl.LOCK_SH) else file.read() or "its owner is not known"
-
-
-def _locked(file: IO[str], kind: int) -> bool:
-    """Whether the lock was free; True too on file systems that have no locks."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
-            raise
-    return True
