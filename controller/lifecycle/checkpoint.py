@@ -85,10 +85,11 @@ class PendingCheckpoint:
         """Where the files are until all are there."""
         return self.root / f"step_{self.step}.partial"
 
-    def finish(self) -> Checkpoint:
+    def finish(self, spared: Callable[[Path], bool] = lambda folder: False) -> Checkpoint:
         """Make it visible, once every role has written; older ones beyond `keep` are deleted (0 keeps all).
 
-        Raises CheckpointIncomplete if files of a rank are not seen here as it wrote them.
+        spared: whether a folder is needed for something else, which will delete it. Raises CheckpointIncomplete if
+        files of a rank are not seen here as it wrote them.
         """
         manifest = replace(self.manifest, files=self._seen())
         write_durably(self.partial / NAME, manifest.text())
@@ -98,7 +99,8 @@ class PendingCheckpoint:
         sync([self.root])
         complete = [one for one in find_checkpoints(self.root) if isinstance(one, Checkpoint)]
         for old in complete[: max(0, len(complete) - self.keep)] if self.keep else []:
-            shutil.rmtree(old.folder)
+            if not spared(old.folder):
+                shutil.rmtree(old.folder)
         return Checkpoint(final, manifest)
 
     def _seen(self) -> dict[str, tuple[int, int]]:

@@ -55,12 +55,18 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a checkpoint's folder, which is called step_N. Raises Damaged."""
-    file = folder / NAME
     try:
-        content = json.loads(file.read_bytes())
-        said = content.pop("crc32")
+        content = (folder / NAME).read_bytes()
     except OSError as error:
         raise Damaged(f"{NAME} cannot be read: {error.strerror}") from None
+    return parse_manifest(content, folder.name)
+
+
+def parse_manifest(text: bytes, folder: str) -> Manifest:
+    """The manifest of the folder of this name. Raises Damaged."""
+    try:
+        content = json.loads(text)
+        said = content.pop("crc32")
     except (ValueError, AttributeError, KeyError, TypeError):
         raise Damaged(f"{NAME} is empty, cut, or not a manifest") from None
     if _crc(content) != said:
@@ -70,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(files=files, roles=tuple(content.pop("roles")), **content)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise Damaged(f"{NAME} is of another version of this program") from None
-    if folder.name != f"step_{manifest.step}":
+    if folder != f"step_{manifest.step}":
         raise Damaged(f"{NAME} is of step {manifest.step}, which is not the folder's")
     return manifest
 

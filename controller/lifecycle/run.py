@@ -12,8 +12,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,12 +23,14 @@ from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
 from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin_checkpoint, load_checkpoint
+from controller.lifecycle.checkpoint_store import store_of
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.manifest import Manifest
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.run_folder import Beginning, claim_folder
+from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_warnings import StepWarnings
+from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
@@ -85,6 +87,7 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     """
     launch = with_steps_of_epochs(launch)
     with claim_folder(launch, display.note) as beginning:
+        launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
         return _run_in(beginning, launch, display, eager, local)
 
 
@@ -102,7 +105,12 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with (
+        ExitStack() as leaving,
+        cluster,
+        terminate_as_interrupt(),
+        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+    ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
                 launch = settled_on_cluster(launch, display.note)
@@ -110,7 +118,11 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(beginning.checkpoint)
+        uploads = _uploads(launch, display.note)
+        if uploads is not None:
+            leaving.enter_context(uploads)
+        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads)
+        run_of.execute()
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -126,6 +138,8 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
     }
+    if uploads is not None:
+        summary["store"] = {"place": uploads.place, "steps": uploads.done, "failed": uploads.failed}
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
@@ -135,19 +149,31 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     return summary
 
 
+def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
+    output = launch.run.output
+    store = store_of(output, launch.run.name)
+    if store is None:
+        return None
+    return Uploads(store, keep=output.keep_checkpoints, retry_s=output.store_retry_s, tell=tell)
+
+
 class _Run:
     def __init__(
         self,
         launch: Launch,
         session: Session,
-        folder: Path,
+        beginning: Beginning,
         writer: MetricsWriter,
         display: StepDisplay,
         progress: _Progress,
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
+        uploads: Uploads | None,
     ) -> None:
-        self.launch, self.session, self.folder = launch, session, folder
+        folder = beginning.folder
+        self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
+        self.settings, self.sources = beginning.settings, beginning.sources
+        session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
         output = launch.run.output
         self.dataflow = insert_rollout_dump(
@@ -161,17 +187,17 @@ class _Run:
         self.runner = session.runner(None if eager else self.dataflow, numbers)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
-        self.store_metrics = store_metrics
+        self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
 
-    def execute(self, checkpoint: Checkpoint | None) -> None:
+    def execute(self) -> None:
         """From its start, or from a checkpoint, to its end."""
         run, first_step = self.launch.run, 0
-        if checkpoint is not None:
+        if self.checkpoint is not None:
             self.display.phase("checkpoint")
-            self._resume(checkpoint)
-            first_step = checkpoint.step
+            self._resume(self.checkpoint)
+            first_step = self.checkpoint.step
         if self.launch.dataflow.generating:
             self.display.phase("first weight sync")
         self.session.sync(first_step)
@@ -287,6 +313,8 @@ class _Run:
                 roles=tuple(roles),
                 numbers=self.runner.numbers,
                 files={},
+                settings=self.settings,
+                sources=self.sources,
             ),
             ranks={role: self.session.groups[role].pool.size for role in roles},
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
@@ -319,7 +347,10 @@ class _Run:
         ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
-            self.pending.finish()
+            uploads = self.uploads
+            complete = self.pending.finish() if uploads is None else self.pending.finish(uploads.in_use)
+            if uploads is not None:
+                uploads.add(complete)
             self.pending = None
 
     def _resume(self, checkpoint: Checkpoint) -> None:

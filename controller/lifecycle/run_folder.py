@@ -19,10 +19,11 @@ import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from controller.lifecycle.checkpoint import (
     Checkpoint,
@@ -32,8 +33,12 @@ from controller.lifecycle.checkpoint import (
     find_checkpoints,
     set_aside,
 )
+from controller.lifecycle.checkpoint_store import CheckpointStore, store_of
+from controller.lifecycle.decisive_settings import check_unchanged, decisive_settings
 from controller.lifecycle.folder_lock import LOCK, FolderTaken, held, owner_of
+from controller.lifecycle.manifest import Manifest
 from rlhf_dist.compose import Launch
+from rlhf_dist.data.of_launch import epoch_source
 from rlhf_dist.durable_files import write_durably
 from rlhf_dist.recipe_files import family_of
 from rlhf_dist.typed import ConfigError
@@ -51,6 +56,10 @@ class Beginning:
     folder: Path
     checkpoint: Checkpoint | None = None
     """What it goes on from; None: from the start."""
+    sources: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Where the rows of each source parameter go on, as a manifest has it; filled in when the folder is claimed."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What decides what a step sees (decisive_settings.py), likewise; what is in files then is what the run reads."""
     keep_as: Path | None = None
     """Where an earlier run without a checkpoint is moved."""
     deletes: bool = False
@@ -64,44 +73,51 @@ class Beginning:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 
-def find_beginning(launch: Launch) -> Beginning:
-    """Where the run begins, as sizes and small files say; changes nothing. Raises ConfigError where it must not."""
+def find_beginning(launch: Launch, *, compare: bool = True) -> Beginning:
+    """Where the run begins, as sizes and small files say; changes nothing. Raises ConfigError where it must not.
+
+    compare: with the settings that the checkpoint was made with.
+    """
     folder = Path(launch.run.output.root) / launch.run.name
     _check_writable(folder)
-    if not folder.exists() or not any(folder.iterdir()):
-        return Beginning(folder=folder)
-    if not is_run(folder):
-        raise ConfigError(f"{folder} holds files that are not of a run; choose another name=... or output.root=...")
-    state, owner = owner_of(folder)
-    if state == "live":
-        raise _taken(folder, owner)
-    return _beginning(launch, folder, read=SMALL_BYTES)
+    if folder.exists() and any(folder.iterdir()):
+        if not is_run(folder):
+            raise ConfigError(f"{folder} holds files that are not of a run; choose another name=... or output.root=...")
+        state, owner = owner_of(folder)
+        if state == "live":
+            raise _taken(folder, owner)
+    return _beginning(launch, folder, read=SMALL_BYTES, compare=compare)
 
 
-def _beginning(launch: Launch, folder: Path, *, read: int | None) -> Beginning:
+def _beginning(launch: Launch, folder: Path, *, read: int | None, compare: bool = True) -> Beginning:
     """See find_beginning, of a folder that nobody else has. read: see `check_files`."""
-    resume = launch.run.resume
-    if {entry.name for entry in folder.iterdir()} <= {LOCK}:
-        return Beginning(folder=folder)
-    if not any(_has_results(folder / name) for name in RESULTS):
-        return Beginning(folder=folder, note="an earlier start never finished a step; its folder is used again")
+    resume, store = launch.run.resume, store_of(launch.run.output, launch.run.name)
+    copies = store.steps() if store else []
+    there = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.exists() else set()
+    ran = any(_has_results(folder / name) for name in RESULTS)
+    if not ran and not copies:
+        note = "an earlier start never finished a step; its folder is used again" if there else ""
+        return Beginning(folder=folder, note=note)
     if resume == "never":
         raise ConfigError(
-            f"{folder} holds an earlier run; set resume=auto to continue it, resume=overwrite to replace it, "
-            f"or another name=..."
+            f"{folder if ran or store is None else store.place} holds an earlier run; set resume=auto to continue it, "
+            f"resume=overwrite to replace it, or another name=..."
         )
     if resume == "overwrite":
         return Beginning(folder=folder, deletes=True, note="the earlier run in it is deleted")
     found = find_checkpoints(folder / "checkpoints")
-    if not found and resume == "auto":
+    if not found and not copies and resume == "auto":
         number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
         keep_as = folder.with_name(f"{folder.name}.{number}")
         note = f"the earlier run in it has no complete checkpoint to continue from and is kept as {keep_as}"
         return Beginning(folder=folder, keep_as=keep_as, note=note)
-    checkpoint, damaged = _newest_good(folder, found, resume, read)
+    checkpoint, damaged = _newest_good(folder, found, (store, copies), resume, read)
     models = {role: model for role in launch.learning_roles if (model := launch.used_roles[role].model) is not None}
     check_checkpoint(checkpoint, recipe=launch.recipe.name, roles=list(models), models=models)
-    first, steps = checkpoint.step, launch.run.steps
+    was, allowed = checkpoint.manifest.settings, launch.run.resume_changes
+    changed = check_unchanged(checkpoint.folder, was, decisive_settings(launch), allowed) if compare else []
+    sources = sources_of(launch, checkpoint.manifest)
+    first, steps = checkpoint.step, steps_from(launch, sources)
     if first > steps or (first == steps and finished_steps(folder) == steps):
         raise ConfigError(
             f"{folder} has all its {first} steps already; set steps above {first} to continue (steps={steps})"
@@ -109,24 +125,61 @@ def _beginning(launch: Launch, folder: Path, *, read: int | None) -> Beginning:
     note = f"continues after {first} steps"
     if damaged:
         note += f"; damaged and left out: {', '.join(map(str, damaged))}"
-    return Beginning(folder=folder, checkpoint=checkpoint, note=note)
+    if changed:
+        note += f"; made with {', '.join(changed)}"
+    return Beginning(folder=folder, checkpoint=checkpoint, sources=sources, note=note)
+
+
+def sources_of(launch: Launch, before: Manifest | None) -> dict[str, dict[str, int]]:
+    """Rows a step of each source, and the shift with which they go on at the row where `before` stopped.
+
+    Eight rows a step until step 4, then sixteen: 4 * 8 + 0 rows were drawn, 4 * 16 - 32 is the next.
+    """
+    found = {}
+    for name in launch.recipe.sources:
+        rows, was = launch.source_rows(name), {} if before is None else before.sources.get(name, {})
+        shift = 0 if before is None or not was else was["shift"] + before.step * (was["rows"] - rows)
+        found[name] = {"rows": rows, "shift": shift}
+    return found
+
+
+def steps_from(launch: Launch, sources: Mapping[str, Mapping[str, int]]) -> int:
+    """Steps of the run: those that were asked for or, with `data.epochs`, enough for the rows that are left."""
+    if not launch.epoch_rows:
+        return launch.run.steps
+    counted = sources[epoch_source(launch)]
+    return -(-(launch.run.data.epochs * launch.epoch_rows - counted["shift"]) // counted["rows"])
 
 
 def _newest_good(
-    folder: Path, found: list[Checkpoint | DamagedCheckpoint], resume: str, read: int | None
+    folder: Path,
+    found: list[Checkpoint | DamagedCheckpoint],
+    copies: tuple[CheckpointStore | None, list[int]],
+    resume: str,
+    read: int | None,
 ) -> tuple[Checkpoint, list[DamagedCheckpoint]]:
-    """The checkpoint to go on from, and newer ones that are damaged. Raises ConfigError where there is none."""
+    """The checkpoint to go on from, and newer ones that are damaged. Raises ConfigError where there is none.
+
+    copies: a store, and the steps it has: taken where the folder has none, or a damaged one. read: see `check_files`;
+    with None a copy is fetched, else only its manifest.
+    """
+    (store, stored), here = copies, {one.step: one for one in found}
+    steps = sorted({*here, *stored}, reverse=True)
     if resume != "auto":
-        names = {one.folder.name: one for one in found}
-        if resume not in names:
-            raise ConfigError(f"resume={resume}: {folder} has {', '.join(names) or 'no checkpoint'}")
-        found = [names[resume]]
+        wanted = int(resume.removeprefix("step_"))
+        if wanted not in steps:
+            there = ", ".join(f"step_{step}" for step in reversed(steps))
+            raise ConfigError(f"resume={resume}: {folder} has {there or 'no checkpoint'}")
+        steps = [wanted]
     damaged: list[DamagedCheckpoint] = []
-    for one in reversed(found):
-        good = checked(one, read=read)
-        if isinstance(good, Checkpoint):
-            return good, damaged
-        damaged.append(good)
+    for step in steps:
+        tries: list[Checkpoint | DamagedCheckpoint] = [checked(here[step], read=read)] if step in here else []
+        if store and step in stored and not (tries and isinstance(tries[0], Checkpoint)):
+            place = folder / "checkpoints" / f"step_{step}"
+            tries.append(store.fetch(step, place) if read is None else store.read(step, place))
+        if isinstance(tries[-1], Checkpoint):
+            return tries[-1], damaged
+        damaged += [one for one in tries if isinstance(one, DamagedCheckpoint)]
     raise ConfigError(
         f"{folder} has no good checkpoint to continue from: {', '.join(map(str, damaged))}; copy the files again, "
         f"choose another with resume=step_N, or set resume=overwrite to start anew"
@@ -143,6 +196,9 @@ def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[Beginn
     folder = find_beginning(launch).folder
     with ExitStack() as holding:
         _hold(folder, holding, note)
+        store = store_of(launch.run.output, launch.run.name)
+        if store is not None:
+            store.probe()
         beginning = _beginning(launch, folder, read=None)
         if beginning.keep_as is not None:
             folder.rename(beginning.keep_as)  # The lock moves along with it.
@@ -156,6 +212,13 @@ def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[Beginn
         if beginning.checkpoint is not None:
             for moved in set_aside(folder / "checkpoints", beginning.first_step):
                 note(f"{moved}: of later steps, which are done again; remove it when you do not need it")
+        if store is not None and beginning.deletes:
+            for step in store.steps():
+                store.remove(step)
+        elif store is not None:
+            store.set_aside(beginning.first_step)
+        sources = beginning.sources or sources_of(launch, None)
+        beginning = replace(beginning, sources=sources, settings=decisive_settings(launch))
         write_durably(folder / "config.yaml", f"# {_command(launch, folder)}\n{launch.yaml}")
         yield beginning
 
