@@ -194,7 +194,7 @@ def check_checkpoint(
     missing = [role for role in roles if role not in checkpoint.roles]
     if missing:
         raise ConfigError(f"{checkpoint.folder} has no {', '.join(missing)}; it has {', '.join(checkpoint.roles)}")
-    for role in roles:
+    for role in roles if checkpoint.folder.is_dir() else ():  # else a copy that is not fetched yet
         before = _read_config(checkpoint.folder / role / "hf" / "config.json")
         after = _read_config(Path(models[role].path).expanduser() / "config.json")
         for key in _SHAPE_KEYS:

@@ -24,6 +24,7 @@ from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
 from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin_checkpoint, load_checkpoint
 from controller.lifecycle.checkpoint_store import store_of
+from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.manifest import Manifest
 from controller.lifecycle.plan_feedback import write_feedback
@@ -88,7 +89,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     launch = with_steps_of_epochs(launch)
     with claim_folder(launch, display.note) as beginning:
         launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
-        return _run_in(beginning, launch, display, eager, local)
+        with said_of_disk(beginning.folder):
+            return _run_in(beginning, launch, display, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:

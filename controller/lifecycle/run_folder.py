@@ -35,6 +35,7 @@ from controller.lifecycle.checkpoint import (
 )
 from controller.lifecycle.checkpoint_store import CheckpointStore, store_of
 from controller.lifecycle.decisive_settings import check_unchanged, decisive_settings
+from controller.lifecycle.disk_space import check_kinds, check_space
 from controller.lifecycle.folder_lock import LOCK, FolderTaken, held, owner_of
 from controller.lifecycle.manifest import Manifest
 from rlhf_dist.compose import Launch
@@ -86,7 +87,13 @@ def find_beginning(launch: Launch, *, compare: bool = True) -> Beginning:
         state, owner = owner_of(folder)
         if state == "live":
             raise _taken(folder, owner)
-    return _beginning(launch, folder, read=SMALL_BYTES, compare=compare)
+    beginning = _beginning(launch, folder, read=SMALL_BYTES, compare=compare)
+    if not beginning.deletes:  # else what is there goes, and makes room
+        check_kinds(folder)
+        tight = check_space(launch, folder)
+        note = "; ".join(filter(None, (beginning.note, tight)))
+        beginning = replace(beginning, note=note)
+    return beginning
 
 
 def _beginning(launch: Launch, folder: Path, *, read: int | None, compare: bool = True) -> Beginning:
@@ -209,6 +216,10 @@ def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[Beginn
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         if beginning.note:
             note(f"{folder}: {beginning.note}")
+        if tight := check_space(launch, folder):
+            note(tight)
+        for stale in (folder / "checkpoints").glob("step_*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
         if beginning.checkpoint is not None:
             for moved in set_aside(folder / "checkpoints", beginning.first_step):
                 note(f"{moved}: of later steps, which are done again; remove it when you do not need it")

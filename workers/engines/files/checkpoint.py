@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -31,9 +32,11 @@ from torch.distributed._shard.sharded_tensor import Shard as FlatShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from rlhf_dist.durable_files import crc_of, sync, write_durably
+from rlhf_dist.failure import text_of
 
 SAVE_TIMEOUT_S = 3600.0
 """Longest a background save may take before its collectives give up."""
@@ -112,7 +115,8 @@ class CheckpointWriter:
 
     def _finish(self, written: Future[Any], folder: Path, card: ModelCard, config: Any, source: Path) -> None:
         """Raises BrokenCheckpoint on every rank where one does not read what another wrote."""
-        written.result(SAVE_TIMEOUT_S)
+        with _plain(folder):
+            written.result(SAVE_TIMEOUT_S)
         mine = sorted(folder.glob(f"shard-{self._rank + 1:05d}-*.safetensors"))
         sync(mine)
         sums = {file.name: (file.stat().st_size, crc_of(file)) for file in mine}
@@ -159,7 +163,18 @@ def _raise_first(problem: str | None, folder: Path, group: dist.ProcessGroup) ->
 
 def read_state(folder: Path, state: State, group: dist.ProcessGroup) -> None:
     """Read the tensors of `state` in place, from files that `load` has seen. Collective."""
-    state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    with _plain(folder):
+        state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+
+
+@contextmanager
+def _plain(folder: Path) -> Iterator[None]:
+    """What the library raises is no Exception, with tracebacks of all ranks: raise the first rank's error alone."""
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items())
+        raise RuntimeError(f"{folder}, rank {rank}: {text_of(error)}") from error
 
 
 def read_card(folder: Path) -> ModelCard:
