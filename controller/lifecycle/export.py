@@ -5,12 +5,16 @@ It runs in a process of its own: what reads checkpoints belongs to the workers, 
 
 from __future__ import annotations
 
+import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from controller.lifecycle.checkpoint import Checkpoint, checked, find_checkpoints
+from rlhf_dist.durable_files import sync
 from rlhf_dist.typed import ConfigError
+from rlhf_dist.weights_files import stored_weights
 
 EXPORTER = "workers.engines.files.export"
 TIMEOUT_S = 3600.0
@@ -40,6 +44,27 @@ def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapt
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ConfigError(lines[-1].split(": ", 1)[-1] if lines else f"the export ended with code {done.returncode}")
     return target
+
+
+class ExportIncomplete(Exception):
+    """What a model's export should hold is not seen here."""
+
+
+def check_exported(folder: Path, role: str) -> None:
+    """Flush an exported model to the disk. Raises ExportIncomplete where a weight file is missing or cut here."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        for name in {"config.json", *json.loads(index.read_bytes())["weight_map"].values()}:
+            (folder / name).stat()
+        stored_weights(folder)  # reads each header, which says how long its file is
+        sync([*(path for path in folder.rglob("*")), folder])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOENT:
+            raise
+        raise ExportIncomplete(
+            f"the exported model of {role} is not complete in {folder} ({error}); put output.root on a file system "
+            f"that all nodes share, or export the last checkpoint with `rlhf-dist export`"
+        ) from error
 
 
 def _find(path: Path) -> Checkpoint:

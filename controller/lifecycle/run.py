@@ -26,6 +26,7 @@ from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin
 from controller.lifecycle.checkpoint_store import store_of
 from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.export import check_exported
 from controller.lifecycle.manifest import Manifest
 from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
@@ -38,6 +39,7 @@ from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
+from rlhf_dist.durable_files import sync, write_durably
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
@@ -376,12 +378,12 @@ class _Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            check_exported(partial, role)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync([target.parent])
             self.display.note(f"wrote {target}")
 
 
 def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2))
-    partial.replace(path)
+    write_durably(path, json.dumps(data, indent=2))
