@@ -17,7 +17,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -51,11 +51,9 @@ def decisive_settings(launch: Launch) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": run.seed, "placement.max_staleness": run.placement.max_staleness}
     if run.placement.max_staleness:
         found["placement.interrupt"] = run.placement.interrupt
-    found |= _flat(asdict(run.data), "data")
-    if is_dataclass(launch.algorithm) and not isinstance(launch.algorithm, type):
-        found |= _flat(asdict(launch.algorithm), "algorithm")
+    found |= _flat(run.data, "data") | _flat(launch.algorithm, "algorithm")
     for role, config in launch.used_roles.items():
-        found |= _of_role(launch, role, asdict(config), isinstance(config, RewardConfig))
+        found |= _of_role(launch, role, config)
     for key, value in list(found.items()):
         if key.startswith("data.") and key.endswith(".path") and value is not None:
             found[key] = _contents(data_files(value))
@@ -74,8 +72,9 @@ def check_unchanged(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]
     for name in allowed:
         if not any(fnmatchcase(key, name) for key in (*was, *now)):
             raise ConfigError(f"resume_changes: no setting {name!r} decides what a step sees; leave it out")
-    changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
-    told = {key: f"{key}={_said(was.get(key))} (now {_said(now.get(key))})" for key in changed}
+    # What the checkpoint does not know is a setting of a later version of this program, which has its usual value.
+    changed = [key for key in sorted(was) if key not in now or was[key] != now[key]]
+    told = {key: f"{key}={_said(key, was)} (now {_said(key, now)})" for key in changed}
     refused = [key for key in changed if not any(fnmatchcase(key, name) for name in allowed)]
     if refused:
         raise ConfigError(
@@ -85,32 +84,44 @@ def check_unchanged(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]
     return list(told.values())
 
 
-def _of_role(launch: Launch, role: str, config: dict[str, Any], scores: bool) -> dict[str, Any]:
-    if role not in launch.learning_roles:
-        config.pop("optimizer", None)
+def _of_role(launch: Launch, role: str, config: Any) -> dict[str, Any]:
+    scores = isinstance(config, RewardConfig)
+    unused = [f"{role}.optimizer."] if role not in launch.learning_roles else []
     if generation_of(launch, role) is None:
-        config.pop("rollout", None)
-    for name in HARMLESS_OF_REWARDS if scores else ():
-        config.pop(name)
-    path = (config.get("model") or {}).get("path")
-    if path:
-        config["model"]["path"] = _model(Path(path).expanduser())
-    if function := config.get("function") if scores else None:
-        config.pop("engine")
-        config["code"] = _code_of_function(function, launch.recipe.file)
+        unused.append(f"{role}.rollout.")
+    if scores:
+        unused += [f"{role}.{name}" for name in HARMLESS_OF_REWARDS]
+    function = config.function if scores else None
+    if function:
+        unused.append(f"{role}.engine.")
+    found = {key: value for key, value in _flat(config, role).items() if not key.startswith(tuple(unused))}
+    if found.get(f"{role}.model.path"):
+        found[f"{role}.model.path"] = _model(Path(found[f"{role}.model.path"]).expanduser())
+    if function:
         where, _, name = function.rpartition(":")
-        config["function"] = f"{Path(where).name}:{name}" if where.endswith(".py") else function
-    return _flat(config, role)
+        found[f"{role}.function"] = f"{Path(where).name}:{name}" if where.endswith(".py") else function
+        found[f"{role}.code"] = _code_of_function(function, launch.recipe.file)
+    return found
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {inner: leaf for name, entry in value.items() for inner, leaf in _flat(entry, f"{key}.{name}").items()}
-    return {key: value}
+    """Fields of dataclasses under their dotted keys; a mapping of the user's own names is one value, or lists them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {item.name: getattr(value, item.name) for item in fields(value)}
+    elif isinstance(value, Mapping) and any(map(is_dataclass, value.values())):
+        parts = dict(value)
+    else:
+        return {key: value}
+    listed: dict[str, Any] = {key: sorted(parts)} if isinstance(value, Mapping) else {}
+    for name, entry in parts.items():
+        listed |= _flat(entry, f"{key}.{name}")
+    return listed
 
 
-def _said(value: Any) -> str:
-    return "null" if value is None else str(value)
+def _said(key: str, settings: Mapping[str, Any]) -> str:
+    if key in settings:
+        return "null" if settings[key] is None else str(settings[key])
+    return "set" if any(name.startswith(f"{key}.") for name in settings) else "null"
 
 
 # --- what files hold -----------------------------------------------------------------------------------------
