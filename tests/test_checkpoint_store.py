@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from controller.lifecycle import uploads as uploads_module
 from controller.lifecycle.checkpoint import Checkpoint, DamagedCheckpoint, begin_checkpoint
 from controller.lifecycle.checkpoint_store import CheckpointStore, StoreError
-from controller.lifecycle.manifest import NAME, Manifest
+from controller.lifecycle.manifest import NAME
 from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
@@ -64,8 +64,10 @@ def checkpoint(root: Path, step: int) -> Checkpoint:
             (Path(folder) / name).write_bytes(f"{step} {name}".encode() * 1000)
         (Path(folder) / "crc-00001.json").write_text("{}")
 
-    manifest = Manifest(step=step, recipe="sft", roles=("actor",), numbers={"kl": {"coef": 0.5}}, files={})
-    return begin_checkpoint(root, manifest, ranks={"actor": 1}, save_role=save, keep=0).finish()
+    numbers = {"kl": {"coef": 0.5}}
+    return begin_checkpoint(
+        root, step=step, recipe="sft", ranks={"actor": 1}, numbers=numbers, save_role=save, keep=0
+    ).finish()
 
 
 def once(part: Callable[[], None]) -> None:

@@ -22,7 +22,6 @@ from controller.lifecycle.checkpoint import (
     find_checkpoints,
 )
 from controller.lifecycle.export import export
-from controller.lifecycle.manifest import Manifest
 from controller.lifecycle.run import run
 from controller.lifecycle.run_folder import claim_folder, find_beginning
 from controller.record.display import Display
@@ -177,8 +176,7 @@ def test_a_checkpoint_without_a_ranks_files_is_not_published(tmp_path: Path, uns
             (Path(folder) / f"crc-{rank:05d}.json").write_text(json.dumps({shard.name: [7, 0]}))
         (Path(folder) / unseen).unlink()
 
-    manifest = Manifest(step=3, recipe="sft", roles=("actor",), numbers={}, files={})
-    pending = begin_checkpoint(tmp_path, manifest, ranks={"actor": 2}, save_role=save, keep=1)
+    pending = begin_checkpoint(tmp_path, step=3, recipe="sft", ranks={"actor": 2}, numbers={}, save_role=save, keep=1)
     with pytest.raises(CheckpointIncomplete, match=r"rank 1 of actor wrote is not seen.*output.root must be on a file"):
         pending.finish()
     assert find_checkpoints(tmp_path) == []
@@ -186,8 +184,10 @@ def test_a_checkpoint_without_a_ranks_files_is_not_published(tmp_path: Path, uns
 
 def test_the_last_good_one_is_never_deleted(tmp_path: Path) -> None:
     def pending(step: int, keep: int) -> PendingCheckpoint:
-        manifest = Manifest(step=step, recipe="sft", roles=(), numbers={"kl": {"coef": 0.5}}, files={})
-        return begin_checkpoint(tmp_path, manifest, ranks={}, save_role=print, keep=keep)
+        numbers = {"kl": {"coef": 0.5}}
+        return begin_checkpoint(
+            tmp_path, step=step, recipe="sft", ranks={}, numbers=numbers, save_role=print, keep=keep
+        )
 
     for step in (1, 2):
         pending(step, keep=1).finish()
@@ -195,4 +195,6 @@ def test_the_last_good_one_is_never_deleted(tmp_path: Path) -> None:
     DAMAGES["empty"](tmp_path / "step_2/manifest.json")
     good = pending(3, keep=1).finish()
     assert isinstance(checked(good, read=None), Checkpoint) and (tmp_path / "step_3").is_dir()
+    again = pending(3, keep=1).finish()
+    assert (again.folder, (tmp_path / "step_3.set_aside").is_dir()) == (good.folder, True), "a step that is done again"
     assert pending(4, keep=1).partial.is_dir() and (tmp_path / "step_3").is_dir(), "until the next one is complete"

@@ -143,6 +143,9 @@ def test_a_change_is_refused_with_both_values_unless_it_is_named() -> None:
         "actor.optimizer.lr=1e-05 (now 2e-05)",
         "seed=0 (now 1)",
     ]
+    assert check_unchanged(Path("x"), was, {**was, "later": 1}, []) == [], "a setting of a later version"
+    with pytest.raises(ConfigError, match=r"data.heldout=null \(now set\)"):
+        check_unchanged(Path("x"), {"data.heldout": None}, {"data.heldout.path": "contents 3f"}, [])
     with pytest.raises(ConfigError, match="no setting 'lr' decides"):
         check_unchanged(Path("x"), was, now, ["lr"])
 

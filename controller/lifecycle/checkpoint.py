@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from controller.lifecycle.manifest import NAME, Damaged, Manifest, check_files, read_manifest
@@ -51,6 +52,11 @@ class Checkpoint:
         """Roles whose weights it has."""
         return self.manifest.roles
 
+    @property
+    def numbers(self) -> Mapping[str, Mapping[str, float]]:
+        """Of every State."""
+        return self.manifest.numbers
+
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
@@ -81,6 +87,11 @@ class PendingCheckpoint:
         return self.manifest.step
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that write."""
+        return self.manifest.roles
+
+    @property
     def partial(self) -> Path:
         """Where the files are until all are there."""
         return self.root / f"step_{self.step}.partial"
@@ -95,9 +106,11 @@ class PendingCheckpoint:
         write_durably(self.partial / NAME, manifest.text())
         sync([*(path for path in self.partial.rglob("*") if path.is_dir()), self.partial])
         final = self.root / f"step_{self.step}"
+        if final.exists():  # of a step that is done again
+            _aside(final)
         self.partial.rename(final)
         sync([self.root])
-        complete = [one for one in find_checkpoints(self.root) if isinstance(one, Checkpoint)]
+        complete = list_checkpoints(self.root)
         for old in complete[: max(0, len(complete) - self.keep)] if self.keep else []:
             if not spared(old.folder):
                 shutil.rmtree(old.folder)
@@ -129,11 +142,31 @@ class PendingCheckpoint:
 
 
 def begin_checkpoint(
-    root: Path, manifest: Manifest, *, ranks: Mapping[str, int], save_role: SaveRole, keep: int
+    root: Path,
+    *,
+    step: int,
+    recipe: str,
+    ranks: Mapping[str, int],
+    numbers: Mapping[str, Mapping[str, float]],
+    save_role: SaveRole,
+    keep: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    sources: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> PendingCheckpoint:
-    """Have every role copy its state and start to write it. manifest: without files. ranks: see PendingCheckpoint."""
-    numbers = json.loads(json.dumps(manifest.numbers))  # a copy: the run goes on
-    pending = PendingCheckpoint(root, replace(manifest, numbers=numbers), ranks, keep)
+    """Have every role copy its state of `step` steps done and start to write it.
+
+    ranks: role -> ranks that write. settings, sources: see `Manifest`.
+    """
+    manifest = Manifest(
+        step=step,
+        recipe=recipe,
+        roles=tuple(ranks),
+        numbers=json.loads(json.dumps(numbers)),  # a copy: the run goes on
+        files={},
+        settings=dict(settings),
+        sources=dict(sources),
+    )
+    pending = PendingCheckpoint(root, manifest, ranks, keep)
     for stale in root.glob("step_*.partial"):
         shutil.rmtree(stale, ignore_errors=True)
     pending.partial.mkdir(parents=True)
@@ -155,6 +188,11 @@ def find_checkpoints(root: Path) -> list[Checkpoint | DamagedCheckpoint]:
     return sorted(found, key=lambda one: one.step)
 
 
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """Those with a right manifest, oldest first, files not looked at."""
+    return [one for one in find_checkpoints(root) if isinstance(one, Checkpoint)]
+
+
 def checked(found: Checkpoint | DamagedCheckpoint, *, read: int | None) -> Checkpoint | DamagedCheckpoint:
     """The checkpoint if its files are what was written, as `check_files` looks at them; else what is wrong with it."""
     if isinstance(found, DamagedCheckpoint):
@@ -168,15 +206,13 @@ def checked(found: Checkpoint | DamagedCheckpoint, *, read: int | None) -> Check
 
 def set_aside(root: Path, after: int) -> list[Path]:
     """Rename what was published for steps above `after`, so that no later run takes it for its own; the new names."""
-    moved = []
-    for found in [one for one in find_checkpoints(root) if one.step > after]:
-        names = (
-            found.folder.with_name(f"{found.folder.name}.set_aside{n}") for n in ("", *(f"_{k}" for k in range(2, 999)))
-        )
-        target = next(name for name in names if not name.exists())
-        found.folder.rename(target)
-        moved.append(target)
-    return moved
+    return [_aside(one.folder) for one in find_checkpoints(root) if one.step > after]
+
+
+def _aside(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}.set_aside{end}") for end in ("", *(f"_{n}" for n in range(2, 10**6))))
+    target = next(name for name in names if not name.exists())
+    return folder.rename(target)
 
 
 def check_checkpoint(

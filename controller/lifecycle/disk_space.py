@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from controller.lifecycle.checkpoint import Checkpoint, find_checkpoints
+from controller.lifecycle.checkpoint import find_checkpoints, list_checkpoints
 from rlhf_dist.compose import Launch
 from rlhf_dist.typed import ConfigError
 from rlhf_dist.weights_files import stored_weights
@@ -80,8 +80,8 @@ def said_of_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
-        good = [one.folder.name for one in find_checkpoints(folder / "checkpoints") if isinstance(one, Checkpoint)]
-        left = f"its last checkpoint is {good[-1]}" if good else "it has no checkpoint"
+        good = list_checkpoints(folder / "checkpoints")
+        left = f"its last checkpoint is {good[-1].folder.name}" if good else "it has no checkpoint"
         free = _size(shutil.disk_usage(folder).free)
         raise RunFolderFailed(
             f"{folder} can no longer be written ({error.strerror}; {free} free); {left}; "

@@ -27,7 +27,6 @@ from controller.lifecycle.checkpoint_store import store_of
 from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.export import check_exported
-from controller.lifecycle.manifest import Manifest
 from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
@@ -125,6 +124,8 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
         uploads = _uploads(launch, display.note)
         if uploads is not None:
             leaving.enter_context(uploads)
+            if beginning.checkpoint is not None:
+                uploads.add_missing(beginning.checkpoint)
         run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads)
         run_of.execute()
     summary = {
@@ -308,19 +309,14 @@ class _Run:
 
     def _checkpoint(self, done: int) -> None:
         self._finish_checkpoint(wait=True)
-        roles = self.session.model_roles
         self.pending = begin_checkpoint(
             self.folder / "checkpoints",
-            Manifest(
-                step=done,
-                recipe=self.launch.recipe.name,
-                roles=tuple(roles),
-                numbers=self.runner.numbers,
-                files={},
-                settings=self.settings,
-                sources=self.sources,
-            ),
-            ranks={role: self.session.groups[role].pool.size for role in roles},
+            step=done,
+            recipe=self.launch.recipe.name,
+            ranks={role: self.session.groups[role].pool.size for role in self.session.model_roles},
+            numbers=self.runner.numbers,
+            settings=self.settings,
+            sources=self.sources,
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
@@ -344,7 +340,7 @@ class _Run:
         """Make the checkpoint that is being written visible if it is complete; with `wait`, once it is."""
         if self.pending is None:
             return
-        step, roles = self.pending.step, self.pending.manifest.roles
+        step, roles = self.pending.step, self.pending.roles
         # Beside what the next step already runs: the schedule must not stand still for a question.
         answers = [
             self.session.call_role(role, "saved", step, beside=True, limit_s=limit_s, wait=wait) for role in roles
@@ -364,7 +360,7 @@ class _Run:
             roles=self.session.model_roles,
             load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
         )
-        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.manifest.numbers.items()})
+        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
         for folder in sorted((checkpoint.folder / STATES).glob("*")):
             self.runner.restore_state(folder.name, self.session.load_state(folder))
         self.display.note(f"resumed after {step} steps from {checkpoint.folder}")

@@ -54,6 +54,14 @@ class Uploads:
             self._waiting = checkpoint
             self._changed.notify_all()
 
+    def add_missing(self, checkpoint: Checkpoint) -> None:
+        """Upload what a run goes on from, where an earlier attempt did not arrive."""
+        try:
+            if checkpoint.step not in self._store.steps():
+                self.add(checkpoint)
+        except StoreError as error:
+            self._tell(f"the checkpoint after {checkpoint.step} steps is in {checkpoint.folder} alone: {error}")
+
     def in_use(self, folder: Path) -> bool:
         """Whether the files of a checkpoint are needed still; if so, they are removed once they are not."""
         with self._changed:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from controller.lifecycle.checkpoint import find_checkpoints
+from controller.lifecycle.checkpoint import list_checkpoints
 from controller.lifecycle.run import run
 from controller.record.display import Display
 from controller.record.metrics import read_metrics
@@ -31,9 +31,9 @@ def test_a_stopped_run_keeps_its_pending_checkpoint_and_continues(
     with pytest.raises(KeyboardInterrupt), Stopping("sft", 100, quiet=True) as display:
         run(stopped, display)
     folder = tmp_path / "sft"
-    assert [one.step for one in find_checkpoints(folder / "checkpoints")] == [2]
+    assert [one.step for one in list_checkpoints(folder / "checkpoints")] == [2]
     assert not list((folder / "checkpoints").glob("*.partial"))
     launch("sft", "resume=auto", "steps=4", "output.checkpoint_every=null")
     assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2, 3]
-    assert [one.step for one in find_checkpoints(folder / "checkpoints")] == [2], "null writes none"
+    assert [one.step for one in list_checkpoints(folder / "checkpoints")] == [2], "null writes none"
     assert (folder / "models/actor/config.json").is_file()
