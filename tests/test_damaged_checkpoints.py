@@ -21,7 +21,7 @@ from controller.lifecycle.checkpoint import (
     checked,
     find_checkpoints,
 )
-from controller.lifecycle.export import export
+from controller.lifecycle.export import ExportIncomplete, check_exported, export
 from controller.lifecycle.run import run
 from controller.lifecycle.run_folder import claim_folder, find_beginning
 from controller.record.display import Display
@@ -165,6 +165,16 @@ def test_an_export_takes_the_newest_good_one_or_names_the_damage(root: Path, tmp
     _flip(root / "runs/x/checkpoints/step_4" / SHARD)
     with pytest.raises(ConfigError, match=r"damaged: step_4 \(actor/shard.*CRC-32 differs"):
         export(str(root / "runs/x/checkpoints/step_4"), str(tmp_path / "out"), None, None, False)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "gone"])
+@pytest.mark.parametrize("name", ["model-00001.safetensors", "model.safetensors.index.json", "config.json"])
+def test_an_exported_model_that_is_not_seen_whole_gets_no_name(root: Path, name: str, damage: str) -> None:
+    folder = root / "runs/x/models/actor"
+    check_exported(folder, "actor")
+    DAMAGES[damage](folder / name)
+    with pytest.raises(ExportIncomplete, match=r"the exported model of actor is not complete in .*all nodes share"):
+        check_exported(folder, "actor")
 
 
 @pytest.mark.parametrize("unseen", ["crc-00002.json", "shard-00002-model-00001-of-00002.safetensors"])

@@ -54,7 +54,8 @@ def check_exported(folder: Path, role: str) -> None:
     """Flush an exported model to the disk. Raises ExportIncomplete where a weight file is missing or cut here."""
     index = folder / "model.safetensors.index.json"
     try:
-        for name in {"config.json", *json.loads(index.read_bytes())["weight_map"].values()}:
+        json.loads((folder / "config.json").read_bytes())
+        for name in set(json.loads(index.read_bytes())["weight_map"].values()):
             (folder / name).stat()
         stored_weights(folder)  # reads each header, which says how long its file is
         sync([*(path for path in folder.rglob("*")), folder])

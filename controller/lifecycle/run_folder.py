@@ -35,7 +35,7 @@ from controller.lifecycle.checkpoint import (
 )
 from controller.lifecycle.checkpoint_store import CheckpointStore, store_of
 from controller.lifecycle.decisive_settings import check_unchanged, decisive_settings
-from controller.lifecycle.disk_space import check_kinds, check_space
+from controller.lifecycle.disk_space import check_kinds, check_space, said_of_disk
 from controller.lifecycle.folder_lock import LOCK, FolderTaken, held, owner_of
 from controller.lifecycle.manifest import Manifest
 from rlhf_dist.compose import Launch
@@ -199,39 +199,44 @@ def _taken(folder: Path, owner: str) -> ConfigError:
 
 @contextmanager
 def claim_folder(launch: Launch, note: Callable[[str], None]) -> Iterator[Beginning]:
-    """Make the run's folder and hold it; yields where to begin. Raises ConfigError as `find_beginning` does."""
+    """Make the run's folder and hold it; yields where to begin. Raises ConfigError as `find_beginning` does, and
+    RunFolderFailed where the disk is full."""
     folder = find_beginning(launch).folder
     with ExitStack() as holding:
         _hold(folder, holding, note)
-        store = store_of(launch.run.output, launch.run.name)
-        if store is not None:
-            store.probe()
-        beginning = _beginning(launch, folder, read=None)
-        if beginning.keep_as is not None:
-            folder.rename(beginning.keep_as)  # The lock moves along with it.
-            holding.close()
-            _hold(folder, holding, note)
-        for entry in folder.iterdir() if beginning.deletes else ():
-            if entry.name != LOCK:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        if beginning.note:
-            note(f"{folder}: {beginning.note}")
-        if tight := check_space(launch, folder):
-            note(tight)
-        for stale in (folder / "checkpoints").glob("step_*.partial"):
-            shutil.rmtree(stale, ignore_errors=True)
-        if beginning.checkpoint is not None:
-            for moved in set_aside(folder / "checkpoints", beginning.first_step):
-                note(f"{moved}: of later steps, which are done again; remove it when you do not need it")
-        if store is not None and beginning.deletes:
-            for step in store.steps():
-                store.remove(step)
-        elif store is not None:
-            store.set_aside(beginning.first_step)
-        sources = beginning.sources or sources_of(launch, None)
-        beginning = replace(beginning, sources=sources, settings=decisive_settings(launch))
-        write_durably(folder / "config.yaml", f"# {_command(launch, folder)}\n{launch.yaml}")
+        with said_of_disk(folder):
+            beginning = _entered(launch, folder, holding, note)
         yield beginning
+
+
+def _entered(launch: Launch, folder: Path, holding: ExitStack, note: Callable[[str], None]) -> Beginning:
+    """Make of the folder, which is held, what the run begins with."""
+    store = store_of(launch.run.output, launch.run.name)
+    if store is not None:
+        store.probe()
+    beginning = _beginning(launch, folder, read=None)
+    if beginning.keep_as is not None:
+        folder.rename(beginning.keep_as)  # The lock moves along with it.
+        holding.close()
+        _hold(folder, holding, note)
+    for entry in folder.iterdir() if beginning.deletes else ():
+        if entry.name != LOCK:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for text in (f"{folder}: {beginning.note}" if beginning.note else "", check_space(launch, folder)):
+        if text:
+            note(text)
+    for stale in (folder / "checkpoints").glob("step_*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for moved in set_aside(folder / "checkpoints", beginning.first_step):
+        note(f"{moved}: of later steps, which are done again; remove it when you do not need it")
+    if store is not None and beginning.deletes:
+        for step in store.steps():
+            store.remove(step)
+    elif store is not None:
+        store.set_aside(beginning.first_step)
+    write_durably(folder / "config.yaml", f"# {_command(launch, folder)}\n{launch.yaml}")
+    sources = beginning.sources or sources_of(launch, None)
+    return replace(beginning, sources=sources, settings=decisive_settings(launch))
 
 
 def _hold(folder: Path, holding: ExitStack, note: Callable[[str], None]) -> None:
