@@ -212,6 +212,19 @@ def s3() -> Iterator[dict[str, str]]:
         server.kill()
 
 
+def test_a_bucket_that_is_not_there_is_said_and_not_made(s3: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="s3://buckte/runs/x cannot be written .*bucket does not exist"):
+        CheckpointStore("s3://buckte/runs", "x", dict(s3)).probe()
+    assert not fsspec.filesystem("s3", **s3).exists("buckte")
+
+
+def test_a_folder_of_another_disk_is_made(tmp_path: Path) -> None:
+    there = CheckpointStore(f"file://{tmp_path}/backup/runs", "x", {})
+    there.probe()
+    there.put(checkpoint(tmp_path / "here", 4), once)
+    assert there.steps() == [4] and (tmp_path / "backup/runs/x/step_4" / NAME).is_file()
+
+
 def test_a_run_goes_on_from_s3_on_a_machine_that_has_nothing(
     s3: dict[str, str], four_steps: Path, tmp_path: Path
 ) -> None:

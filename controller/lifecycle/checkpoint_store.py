@@ -60,7 +60,7 @@ class CheckpointStore:
         def attempt() -> None:
             path = f"{self._root}/.probe-{uuid4().hex}"
             try:
-                self._files.makedirs(self._root, exist_ok=True)
+                self._make_folder(self._root)
                 self._files.pipe_file(path, b"probe")
                 same = self._files.cat_file(path) == b"probe"
                 self._files.rm_file(path)
@@ -127,7 +127,6 @@ class CheckpointStore:
 
         def one(name: str) -> None:
             path = self._path(step, name)
-            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._files.put_file(str(checkpoint.folder / name), path)
             found = self._files.info(path)["size"]
             if found != files[name][0]:
@@ -141,6 +140,8 @@ class CheckpointStore:
                 raise OSError(f"{manifests.NAME} is not there as it was written")
 
         with self._named(f"copy step_{step} to"):
+            folders = sorted({self._path(step, name).rpartition("/")[0] for name in (*files, manifests.NAME)})
+            retried(lambda: self._make_folders(folders))
             retried(lambda: self._remove(self._path(step, manifests.NAME)))
             self._each(lambda name: retried(lambda: one(name)), list(files))
             retried(publish)
@@ -172,6 +173,23 @@ class CheckpointStore:
     def _remove(self, path: str) -> None:
         if self._files.exists(path):
             self._files.rm_file(path)
+
+    def _make_folders(self, folders: list[str]) -> None:
+        for folder in folders:
+            self._make_folder(folder)
+
+    def _make_folder(self, path: str) -> None:
+        """Make it and what is above, where the file system has folders; never a bucket, whose name may be misspelt."""
+        try:
+            self._files.mkdir(path, create_parents=False)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            parent = path.rpartition("/")[0]
+            if "/" not in parent:
+                raise
+            self._make_folder(parent)
+            self._files.mkdir(path, create_parents=False)
 
     def _each(self, function: Callable[[str], None], names: list[str]) -> None:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="store") as threads:
