@@ -43,7 +43,7 @@ def test_right_code_passes(sandbox: Sandbox, code: str, tests: str) -> None:
         ("", "error"),
         ("def add(a, b:", "error"),
         ("def add(a, b):\n    while True: pass", "timeout"),
-        ("def add(a, b):\n    return ' ' * (1 << 30)", "error"),
+        ("def add(a, b):\n    return ' ' * (1 << 30)", "memory"),
         ("def add(a, b):\n    import os; os.kill(os.getpid(), 9)", "error"),
     ],
 )
