@@ -16,13 +16,16 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 from rlhf_dist.sandbox.interpreter import Interpreter
 from rlhf_dist.sandbox.isolation import Isolation, found, tried
 from rlhf_dist.sandbox.limits import Limits, Result, SandboxError
 
 T = TypeVar("T")
+GoOn = Callable[[int, Result], bool]
 IDLE_S = 0.5
 TRIES = 2
 
@@ -68,16 +71,16 @@ class Sandbox:
         code: str,
         inputs: Sequence[str],
         files: Mapping[str, str] | None = None,
-        go_on: Callable[[Result], bool] = lambda _: True,
+        go_on: GoOn = lambda number, result: True,
     ) -> list[Result]:
-        """The program once for each input, one after the other, until `go_on` of a result says no."""
+        """The program once for each input, one after the other, until `go_on` of a number and its result says no."""
         job = {"kind": "program", "code": code, "files": dict(files or {})}
 
         def each(interpreter: Interpreter) -> list[Result]:
             results = []
-            for stdin in inputs:
+            for number, stdin in enumerate(inputs):
                 results.append(interpreter.run(job | {"stdin": stdin})[0])
-                if not go_on(results[-1]):
+                if not go_on(number, results[-1]):
                     break
             return results
 
@@ -93,19 +96,16 @@ class Sandbox:
 
         Names of builtins and standard modules mean themselves in tests, whatever the code makes of them.
         """
+        return self.test_each(code, [tests])[0]
+
+    def test_each(self, code: str, tests: Sequence[str], go_on: GoOn = lambda number, result: True) -> list[Result]:
+        """The same for several tests, one after the other, the code run anew for each, until `go_on` says no."""
         if self.refusal:
-            return self._refused()
-        nonce = secrets.token_hex(16)
-
-        def once(interpreter: Interpreter) -> Result:
-            result, verdict = interpreter.run({"kind": "tests", "code": code}, {"tests": tests, "nonce": nonce})
-            if result.outcome != "ok":
-                return result
-            if not isinstance(verdict, list) or len(verdict) != 3 or verdict[0] != nonce:
-                return _with(result, "killed", "the process of the tests ended before they were through")
-            return _with(result, verdict[1], str(verdict[2]))
-
-        return self._use(once)
+            return [self._refused()]
+        results: list[Result] = []
+        while len(results) < len(tests) and (not results or go_on(len(results) - 1, results[-1])):
+            results += self._use(partial(_tested, code=code, tests=tests, first=len(results), go_on=go_on))
+        return results
 
     def close(self) -> None:
         """End all interpreters that are not in use; no more are started."""
@@ -191,12 +191,19 @@ def _chosen(isolation: Isolation) -> tuple[str, str]:
     return isolation, f"{isolation}: {reason}" if reason else ""
 
 
-def _with(result: Result, outcome: Any, text: str) -> Result:
-    return Result(
-        outcome=outcome,
-        text=text,
-        stdout=result.stdout,
-        stderr=result.stderr,
-        wall_s=result.wall_s,
-        cpu_s=result.cpu_s,
-    )
+def _tested(interpreter: Interpreter, code: str, tests: Sequence[str], first: int, go_on: GoOn) -> list[Result]:
+    """From test `first` on, one after the other. The last is one that `go_on` did not like, or that ended without a
+    verdict: then its message may still wait to be read, and the interpreter is good for no more."""
+    results: list[Result] = []
+    for number in range(first, len(tests)):
+        nonce = secrets.token_hex(16)
+        result, verdict = interpreter.run({"kind": "tests", "code": code}, {"tests": tests[number], "nonce": nonce})
+        through = isinstance(verdict, list) and len(verdict) == 3 and verdict[0] == nonce
+        if result.ok and through:
+            result = replace(result, outcome=verdict[1], text=str(verdict[2]))
+        elif result.ok:
+            result = replace(result, outcome="killed", text="the process of the tests ended before they were through")
+        results.append(result)
+        if not through or not go_on(number, result):
+            break
+    return results

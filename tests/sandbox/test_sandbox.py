@@ -77,7 +77,7 @@ def test_inputs_are_runs_of_their_own(sandbox: Sandbox) -> None:
     results = sandbox.run_each(program, ["1", "x", "3"])
     assert [result.outcome for result in results] == ["ok", "error", "ok"]
     assert results[2].stdout == "4 []\n"
-    assert len(sandbox.run_each(program, ["1", "x", "3"], go_on=lambda result: result.ok)) == 2
+    assert len(sandbox.run_each(program, ["1", "x", "3"], go_on=lambda number, result: result.ok)) == 2
 
 
 def test_no_program_sees_the_one_before(sandbox: Sandbox) -> None:
