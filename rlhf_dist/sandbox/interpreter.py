@@ -33,7 +33,6 @@ class Interpreter:
         """Raises SandboxError if it does not come up."""
         self._limits, self._errors = limits, tempfile.TemporaryFile()
         self._scratch = tempfile.mkdtemp(prefix="rlhf-dist-sandbox-") if isolation == "none" else ""
-        began = time.monotonic()
         self._process = subprocess.Popen(
             start(isolation, limits, packages, self._scratch).command,
             stdin=subprocess.PIPE,
@@ -47,14 +46,12 @@ class Interpreter:
         os.set_blocking(self._to, False)
         os.set_blocking(self._from, False)
         self._ready = False
-        self.started_s = 0.0
-        self._began = began
 
     def wait_until_ready(self) -> None:
         """Raises SandboxError if it does not come up."""
         if not self._ready:
-            self._exchange((), self._began + START_S, FRAME_BYTES)
-            self._ready, self.started_s = True, time.monotonic() - self._began
+            self._exchange((), time.monotonic() + START_S, FRAME_BYTES)
+            self._ready = True
 
     def run(self, *messages: dict[str, Any]) -> tuple[Result, Any]:
         """What came of one program, and the verdict of its tests. Raises SandboxError if the interpreter fails."""
