@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -70,6 +70,8 @@ class Session:
     cluster: Processes
     groups: dict[str, WorkerGroup]
     states: dict[str, State]
+    shifts: Mapping[str, int] = field(default_factory=dict)
+    """Source parameter -> see `PromptSource.emit`."""
 
     def runner(
         self,
@@ -85,7 +87,10 @@ class Session:
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
-        default = {name: {"rows": self.launch.source_rows(name)} for name in self.launch.recipe.sources}
+        default = {
+            name: {"rows": self.launch.source_rows(name), "shift": self.shifts.get(name, 0)}
+            for name in self.launch.recipe.sources
+        }
         return RayRunner(
             dataflow,
             groups,

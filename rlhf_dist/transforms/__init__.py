@@ -7,7 +7,7 @@ from rlhf_dist.transforms.judging import both_orders, list_scores, listed, verdi
 from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
 from rlhf_dist.transforms.remax_advantage import remax_advantage
 from rlhf_dist.transforms.rloo_advantage import rloo_advantage
-from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, keep_best_and_worst
+from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, drop_missing, keep_best_and_worst
 from rlhf_dist.transforms.shape_rewards import clip_rewards, whiten_rewards
 from rlhf_dist.transforms.whiten import whiten
 
@@ -16,6 +16,7 @@ __all__ = [
     "both_orders",
     "clip_rewards",
     "drop_equal_groups",
+    "drop_missing",
     "gae",
     "grpo_advantage",
     "keep_best_and_worst",
