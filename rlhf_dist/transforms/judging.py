@@ -110,14 +110,14 @@ def win_rates(batch: Batch, verdicts: Batch, *, column: str = "choice", into: st
     total, count = _sums(place[said], votes[said], 2 * pairs.shape[1])
     judged = (count.reshape(-1, 2) > 0).all(axis=1)
     first_wins = (total / np.maximum(count, 1)).reshape(-1, 2)[judged]
-    win = (first_wins[:, 0] + 1 - first_wins[:, 1]) / 2
+    win: Floats = (first_wins[:, 0] + 1 - first_wins[:, 1]) / 2
     agree = np.sign(first_wins[:, 0] - 0.5) == np.sign(0.5 - first_wins[:, 1])
     low, high = pairs[:, judged]
     wins, played = _sums(np.concatenate([low, high]), np.concatenate([win, 1 - win]), batch.num_rows)
     metrics = {
         "pairs_judged": mean_of(judged),
         "order_agreement": mean_of(agree),
-        "ties": mean_of(np.equal(win, 0.5)),
+        "ties": mean_of(np.asarray(win == 0.5)),
         "first_wins": mean_of(first_wins.ravel()),
     }
     return _judged(wins, played, into, metrics)
