@@ -7,7 +7,7 @@ stops at the constructor of what it configures; nothing deeper reads it, nothing
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 MISSING: Any = "???"
 """Value of a setting that somebody must give."""
@@ -192,9 +192,9 @@ class RewardConfig:
     """Most memory of the process that calls the function, with all that it starts."""
     concurrency: int = 16
     """Calls of an `async def` function under way at one time, in each of placement.host_processes."""
-    failed_reward: float | None = None
-    """Reward of a row whose call raised, hung or ended its process; such rows are counted (`failed_rows`). None: the
-    run ends, naming function and row."""
+    failed_reward: float | Literal["missing"] | None = None
+    """Of a row whose call raised, hung or ended its process, counted as `failed_rows`: missing, which is in no baseline
+    and not trained on; or a reward. None: the run ends, naming function and row."""
     model: ModelConfig | None = None
     """A sequence-classification folder with one label. None: use `function`."""
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -23,7 +23,7 @@ from controller.execution.ray_runner import RayRunner
 from controller.execution.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import PoolConfig, SourceConfig
-from rlhf_dist.data.of_launch import tokenizer_of
+from rlhf_dist.data.of_launch import tokenizer_of, tokenizers
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
@@ -261,6 +261,7 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
     context = {
         "seed": launch.run.seed,
         "frozen_folders": frozen_folders(launch),
+        "tokenizers": tokenizers(launch),
         "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
         "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
         "total_steps": launch.run.steps,
