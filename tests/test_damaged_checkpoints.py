@@ -116,10 +116,11 @@ def test_a_run_goes_on_from_the_good_one_to_the_same_weights(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_an_export_takes_the_newest_good_one_or_names_the_damage(root: Path, tmp_path: Path) -> None:
+def test_an_export_of_a_damaged_one_is_refused(root: Path, tmp_path: Path) -> None:
     _flip(root / "runs/x/checkpoints/step_4" / SHARD)
-    with pytest.raises(ConfigError, match=r"damaged: step_4 \(actor/shard.*CRC-32 differs"):
-        export(str(root / "runs/x/checkpoints/step_4"), str(tmp_path / "out"), None, None, False)
+    for given in ("checkpoints/step_4", "."):
+        with pytest.raises(ConfigError, match=r"the checkpoint is damaged: .*step_4 \(actor/shard.*CRC-32 differs"):
+            export(str(root / "runs/x" / given), str(tmp_path / "out"), None, None, False)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "gone"])
