@@ -78,8 +78,8 @@ def _find(path: Path) -> Checkpoint:
         if isinstance(newest, Checkpoint):
             return newest
         raise ConfigError(
-            f"the checkpoint is damaged: {newest.folder} ({newest.problem}); copy the files again, or give the folder of "
-            f"an older one"
+            f"the checkpoint is damaged: {newest.folder} ({newest.problem}); copy the files again, or give the folder "
+            f"of an older one"
         )
     raise ConfigError(
         f"no complete checkpoint at {path}; give runs/NAME or runs/NAME/checkpoints/step_N (a run writes one with "
