@@ -10,6 +10,7 @@ Ray calls, one at a time, in the controller's order
   run_host_op          the same for a pure function
   relay                the same call for several ranks of this machine, in their name to the controller
   interrupt            the one call that runs beside another: generation stops early, and is called again
+  abandon              the step is given up: what was kept to go on with is forgotten
 
 What is raised in any of them comes back as a `Failure` (failures.py), never as an exception.
 """
@@ -236,6 +237,14 @@ class WorkerProcess:
     def interrupt(self, role: str) -> None:
         """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
         self._roles[role].interrupt()
+
+    @reported
+    def abandon(self) -> None:
+        """Forget what is half done of a step that is given up. Comes after all calls before it: its answer says that
+        this process is there, and at nothing."""
+        for worker in self._roles.values():
+            if hasattr(worker, "abandon"):
+                worker.abandon()
 
     @reported
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:

@@ -73,6 +73,10 @@ class RolloutWorker:
         """Stop generating after the token at hand, if something is generated; called from another thread."""
         self._stop.set()
 
+    def abandon(self) -> None:
+        """Forget responses that were interrupted: their step is run again from its start."""
+        self._begun.clear()
+
     def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
         """`n` responses to each prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
         self._stop.clear()

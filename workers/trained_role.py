@@ -117,6 +117,8 @@ class TrainedRole(WeightSets):
     def load(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
         """Restore this role's checkpoint; a generation engine gets it at the next reshard."""
         self.engine.load(Path(folder))
+        # Its process may have trained further: weights that are loaded need not differ from those synced last.
+        self.moved = self.rewritten = False
         return OpResult(columns=NOTHING)
 
     def export(self, batch: Batch, call: Call, *, folder: str) -> OpResult:

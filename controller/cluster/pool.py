@@ -21,6 +21,10 @@ class ClusterError(RuntimeError):
     """The cluster cannot give what the placement asks for."""
 
 
+class NoRoom(ClusterError):
+    """Slots were not free within the wait for them: asking again would wait again."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """A pool's processes, by rank."""

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import RELAYS, SIGNALS, ClusterError, Pool
+from controller.cluster.pool import RELAYS, SIGNALS, ClusterError, NoRoom, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.replies import RayReplies
 from controller.cluster.user_files import send_user_files_by_value
@@ -233,7 +233,7 @@ class Cluster:
         self._groups[name] = group
         deadline = time.monotonic() + self.config.ready_timeout_s
         if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
-            raise ClusterError(
+            raise NoRoom(
                 f"pool {name!r} needs {len(bundles)} {'nodes with' if strategy == 'STRICT_SPREAD' else 'slots of'} "
                 f"{_resources(bundles[0])}, not free within "
                 f"{self.config.ready_timeout_s:g} s; the nodes have free: {_free_resources()}. "

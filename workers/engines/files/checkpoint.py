@@ -33,6 +33,8 @@ from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetada
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from rlhf_dist.failure import FailureKind
+
 SAVE_TIMEOUT_S = 3600.0
 """Longest a background save may take before its collectives give up."""
 
@@ -47,6 +49,8 @@ State = Mapping[str, Tensor | ShardedTensor]
 
 class BrokenCheckpoint(RuntimeError):
     """A checkpoint that is not what was written, or of another model."""
+
+    failure_kind = FailureKind.DATA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.algorithms.outputs import Output
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards
@@ -40,6 +41,8 @@ Use = Literal["forward", "update", "write"]
 
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient that is NaN or infinite; raised on all ranks before any weight has changed."""
+
+    failure_kind = FailureKind.NUMERICS
 
     def __init__(self, loss: str, step: int, groups: tuple[int, ...]) -> None:
         super().__init__(loss, step, groups)
