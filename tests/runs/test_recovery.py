@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.execution.ray_runner import RayRunner, WorkerLost
+from controller.execution.ray_runner import RayRunner
 from controller.record.metrics import read_metrics
 from rlhf_dist.dataflow.graph import Node
 from tests.runs.digit_reward import digits
@@ -74,17 +75,44 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_kills_in_colocated_pools(
-    launch_warm: Callable[..., Any], killer: Killer, tmp_path: Path, data: Path
+@pytest.fixture
+def heldout(tmp_path: Path) -> Path:
+    path = tmp_path / "heldout.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{a}+{a}0=", "answer": str(11 * a)}) for a in range(4)))
+    return path
+
+
+def told(summary: dict[str, Any]) -> list[tuple[int, str, list[str]]]:
+    print([(one["seconds"], one["what"]) for one in summary["recoveries"]])
+    return [(one["back_to"], one["from"], one["pools"]) for one in summary["recoveries"]]
+
+
+def test_the_run_goes_on_to_the_same_weights(
+    launch_warm: Callable[..., Any], killer: Killer, tmp_path: Path, heldout: Path
 ) -> None:
-    settings = (*SETTINGS, f"data.heldout.path={data}")
+    settings = (*SETTINGS, f"data.heldout.path={heldout}")
     calm = launch_warm("grpo", *settings, root=tmp_path / "calm")
-    killer.at = {("actor.update_actor", 3): ("main", 1), ("actor.generate_sequences", 1): ("main", 0)}
+    assert "recoveries" not in calm
+
+    killer.at = {("actor.update_actor", 1): ("main", 1)}
     killer.seen.clear()
-    shaken = launch_warm("grpo", *settings, root=tmp_path / "shaken")
-    assert not killer.at
-    print([(one["back_to"], one["from"], one["seconds"], one["what"][:120]) for one in shaken["recoveries"]])
-    assert [(one["back_to"], one["from"]) for one in shaken["recoveries"]] == [(0, "start"), (2, "checkpoint")]
-    assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "shaken/grpo/models/actor")
-    assert comparable(tmp_path / "calm/grpo") == comparable(tmp_path / "shaken/grpo")
+    one = launch_warm("grpo", *settings, root=tmp_path / "colocated")
+    assert told(one) == [(0, "start", ["main"])]
+    assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "colocated/grpo/models/actor")
+    assert comparable(tmp_path / "calm/grpo") == comparable(tmp_path / "colocated/grpo")
     assert len(killer.seen["host"]) == 1, "the other pool kept its process"
+
+    killer.at = {
+        ("reward.compute_reward", 1): ("host", 0),
+        ("actor.update_actor", 3): ("main", 0),
+        ("actor.generate_sequences", 3): ("gen", 0),
+    }
+    killer.seen.clear()
+    three = launch_warm("grpo", *settings, *SEPARATE, root=tmp_path / "separate")
+    assert told(three) == [(1, "processes", ["host"]), (3, "processes", ["gen"]), (2, "checkpoint", ["main"])]
+    assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "separate/grpo/models/actor")
+    rows = read_metrics(tmp_path / "separate/grpo")
+    assert [(row["step"], "kind" in row) for row in rows] == [
+        (row["step"], "kind" in row) for row in read_metrics(tmp_path / "calm/grpo")
+    ]
+    assert {name: len(pids) for name, pids in killer.seen.items()} == {"host": 2, "main": 4, "gen": 2}
