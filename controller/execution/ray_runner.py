@@ -45,13 +45,14 @@ class NodeError(RuntimeError):
     kind = FailureKind.CODE
     """Of the failure, as it was classified where it was raised."""
     role = ""
-    """Of the node."""
+    """Whose engine had the rows cut into micro-batches; empty for generation and what is no op of a role."""
     pools: tuple[str, ...] = ()
     """Where it was at work."""
 
     def of(self, kind: FailureKind, pending: _Pending) -> Self:
         """This error, with what is known of it."""
-        self.kind, self.role = kind, pending.node.role
+        node = pending.node
+        self.kind, self.role = kind, node.role if node.kind == "op" and node.rows != "expand" else ""
         self.pools = tuple(dict.fromkeys(pool.name for pool, _ in pending.callees))
         return self
 

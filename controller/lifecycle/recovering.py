@@ -91,8 +91,7 @@ class Recoveries:
             raise error
         wait_s = self._budget.take(furthest)
         if wait_s is None:
-            error.add_note(self._spent())
-            raise error
+            raise said(error, self._spent())
         if wait_s:
             self._phase(f"recovery: waiting {wait_s:g} s, the last one did not get further")
             time.sleep(wait_s)
@@ -226,7 +225,10 @@ class Recoveries:
     def _halve(self, error: NodeError) -> None:
         """Give the role half as many tokens at a time; raises `error` for one that has had that, or has no engine."""
         launch, role = self._session.launch, error.role
-        if role not in launch.roles or not has_training_engine(launch, role) or role in self._halved:
+        if role in self._halved:
+            tokens = launch.roles[role_with_base(launch, role) or role].engine.micro_batch_tokens
+            raise said(error, f"{role} takes {tokens} tokens at a time already, half of what it began with")
+        if role not in launch.roles or not has_training_engine(launch, role):
             raise error
         self._halved.add(role)
         self._session.launch, tokens = with_half(launch, role)
@@ -243,6 +245,12 @@ class Recoveries:
             f"the run has recovered {config.retries} times in {config.window_steps} steps (recovery.retries) and ends; "
             "resume=auto goes on from its last checkpoint"
         )
+
+
+def said(error: Exception, why: str) -> Exception:
+    """The error with why the run ends of it, in its one line."""
+    error.args = (f"{error}; {why}", *error.args[1:])
+    return error
 
 
 def with_half(launch: Launch, role: str) -> tuple[Launch, int]:
