@@ -372,6 +372,10 @@ class RecoveryConfig:
     """Wait before the second recovery at one step; it doubles with each further one. The first begins at once."""
     settle_s: float = 120.0
     """Longest wait for the processes that live to end what they are at; those that do not are rebuilt as well."""
+    memory_every: int = 0
+    """Steps between copies of what every rank has learned, kept in the memory of another node where there is one: a run
+    goes back to the newest copy or checkpoint. 0: none. Takes 12 bytes a trained parameter (float32 weights and both
+    moments), twice while one is made."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,13 @@ class Local:
             with suppress(Exception):
                 process.worker.close()
 
+    def keeper(self, node_id: str) -> Any:
+        """There is no other process to keep anything. Raises ClusterError."""
+        raise ClusterError("a local run has no other process to keep copies; recovery.memory_every needs a cluster")
+
+    def end_keepers(self) -> None:
+        """There are none."""
+
     def add_host_pool(self) -> Pool:
         """This process, for what needs no device."""
         self.pools[HOST_POOL] = Pool(HOST_POOL, (_Process(HOST_POOL),), pids=(os.getpid(),))

@@ -1,48 +1,46 @@
 """Recovery inside a run: from a failure to pools that stand where one step ended, so that the next can be run again.
 
-a node fails ── infrastructure? ── no ──> the run ends, with the row kept        (data, code, numerics)
-     | yes, within the budget                     (out of memory: once a role, with half of its tokens at a time)
-survey     every process is asked to give the step up; who died, or says nothing for too long, is dead
-newest     where to go back to: the last step, if no process that learns is dead or has begun to learn since;
-           else the last checkpoint; else the start, for which pools that learn are built anew
-rebuild    dead pools, elsewhere if need be; the others keep their processes, and are connected to the new ones
-restore    roles, states and positions in the data; then a verified sync, and only then a step   (domains.py)
+    a node fails ── infrastructure? ── no ──> the run ends, with the row kept        (data, code, numerics)
+         | yes, within the budget                     (out of memory: once a role, with half of its tokens at a time)
+    survey     every process is asked to give the step up; who died, or says nothing for too long, is dead
+    newest     where to go back to: the last step, if no process that learns is dead or has begun to learn since;
+               else the newest copy in memory or checkpoint; else the start, with pools that learn built anew
+    rebuild    dead pools, elsewhere if need be; the others keep their processes, and are connected to the new ones
+    restore    roles, states and positions in the data; then a verified sync, and only then a step   (domains.py)
+
+Each part may fail as a step does: then it begins anew, and the budget counts it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from controller.cluster.pool import SIGNALS, ClusterError, NoRoom
 from controller.execution.ray_runner import NodeError
 from controller.lifecycle.checkpoint import Checkpoint
+from controller.lifecycle.memory_copies import MemoryCopies
 from controller.lifecycle.session import Session
+from controller.lifecycle.step_end import StepEnd
 from controller.recovery.budget import Budget
 from controller.recovery.domains import Domains, Health
 from rlhf_dist.compose import Launch
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.placement.roles import HOST_POOL
 from rlhf_dist.role_kinds import has_training_engine, role_with_base
-from rlhf_dist.wire import HeldState
 
 RECOVERABLE = (NodeError, ClusterError)
 """What a run can recover from, if it is of the right kind."""
+SOURCES = {
+    "processes": "living processes",
+    "memory": "copies in memory",
+    "checkpoint": "the checkpoint",
+    "start": "the start",
+}
 FIRST_CAUSE_S = 5.0
 """Longest wait for the word that a process died, whose peers failed with an error of another kind before it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepEnd:
-    """What the processes hold when a step has ended, as long as nothing writes to it."""
-
-    done: int
-    """Steps."""
-    states: Mapping[str, HeldState]
-    written: frozenset[str]
-    """What a later step had written by then: of a state, `states` may have what it wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Recovery:
     """Steps done when it happened."""
     back_to: int
     source: str
-    """`processes`, `checkpoint` or `start`: where the state came from."""
+    """`processes`, `memory`, `checkpoint` or `start`: where the state came from."""
     seconds: float
     """From the failure to the first node of a step."""
 
@@ -65,7 +63,7 @@ class Recovery:
         rebuilt = f"pool {', '.join(self.pools)} rebuilt, " if self.pools else ""
         return (
             f"recovered in {self.seconds:.1f} s: {rebuilt}back to {self.back_to} of {self.failed_at} steps done "
-            f"(from {'the ' if self.source != 'processes' else 'living '}{self.source}), after: {self.what}"
+            f"(from {SOURCES[self.source]}), after: {self.what}"
         )
 
 
@@ -79,6 +77,7 @@ class Recoveries:
         self.domains = Domains(session.pools, silent_s=config.settle_s, clock=time.monotonic)
         self._budget = Budget(config.retries, config.window_steps, config.backoff_s)
         self._halved: set[str] = set()
+        self.copies = MemoryCopies(session)
         self.done: list[Recovery] = []
 
     def admit(self, error: Exception, furthest: int) -> None:
@@ -130,6 +129,9 @@ class Recoveries:
         have."""
         if end is not None and self._is_whole(end, written):
             return end.done, "processes", end
+        copy = self.copies.newest(self.domains.those(Health.DEAD))
+        if copy is not None and (checkpoint is None or copy.done >= checkpoint.step):
+            return copy.done, "memory", copy
         if checkpoint is not None:
             return checkpoint.step, "checkpoint", checkpoint
         for role in self._session.model_roles:
@@ -216,7 +218,7 @@ class Recoveries:
         learning = session.model_roles
         if dead & {session.groups[role].pool.name for role in learning}:
             return False
-        if HOST_POOL in dead and any(held.ref is not None for held in end.states.values()):
+        if HOST_POOL in dead and end.has_references:
             return False  # The values died with the process that made them.
         rollouts = {f"{role}.rollout" for role in session.launch.dataflow.generating}
         learned = {state for state in written if state.split(".")[0] in learning}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
+from controller.cluster.pool import ClusterError
 from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
@@ -33,9 +34,10 @@ from controller.lifecycle.checkpoint import (
 )
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, StepEnd
+from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery
 from controller.lifecycle.run_folder import claim_folder
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
@@ -181,6 +183,8 @@ class _Run:
         """Of the last step that ended."""
         self.kept_at: int | None = None
         """Steps done of the last checkpoint that was begun or restored."""
+        self.copied: dict[str, float] = {}
+        """What a copy in memory cost since the last step."""
         self.recovered_s: list[float] = []
         """Seconds of recoveries since the last step."""
 
@@ -257,6 +261,8 @@ class _Run:
         metrics = report.metrics
         tokens = self._tokens(metrics)
         metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
+        metrics |= self.copied
+        self.copied = {}
         if self.recovered_s:
             metrics |= {"recoveries": float(len(self.recovered_s)), "recovery_s": sum(self.recovered_s)}
             self.recovered_s = []
@@ -302,6 +308,9 @@ class _Run:
         if due and all(one["step"] != done for one in self.progress.evaluations):
             with self._paused("evaluation"):
                 self._evaluate(done)
+        if self._copies_after(done - 1) or done == self.began:
+            with self._paused("copy in memory"):
+                self._copy(done)
         if done > self.began and self._checkpoints_after(done - 1) and self.kept_at != done:
             with self._paused("checkpoint"):
                 self._checkpoint(done)
@@ -314,8 +323,12 @@ class _Run:
         every, done = self.launch.run.output.checkpoint_every, step + 1
         return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
 
+    def _copies_after(self, step: int) -> bool:
+        every = self.launch.run.recovery.memory_every
+        return bool(every) and (step + 1) % every == 0
+
     def _is_barrier(self, step: int) -> bool:
-        return self._evaluates_after(step) or self._checkpoints_after(step)
+        return self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
         metrics = self.evaluation.run(done, self.runner.numbers)
@@ -325,6 +338,16 @@ class _Run:
             of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}
             said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
             self.display.note(f"held-out reward after {done} steps: {said}")
+
+    def _copy(self, done: int) -> None:
+        """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
+        if not self.launch.run.recovery.memory_every or not self.launch.run.recovery.retries:
+            return
+        assert self.end is not None and self.end.done == done, "the step has just ended"
+        try:
+            self.copied = self.recoveries.copies.make(self.end)
+        except ClusterError as error:  # Of a rank that is gone the next node tells; a copy alone ends nothing.
+            self.display.note(f"no copy in memory after {done} steps: {error}")
 
     def _checkpoint(self, done: int) -> None:
         self._finish_checkpoint(wait=True)
@@ -404,13 +427,14 @@ class _Run:
         done, source, state = recoveries.newest(self.end, written, self._last_checkpoint())
         rebuilt = recoveries.rebuild()
         self.runner = self._new_runner()
+        if source != "processes":
+            self.end = None  # What the processes hold is no more that of the last step.
+        if source == "memory":
+            recoveries.copies.put_back()
         if isinstance(state, StepEnd):
             for name, held in state.states.items():
                 self.runner.restore_state(name, held)
-        else:
-            # What the processes hold is no more that of the last step.
-            self.end = None
-        if isinstance(state, Checkpoint):
+        elif state is not None:
             self._restore(state)
         recoveries.synced(done)
         self._rewind(done)

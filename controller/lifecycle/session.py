@@ -65,6 +65,14 @@ class Processes(Protocol):
         """End a pool's processes, whatever they are at, and give back its slots."""
         ...
 
+    def keeper(self, node_id: str) -> Any:
+        """Who keeps copies of what ranks on that node hold."""
+        ...
+
+    def end_keepers(self) -> None:
+        """End all of those; the next `keeper` starts new ones."""
+        ...
+
 
 _Starting = tuple[WorkerGroup, list[Any]]
 """A group, and the references to what its ranks answer."""

@@ -67,7 +67,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def comparable(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what a clock has measured."""
-    clocks = ("time_s/", "store/", "recover")
+    clocks = ("time_s/", "store/", "recover", "memory_copy")
     timed = ("_s", "_seconds", "per_s", "step_s")
     return [
         {name: value for name, value in row.items() if not name.startswith(clocks) and not name.endswith(timed)}
@@ -94,25 +94,32 @@ def test_the_run_goes_on_to_the_same_weights(
     calm = launch_warm("grpo", *settings, root=tmp_path / "calm")
     assert "recoveries" not in calm
 
-    killer.at = {("actor.update_actor", 1): ("main", 1)}
+    killer.at = {("actor.update_actor", 3): ("main", 1)}
     killer.seen.clear()
-    one = launch_warm("grpo", *settings, root=tmp_path / "colocated")
-    assert told(one) == [(0, "start", ["main"])]
+    copies = ("recovery.memory_every=1", "output.checkpoint_every=0")
+    one = launch_warm("grpo", *settings, *copies, root=tmp_path / "colocated")
+    assert told(one) == [(3, "memory", ["main"])]
     assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "colocated/grpo/models/actor")
     assert comparable(tmp_path / "calm/grpo") == comparable(tmp_path / "colocated/grpo")
     assert len(killer.seen["host"]) == 1, "the other pool kept its process"
 
     killer.at = {
+        ("actor.update_actor", 0): ("main", 1),
         ("reward.compute_reward", 1): ("host", 0),
         ("actor.update_actor", 3): ("main", 0),
         ("actor.generate_sequences", 3): ("gen", 0),
     }
     killer.seen.clear()
-    three = launch_warm("grpo", *settings, *SEPARATE, root=tmp_path / "separate")
-    assert told(three) == [(1, "processes", ["host"]), (3, "processes", ["gen"]), (2, "checkpoint", ["main"])]
+    four = launch_warm("grpo", *settings, *SEPARATE, "recovery.retries=4", root=tmp_path / "separate")
+    assert told(four) == [
+        (0, "start", ["main"]),
+        (1, "processes", ["host"]),
+        (3, "processes", ["gen"]),
+        (2, "checkpoint", ["main"]),
+    ]
     assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "separate/grpo/models/actor")
     rows = read_metrics(tmp_path / "separate/grpo")
     assert [(row["step"], "kind" in row) for row in rows] == [
         (row["step"], "kind" in row) for row in read_metrics(tmp_path / "calm/grpo")
     ]
-    assert {name: len(pids) for name, pids in killer.seen.items()} == {"host": 2, "main": 4, "gen": 2}
+    assert {name: len(pids) for name, pids in killer.seen.items()} == {"host": 2, "main": 6, "gen": 2}

@@ -24,6 +24,7 @@ from rlhf_dist.metrics import Metrics
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards
 from workers.engines.added.lora import Adapter
+from workers.engines.files.rank_state import RankState
 from workers.engines.movable import Movable
 
 Term = tuple[float, Loss, Batch]
@@ -156,6 +157,14 @@ class TrainingEngine(Protocol):
 
     def restore_weights(self, name: str) -> None:
         """The reverse, with all that was kept. Raises KeyError for a name that was never saved."""
+        ...
+
+    def copy_state(self) -> RankState:
+        """A copy of what a checkpoint holds of this rank, in host memory."""
+        ...
+
+    def put_back(self, copy: RankState) -> None:
+        """Go on from a copy of this rank, of as many. Raises BrokenCopy."""
         ...
 
     def device_parts(self) -> Mapping[DevicePart, Movable]:
