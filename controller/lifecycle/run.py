@@ -171,7 +171,8 @@ class _Run:
             every=output.rollouts_every,
         )
         self.runner = self._new_runner()
-        self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
+        # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
+        self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
         self.recoveries = Recoveries(session, display.phase)
         self.store_metrics = store_metrics
