@@ -45,7 +45,7 @@ def test_a_role_that_runs_out_of_memory_takes_half_once(launch: Callable[..., An
         return
     summary = launch(*settings, "actor.engine.micro_batch_tokens=32", local=True, root=tmp_path / "halved")
     (one,) = summary["recoveries"]
-    assert one["back_to"] == 0 and "can't allocate memory" in one["what"]
+    assert (one["back_to"], one["from"]) == (0, "start") and "can't allocate memory" in one["what"]
     launch(*settings, "actor.engine.micro_batch_tokens=16", local=True, root=tmp_path / "half")
     found, expected = (weights(tmp_path / name / "mine/models/actor") for name in ("halved", "half"))
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
