@@ -97,7 +97,8 @@ class MemoryCopies:
                 failure: Any = failure_of_call(answer) if isinstance(answer, Exception) else answer
                 if isinstance(failure, Failure):
                     role, rank = asked[ref]
-                    raise ClusterError(f"{role}, rank {rank}, could not {what}: {explained(failure, None)}")
+                    text = f"{role}, rank {rank}, could not {what}: {explained(failure, None)}"
+                    raise ClusterError(text).of(failure.kind)
                 told.append(answer)
         return told
 

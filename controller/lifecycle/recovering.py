@@ -80,13 +80,15 @@ class Recoveries:
         self.copies = MemoryCopies(session)
         self.done: list[Recovery] = []
 
-    def admit(self, error: Exception, furthest: int) -> None:
+    def admit(self, error: NodeError | ClusterError, furthest: int) -> None:
         """Return once a recovery may begin, after the back-off; raises `error` where the run must end."""
+        if not self._session.launch.run.recovery.retries:
+            raise error
         kind = self._kind(error)
         if kind is FailureKind.OUT_OF_MEMORY and isinstance(error, NodeError):
             self._halve(error)
             return
-        if kind is not FailureKind.INFRASTRUCTURE or not self._session.launch.run.recovery.retries:
+        if kind is not FailureKind.INFRASTRUCTURE:
             raise error
         wait_s = self._budget.take(furthest)
         if wait_s is None:
@@ -181,12 +183,9 @@ class Recoveries:
         return {"recoveries": said, "recovery_s": round(sum(one.seconds for one in self.done), 2)}
 
     # --- within ----------------------------------------------------------------------------------------
-    def _kind(self, error: Exception) -> FailureKind:
-        if isinstance(error, NoRoom):
-            return FailureKind.CODE
-        if not isinstance(error, NodeError):
-            return FailureKind.INFRASTRUCTURE
-        if error.kind is FailureKind.CODE and self._died(error.pools):
+    def _kind(self, error: NodeError | ClusterError) -> FailureKind:
+        pools = error.pools if isinstance(error, NodeError) else self._session.pools
+        if error.kind is FailureKind.CODE and not isinstance(error, NoRoom) and self._died(pools):
             return FailureKind.INFRASTRUCTURE
         return error.kind
 

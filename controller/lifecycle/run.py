@@ -34,7 +34,7 @@ from controller.lifecycle.checkpoint import (
 )
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery
+from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, said
 from controller.lifecycle.run_folder import claim_folder
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_end import StepEnd
@@ -409,7 +409,7 @@ class _Run:
         held = {name: self.runner.held_state(name) for name in self.runner.numbers}
         self.end = StepEnd(done=done, states=held, written=frozenset(self.runner.written))
 
-    def _recover(self, error: Exception) -> int:
+    def _recover(self, error: NodeError | ClusterError) -> int:
         """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
         the last attempt, where the run must end."""
         started = time.perf_counter()
@@ -426,6 +426,10 @@ class _Run:
         dead = recoveries.survey(error)
         self._save_pending(dead)
         done, source, state = recoveries.newest(self.end, written, self._last_checkpoint())
+        if done < self.began:
+            raise said(
+                error, f"the checkpoint after {self.began} steps, which this run began from, is not there any more"
+            )
         rebuilt = recoveries.rebuild()
         self.runner = self._new_runner()
         if source != "processes":

@@ -151,7 +151,8 @@ class Session:
         (answer,) = self.cluster.replies.get([getattr(process, method).remote(*arguments)], timeout_s)
         failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
         if isinstance(failure, Failure):
-            raise ClusterError(f"{method.replace('_', ' ')} {arguments[-1]}: {explained(failure, None)}")
+            text = f"{method.replace('_', ' ')} {arguments[-1]}: {explained(failure, None)}"
+            raise ClusterError(text).of(failure.kind)
         return answer
 
     # --- pools -------------------------------------------------------------------------------------------
@@ -363,7 +364,8 @@ def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...
     """What the worker has to say. Raises ClusterError if it did not start."""
     failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
     if isinstance(failure, Failure):
-        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(failure, group.pool.log(rank))}")
+        text = f"{group.role}, rank {rank}, could not start: {explained(failure, group.pool.log(rank))}"
+        raise ClusterError(text).of(failure.kind)
     return tuple(answer or ())
 
 

@@ -1,4 +1,4 @@
-"""A copy of what a rank holds, in memory: training goes on from it, in the same engine or a new one, to the same bits."""
+"""A copy in memory of what a rank holds: training goes on from it, in this engine or a new one, to the same bits."""
 
 from __future__ import annotations
 

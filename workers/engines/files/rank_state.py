@@ -78,5 +78,5 @@ def _crc(parts: Mapping[str, tuple[Bytes, ...]]) -> int:
     total = 0
     for each in parts.values():
         for part in each:
-            total = zlib.crc32(part, total)
+            total = zlib.crc32(part.data, total)
     return total

@@ -63,7 +63,7 @@ def local_parts(tensor: Any) -> Iterator[Tensor]:
     if isinstance(tensor, ShardedTensor):
         yield from (shard.tensor for shard in tensor.local_shards())
     else:
-        yield tensor.tolocal_parts() if isinstance(tensor, DTensor) else tensor
+        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _on_host(tensor: Any) -> Any:
@@ -77,5 +77,5 @@ def _on_host(tensor: Any) -> Any:
         return flat_tensor(local, held, dist.get_rank())
     if isinstance(tensor, DTensor):
         # The constructor, as FSDP calls it: `from_local` would move the host's memory to the mesh's device.
-        return DTensor(torch.empty_like(tensor.tolocal_parts(), device="cpu"), tensor._spec, requires_grad=False)
+        return DTensor(torch.empty_like(tensor.to_local(), device="cpu"), tensor._spec, requires_grad=False)
     return torch.empty_like(tensor, device="cpu")
