@@ -33,6 +33,8 @@ from rlhf_dist.role_kinds import has_training_engine, role_with_base
 
 RECOVERABLE = (NodeError, ClusterError)
 """What a run can recover from, if it is of the right kind."""
+MOST_TEXT = 250
+"""Characters of a failure in a recovery's line: Ray's own texts go on about its settings."""
 SOURCES = {
     "processes": "living processes",
     "memory": "copies in memory",
@@ -246,6 +248,12 @@ class Recoveries:
             f"the run has recovered {config.retries} times in {config.window_steps} steps (recovery.retries) and ends; "
             "resume=auto goes on from its last checkpoint"
         )
+
+
+def shortened(text: str) -> str:
+    """A failure's text as part of a line."""
+    line = text.splitlines()[0]
+    return line if len(line) <= MOST_TEXT else f"{line[:MOST_TEXT]}..."
 
 
 def said(error: Exception, why: str) -> Exception:

@@ -34,7 +34,7 @@ from controller.lifecycle.checkpoint import (
 )
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, said
+from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, said, shortened
 from controller.lifecycle.run_folder import claim_folder
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_end import StepEnd
@@ -443,7 +443,7 @@ class _Run:
             self._restore(state)
         recoveries.synced(done)
         self._rewind(done)
-        what, seconds = str(error).splitlines()[0], time.perf_counter() - started
+        what, seconds = shortened(str(error)), time.perf_counter() - started
         made = Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
         recoveries.done.append(made)
         self.recovered_s.append(seconds)
