@@ -75,11 +75,27 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With held-out rows, and the run without faults once `calm` has made it."""
+    made = tmp_path_factory.mktemp("recovery")
+    rows = [{"prompt": f"{a}+{a}0=", "answer": str(11 * a)} for a in range(4)]
+    (made / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return made
+
+
 @pytest.fixture
-def heldout(tmp_path: Path) -> Path:
-    path = tmp_path / "heldout.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"{a}+{a}0=", "answer": str(11 * a)}) for a in range(4)))
-    return path
+def start(launch_warm: Callable[..., Any], folder: Path) -> Callable[..., dict[str, Any]]:
+    """A run into folder/NAME."""
+    settings = (*SETTINGS, f"data.heldout.path={folder}/heldout.jsonl")
+    return lambda name, *overrides: launch_warm("grpo", *settings, *overrides, root=folder / name)
+
+
+@pytest.fixture
+def calm(start: Callable[..., dict[str, Any]], folder: Path) -> Path:
+    if not (folder / "calm").exists():
+        assert "recoveries" not in start("calm")
+    return folder / "calm/grpo"
 
 
 def told(summary: dict[str, Any]) -> list[tuple[int, str, list[str]]]:
@@ -87,33 +103,32 @@ def told(summary: dict[str, Any]) -> list[tuple[int, str, list[str]]]:
     return [(one["back_to"], one["from"], one["pools"]) for one in summary["recoveries"]]
 
 
-def test_the_run_goes_on_to_the_same_weights(
-    launch_warm: Callable[..., Any], killer: Killer, tmp_path: Path, heldout: Path
+@pytest.mark.timeout(900)
+def test_a_colocated_pool_goes_on_from_copies_in_memory(
+    start: Callable[..., dict[str, Any]], killer: Killer, calm: Path, folder: Path
 ) -> None:
-    settings = (*SETTINGS, f"data.heldout.path={heldout}")
-    calm = launch_warm("grpo", *settings, root=tmp_path / "calm")
-    assert "recoveries" not in calm
-
     killer.at = {("actor.update_actor", 3): ("main", 1)}
     killer.seen.clear()
-    copies = ("recovery.memory_every=1", "output.checkpoint_every=0")
-    one = launch_warm("grpo", *settings, *copies, root=tmp_path / "colocated")
-    assert told(one) == [(3, "memory", ["main"])]
-    assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "colocated/grpo/models/actor")
-    assert comparable(tmp_path / "calm/grpo") == comparable(tmp_path / "colocated/grpo")
+    shaken = start("colocated", "recovery.memory_every=1", "output.checkpoint_every=0")
+    assert told(shaken) == [(3, "memory", ["main"])]
+    assert same_weights(calm / "models/actor", folder / "colocated/grpo/models/actor")
+    assert comparable(calm) == comparable(folder / "colocated/grpo")
     assert len(killer.seen["host"]) == 1, "the other pool kept its process"
 
+
+@pytest.mark.timeout(900)
+def test_each_of_three_pools_dies_and_the_others_keep_their_processes(
+    start: Callable[..., dict[str, Any]], killer: Killer, calm: Path, folder: Path
+) -> None:
     killer.at = {
         ("reward.compute_reward", 1): ("host", 0),
         ("actor.update_actor", 3): ("main", 0),
         ("actor.generate_sequences", 3): ("gen", 0),
     }
     killer.seen.clear()
-    three = launch_warm("grpo", *settings, *SEPARATE, root=tmp_path / "separate")
-    assert told(three) == [(1, "processes", ["host"]), (3, "processes", ["gen"]), (2, "checkpoint", ["main"])]
-    assert same_weights(tmp_path / "calm/grpo/models/actor", tmp_path / "separate/grpo/models/actor")
-    rows = read_metrics(tmp_path / "separate/grpo")
-    assert [(row["step"], "kind" in row) for row in rows] == [
-        (row["step"], "kind" in row) for row in read_metrics(tmp_path / "calm/grpo")
-    ]
+    shaken = start("separate", *SEPARATE)
+    assert told(shaken) == [(1, "processes", ["host"]), (3, "processes", ["gen"]), (2, "checkpoint", ["main"])]
+    assert same_weights(calm / "models/actor", folder / "separate/grpo/models/actor")
+    lines = [[(row["step"], "kind" in row) for row in read_metrics(one)] for one in (calm, folder / "separate/grpo")]
+    assert lines[0] == lines[1]
     assert {name: len(pids) for name, pids in killer.seen.items()} == {"host": 2, "main": 4, "gen": 2}
