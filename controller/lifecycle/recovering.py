@@ -94,7 +94,7 @@ class Recoveries:
             raise error
         wait_s = self._budget.take(furthest)
         if wait_s is None:
-            raise said(error, self._spent())
+            raise with_reason(error, self._spent())
         if wait_s:
             self._phase(f"recovery: waiting {wait_s:g} s, the last one did not get further")
             time.sleep(wait_s)
@@ -127,12 +127,13 @@ class Recoveries:
         return domains.those(Health.DEAD)
 
     def newest(
-        self, end: StepEnd | None, written: Collection[str], checkpoint: Checkpoint | None
+        self, end: StepEnd | None, written: Collection[str], last_checkpoint: Callable[[], Checkpoint | None]
     ) -> tuple[int, str, StepEnd | Checkpoint | None]:
         """Steps done that all go back to, and where from. written: states that steps since `end` have written, or may
-        have."""
+        have. last_checkpoint: reads all of its files, and is asked where it is needed."""
         if end is not None and self._is_whole(end, written):
             return end.done, "processes", end
+        checkpoint = last_checkpoint()
         copy = self.copies.newest(self.domains.those(Health.DEAD))
         if copy is not None and (checkpoint is None or copy.done >= checkpoint.step):
             return copy.done, "memory", copy
@@ -230,7 +231,7 @@ class Recoveries:
         launch, role = self._session.launch, error.role
         if role in self._halved:
             tokens = launch.roles[role_with_base(launch, role) or role].engine.micro_batch_tokens
-            raise said(error, f"{role} takes {tokens} tokens at a time already, half of what it began with")
+            raise with_reason(error, f"{role} takes {tokens} tokens at a time already, half of what it began with")
         if role not in launch.roles or not has_training_engine(launch, role):
             raise error
         self._halved.add(role)
@@ -256,7 +257,7 @@ def shortened(text: str) -> str:
     return line if len(line) <= MOST_TEXT else f"{line[:MOST_TEXT]}..."
 
 
-def said(error: Exception, why: str) -> Exception:
+def with_reason(error: Exception, why: str) -> Exception:
     """The error with why the run ends of it, in its one line."""
     error.args = (f"{error}; {why}", *error.args[1:])
     return error

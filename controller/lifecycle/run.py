@@ -13,8 +13,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,24 +27,31 @@ from controller.execution.executor import StepReport, run_steps
 from controller.execution.ray_runner import NodeError, RayRunner
 from controller.lifecycle.checkpoint import (
     Checkpoint,
+    CheckpointIncomplete,
     PendingCheckpoint,
     begin_checkpoint,
-    list_checkpoints,
+    checked,
+    find_checkpoints,
     load_checkpoint,
 )
+from controller.lifecycle.checkpoint_store import store_of
+from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, said, shortened
-from controller.lifecycle.run_folder import claim_folder
+from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
+from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
+from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
+from rlhf_dist.durable_files import sync, write_durably
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
@@ -96,8 +103,10 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
-    with claim_folder(launch, display.note) as (folder, first_step):
-        return _run_in(folder, first_step, launch, display, eager, local)
+    with claim_folder(launch, display.note) as beginning:
+        launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
+        with said_of_disk(beginning.folder):
+            return _run_in(beginning, launch, display, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:
@@ -106,16 +115,20 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(
-    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
-) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+    folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with (
+        ExitStack() as leaving,
+        cluster,
+        terminate_as_interrupt(),
+        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+    ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
                 launch = settled_on_cluster(launch, display.note)
@@ -123,7 +136,13 @@ def _run_in(
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
+        uploads = _uploads(launch, display.note)
+        if uploads is not None:
+            leaving.enter_context(uploads)
+            if beginning.checkpoint is not None:
+                uploads.add_missing(beginning.checkpoint)
+        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads)
+        run_of.execute()
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -140,6 +159,8 @@ def _run_in(
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
         **progress.recoveries,
     }
+    if uploads is not None:
+        summary["store"] = {"place": uploads.place, "steps": uploads.done, "failed": uploads.failed}
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
@@ -149,19 +170,31 @@ def _run_in(
     return summary
 
 
+def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
+    output = launch.run.output
+    store = store_of(output, launch.run.name)
+    if store is None:
+        return None
+    return Uploads(store, keep=output.keep_checkpoints, retry_s=output.store_retry_s, tell=tell)
+
+
 class _Run:
     def __init__(
         self,
         launch: Launch,
         session: Session,
-        folder: Path,
+        beginning: Beginning,
         writer: MetricsWriter,
         display: StepDisplay,
         progress: _Progress,
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
+        uploads: Uploads | None,
     ) -> None:
-        self.launch, self.session, self.folder = launch, session, folder
+        folder = beginning.folder
+        self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
+        self.settings, self.sources = beginning.settings, beginning.sources
+        session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
         output = launch.run.output
         self.dataflow = insert_rollout_dump(
@@ -175,7 +208,7 @@ class _Run:
         self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
         self.recoveries = Recoveries(session, display.phase)
-        self.store_metrics = store_metrics
+        self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
         self.began = self.furthest = 0
@@ -194,7 +227,9 @@ class _Run:
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
         return self.session.runner(None if self.eager else self.dataflow, numbers)
 
-    def execute(self, first_step: int) -> None:
+    def execute(self) -> None:
+        """From its start, or from a checkpoint, to its end."""
+        first_step = 0 if self.checkpoint is None else self.checkpoint.step
         done = self.began = self.furthest = first_step
         try:
             try:
@@ -212,11 +247,10 @@ class _Run:
             raise
 
     def _begin(self, first_step: int) -> None:
-        if first_step:
+        if self.checkpoint is not None:
             self.display.phase("checkpoint")
-            checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == first_step)
-            self._restore(checkpoint)
-            self.display.note(f"resumed after {first_step} steps from {checkpoint.folder}")
+            self._restore(self.checkpoint)
+            self.display.note(f"resumed after {first_step} steps from {self.checkpoint.folder}")
         if self.launch.dataflow.generating:
             self.display.phase("first weight sync")
         self.session.sync(first_step)
@@ -357,8 +391,10 @@ class _Run:
             self.folder / "checkpoints",
             step=done,
             recipe=self.launch.recipe.name,
-            roles=self.session.model_roles,
+            ranks={role: self.session.groups[role].pool.size for role in self.session.model_roles},
             numbers=self.runner.numbers,
+            settings=self.settings,
+            sources=self.sources,
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
@@ -389,8 +425,14 @@ class _Run:
         ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
-            self.pending.finish()
+            self._publish(self.pending)
             self.pending = None
+
+    def _publish(self, pending: PendingCheckpoint) -> None:
+        uploads = self.uploads
+        complete = pending.finish() if uploads is None else pending.finish(uploads.in_use)
+        if uploads is not None:
+            uploads.add(complete)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Have all roles, states and sources go on from a checkpoint."""
@@ -425,9 +467,9 @@ class _Run:
         recoveries, written = self.recoveries, self.runner.written
         dead = recoveries.survey(error)
         self._save_pending(dead)
-        done, source, state = recoveries.newest(self.end, written, self._last_checkpoint())
+        done, source, state = recoveries.newest(self.end, written, self._last_checkpoint)
         if done < self.began:
-            raise said(
+            raise with_reason(
                 error, f"the checkpoint after {self.began} steps, which this run began from, is not there any more"
             )
         rebuilt = recoveries.rebuild()
@@ -452,8 +494,14 @@ class _Run:
         return done
 
     def _last_checkpoint(self) -> Checkpoint | None:
-        found = [one for one in list_checkpoints(self.folder / "checkpoints") if one.step <= self.furthest]
-        return found[-1] if found else None
+        """The newest that is what was written."""
+        for found in reversed(find_checkpoints(self.folder / "checkpoints")):
+            if found.step <= self.furthest:
+                one = checked(found, read=None)
+                if isinstance(one, Checkpoint):
+                    return one
+                self.display.note(f"damaged and left out: {one}")
+        return None
 
     def _save_pending(self, dead: Collection[str]) -> None:
         """Finish the checkpoint under way, which may be the newest state there is; without those who wrote it, it is
@@ -466,8 +514,8 @@ class _Run:
             for role in alive:
                 self.session.call_role(role, "saved", self.pending.step, wait=True, limit_s=PENDING_S)
             if whole:
-                self.pending.finish()
-        except NodeError as error:
+                self._publish(self.pending)
+        except (NodeError, CheckpointIncomplete) as error:
             whole = False
             self.display.note(f"the checkpoint after {self.pending.step} steps is lost: {error}")
         if not whole:
@@ -488,12 +536,12 @@ class _Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            check_exported(partial, role)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync([target.parent])
             self.display.note(f"wrote {target}")
 
 
 def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2))
-    partial.replace(path)
+    write_durably(path, json.dumps(data, indent=2))
