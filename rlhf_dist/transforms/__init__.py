@@ -3,6 +3,7 @@
 from rlhf_dist.transforms.cut_responses import mask_cut_responses, penalise_cut_responses
 from rlhf_dist.transforms.gae import gae
 from rlhf_dist.transforms.grpo_advantage import grpo_advantage
+from rlhf_dist.transforms.judging import both_orders, list_scores, listed, verdict_means, win_rates
 from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
 from rlhf_dist.transforms.remax_advantage import remax_advantage
 from rlhf_dist.transforms.rloo_advantage import rloo_advantage
@@ -19,6 +20,7 @@ from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
     "best_of_group",
+    "both_orders",
     "clip_rewards",
     "combine_rewards",
     "drop_equal_groups",
@@ -27,13 +29,17 @@ __all__ = [
     "grpo_advantage",
     "keep_best_and_worst",
     "lagrangian_advantage",
+    "list_scores",
+    "listed",
     "mask_cut_responses",
     "penalise_cut_responses",
     "penalise_overlong",
     "remax_advantage",
     "rewards_against_reference",
     "rloo_advantage",
+    "verdict_means",
     "whiten",
     "whiten_rewards",
     "whiten_rewards_by_prompt",
+    "win_rates",
 ]

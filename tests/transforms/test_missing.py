@@ -94,9 +94,8 @@ def test_a_critic_learns_nothing_of_a_missing_row_and_whitening_leaves_it_out() 
     assert [row for row, mask in enumerate(result.columns["response_mask"].rows()) if not mask.any()] == LOST
     whitened = as_result(whiten(BATCH.with_columns(dict(result.columns)))).columns["advantages"]
     # 1, 3, 5, 0, 2: mean 2.2, variance (1.44 + 0.64 + 7.84 + 4.84 + 0.04) / 5 = 2.96.
-    expected = [
-        (value - 2.2) / 2.96**0.5 if row not in LOST else 0 for row, value in enumerate([1, 0, 3, 0, 5, 0, 0, 0, 2])
-    ]
+    made = [1, 0, 3, 0, 5, 0, 0, 0, 2]
+    expected = [(value - 2.2) / 2.96**0.5 if row not in LOST else 0 for row, value in enumerate(made)]
     np.testing.assert_allclose(first_tokens(whitened), expected, rtol=1e-5)
 
 
