@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from controller.commands.cli import main
-from rlhf_dist.recipe_files import list_families, list_recipes
+from rlhf_dist.recipe_files import list_families, list_recipes, load_papers
 from tests.tiny import save_llama
 
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
@@ -123,7 +123,7 @@ def test_check_prints_the_plan(model: Path, capsys: pytest.CaptureFixture[str], 
 def test_recipes_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines if line.startswith("  ")} == set(list_recipes())
+    assert {line.split()[0] for line in lines if line.startswith("  ")} == {*list_recipes(), *load_papers()}
     assert [line.split(":")[0] for line in lines if not line.startswith("  ")] == list(list_families())
 
 

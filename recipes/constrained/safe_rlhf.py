@@ -5,10 +5,20 @@ from math import exp, log
 
 from rlhf_dist.algorithms import ppo_clip, updated_log_multiplier, value_clip
 from rlhf_dist.batch import Batch
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
 from rlhf_dist.transforms import gae, lagrangian_advantage, whiten
+
+PAPERS = {
+    "safe_rlhf": Paper(
+        title="Safe RLHF",
+        year=2023,
+        arxiv="2310.12773",
+        needs=("RM", "MRM", "STATE", "ROLL", "REF", "CRIT"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

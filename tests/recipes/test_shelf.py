@@ -1,61 +1,40 @@
-"""Every recipe of the shelf runs: as a graph and line by line, in this process, at tiny size, all numbers finite."""
+"""Every recipe of the shelf runs, in this process, at tiny size, all numbers finite: each file as a graph and line by
+line, each variant of it as a graph. What is listed is what runs."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
+from rlhf_dist.recipe_files import list_recipes, list_stage_files, load_papers
 from rlhf_dist.testing import check_recipe
-from tests.tiny import save_classifier, save_llama
+from rlhf_dist.testing.tiny_model import save_llama
+from tests.recipes.settings import Made, make_files, settings_for
+
+PAPERS = load_papers()
+VARIANTS = [name for name, (paper, _) in PAPERS.items() if "/" in name and paper.settings]
+"""Those that differ from their file in settings, not in data alone."""
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What some recipes need beside the kit's own model and data."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
-    rows = [{"prompt": f"{a}+1=", "response": str(a + 1), "answer": str(a + 1), "desirable": a % 2} for a in range(8)]
-    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "labelled": folder / "labelled.jsonl",
-        "scores": save_classifier(folder / "scores"),
-        "other": save_llama(folder / "other", seed=1),
-    }
+    return {**make_files(folder), "model": save_llama(folder / "model")}
 
 
-SETTINGS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
-    "chord": lambda made: {"algorithm.warmup": 1},
-    "dapo": lambda made: {"algorithm.samples_per_prompt": 2, "algorithm.rounds": 2},
-    "fine_grained_rlhf": lambda made: {
-        **{f"{role}.model.path": made["scores"] for role in ("relevance", "facts")},
-        **{"algorithm.relevance_every": 2, "algorithm.facts_every": 3},
-    },
-    "egpo": lambda made: {},
-    "gkd": lambda made: {"teacher.model.path": made["other"]},
-    "greso": lambda made: {"algorithm.samples_per_prompt": 2},
-    "hypo": lambda made: {},
-    "grm": lambda made: {},
-    "kto": lambda made: {"data.train.path": made["labelled"]},
-    "ma_rlhf": lambda made: {"algorithm.segment": 3, "algorithm.mini_batches": 2},
-    "nash_md": lambda made: {"algorithm.average": 0.5},
-    "pf_ppo": lambda made: {
-        "algorithm.samples_per_prompt": 3,
-        "algorithm.replayed": 2,
-        "algorithm.keep": "best_random",
-    },
-    "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
-    "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
-    "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
-    "xpo": lambda made: {"reference.model.path": made["other"]},
-}
-"""Recipe -> settings that differ from the kit's."""
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_a_recipe_runs_alike_as_a_graph_and_line_by_line(name: str, made: Made) -> None:
+    steps = check_recipe(name, **{"model.path": made["model"], **settings_for(name, made)})
+    learning = [key.removesuffix("/version") for key in steps[-1] if key.endswith("/version")]
+    assert any(steps[-1][f"{role}/version"] > 0 for role in learning) or not learning
+    assert all(steps[-1].get(f"{role}/grad_norm", 1) > 0 for role in learning)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_recipe_runs_alike_as_a_graph_and_line_by_line(name: str, made: dict[str, Path]) -> None:
-    steps = check_recipe(name, **SETTINGS[name](made))
-    learns = "judge" if name == "grm" else "actor"
-    assert steps[-1][f"{learns}/version"] > 0 and steps[-1][f"{learns}/grad_norm"] > 0
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_row_of_settings_runs(name: str, made: Made) -> None:
+    given = {"steps": 1, "data.prompts_per_step": 2, "model.path": made["model"], **settings_for(name, made)}
+    steps = check_recipe(name, both_ways=False, **given)
+    assert any(value > 0 for key, value in steps[-1].items() if key.endswith("/grad_norm"))
+
+
+def test_everything_on_the_shelf_says_what_it_is_of() -> None:
+    assert {name.partition("/")[0] for name in PAPERS} == {*list_recipes(), *list_stage_files()}

@@ -1,0 +1,77 @@
+"""What each recipe of the shelf is given to run at the smallest size: data, other models, small numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.recipe_files import split_variant
+from tests.tiny import save_classifier, save_llama
+
+Made = dict[str, Path]
+MIXED = "tests.recipes.rules:odd_length"
+
+
+def make_files(folder: Path) -> Made:
+    """What some recipes need beside the kit's own model and data: rows with fields of their own, and other models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = [(a, b) for a in range(4) for b in range(3)]
+    rows = [
+        {
+            "prompt": f"{a}+1=",
+            "response": str(a + b),
+            "answer": str(a + 1),
+            "desirable": a % 2,
+            "score": (b * 7 + a) % 5,
+            "reward": float(b),
+        }
+        for a, b in sums
+    ]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "labelled": folder / "labelled.jsonl",
+        "scores": save_classifier(folder / "scores"),
+        "other": save_llama(folder / "other", seed=1),
+    }
+
+
+SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
+    "alol": lambda made: {"data.train.path": made["labelled"], "algorithm.warmup": 0},
+    "chord": lambda made: {"algorithm.warmup": 1},
+    "dapo": lambda made: {"algorithm.samples_per_prompt": 2, "algorithm.rounds": 2},
+    "dro": lambda made: {"data.train.path": made["labelled"]},
+    "fine_grained_rlhf": lambda made: {
+        **{f"{role}.model.path": made["scores"] for role in ("relevance", "facts")},
+        **{"algorithm.relevance_every": 2, "algorithm.facts_every": 3},
+    },
+    "gkd": lambda made: {"teacher.model.path": made["other"]},
+    "greso": lambda made: {"algorithm.samples_per_prompt": 2},
+    "iterative_dpo": lambda made: {"reward.function": MIXED, "algorithm.samples_per_prompt": 4},
+    "kto": lambda made: {"data.train.path": made["labelled"]},
+    "ma_rlhf": lambda made: {"algorithm.segment": 3, "algorithm.mini_batches": 2},
+    "nash_md": lambda made: {"algorithm.average": 0.5},
+    "pf_ppo": lambda made: {
+        "algorithm.samples_per_prompt": 3,
+        "algorithm.replayed": 2,
+        "algorithm.keep": "best_random",
+    },
+    "rankings": lambda made: {"data.train.path": made["labelled"], "data.prompts_per_step": 6},
+    "ranked_samples": lambda made: {"reference.model.path": made["other"]},
+    "density_ratio": lambda made: {"strong.model.path": made["other"], "algorithm.samples_per_prompt": 3},
+    "reinforce": lambda made: {"reward.function": MIXED},
+    "sample_pairs": lambda made: {"reference.model.path": made["other"], "reward.function": MIXED},
+    "selm": lambda made: {"reference.model.path": made["other"]},
+    "surrogates": lambda made: {"algorithm.samples_per_prompt": 4, "reward.function": MIXED},
+    "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
+    "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
+    "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
+    "xpo": lambda made: {"reference.model.path": made["other"]},
+}
+"""Recipe -> settings that differ from the kit's; a recipe that is not here runs with the kit's."""
+
+
+def settings_for(name: str, made: Made) -> dict[str, Any]:
+    """Of a recipe, or of the file of a variant."""
+    return SETTINGS.get(split_variant(name)[0], lambda made: {})(made)
