@@ -45,6 +45,22 @@ PAPERS = {
         settings={**TOKENS, "algorithm.baseline": "group_batch", "algorithm.clip": 0.2, "algorithm.kl_coef": 0.0},
         assumed="its KL term, which is in the loss, is left out",
     ),
+    "logic_rl": Paper(
+        title="Logic-RL",
+        year=2025,
+        arxiv="2502.14768",
+        rows=(155,),
+        needs=("ROLL", "VER", "REF", "ADV"),
+        settings={
+            **TOKENS,
+            "algorithm.baseline": "batch",
+            "algorithm.clip": 0.2,
+            "algorithm.samples_per_prompt": 8,
+            "algorithm.kl_coef": 0.001,
+            "reward.function": "recipes.reasoning._rewards:logic_rl",
+        },
+        assumed="the KL is in the reward instead of the loss, its weight 0.001; the puzzles are given as data",
+    ),
     "opo": Paper(
         title="OPO: the optimal baseline, exactly on-policy",
         year=2025,

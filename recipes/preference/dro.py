@@ -70,7 +70,8 @@ def dro_policy(model, rows, tau: float = 1.0):
 def prompt_value(model, rows):
     """Half the squared distance of V(x), the value before a row's first token, from its target."""
     first = rows.row_of_token.diff(prepend=rows.row_of_token.new_full((1,), -1)) > 0
-    at = model.values.new_zeros(rows.num_rows).index_add(0, rows.row_of_token, model.values * first)
+    said = model.values.where(first & (rows.mask > 0), 0.0)
+    at = model.values.new_zeros(rows.num_rows).index_add(0, rows.row_of_token, said)
     counted = rows.sum_tokens(rows.mask) > 0
     value = ((at - rows["value_target"]) ** 2 / 2).where(counted, 0.0)
     return value, {"prompt_value": at.detach()}
