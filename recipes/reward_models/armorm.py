@@ -33,10 +33,9 @@ PAPERS = {
         rows=(104,),
         needs=("RMT", "MRM", "HID"),
         assumed=(
-            "5 objectives, the last is verbosity, one lambda for all; the gate is linear; both stages "
-            "in one step, on a "
-        )
-        "trunk that learns",
+            "5 objectives, the last is verbosity, one lambda for all; the gate is linear; both stages in one step, on "
+            "a trunk that learns"
+        ),
     )
 }
 

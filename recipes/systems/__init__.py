@@ -54,8 +54,7 @@ PAPERS = {
         status="outline",
         needs=("RMT", "TOK", "ROLL", "CRIT", "SAMP", "EVAL"),
         assumed=(
-            "an outcome reward model of easy problems in place of one of steps; hard prompts are a "
-            "file of their own"
+            "an outcome reward model of easy problems in place of one of steps; hard prompts are a file of their own"
         ),
     ),
     "online_offline_gap": Paper(
@@ -75,10 +74,9 @@ PAPERS = {
         status="study",
         needs=("ROLL", "RM", "PREF", "SFT", "ADV", "EVAL"),
         assumed=(
-            "four corners of the grid: offline or on-policy pairs, with (DPO) and without (RAFT) a "
-            "negative gradient; "
-        )
-        "reuse of samples is algorithm.epochs",
+            "four corners of the grid: offline or on-policy pairs, with (DPO) and without (RAFT) a negative gradient; "
+            "reuse of samples is algorithm.epochs"
+        ),
     ),
     "genies": Paper(
         title="GENIES: reward models under distribution shift",

@@ -1,5 +1,4 @@
-"""Losses on given preferences against values worked by hand from the papers' formulas, and the limits that join
-them."""
+"""Losses on given preferences against values worked by hand from the papers, and the limits that join them."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ def log_sigmoid(x: float) -> float:
     return -log(1 + exp(-x))
 
 
-# A pair: chosen of 2 tokens, log pi = -1 - 2 = -3, log pi_ref = -4; rejected of 1 token, log pi = -2, log pi_ref =
--1.5. # h(w) = 1, h(l) = -0.5, D = 1.5; beta = 0.5: beta D = 0.75.
+# A pair: chosen of 2 tokens, log pi = -1 - 2 = -3, log pi_ref = -4; rejected of 1 token, log pi -2, log pi_ref -1.5.
+# h(w) = 1, h(l) = -0.5, D = 1.5; beta = 0.5: beta D = 0.75.
 LOG_PROBS = [-1.0, -2.0, -2.0]
 PAIR = {"label": [1, -1], "ref_log_probs": [-2.0, -2.0, -1.5]}
 SHAPE = ([2, 1], [0, 0])
