@@ -4,6 +4,8 @@
     clip    r_i = min(p_i - eta, 0)              p_i: what a process reward model says after step i (2410.15115)
     delta   r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
             and r at the end, in both
+    confident_kl  r_t = -b2 pi_ref(y_t) log pi/pi_ref(y_t) + r 1[t = T]: tokens that the reference doubts are free to
+    move
 
 A step is `step_tokens` tokens here, its end the step's last token: no column marks the steps of a text.
 """
@@ -31,6 +33,16 @@ PAPERS = {
         needs=("PREF", "TOK", "XLM", "REF", "RM", "ROLL", "CRIT"),
         assumed="the weights 0.05, 0.05 and 1",
     ),
+    "confident_kl": Paper(
+        title="Ignore the KL penalty: less of it on critical tokens",
+        year=2025,
+        arxiv="2502.06533",
+        rows=(36,),
+        status="outline",
+        needs=("ROLL", "REF", "TOK", "ADV"),
+        settings={"algorithm.kind": "confident_kl"},
+        assumed="the weight of a token's penalty is the reference's probability of the token; a critic",
+    ),
     "clip": Paper(
         title="PRM rewards, clipped",
         year=2024,
@@ -56,8 +68,9 @@ PAPERS = {
 class Dense:
     """Settings of PPO on dense rewards."""
 
-    kind: Literal["rto", "clip", "delta"] = "rto"
-    """Where the dense reward is from: a model that DPO has trained, or a process reward model."""
+    kind: Literal["rto", "clip", "delta", "confident_kl"] = "rto"
+    """Where the dense reward is from: a model that DPO has trained, or a process reward model; or the KL penalty alone,
+    weighed by the reference's confidence."""
     dense_coef: float | None = None
     """Its weight; None: 0.05 of rto (b1), else 0.1."""
     reward_coef: float = 1.0
@@ -89,6 +102,14 @@ def implicit_rewards(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
     gap = (batch["dpo_log_probs"].values - batch["ref_log_probs"].values) * (mask.values > 0)
     rewards = Column((reward_coef * batch["rewards"].values).astype(np.float32))
     return Batch({"token_rewards": Column((coef * gap).astype(np.float32), mask.offsets), "rewards": rewards})
+
+
+@host_op(reads=("old_log_probs", "ref_log_probs", "response_mask"), writes=("token_rewards",))
+def confident_penalty(batch: Batch, *, coef: float) -> Batch:
+    """-coef pi_ref(y_t) (log pi - log pi_ref) at every token that counts."""
+    mask, known = batch["response_mask"], batch["ref_log_probs"].values
+    penalty = -coef * np.exp(known) * (batch["old_log_probs"].values - known) * (mask.values > 0)
+    return Batch({"token_rewards": Column(penalty.astype(np.float32), mask.offsets)})
 
 
 @host_op(reads=("step_values", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
@@ -131,11 +152,14 @@ def dense_rewards(
     if cfg.kind == "rto":
         batch = dpo_model.compute_log_prob(batch, out={"log_probs": "dpo_log_probs", "entropy": "dpo_entropy"})
         batch = implicit_rewards(batch, coef=coef, reward_coef=cfg.reward_coef)
+    elif cfg.kind == "confident_kl":
+        batch = confident_penalty(batch, coef=cfg.kl_coef)
     else:
         batch = step_model.compute_values(batch, out="step_values")
         steps = {"kind": cfg.kind, "step_tokens": cfg.step_tokens, "eta": cfg.eta}
         batch = step_rewards(batch, **steps, coef=coef, reward_coef=cfg.reward_coef)
     batch = critic.compute_values(batch)
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef, dense=True))
+    kl_coef = 0.0 if cfg.kind == "confident_kl" else cfg.kl_coef
+    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=kl_coef, dense=True))
     critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
     actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
