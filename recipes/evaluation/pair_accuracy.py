@@ -4,7 +4,7 @@
     implicit    log pi/pi_ref(chosen) > log pi/pi_ref(rejected)        what DPO has made of a policy (2409.03650)
     ranking     pi(chosen) > pi(rejected), and of pi_ref             which stays low while DPO's loss falls (2405.19534)
 
-Metrics: explicit_accuracy, implicit_accuracy, ranking_accuracy, reference_ranking_accuracy; a tie counts as wrong.
+Metrics: accuracies/explicit_accuracy, implicit_, ranking_ and reference_ranking_accuracy; a tie counts as wrong.
 """
 
 from dataclasses import dataclass

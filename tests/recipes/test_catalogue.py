@@ -8,15 +8,25 @@ from typing import Any
 
 import pytest
 
+from controller import launch_stages
 from controller.commands.cli import main
 from controller.commands.recipes_page import recipes_page
+from controller.lifecycle.stages import check_stages
 from rlhf_dist.catalogue import ROWS, Paper
 from rlhf_dist.compose import compose, compose_dataflow
 from rlhf_dist.recipe_files import list_recipes, list_stage_files, load_papers, load_recipe
 from rlhf_dist.stages import read_stages
 from rlhf_dist.typed import ConfigError
 from rlhf_dist.vocabulary_facts import missing_rows
+from tests.recipes.settings import MIXED, Made, make_files
 from tests.tiny import save_llama
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("made")
+    return {**make_files(folder), "model": save_llama(folder / "model")}
+
 
 ROOT = Path(__file__).parent.parent.parent
 PAPERS = {name: paper for name, (paper, _) in load_papers().items()}
@@ -94,11 +104,31 @@ def test_a_variant_by_its_data_alone_has_the_graph_of_its_file(name: str) -> Non
     assert load_recipe(name).name == name.partition("/")[0]
 
 
+def stages_given(name: str, made: Made, root: Path) -> list[str]:
+    """Settings under which a file of stages of ours is whole: a tiny model, rows, a rule where no stage trains a reward."""
+    given = {"model.path": made["model"], "model.dtype": "float32", "data.train.path": made["labelled"], "task": "none"}
+    given |= {"data.prompts_per_step": 4, "steps": 1, "output.root": root, "output.tracker": "none"}
+    found = [f"{key}={value}" for key, value in given.items()]
+    for stage in read_stages(name).stages:
+        if "reward.function" in stage.keys and not any("reward" in key for key in stage.settings[-1]):
+            found.append(f"{stage.name}.reward.function={MIXED}")
+        if "actor.rollout.max_response_tokens" in stage.keys:
+            found.append(f"{stage.name}.actor.rollout.max_response_tokens=4")
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(list_stage_files()))
-def test_every_file_of_stages_is_read_by_its_name(name: str) -> None:
-    read = read_stages(name)
-    assert read.name == name and len(read.stages) > 1
-    assert all(stage.keys for stage in read.stages)
+def test_every_file_of_stages_fits_together(name: str, made: Made, tmp_path: Path) -> None:
+    checked = check_stages(read_stages(name, stages_given(name, made, tmp_path)), local=True)
+    assert len(checked) > 1 and PAPERS[name].rows
+
+
+def test_a_pipeline_of_ours_runs_by_its_name(made: Made, tmp_path: Path) -> None:
+    given = stages_given("genies", made, tmp_path)
+    results = launch_stages("genies", *given, local=True, quiet=True)
+    assert list(results) == ["source", "target"]
+    measured = results["target"].summary["last"]
+    assert 0 <= measured["accuracies/explicit_accuracy"] <= 1
 
 
 def test_an_unknown_family_or_capability_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
