@@ -105,7 +105,7 @@ def test_a_variant_by_its_data_alone_has_the_graph_of_its_file(name: str) -> Non
 
 
 def stages_given(name: str, made: Made, root: Path) -> list[str]:
-    """Settings under which a file of stages of ours is whole: a tiny model, rows, a rule where no stage trains a reward."""
+    """Settings that make a file of stages whole: a tiny model, rows, a rule where no stage trains a reward."""
     given = {"model.path": made["model"], "model.dtype": "float32", "data.train.path": made["labelled"], "task": "none"}
     given |= {"data.prompts_per_step": 4, "steps": 1, "output.root": root, "output.tracker": "none"}
     found = [f"{key}={value}" for key, value in given.items()]
