@@ -84,9 +84,9 @@ def load_papers() -> dict[str, tuple[Paper, Path]]:
         for key, paper in papers_of(_import_ours(file)).items():
             found[name if key == name else f"{name}/{key}"] = paper, file
     for name, file in list_stage_files().items():
-        paper = papers_of(_import_ours(file.parent / "__init__.py")).get(name)
-        if paper is not None:
-            found[name] = paper, file
+        declared = papers_of(_import_ours(file.parent / "__init__.py"))
+        if name in declared:
+            found[name] = declared[name], file
     return found
 
 

@@ -13,7 +13,7 @@ from rlhf_dist.roles import Reward, base_of
 
 @cache
 def of_each_shape() -> list[str]:
-    """One recipe of each shape, the first by its name: of those with as many sources of each kind and roles of each base.
+    """One recipe of each shape, the first by name: of those with as many sources of each kind and roles of each base.
 
     What only depends on these is tried on them; tests/recipes runs every recipe.
     """
