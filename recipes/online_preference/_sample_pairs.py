@@ -25,7 +25,7 @@ from recipes.policy_gradient._advantages import win_shares
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
 from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow import HostResult, host_op
 
@@ -54,8 +54,6 @@ def sample_pair_loss(
     reference_share: float = 1 / 3,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss of the table above, averaged over pairs. reference_share: s of inpo."""
-    from torch.nn.functional import logsigmoid
-
     log_prob = rows.sum_tokens(model.log_probs)
     drawn = rows.sum_tokens(rows["old_log_probs"])
     one, other = chosen_and_rejected(log_prob - drawn, rows)
@@ -63,7 +61,7 @@ def sample_pair_loss(
     if kind == "dno":
         better, worse = chosen_and_rejected(rows["win"], rows)
         gap = better - worse
-        value = -gap.sigmoid() * logsigmoid(eta * moved) - (-gap).sigmoid() * logsigmoid(-eta * moved)
+        value = -gap.sigmoid() * log_sigmoid(eta * moved) - (-gap).sigmoid() * log_sigmoid(-eta * moved)
     else:
         rewards = rows["rewards"]
         if kind in WITH_REFERENCE:

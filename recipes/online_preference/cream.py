@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_dist.algorithms import loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.algorithms.ragged import sum_rows
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -78,12 +78,10 @@ def kendall(one: np.ndarray, other: np.ndarray) -> float:
 @loss(reads=("label", "previous_log_probs", "consistency"), average="groups")
 def consistent_dpo(model, rows, beta: float = 0.1):
     """DPO with the label smoothed by 1 - C, towards the previous iterate."""
-    from torch.nn.functional import logsigmoid
-
     ratio = rows.sum_tokens(model.log_probs - rows["previous_log_probs"])
     chosen, rejected = chosen_and_rejected(beta * ratio, rows)
     trust, _ = chosen_and_rejected(rows["consistency"], rows)
-    value = -trust * logsigmoid(chosen - rejected) - (1 - trust) * logsigmoid(rejected - chosen)
+    value = -trust * log_sigmoid(chosen - rejected) - (1 - trust) * log_sigmoid(rejected - chosen)
     return value, {"margin": (chosen - rejected).detach(), "consistency": trust}
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
+from rlhf_dist.algorithms.losses.pairs import log_sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +45,6 @@ def list_loss(
     temperature: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss of the table above, averaged over lists. nll_coef: c of pro. temperature: tau of exo and brain."""
-    from torch.nn.functional import softplus
-
     rewards, log_prob = rows["rewards"], rows.sum_tokens(model.log_probs)
     same = rows.group_of_row[:, None] == rows.group_of_row[None, :]
     better = same & (rewards[:, None] > rewards[None, :])
@@ -64,7 +63,7 @@ def list_loss(
         place = in_order(ratio.detach(), same).sum(0)
         discount, gain = 1 / (1 + place).to(ratio.dtype).log(), 2.0**rewards
         weight = (gain[:, None] - gain[None, :]).abs() * (discount[:, None] - discount[None, :]).abs()
-        value = rows.sum_groups((weight * softplus(ratio[None, :] - ratio[:, None])).where(better, 0.0).sum(1))
+        value = rows.sum_groups((weight * -log_sigmoid(ratio[:, None] - ratio[None, :])).where(better, 0.0).sum(1))
     elif kind == "exo":
         said, wanted = log_softmax(ratio, same), log_softmax(rewards / temperature, same)
         value = rows.sum_groups(said.exp() * (said - wanted))
@@ -81,9 +80,7 @@ def list_loss(
 
 def in_order(rewards: Tensor, same: Tensor) -> Tensor:
     """[B, B]: whether row j of i's list ranks at i or below."""
-    import torch
-
-    at = torch.arange(len(rewards), device=rewards.device)
+    at = rewards.new_ones(len(rewards)).cumsum(0)
     tie = (rewards[:, None] == rewards[None, :]) & (at[None, :] >= at[:, None])
     return same & ((rewards[:, None] > rewards[None, :]) | tie)
 

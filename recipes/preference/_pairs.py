@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,30 +52,28 @@ def with_reference(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss of the table above, averaged over pairs. smoothing: e of exo. penalty: lambda of dpop. temperature: tau of
     discopop."""
-    from torch.nn.functional import logsigmoid
-
     won, lost = chosen_and_rejected(rows.sum_tokens(model.log_probs - rows["ref_log_probs"]), rows)
     margin, far = beta * (won - lost), 1 / (2 * beta)
     if kind == "hinge":
         value = (1 - margin).clamp(min=0)
     elif kind == "exo":
-        value = margin.sigmoid() * (logsigmoid(margin) - math.log(1 - smoothing))
-        value = value + (-margin).sigmoid() * (logsigmoid(-margin) - math.log(smoothing))
+        value = margin.sigmoid() * (log_sigmoid(margin) - math.log(1 - smoothing))
+        value = value + (-margin).sigmoid() * (log_sigmoid(-margin) - math.log(smoothing))
     elif kind == "sppo":
         value = (won - far) ** 2 + (lost + far) ** 2
     elif kind == "nca":
-        value = -logsigmoid(beta * won) - (logsigmoid(-beta * won) + logsigmoid(-beta * lost)) / 2
+        value = -log_sigmoid(beta * won) - (log_sigmoid(-beta * won) + log_sigmoid(-beta * lost)) / 2
     elif kind == "apo_zero":
         value = 1 - (beta * won).sigmoid() + (beta * lost).sigmoid()
     elif kind == "apo_down":
         value = (beta * won).sigmoid() + 1 - margin.sigmoid()
     elif kind == "dpop":
-        value = -logsigmoid(margin - beta * penalty * (-won).clamp(min=0))
+        value = -log_sigmoid(margin - beta * penalty * (-won).clamp(min=0))
     elif kind == "cal_dpo":
-        value = -logsigmoid(won - lost) + (won - far) ** 2 + (lost + far) ** 2
+        value = -log_sigmoid(won - lost) + (won - far) ** 2 + (lost + far) ** 2
     else:
         share = (margin / temperature).sigmoid()
-        value = -(1 - share) * logsigmoid(margin) + share * (-margin).exp()
+        value = -(1 - share) * log_sigmoid(margin) + share * (-margin).exp()
     return value, metrics_of(value, beta * won, beta * lost)
 
 
@@ -95,22 +93,20 @@ def without_reference(
     """A loss of the table above, averaged over pairs. nll_coef: lambda of cpo, orpo and slic (of orpo the odds'
     weight). gap: d of slic, gamma of alphapo. alpha: a of alphapo. bias, discount: lambda, g of cpl, whose a is
     beta."""
-    from torch.nn.functional import logsigmoid
-
     won, lost = chosen_and_rejected(rows.sum_tokens(model.log_probs), rows)
     mean_won, mean_lost = chosen_and_rejected(rows.mean_tokens(model.log_probs), rows)
     if kind == "cpo":
-        value = -logsigmoid(beta * (won - lost)) - nll_coef * won
+        value = -log_sigmoid(beta * (won - lost)) - nll_coef * won
     elif kind == "orpo":
-        value = -mean_won - nll_coef * logsigmoid(log_odds(mean_won) - log_odds(mean_lost))
+        value = -mean_won - nll_coef * log_sigmoid(log_odds(mean_won) - log_odds(mean_lost))
     elif kind == "slic":
         value = (gap - won + lost).clamp(min=0) - nll_coef * won
     elif kind == "cpl":
         good, bad = chosen_and_rejected(rows.sum_tokens(discount ** place_of_token(rows) * model.log_probs), rows)
-        value = -logsigmoid(beta * (good - bias * bad))
+        value = -log_sigmoid(beta * (good - bias * bad))
     else:
         good, bad = (-(-alpha * mean).expm1() / alpha for mean in (mean_won, mean_lost))
-        value = -logsigmoid(beta * (good - bad) - gap)
+        value = -log_sigmoid(beta * (good - bad) - gap)
     return value, metrics_of(value, mean_won, mean_lost)
 
 
@@ -122,11 +118,10 @@ def log_odds(mean_log_prob: Tensor) -> Tensor:
 
 def place_of_token(rows: Rows) -> Tensor:
     """[T]: 0, 1, ... within each row."""
-    import torch
-
-    lengths = torch.bincount(rows.row_of_token, minlength=rows.num_rows)
+    one = rows.row_of_token.new_ones(len(rows.row_of_token))
+    lengths = one.new_zeros(rows.num_rows).index_add(0, rows.row_of_token, one)
     starts = lengths.cumsum(0) - lengths
-    return torch.arange(len(rows.row_of_token), device=starts.device) - starts[rows.row_of_token]
+    return one.cumsum(0) - 1 - starts[rows.row_of_token]
 
 
 def metrics_of(value: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

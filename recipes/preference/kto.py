@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_dist.algorithms import loss
+from rlhf_dist.algorithms.losses.pairs import log_sigmoid
 from rlhf_dist.algorithms.ragged import sum_rows
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -103,12 +104,10 @@ def kto_loss(
     kind: Literal["kto", "bco"] = "kto",
 ):
     """Eq. 8 of the paper, or BCO's; one number a row."""
-    from torch.nn.functional import logsigmoid
-
     ratio = rows.sum_tokens(model.log_probs - rows["ref_log_probs"])
     gain, good = beta * (ratio - rows["kl"]), rows["desirable"] > 0
     if kind == "bco":
-        value = (desirable * -logsigmoid(gain)).where(good, undesirable * -logsigmoid(-gain))
+        value = (desirable * -log_sigmoid(gain)).where(good, undesirable * -log_sigmoid(-gain))
     else:
         value = (desirable * (1 - gain.sigmoid())).where(good, undesirable * (1 - (-gain).sigmoid()))
     return value, {"log_ratio": ratio.detach(), "desirable": good.float()}

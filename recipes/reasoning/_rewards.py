@@ -107,6 +107,8 @@ def tool_calls(response: str, answer: str) -> float:
     whose values match; S is the most that R can be. A call that cannot be read makes it -3.
     """
     wanted: list[Mapping[str, Any]] = json.loads(answer)
+    if not isinstance(wanted, list) or not all(isinstance(call, dict) and "name" in call for call in wanted):
+        raise ValueError(f'the answer must be a JSON list of {{"name": ..., "parameters": ...}}, got {answer[:80]!r}')
     found = re.search(r"<tool_call>(.*?)</tool_call>", response, re.DOTALL)
     formatted = float(
         re.fullmatch(r"\s*<think>.*?</think>\s*<tool_call>.*?</tool_call>\s*", response, re.DOTALL) is not None

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from rlhf_dist.algorithms import Head, loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
@@ -90,15 +90,13 @@ def regression(model, rows):
 @loss(reads=("label",), outputs=("heads.objectives", "heads.gate"), average="groups")
 def gated_preference(model, rows, price: float = 0.1):
     """Bradley-Terry on the gated sum; the objectives carry no gradient."""
-    from torch.nn.functional import logsigmoid
-
     objectives = model.heads["objectives"].detach()
     first = rows.row_of_token.diff(prepend=rows.row_of_token.new_full((1,), -1)) > 0
     said = model.heads["gate"].where((first & (rows.mask > 0))[:, None], 0.0)
     gate = objectives.new_zeros(objectives.shape).index_add(0, rows.row_of_token, said)
     corrected = objectives - price * objectives[:, VERBOSITY:]
     won, lost = chosen_and_rejected((gate.softmax(-1) * corrected).sum(-1), rows)
-    value = -logsigmoid(won - lost)
+    value = -log_sigmoid(won - lost)
     return value, {"accuracy": (won > lost).to(value.dtype), "margin": (won - lost).detach()}
 
 

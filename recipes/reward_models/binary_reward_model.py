@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from recipes.preference.kto import Labelled
 from rlhf_dist.algorithms import loss
+from rlhf_dist.algorithms.losses.pairs import log_sigmoid
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import RewardModel
@@ -46,10 +47,8 @@ class Binary:
 @loss(reads=("desirable",), outputs=("scores",), average="rows")
 def binary_cross_entropy(model, rows):
     """One number a response."""
-    from torch.nn.functional import logsigmoid
-
     good = rows["desirable"] > 0
-    value = -logsigmoid(model.scores.where(good, -model.scores))
+    value = -log_sigmoid(model.scores.where(good, -model.scores))
     right = (model.scores > 0) == good
     return value, {"accuracy": right.to(value.dtype), "score": model.scores.detach()}
 

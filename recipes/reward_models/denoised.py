@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_dist.algorithms import loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
@@ -72,16 +72,14 @@ def strengths(batch: Batch) -> HostResult:
 @loss(reads=("label", "strength"), outputs=("scores",), average="groups")
 def strength_loss(model, rows, kind: Literal["margin", "soft", "flip"] = "margin"):
     """A loss of the module's table, averaged over pairs."""
-    from torch.nn.functional import logsigmoid
-
     won, lost = chosen_and_rejected(model.scores, rows)
     gap, (mu, _) = won - lost, chosen_and_rejected(rows["strength"], rows)
     if kind == "margin":
-        value = -logsigmoid(gap - mu)
+        value = -log_sigmoid(gap - mu)
     elif kind == "soft":
-        value = -mu.sigmoid() * logsigmoid(gap) - (-mu).sigmoid() * logsigmoid(-gap)
+        value = -mu.sigmoid() * log_sigmoid(gap) - (-mu).sigmoid() * log_sigmoid(-gap)
     else:
-        value = -logsigmoid(gap.where(mu >= 0, -gap))
+        value = -log_sigmoid(gap.where(mu >= 0, -gap))
     return value, {"accuracy": (gap > 0).to(gap.dtype), "margin": gap.detach(), "flipped": (mu < 0).to(gap.dtype)}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf_dist.algorithms import Head, loss
+from rlhf_dist.algorithms.losses.pairs import log_sigmoid
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Preferences
@@ -50,15 +51,13 @@ class PreferenceModel(Actor, Protocol):
 @loss(reads=("label",), outputs=("heads.embedding",), average="groups")
 def skew_preference(model, rows, tau: float = 1.0):
     """-log sigma(<R v(w), v(l)> / tau)."""
-    from torch.nn.functional import logsigmoid
-
     v = model.heads["embedding"]
     v = v * ((v.shape[1] / 2) ** 0.5 / v.norm(dim=1, keepdim=True).clamp(min=1e-6))
     size = v.new_zeros(rows.num_groups, v.shape[1])
     won = size.index_add(0, rows.group_of_row, v * (rows["label"] > 0)[:, None])
     lost = size.index_add(0, rows.group_of_row, v * (rows["label"] < 0)[:, None])
     score = (won[:, 0::2] * lost[:, 1::2] - won[:, 1::2] * lost[:, 0::2]).sum(1) / tau
-    value = -logsigmoid(score)
+    value = -log_sigmoid(score)
     return value, {"accuracy": (score > 0).to(value.dtype), "score": score.detach()}
 
 

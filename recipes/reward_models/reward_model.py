@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.algorithms import bradley_terry, loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Preferences, RewardModel
@@ -71,11 +71,9 @@ class RewardModeling:
 @loss(reads=("label", "margin"), outputs=("scores",), average="groups")
 def scaled_bradley_terry(model, rows):
     """-m log sigma(r_w - r_l)."""
-    from torch.nn.functional import logsigmoid
-
     chosen, rejected = chosen_and_rejected(model.scores, rows)
     strength, _ = chosen_and_rejected(rows["margin"], rows)
-    value = -strength * logsigmoid(chosen - rejected)
+    value = -strength * log_sigmoid(chosen - rejected)
     return value, {"accuracy": (chosen > rejected).float(), "margin": (chosen - rejected).detach()}
 
 

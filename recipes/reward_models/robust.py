@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_dist.algorithms import loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
@@ -81,12 +81,10 @@ def augmented(batch: Batch) -> HostResult:
 @loss(reads=("label", "tie"), outputs=("scores",), average="groups")
 def pair_or_tie(model, rows):
     """Bradley-Terry, with a label of 1/2 where a pair is a tie."""
-    from torch.nn.functional import logsigmoid
-
     won, lost = chosen_and_rejected(model.scores, rows)
     gap, (tie, _) = won - lost, chosen_and_rejected(rows["tie"], rows)
     right = 1 - tie / 2
-    value = -right * logsigmoid(gap) - (1 - right) * logsigmoid(-gap)
+    value = -right * log_sigmoid(gap) - (1 - right) * log_sigmoid(-gap)
     return value, {"preference_loss": value.detach(), "margin": gap.detach(), "tie": tie}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_dist.algorithms import loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
@@ -74,13 +74,11 @@ def weak_labels(batch: Batch) -> Batch:
 @loss(reads=("label", "weak_chance"), outputs=("scores",), average="groups")
 def confident(model, rows, share: float = 0.5):
     """Cross-entropy with the weak model's answer, and with one's own, hardened."""
-    from torch.nn.functional import logsigmoid
-
     first, second = chosen_and_rejected(model.scores, rows)
     gap, (weak, _) = first - second, chosen_and_rejected(rows["weak_chance"], rows)
     own = (gap.detach() > 0).to(gap.dtype)
     target = (1 - share) * weak + share * own
-    value = -target * logsigmoid(gap) - (1 - target) * logsigmoid(-gap)
+    value = -target * log_sigmoid(gap) - (1 - target) * log_sigmoid(-gap)
     return value, {"agrees_with_weak": (own == (weak > 0.5)).to(gap.dtype), "accuracy": own}
 
 

@@ -35,8 +35,11 @@ def make_files(folder: Path) -> Made:
         for a, b in sums
     ]
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls = [{"prompt": row["prompt"], "answer": json.dumps([{"name": "add", "parameters": {"a": 1}}])} for row in rows]
+    (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calls))
     return {
         "labelled": folder / "labelled.jsonl",
+        "calls": folder / "calls.jsonl",
         "scores": save_classifier(folder / "scores"),
         "other": save_llama(folder / "other", seed=1),
     }
@@ -153,5 +156,6 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
 
 
 def settings_for(name: str, made: Made) -> dict[str, Any]:
-    """Of a recipe, or of the file of a variant."""
-    return SETTINGS.get(split_variant(name)[0], lambda made: {})(made)
+    """Of a recipe, or of the file of a variant and what the variant has of its own."""
+    given = SETTINGS.get(split_variant(name)[0], lambda made: {})(made)
+    return {**given, "data.train.path": made["calls"]} if name == "grpo/toolrl" else given

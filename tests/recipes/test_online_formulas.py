@@ -418,6 +418,8 @@ def test_tool_calls_from_minus_three_to_four() -> None:
     assert tool_calls(said % 5, wanted) == pytest.approx(1 + 6 * 3 / 4 - 3)
     assert tool_calls("no call", wanted) == pytest.approx(-3)
     assert tool_calls("<tool_call>{broken</tool_call>", wanted) == -3
+    with pytest.raises(ValueError, match="JSON list"):
+        tool_calls("", "4")
 
 
 def test_a_vote_weighs_policies_by_how_consistent_they_are() -> None:
