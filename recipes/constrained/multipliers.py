@@ -1,5 +1,4 @@
-"""Constrained RLHF (Moskovitz et al. 2023, arXiv 2310.04373): several rewards, none pushed beyond where it means
-something.
+"""Constrained RLHF (Moskovitz et al. 2023, arXiv 2310.04373): several rewards, each as far as it means something.
 
     max_pi -KL(pi || pi_ref)   s.t.  E[r_i] = theta_i         theta_i: the point from which r_i and the truth part
     A = sum_i mu_i A_i,   mu_i = tanh(lambda_i)

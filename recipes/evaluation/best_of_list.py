@@ -1,8 +1,8 @@
 """Whether a reward model finds the right response among several (RewardBench 2, Malik et al. 2025, arXiv 2506.01937).
 
     accuracy = share of prompts whose highest reward is of a right response          1 of 4; RewardMATH: 1 of 10
-    ties   share of prompts with several right ones where each beats every wrong one, the worst gap to a wrong one being
-             wider than the widest among the right ones
+    ties     share of prompts with several right ones where each of these beats every wrong one, by more than the
+             right ones are apart
 
 Rows: prompt, response, `score` 1 if right, else 0; those of a prompt stand together.
 """

@@ -6,7 +6,8 @@ D_t(y) = log pi(y) - log pi_t(y), pi_t the policy that drew them; D_r(y) the sam
     copg     -(R(y) - R(y')) (log pi(y) - log pi(y')),   R = r - beta D_r, without gradient CoPG, 2406.19185
     p3o      -min(q g, clip(q, 1 - e, 1 + e) g),   g = (r(y) - r(y')) / 2,  q = exp(D_t(y) - D_t(y')),
              r less beta D_r before the step                                                P3O, 2310.00212
-    inpo  (h(w) - h(l) - 1/(2 eta))^2,   h = log pi - s log pi_ref - (1 - s) log pi_t,  s = tau / eta   INPO, 2407.00617
+    inpo     (h(w) - h(l) - 1/(2 eta))^2,   h = log pi - s log pi_ref - (1 - s) log pi_t,   s = tau / eta
+                                                                                            INPO, 2407.00617
     dno      -s(d) log s(eta (D_t(y) - D_t(y'))) - s(-d) log s(-eta (...)),   d = r_t(y) - r_t(y'),
              r_t(y) the chance that y beats another response of pi_t                        DNO, 2404.03715
 

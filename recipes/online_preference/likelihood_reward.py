@@ -1,7 +1,8 @@
 """The likelihood of what would be said next as the reward: FLR (Zhang et al. 2024, arXiv 2409.13948).
 
-    r(x, y) = sum_u sign_u log p(u | x, y)       u: texts such as "Thank you" (+1) and "That is wrong" (-1), or, after a
-                                                    question, "Yes" (+1) and "No" (-1)
+    r(x, y) = sum_u sign_u log p(u | x, y)
+
+u are texts such as "Thank you" (+1) and "That is wrong" (-1), or, after a question, "Yes" (+1) and "No" (-1).
 
 p is a frozen model's. Nothing is generated and nothing parsed. Rows of `followups`: `prompt`, what is asked after the
 response (may be one blank), `response`, the text u, and `sign`; a step reads as many of them as

@@ -1,11 +1,10 @@
 """PPO on a reward for every token that other models give: RTO (Zhong et al. 2024, arXiv 2404.18922) and step models.
 
-    rto    r_t = b1 log pi_dpo/pi_ref(y_t) - b2 log pi/pi_ref(y_t) + b3 r 1[t = T]  pi_dpo: a model that DPO has trained
-    clip    r_i = min(p_i - eta, 0)              p_i: what a process reward model says after step i (2410.15115)
-    delta   r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
-            and r at the end, in both
-    confident_kl  r_t = -b2 pi_ref(y_t) log pi/pi_ref(y_t) + r 1[t = T]: tokens that the reference doubts are free to
-    move
+    rto           r_t = b1 log pi_dpo/pi_ref(y_t) - b2 log pi/pi_ref(y_t) + b3 r 1[t = T]     pi_dpo: what DPO has trained
+    clip          r_i = min(p_i - eta, 0)      p_i: what a process reward model says after step i (2410.15115)
+    delta         r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
+                  and r at the end, in both
+    confident_kl  r_t = -b2 pi_ref(y_t) log pi/pi_ref(y_t) + r 1[t = T]      free to move where the reference doubts
 
 A step is `step_tokens` tokens here, its end the step's last token: no column marks the steps of a text.
 """

@@ -1,5 +1,4 @@
-"""Losses on lists: several scored responses to each prompt, all of one group. r: their rewards, s: what the policy
-says.
+"""Losses on lists, several scored responses to each prompt, all of one group. r: their rewards; s: the policy's scores.
 
     pro            -sum_k log softmax_{i >= k}(s_k) - c log pi(best),   s = mean log pi               PRO, 2306.17492
     plackett_luce  the same sum with s = beta log pi/pi_ref                                   DPO, 2305.18290, eq. 20

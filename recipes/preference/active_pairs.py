@@ -1,7 +1,6 @@
 """Active DPO by D-optimal design (Kveton et al. 2025, arXiv 2503.01076): the pairs that tell most are learned from.
 
-    greedily, the pair that maximises log det(V + f f'),  f = phi(x, y_1) - phi(x, y_2),  phi the last state of a
-    response
+    greedily, the pair that maximises log det(V + f f'),  f = phi(x, y_1) - phi(x, y_2),  phi a response's last state
 
 Of a step's pairs `share` is kept; labels are needed of these alone. log det grows by log(1 + f' V^-1 f), so each
 choice is the pair about which those before it say least.

@@ -1,5 +1,4 @@
-"""DRO-V: direct reward optimisation (Richemond et al. 2024, arXiv 2405.19107): single responses with a reward, no
-pairs.
+"""DRO-V: direct reward optimisation (Richemond et al. 2024, arXiv 2405.19107): single responses with rewards.
 
     L = (r - V(x) - tau log pi(y|x)/pi_ref(y|x))^2 / 2          minimised in pi and in V
 

@@ -1,8 +1,8 @@
 """GHPO: guided hybrid policy optimisation (Liu et al. 2025, arXiv 2507.10628): hints where a problem is too hard.
 
-    all responses of a group wrong:  the prompt gets the first 25 % of the reference solution, then 50 %, then 75 %,
-    and is
-                                     answered again, until a response is right          else: GRPO as it is
+    all of a group wrong:  the prompt gets the first 25 % of the reference solution, then 50 %, then 75 %, and is
+                           answered again, until a response is right
+    else:                  GRPO as it is
 
 Groups without a right response teach GRPO nothing. The hint is part of the prompt, so it has no loss. Rows have the
 reference solution as their response.

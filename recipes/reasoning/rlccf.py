@@ -1,11 +1,11 @@
 """RLCCF: several policies that share a vote (Yuan et al. 2025, arXiv 2508.12338): no ground truth, no reward model.
 
-    answers of all policies to a prompt:  weight of a policy's answers = its self-consistency, the share of its own most
-                                           frequent answer;   y^ = the answer with the most weight over all policies
-    r = 1[answer = y^],  GRPO for each policy on its own responses
+    w_m = share of policy m's most frequent answer among its own: its self-consistency
+    y^  = the answer with the most weight over the answers of all policies
+    r   = 1[answer = y^],  GRPO for each policy on its own responses
 
-Two policies here, of different models. The answer is what stands in the last boxed, else the last number, else the
-text.
+Two policies here, of different models. The answer is what the last \\boxed holds, else the last number, else
+the text.
 """
 
 import re

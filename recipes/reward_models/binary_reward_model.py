@@ -1,5 +1,4 @@
-"""A reward model of reactions: one response, one answer, yes or no (RLUF's P[Love]; outcome models; two classes of
-text).
+"""A reward model of reactions, one response at a time: RLUF's P[Love], outcome models, two classes of text.
 
     L = -[y log s(r) + (1 - y) log s(-r)]          r the score, y `desirable`: 1 or 0
 

@@ -1,8 +1,7 @@
-"""HERON: hierarchical rewards (Bukharin et al. 2023, arXiv 2309.02632): weak signals in order of importance make
-labels.
+"""HERON: labels from weak signals in order of importance (Bukharin et al. 2023, arXiv 2309.02632).
 
-    of two responses, the first signal with |s_i(y) - s_i(y')| > d_i says which is better; if none does, the pair is
-    dropped
+    of two responses, the first signal with |s_i(y) - s_i(y')| > d_i says which is better; a pair of which none does
+    is dropped
 
 A reward model learns these labels with Bradley-Terry, on responses of the policy; RL with it is another stage (ppo).
 The signals are rules here, the first the most important, such as: the tests pass, the code parses, it is short.

@@ -1,7 +1,6 @@
-"""RRM: robust reward models by augmented pairs (Liu et al. 2024, arXiv 2409.13156): what does not depend on the prompt
-tells nothing.
+"""RRM: robust reward models by augmented pairs (Liu et al. 2024, arXiv 2409.13156).
 
-For a pair (x_i, w_i, l_i) and the pair j of another prompt of the batch:
+What does not depend on the prompt must tell nothing. For a pair (x_i, w_i, l_i) and the pair j of another prompt:
 
     away      (x_i: w_i > w_j), (x_i: w_i > l_j)           a response to another prompt is worse, whatever it looks like
     neutral   (x_i: w_j ~ l_j)                             two responses to another prompt are equally bad: label 1/2
