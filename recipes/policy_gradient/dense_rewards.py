@@ -1,6 +1,6 @@
 """PPO on a reward for every token that other models give: RTO (Zhong et al. 2024, arXiv 2404.18922) and step models.
 
-    rto           r_t = b1 log pi_dpo/pi_ref(y_t) - b2 log pi/pi_ref(y_t) + b3 r 1[t = T]     pi_dpo: what DPO has trained
+    rto           r_t = b1 log pi_dpo/pi_ref(y_t) - b2 log pi/pi_ref(y_t) + b3 r 1[t = T]   pi_dpo: what DPO has trained
     clip          r_i = min(p_i - eta, 0)      p_i: what a process reward model says after step i (2410.15115)
     delta         r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
                   and r at the end, in both
