@@ -12,6 +12,7 @@ from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import LanguageModelConfig
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
@@ -31,6 +32,8 @@ RATIO_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 
 class OffPolicy(RuntimeError):
     """On-policy rows were not sampled by the policy that is trained."""
+
+    failure_kind = FailureKind.NUMERICS
 
 
 class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
@@ -70,12 +73,12 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
             self.generation = RolloutWorker(context, config, 0 if trained else None, axes=axes)
             self.sync = ColocatedSync(self.engine, self.generation.engine, config.rollout, context)
 
-    def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
-        """`n` responses a prompt."""
+    def generate_sequences(self, batch: Batch, call: Call, **settings: Any) -> OpResult:
+        """`n` responses a prompt; settings: see `RolloutWorker.generate_sequences`."""
         assert self.generation is not None, "the recipe was planned without generation in this pool"
         if self.sync.dropped:  # what is generated now, in an evaluation, was not in the plan of a step
             self._sync_weights()
-        return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
+        return self.generation.generate_sequences(batch, call, **settings)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs and entropy under the training engine."""
@@ -144,6 +147,11 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
         """Stop generating, if something is generated here; called from another thread."""
         if self.generation is not None:
             self.generation.interrupt()
+
+    def abandon(self) -> None:
+        """See `RolloutWorker.abandon`."""
+        if self.generation is not None:
+            self.generation.abandon()
 
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""

@@ -1,9 +1,10 @@
 """A run from start to summary: folder, cluster, first sync, evaluation, steps, checkpoints, export, clean-up.
 
 prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
-                                                                     |
-                                  on every finished step: metrics.jsonl, TensorBoard, display
-                                  at barriers: checkpoint, evaluation
+                                     ^                               |
+                                     |            on every finished step: metrics.jsonl, TensorBoard, display
+                                     |            at barriers: checkpoint, evaluation
+                                     +-- recovery, from a failure anywhere after the start (recovering.py)
 """
 
 from __future__ import annotations
@@ -11,29 +12,46 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
+from controller.cluster.pool import ClusterError
 from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.lifecycle.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
+from controller.execution.ray_runner import NodeError, RayRunner
+from controller.lifecycle.checkpoint import (
+    Checkpoint,
+    CheckpointIncomplete,
+    PendingCheckpoint,
+    begin_checkpoint,
+    checked,
+    find_checkpoints,
+    load_checkpoint,
+)
+from controller.lifecycle.checkpoint_store import store_of
+from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.run_folder import claim_folder
+from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
+from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
+from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
+from rlhf_dist.durable_files import sync, write_durably
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
@@ -69,7 +87,9 @@ class _Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     timeline: Timeline | None = None
     warnings: StepWarnings = field(default_factory=StepWarnings)
+    recoveries: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    """That were run, those that were run again included."""
     tokens: float = 0.0
     seconds: float = 0.0
 
@@ -83,8 +103,10 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
-    with claim_folder(launch, display.note) as (folder, first_step):
-        return _run_in(folder, first_step, launch, display, eager, local)
+    with claim_folder(launch, display.note) as beginning:
+        launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
+        with said_of_disk(beginning.folder):
+            return _run_in(beginning, launch, display, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:
@@ -93,16 +115,20 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(
-    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
-) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+    folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with (
+        ExitStack() as leaving,
+        cluster,
+        terminate_as_interrupt(),
+        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+    ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
                 launch = settled_on_cluster(launch, display.note)
@@ -110,7 +136,13 @@ def _run_in(
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
+        uploads = _uploads(launch, display.note)
+        if uploads is not None:
+            leaving.enter_context(uploads)
+            if beginning.checkpoint is not None:
+                uploads.add_missing(beginning.checkpoint)
+        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads)
+        run_of.execute()
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -125,7 +157,10 @@ def _run_in(
         "evaluations": progress.evaluations,
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
+        **progress.recoveries,
     }
+    if uploads is not None:
+        summary["store"] = {"place": uploads.place, "steps": uploads.done, "failed": uploads.failed}
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
@@ -135,19 +170,31 @@ def _run_in(
     return summary
 
 
+def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
+    output = launch.run.output
+    store = store_of(output, launch.run.name)
+    if store is None:
+        return None
+    return Uploads(store, keep=output.keep_checkpoints, retry_s=output.store_retry_s, tell=tell)
+
+
 class _Run:
     def __init__(
         self,
         launch: Launch,
         session: Session,
-        folder: Path,
+        beginning: Beginning,
         writer: MetricsWriter,
         display: StepDisplay,
         progress: _Progress,
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
+        uploads: Uploads | None,
     ) -> None:
-        self.launch, self.session, self.folder = launch, session, folder
+        folder = beginning.folder
+        self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
+        self.settings, self.sources = beginning.settings, beginning.sources
+        session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
         output = launch.run.output
         self.dataflow = insert_rollout_dump(
@@ -156,34 +203,68 @@ class _Run:
             rows=output.rollout_rows,
             every=output.rollouts_every,
         )
-        numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
-        # Line by line, anything may be looked at until the step ends, whoever else reads it.
-        self.runner = session.runner(None if eager else self.dataflow, numbers)
-        self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
+        self.runner = self._new_runner()
+        # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
+        self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
-        self.store_metrics = store_metrics
+        self.recoveries = Recoveries(session, display.phase)
+        self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
+        self.began = self.furthest = 0
+        """Steps done when this launch began, and at most until now."""
+        self.end: StepEnd | None = None
+        """Of the last step that ended."""
+        self.kept_at: int | None = None
+        """Steps done of the last checkpoint that was begun or restored."""
+        self.copied: dict[str, float] = {}
+        """What a copy in memory cost since the last step."""
+        self.recovered_s: list[float] = []
+        """Seconds of recoveries since the last step."""
 
-    def execute(self, first_step: int) -> None:
-        run = self.launch.run
-        if first_step:
-            self.display.phase("checkpoint")
-            self._resume(first_step)
-        if self.launch.dataflow.generating:
-            self.display.phase("first weight sync")
-        self.session.sync(first_step)
-        if first_step < run.steps:
-            if self.evaluation.possible:
-                self.display.phase("evaluation")
-            self._evaluate(first_step)
-            self.display.phase("first step")
-        self.closed_s = time.perf_counter()
+    def _new_runner(self) -> RayRunner:
+        numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
+        # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        return self.session.runner(None if self.eager else self.dataflow, numbers)
+
+    def execute(self) -> None:
+        """From its start, or from a checkpoint, to its end."""
+        first_step = 0 if self.checkpoint is None else self.checkpoint.step
+        done = self.began = self.furthest = first_step
         try:
-            self._steps(first_step)
+            try:
+                self._begin(first_step)
+            except RECOVERABLE as error:
+                done = self._recover(error)
+            while True:
+                try:
+                    self._go_on(done)
+                    return
+                except RECOVERABLE as error:
+                    done = self._recover(error)
         except BaseException:
             self._keep_pending()
             raise
+
+    def _begin(self, first_step: int) -> None:
+        if self.checkpoint is not None:
+            self.display.phase("checkpoint")
+            self._restore(self.checkpoint)
+            self.display.note(f"resumed after {first_step} steps from {self.checkpoint.folder}")
+        if self.launch.dataflow.generating:
+            self.display.phase("first weight sync")
+        self.session.sync(first_step)
+
+    def _go_on(self, done: int) -> None:
+        """From `done` steps done to the end; nothing is under way."""
+        self._remember_end(done)
+        if done == self.began < self.launch.run.steps and self.evaluation.possible:
+            self.display.phase("evaluation")
+        self._at_barrier(done)
+        if done == self.began < self.launch.run.steps:
+            self.display.phase("first step")
+        self.closed_s = time.perf_counter()
+        self._steps(done)
         self._finish_checkpoint(wait=True)
         self._export()
 
@@ -215,19 +296,21 @@ class _Run:
         metrics = report.metrics
         tokens = self._tokens(metrics)
         metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
+        metrics |= self.copied
+        self.copied = {}
+        if self.recovered_s:
+            metrics |= {"recoveries": float(len(self.recovered_s)), "recovery_s": sum(self.recovered_s)}
+            self.recovered_s = []
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
         self.display.step(report.step, metrics, report.seconds)
         if said := self.progress.warnings.of(report.step, metrics):
             self.display.note(said)
         done = report.step + 1
+        self.furthest = max(self.furthest, done)
+        self._remember_end(done)
         self._finish_checkpoint(wait=False)
-        if self._evaluates_after(report.step):
-            with self._paused("evaluation"):
-                self._evaluate(done)
-        if self._checkpoints_after(report.step):
-            with self._paused("checkpoint"):
-                self._checkpoint(done)
+        self._at_barrier(done)
         self.closed_s = time.perf_counter()
 
     def _tokens(self, metrics: Mapping[str, float]) -> float:
@@ -254,6 +337,19 @@ class _Run:
         self.progress.timeline.paused.append((what, started, time.perf_counter()))
 
     # --- barriers ------------------------------------------------------------------------------------
+    def _at_barrier(self, done: int) -> None:
+        """Evaluate and save what is due after `done` steps and has not been done before a recovery."""
+        due = self._evaluates_after(done - 1) if done > self.began else self.began < self.launch.run.steps
+        if due and all(one["step"] != done for one in self.progress.evaluations):
+            with self._paused("evaluation"):
+                self._evaluate(done)
+        if self._copies_after(done - 1) or done == self.began:
+            with self._paused("copy in memory"):
+                self._copy(done)
+        if done > self.began and self._checkpoints_after(done - 1) and self.kept_at != done:
+            with self._paused("checkpoint"):
+                self._checkpoint(done)
+
     def _evaluates_after(self, step: int) -> bool:
         every, done = self.launch.run.output.evaluate_every, step + 1
         return self.evaluation.possible and (done == self.launch.run.steps or bool(every and done % every == 0))
@@ -262,8 +358,12 @@ class _Run:
         every, done = self.launch.run.output.checkpoint_every, step + 1
         return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
 
+    def _copies_after(self, step: int) -> bool:
+        every = self.launch.run.recovery.memory_every
+        return bool(every) and (step + 1) % every == 0
+
     def _is_barrier(self, step: int) -> bool:
-        return self._evaluates_after(step) or self._checkpoints_after(step)
+        return self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
         metrics = self.evaluation.run(done, self.runner.numbers)
@@ -274,14 +374,27 @@ class _Run:
             said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
             self.display.note(f"held-out reward after {done} steps: {said}")
 
+    def _copy(self, done: int) -> None:
+        """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
+        if not self.launch.run.recovery.memory_every or not self.launch.run.recovery.retries:
+            return
+        assert self.end is not None and self.end.done == done, "the step has just ended"
+        try:
+            self.copied = self.recoveries.copies.make(self.end)
+        except ClusterError as error:  # Of a rank that is gone the next node tells; a copy alone ends nothing.
+            self.display.note(f"no copy in memory after {done} steps: {error}")
+
     def _checkpoint(self, done: int) -> None:
         self._finish_checkpoint(wait=True)
+        self.kept_at = done
         self.pending = begin_checkpoint(
             self.folder / "checkpoints",
             step=done,
             recipe=self.launch.recipe.name,
-            roles=self.session.model_roles,
+            ranks={role: self.session.groups[role].pool.size for role in self.session.model_roles},
             numbers=self.runner.numbers,
+            settings=self.settings,
+            sources=self.sources,
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
@@ -312,20 +425,107 @@ class _Run:
         ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
-            self.pending.finish()
+            self._publish(self.pending)
             self.pending = None
 
-    def _resume(self, step: int) -> None:
-        checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
+    def _publish(self, pending: PendingCheckpoint) -> None:
+        uploads = self.uploads
+        complete = pending.finish() if uploads is None else pending.finish(uploads.in_use)
+        if uploads is not None:
+            uploads.add(complete)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Have all roles, states and sources go on from a checkpoint."""
         load_checkpoint(
             checkpoint,
             roles=self.session.model_roles,
-            load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
+            load_role=lambda role, path: self.session.call_role(role, "load", checkpoint.step, folder=path),
         )
         self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
         for folder in sorted((checkpoint.folder / STATES).glob("*")):
             self.runner.restore_state(folder.name, self.session.load_state(folder))
-        self.display.note(f"resumed after {step} steps from {checkpoint.folder}")
+        self.kept_at = checkpoint.step
+
+    # --- recovery ------------------------------------------------------------------------------------
+    def _remember_end(self, done: int) -> None:
+        held = {name: self.runner.held_state(name) for name in self.runner.numbers}
+        self.end = StepEnd(done=done, states=held, written=frozenset(self.runner.written))
+
+    def _recover(self, error: NodeError | ClusterError) -> int:
+        """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
+        the last attempt, where the run must end."""
+        started = time.perf_counter()
+        while True:
+            self.recoveries.admit(error, self.furthest)
+            try:
+                return self._recovered(error, started)
+            except RECOVERABLE as again:
+                again.__context__ = error
+                error = again
+
+    def _recovered(self, error: Exception, started: float) -> int:
+        recoveries, written = self.recoveries, self.runner.written
+        dead = recoveries.survey(error)
+        self._save_pending(dead)
+        done, source, state = recoveries.newest(self.end, written, self._last_checkpoint)
+        if done < self.began:
+            raise with_reason(
+                error, f"the checkpoint after {self.began} steps, which this run began from, is not there any more"
+            )
+        rebuilt = recoveries.rebuild()
+        self.runner = self._new_runner()
+        if source != "processes":
+            self.end = None  # What the processes hold is no more that of the last step.
+        if source == "memory":
+            recoveries.copies.put_back()
+        if isinstance(state, StepEnd):
+            for name, held in state.states.items():
+                self.runner.restore_state(name, held)
+        elif state is not None:
+            self._restore(state)
+        recoveries.synced(done)
+        self._rewind(done)
+        what, seconds = shortened(str(error)), time.perf_counter() - started
+        made = Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
+        recoveries.done.append(made)
+        self.recovered_s.append(seconds)
+        self.progress.recoveries = recoveries.summary()
+        self.display.note(str(made))
+        return done
+
+    def _last_checkpoint(self) -> Checkpoint | None:
+        """The newest that is what was written."""
+        for found in reversed(find_checkpoints(self.folder / "checkpoints")):
+            if found.step <= self.furthest:
+                one = checked(found, read=None)
+                if isinstance(one, Checkpoint):
+                    return one
+                self.display.note(f"damaged and left out: {one}")
+        return None
+
+    def _save_pending(self, dead: Collection[str]) -> None:
+        """Finish the checkpoint under way, which may be the newest state there is; without those who wrote it, it is
+        lost, and those who live end their writing before its folder is used again."""
+        if self.pending is None:
+            return
+        alive = [role for role in self.pending.roles if self.session.groups[role].pool.name not in dead]
+        whole = len(alive) == len(self.pending.roles)
+        try:
+            for role in alive:
+                self.session.call_role(role, "saved", self.pending.step, wait=True, limit_s=PENDING_S)
+            if whole:
+                self._publish(self.pending)
+        except (NodeError, CheckpointIncomplete) as error:
+            whole = False
+            self.display.note(f"the checkpoint after {self.pending.step} steps is lost: {error}")
+        if not whole:
+            self.kept_at = None
+        self.pending = None
+
+    def _rewind(self, done: int) -> None:
+        """Take back what was said of steps that are run again."""
+        self.writer.rewind(done)
+        self.progress.evaluations = [one for one in self.progress.evaluations if one["step"] <= done]
 
     def _export(self) -> None:
         if not self.launch.run.output.save_model:
@@ -336,12 +536,12 @@ class _Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            check_exported(partial, role)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync([target.parent])
             self.display.note(f"wrote {target}")
 
 
 def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2))
-    partial.replace(path)
+    write_durably(path, json.dumps(data, indent=2))

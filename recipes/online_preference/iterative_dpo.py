@@ -39,14 +39,6 @@ PAPERS = {
         needs=("ROLL", "RM", "PREF", "EVAL"),
         settings={"algorithm.kind": "ipo", "algorithm.samples_per_prompt": 2},
     ),
-    "oaif": Paper(
-        title="Online AI feedback (OAIF)",
-        year=2024,
-        arxiv="2402.04792",
-        needs=("ROLL", "RM", "PAIR", "PREF", "REF"),
-        settings={"algorithm.samples_per_prompt": 2},
-        assumed="a reward stands for the annotating language model",
-    ),
     "slic": Paper(
         title="Online SLiC",
         year=2024,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.recipe_files import split_variant
-from tests.tiny import save_classifier, save_llama
+from tests.tiny import save_classifier, save_judge, save_llama
 
 Made = dict[str, Path]
 MIXED = "tests.recipes.rules:odd_length"
@@ -42,8 +42,13 @@ def make_files(folder: Path) -> Made:
         "calls": folder / "calls.jsonl",
         "scores": save_classifier(folder / "scores"),
         "other": save_llama(folder / "other", seed=1),
+        "judge": save_judge(folder / "judge"),
     }
 
+
+ASKED = {"algorithm.marker": "", "algorithm.question": "{prompt} {response} score:"}
+"""For judges that read a few hundred characters, and say a verdict without more words."""
+PAIR = {**ASKED, "algorithm.question": "{response_a} {response_b} better:", "algorithm.votes": 2}
 
 SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "alol": lambda made: {"data.train.path": made["labelled"], "algorithm.warmup": 0},
@@ -59,7 +64,20 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "iterative_dpo": lambda made: {"reward.function": MIXED, "algorithm.samples_per_prompt": 4},
     "kto": lambda made: {"data.train.path": made["labelled"]},
     "ma_rlhf": lambda made: {"algorithm.segment": 3, "algorithm.mini_batches": 2},
-    "nash_md": lambda made: {"algorithm.average": 0.5},
+    "adaptive_kl": lambda made: {"algorithm.mini_batches": 2},
+    "judge_grpo": lambda made: {
+        **ASKED,
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "algorithm.votes": 2},
+    },
+    "nash_md": lambda made: {
+        "reference.model.path": made["other"],
+        "algorithm.mixture": 0.5,
+        "algorithm.average": 0.5,
+        "algorithm.samples_per_prompt": 2,
+    },
+    "oaif": lambda made: {**PAIR, "judge.model.path": made["judge"], "data.prompts_per_step": 8},
+    "oreal": lambda made: {"algorithm.samples_per_prompt": 4, "algorithm.solved": 0.2, "algorithm.warmup": 1},
+    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1, "actor.rollout.max_prompt_tokens": 256},
     "pf_ppo": lambda made: {
         "algorithm.samples_per_prompt": 3,
         "algorithm.replayed": 2,
