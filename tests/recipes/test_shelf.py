@@ -16,7 +16,7 @@ PAPERS = load_papers()
 VARIANTS = [
     name for name, (paper, _) in PAPERS.items() if "/" in name and paper.settings and not name.startswith("judge_grpo")
 ]
-"""Those that differ from their file in settings, not in data alone; the judge's modes are asked shorter questions below."""
+"""Those that differ from their file in settings, not in data alone; a judge is asked short questions, further below."""
 QUIET = {
     "shaped_rewards/omit_long": "nearly every response of a random model is cut by the limit",
     **dict.fromkeys(("grpo/countdown", "grpo/toolrl", "grpo/bleuberi"), "no response of a random model has the format"),
