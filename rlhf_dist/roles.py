@@ -20,7 +20,8 @@ from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, He
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
-from rlhf_dist.schema import SEQUENCE, TRAINABLE
+from rlhf_dist.environments import Environment, EpisodeLimits
+from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE
 from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +53,8 @@ class OpSpec:
     streams: bool = False
     """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
     processes), it may be given the first finished rows of its input while the others are being made."""
+    loses: bool = False
+    """Rows that it makes may be fewer than it was asked for: some were lost on the way."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Column as the worker calls it -> as `writes` does, where they differ: one worker serves several kinds of role."""
 
@@ -72,6 +75,7 @@ def op(
     mesh: str = "train",
     outputs: tuple[str, ...] = (),
     streams: bool = False,
+    loses: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
@@ -89,6 +93,7 @@ def op(
             mesh=mesh,
             outputs=outputs,
             streams=streams,
+            loses=loses,
             names=names or {},
         )
         return function
@@ -108,6 +113,18 @@ def _loss_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{kwargs['prefix']}_{what}" for what in ("ids", "log_probs", "log_rest"))
+
+
+def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    environment = kwargs["environment"]
+    if not isinstance(environment, Environment):
+        raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
+    return tuple(dict.fromkeys(("prompt_ids", "prompt", "answer", "group_id", *environment.reads)))
+
+
+def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    rewards = ("rewards", "token_rewards") if kwargs["environment"].rewards else ()
+    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
 
 
 class Role(Protocol):
@@ -144,10 +161,7 @@ class LanguageModel(OfTrunk, Protocol):
 
     @op(
         reads=("prompt_ids",),
-        writes=(
-            *("response_ids", "response_mask", "response", "raw_response", "finished"),
-            *("rollout_log_probs", "policy_version"),
-        ),
+        writes=GENERATED,
         rows="expand",
         weights_read="rollout",
         dispatch=ALL_MICRO_ROWS,
@@ -157,7 +171,30 @@ class LanguageModel(OfTrunk, Protocol):
         """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along."""
         ...
 
-    @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")
+    @op(
+        reads=_episode_reads,
+        writes=_episode_writes,
+        optional=("source", "fields"),
+        rows="expand",
+        loses=True,
+        weights_read="rollout",
+        dispatch=ALL_MICRO_ROWS,
+        mesh="rollout",
+    )
+    def run_episodes(
+        self,
+        prompts: Batch,
+        *,
+        environment: Environment,
+        n: int = 1,
+        greedy: bool = False,
+        limits: EpisodeLimits = EpisodeLimits(),  # noqa: B008 - frozen
+    ) -> Batch:
+        """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
+        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        ...
+
+    @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs", "turn"), weights_read="train")
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses, whoever wrote them, and the entropy before each token. Reports how far they are
         from those of sampling, where the batch has them."""
@@ -209,7 +246,7 @@ class Actor(LanguageModel, Protocol):
     @op(
         reads=SEQUENCE,
         writes=("old_log_probs", "entropy"),
-        optional=("rollout_log_probs",),
+        optional=("rollout_log_probs", "turn"),
         weights_read="train",
         names={"log_probs": "old_log_probs"},
     )
