@@ -3,7 +3,7 @@ how episodes end."""
 
 from rlhf_dist.environments.environment import Chat, Environment, EpisodeLimits, Reply, Row
 from rlhf_dist.environments.outcomes import InfrastructureError, PolicyError, ToolTimeout
-from rlhf_dist.environments.tool_calls import JsonCalls, TaggedText, ToolCall, ToolParser
+from rlhf_dist.environments.tool_calls import JsonCalls, TextCalls, ToolCall, ToolParser
 
 __all__ = [
     "Chat",
@@ -14,7 +14,7 @@ __all__ = [
     "PolicyError",
     "Reply",
     "Row",
-    "TaggedText",
+    "TextCalls",
     "ToolCall",
     "ToolParser",
     "ToolTimeout",

@@ -69,6 +69,8 @@ class Calculator(Environment):
     """For each call that has a value."""
     forgiving: bool = False
     """Tell the model what is wrong with a call; False ends the episode as a policy error."""
+    unfinished_reward: float = 0.0
+    """See Environment."""
 
     async def episode(self, chat: Chat, row: Row) -> None:
         """See Environment."""

@@ -1,7 +1,7 @@
 """Tool calls in a model's text, and what cannot be read in it: parsers that an environment keeps.
 
-    JsonCalls()         <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>    Qwen, Hermes
-    TaggedText("code")  <code>print(1)</code>                       the text itself is the argument
+    JsonCalls()   <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>    Qwen, Hermes
+    TextCalls()   <code>print(1)</code>               the text itself is the argument; any marks may stand around it
 
 Several calls in one turn come in their order.
 """
@@ -35,15 +35,16 @@ class ToolParser(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonCalls:
-    """A JSON object with `name` and `arguments` between tags."""
+    """A JSON object with `name` and `arguments` between two marks."""
 
-    tag: str = "tool_call"
+    begin: str = "<tool_call>"
+    end: str = "</tool_call>"
     names: tuple[str, ...] = ()
     """Tools there are; empty for any."""
 
     def calls(self, text: str) -> list[ToolCall]:
         """See ToolParser."""
-        return [self._call(inside) for inside in _between(text, self.tag)]
+        return [self._call(inside) for inside in _between(text, self.begin, self.end)]
 
     def _call(self, inside: str) -> ToolCall:
         try:
@@ -60,34 +61,37 @@ class JsonCalls:
         return ToolCall(found["name"], arguments)
 
 
-@dataclass(frozen=True)
-class TaggedText:
-    """The text between tags, such as code, as the argument `text` of a call named like the tag."""
+@dataclass(frozen=True, kw_only=True)
+class TextCalls:
+    """The text between two marks, such as code, as the argument `text` of a call."""
 
-    tag: str = "code"
+    begin: str = "<code>"
+    end: str = "</code>"
+    name: str = "code"
+    """What the calls are called."""
 
     def calls(self, text: str) -> list[ToolCall]:
         """See ToolParser."""
-        return [ToolCall(self.tag, {"text": inside.strip("\n")}) for inside in _between(text, self.tag)]
+        return [ToolCall(self.name, {"text": inside.strip("\n")}) for inside in _between(text, self.begin, self.end)]
 
 
-def _between(text: str, tag: str) -> list[str]:
-    """What stands between each pair of tags. Raises PolicyError for a tag that is not closed, or not opened."""
+def _between(text: str, begin: str, end: str) -> list[str]:
+    """What stands between each pair of marks. Raises PolicyError for a mark that is not closed, or not opened."""
     found, inside = list[str](), None
-    for piece in re.split(f"(</?{re.escape(tag)}>)", text):
-        if piece == f"<{tag}>":
+    for piece in re.split(f"({re.escape(begin)}|{re.escape(end)})", text):
+        if piece == begin:
             if inside is not None:
-                raise PolicyError(f"<{tag}> stands within <{tag}>")
+                raise PolicyError(f"{begin} stands within {begin}")
             inside = ""
-        elif piece == f"</{tag}>":
+        elif piece == end:
             if inside is None:
-                raise PolicyError(f"</{tag}> closes nothing")
+                raise PolicyError(f"{end} closes nothing")
             found.append(inside)
             inside = None
         elif inside is not None:
             inside = piece
     if inside is not None:
-        raise PolicyError(f"<{tag}> is not closed")
+        raise PolicyError(f"{begin} is not closed")
     return found
 
 

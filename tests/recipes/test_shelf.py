@@ -48,6 +48,11 @@ SETTINGS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
     },
     "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
     "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
+    "tool_grpo": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.samples_per_prompt": 6},
+        **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
+        **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
+    },
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }
