@@ -8,7 +8,8 @@
     distillation        a student that learns from the distributions of teachers
     constrained         several objectives at a time
     reasoning           verifiable rewards with curricula, hints, selective rollouts        (none yet)
-    agents              environments, tools, search, writers of prompts                     (none yet)
+    environments        episodes of several turns: tools, games
+    agents              search, writers of prompts                                          (none yet)
 
 A family is a package whose docstring says what it holds. A recipe has the usual settings; what differs stands in a
 YAML file beside it. `_name.py` is no recipe: what the recipes of a family share.
