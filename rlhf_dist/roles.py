@@ -10,6 +10,7 @@ Reads may depend on the call: `update_actor(batch, loss=...)` reads what its los
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -119,6 +120,8 @@ def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     environment = kwargs["environment"]
     if not isinstance(environment, Environment):
         raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
+    if not inspect.iscoroutinefunction(environment.episode):
+        raise ValueError(f"{type(environment).__name__}.episode must be written with `async def`")
     return tuple(dict.fromkeys(("prompt_ids", "prompt", "answer", "group_id", *environment.reads)))
 
 

@@ -79,7 +79,10 @@ class Row:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copy and pickle ask of every object
             raise AttributeError(name)
-        return self[name]
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._columns:

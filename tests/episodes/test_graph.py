@@ -44,6 +44,12 @@ def test_an_environment_reads_and_writes_what_it_says() -> None:
     with pytest.raises(GraphError, match="run_episodes needs environment=, an Environment, got <class"):
         traced(Hinted)
 
+    class Forgot(Environment):
+        def episode(self, chat: Chat, row: Row) -> None: ...  # type: ignore[override]
+
+    with pytest.raises(GraphError, match="Forgot.episode must be written with `async def`"):
+        traced(Forgot())
+
 
 def test_rows_may_be_lost_and_the_log_probs_know_which_tokens_were_drawn() -> None:
     dataflow = traced(Hinted(), WithHint)

@@ -100,6 +100,15 @@ async def cancels_itself(chat: Chat, row: Row) -> None:
     raise asyncio.CancelledError
 
 
+async def two_at_once(chat: Chat, row: Row) -> None:
+    await asyncio.gather(chat.generate(max_tokens=4), chat.generate(max_tokens=4))
+
+
+async def no_such_field(chat: Chat, row: Row) -> None:
+    assert not hasattr(row, "hint")
+    await chat.generate(max_tokens=len(row.hint))
+
+
 async def says_too_much(chat: Chat, row: Row) -> None:
     chat.say("1" * 100)
     await chat.generate()
@@ -118,6 +127,8 @@ async def says_too_much(chat: Chat, row: Row) -> None:
         (no_reward, "finished without chat.reward()"),
         (nan_reward, "a reward must be a finite number, got nan"),
         (early_reward, "call chat.generate() first"),
+        (two_at_once, "chat.generate() may be awaited once at a time"),
+        (no_such_field, "the row has no 'hint'; it has prompt, answer, group_id; name others in the environment's"),
         (cancels_itself, "the environment cancelled itself"),
         (says_too_much, "the prompt must have at most 64 tokens (rollout.max_prompt_tokens), got 100"),
     ],
@@ -170,6 +181,15 @@ def test_what_catches_every_exception_cannot_go_on_behind_the_end(play_all: Play
 
     (episode,) = play_all(Of(catches), EpisodeLimits(turns=2), texts=("2+2=",))
     assert episode.outcome == "turns"
+
+    async def swallows(chat: Chat, row: Row) -> None:
+        try:
+            await catches(chat, row)
+        except BaseException:  # noqa: BLE001
+            return
+
+    (episode,) = play_all(Of(swallows), EpisodeLimits(turns=2), texts=("2+2=",))
+    assert (episode.outcome, episode.chat.conversation.turns) == ("turns", 2)
 
 
 def test_the_price_of_an_episode_that_did_not_finish(play_all: Play) -> None:

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -51,11 +51,14 @@ class LiveChat:
     budget: Budget
     seed: str
     """What every seed of the episode begins with."""
+    name: str
+    """Unique among all attempts at episodes: what its requests are called."""
     generate_one: Generate
     rewards: dict[int, float] = field(default_factory=dict)
     """Turn -> its reward."""
-    closed: Outcome | None = None
+    ended: EpisodeEnded | None = None
     """How the episode ended; it takes nothing more then."""
+    _generating: bool = False
 
     def say(self, text: str, role: str = "user") -> None:
         """See Chat."""
@@ -75,6 +78,8 @@ class LiveChat:
         self._open()
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens must be a number >= 1, got {max_tokens!r}")
+        if self._generating:
+            raise RuntimeError("chat.generate() may be awaited once at a time: the next turn is behind this one")
         talk, turn = self.conversation, self.conversation.turns
         if turn >= self.budget.limits.turns:
             self._end("turns", f"{turn} turns (EpisodeLimits.turns)")
@@ -89,12 +94,16 @@ class LiveChat:
             self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
         most = left if max_tokens is None else min(left, max_tokens)
         request = Request(
-            name=f"{self.seed}/{turn}",
+            name=f"{self.name}/{turn}",
             token_ids=tokens,
             sampling=Sampling(**{**vars(self.budget.sampling), "max_tokens": most}),
             seed=seed_of(self.seed, turn),
         )
-        response = await self.generate_one(request)
+        self._generating = True
+        try:
+            response = await self.generate_one(request)
+        finally:
+            self._generating = False
         text, raw = talk.drew(response.token_ids, response.log_probs, response.versions)
         if not response.finished and len(response.token_ids) == left:
             self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
@@ -123,12 +132,12 @@ class LiveChat:
         self._end("finished", "")
 
     def _open(self) -> None:
-        if self.closed is not None:
-            raise EpisodeEnded(self.closed, "the episode has ended")
+        if self.ended is not None:
+            raise self.ended
 
-    def _end(self, outcome: Outcome, detail: str) -> None:
-        self.closed = outcome
-        raise EpisodeEnded(outcome, detail)
+    def _end(self, outcome: Outcome, detail: str) -> NoReturn:
+        self.ended = EpisodeEnded(outcome, detail)
+        raise self.ended
 
 
 async def in_thread(function: Callable[..., T], arguments: tuple[Any, ...], seconds: float) -> T:

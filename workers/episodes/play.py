@@ -1,12 +1,14 @@
 """One episode from its start to its outcome, infrastructure errors retried.
 
-attempt ──> returned ────────────────────────────> finished (once it has drawn something, and rewarded it)
-   ^    ├─> EpisodeEnded ────────────────────────> length, turns, finished
-   │    ├─> PolicyError ─────────────────────────> policy_error
-   │    ├─> out of seconds ──────────────────────> deadline
-   │    ├─> InfrastructureError, ConnectionError ─> infrastructure_error, after the last attempt
-   └────┘
-        └─> anything else ───────────────────────> environment_error, with its traceback
+    attempt ──> returned ─────────────────────────────> finished (once it has drawn something, and rewarded it)
+       ^    ├─> ended by the chat ────────────────────> length, turns, finished
+       │    ├─> PolicyError ──────────────────────────> policy_error
+       │    ├─> out of seconds ───────────────────────> deadline
+       │    ├─> InfrastructureError, ConnectionError ──> infrastructure_error, after the last attempt
+       └────┘
+            └─> anything else ────────────────────────> environment_error, with its traceback
+
+Whatever the environment's code makes of an end that the chat has said, that end stands.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ async def play(environment: Environment, new_chat: Callable[[], LiveChat], limit
     while True:
         chat, attempts = new_chat(), attempts + 1
         outcome, detail, trace = await _attempt(environment, chat, limits.seconds)
-        chat.closed = outcome
+        chat.ended = EpisodeEnded(outcome, detail)
         if outcome != "infrastructure_error" or attempts > limits.retries:
             break
     unrewarded = environment.rewards and outcome in OF_POLICY and not chat.rewards
@@ -77,12 +79,13 @@ async def _attempt(environment: Environment, chat: LiveChat, seconds: float) -> 
     task = asyncio.ensure_future(_guarded(environment, chat))
     done, _ = await asyncio.wait({task}, timeout=seconds)
     if not done:
-        chat.closed = "deadline"
+        late = f"not over within {seconds:g} s (EpisodeLimits.seconds)"
+        chat.ended = EpisodeEnded("deadline", late)
         task.cancel()
         await asyncio.wait({task}, timeout=GRACE_S)
         if task.done() and not task.cancelled():
             task.exception()  # it is looked at, so that asyncio does not complain that nobody did
-        return "deadline", f"not over within {seconds:g} s (EpisodeLimits.seconds)", ""
+        return "deadline", late, ""
     if task.cancelled():
         return "environment_error", "the environment cancelled itself", ""
     return _classified(environment, chat, task.exception())
@@ -96,8 +99,8 @@ async def _guarded(environment: Environment, chat: LiveChat) -> None:
 
 
 def _classified(environment: Environment, chat: LiveChat, error: BaseException | None) -> tuple[Outcome, str, str]:
-    if isinstance(error, EpisodeEnded):
-        outcome, detail = error.outcome, error.detail
+    if chat.ended is not None:
+        outcome, detail = chat.ended.outcome, chat.ended.detail
     elif isinstance(error, PolicyError):
         outcome, detail = "policy_error", str(error)
     elif isinstance(error, InfrastructureError | ConnectionError):

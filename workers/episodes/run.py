@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -40,6 +41,8 @@ def run_episodes(
     loop = EpisodeLoop(engine)
     budget = Budget(limits=limits, sampling=Sampling(**{**vars(sampling), "n": 1}), prompt_tokens=prompt_tokens)
 
+    attempts = itertools.count()
+
     def new_chat(at: int, copy: int) -> LiveChat:
         seed = f"{call.seed}/{call.step}/{call.node}/{call.row_index[at]}/{copy}"
         return LiveChat(
@@ -54,6 +57,7 @@ def run_episodes(
             ),
             budget=budget,
             seed=seed,
+            name=f"{seed}/{next(attempts)}",
             generate_one=loop.generate,
         )
 
