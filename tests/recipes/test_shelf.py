@@ -53,6 +53,7 @@ SETTINGS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
         **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
         **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
     },
+    "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }

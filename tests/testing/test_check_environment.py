@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_dist.environments import Chat, Environment, EpisodeLimits, Row, TextCalls
 from rlhf_dist.environments.calculator import Calculator
+from rlhf_dist.environments.higher_lower import HigherLower
 from rlhf_dist.testing import CheckFailed, check_environment
 
 ROWS = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+9=", "answer": "10"}]
@@ -21,6 +22,13 @@ def test_the_calculator_passes() -> None:
     said = [piece for episode in transcripts for piece in episode]
     assert {piece["who"] for piece in said} == {"prompt", "model", "environment"}
     assert any("error: " in piece["text"] for piece in said if piece["who"] == "environment")
+
+
+def test_the_game_passes_and_has_a_reward_each_turn() -> None:
+    rows = [{"prompt": "a number: ", "answer": answer} for answer in ("7", "")]
+    for episode in check_environment(HigherLower(), rows):
+        turns = [piece["reward"] for piece in episode if piece["who"] == "model"]
+        assert all(reward is not None for reward in turns) and (turns[-1] == 1.0 or len(turns) == 4)
 
 
 class Counts(Environment):
