@@ -116,17 +116,23 @@ def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{kwargs['prefix']}_{what}" for what in ("ids", "log_probs", "log_rest"))
 
 
+EPISODE_READS = ("prompt_ids", "prompt", "answer", "group_id")
+"""What every environment reads of a row."""
+
+
 def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    if "environment" not in kwargs:  # a list of ops wants to know what any reads
+        return EPISODE_READS
     environment = kwargs["environment"]
     if not isinstance(environment, Environment):
         raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
     if not inspect.iscoroutinefunction(environment.episode):
         raise ValueError(f"{type(environment).__name__}.episode must be written with `async def`")
-    return tuple(dict.fromkeys(("prompt_ids", "prompt", "answer", "group_id", *environment.reads)))
+    return tuple(dict.fromkeys((*EPISODE_READS, *environment.reads)))
 
 
 def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    rewards = ("rewards", "token_rewards") if kwargs["environment"].rewards else ()
+    rewards = ("rewards", "token_rewards") if getattr(kwargs.get("environment"), "rewards", True) else ()
     return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
 
 
@@ -191,7 +197,7 @@ class LanguageModel(OfTrunk, Protocol):
         environment: Environment,
         n: int = 1,
         greedy: bool = False,
-        limits: EpisodeLimits = EpisodeLimits(),  # noqa: B008 - frozen
+        limits: EpisodeLimits | None = None,
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
         masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""

@@ -1,6 +1,8 @@
-"""GRPO over episodes with a tool: the group of a prompt are episodes, each a row of all its turns, and only what the
-model drew has a loss (as in Search-R1, Jin et al. 2025, arXiv 2503.09516, and ReTool, Feng et al. 2025, arXiv
-2504.11536)."""
+"""GRPO over episodes with a calculator as a tool.
+
+The group of a prompt are episodes, each a row of all its turns, and only what the model drew has a loss (as in
+Search-R1, Jin et al. 2025, arXiv 2503.09516, and ReTool, Feng et al. 2025, arXiv 2504.11536).
+"""
 
 from dataclasses import dataclass
 

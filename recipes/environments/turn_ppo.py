@@ -1,5 +1,8 @@
-"""PPO over episodes whose turns have rewards: the critic sees the whole conversation, each turn's reward counts from
-where it falls (as in RAGEN, Wang et al. 2025, arXiv 2504.20073, with advantages of tokens rather than turns)."""
+"""PPO over episodes whose turns have rewards.
+
+The critic sees the whole conversation, and each turn's reward counts from where it falls (as in RAGEN, Wang et al.
+2025, arXiv 2504.20073, with advantages of tokens rather than turns).
+"""
 
 from dataclasses import dataclass
 

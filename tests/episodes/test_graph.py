@@ -76,3 +76,14 @@ def test_tensor_parallel_generation_is_refused(tmp_path: Path, model: Path) -> N
     launch = compose("tool_grpo", [*settings, "actor.rollout.tensor_parallel=2", f"placement.pools.{pool}.slots=2"])
     with pytest.raises(ConfigError, match=r"tool_grpo.py:\d+: episodes need actor.rollout.tensor_parallel=1, got 2"):
         check_launch(launch)
+
+
+def test_the_planner_asks_for_no_generation_that_is_refused() -> None:
+    from rlhf_dist.compose import compose
+    from rlhf_dist.hardware import parse_cluster
+    from rlhf_dist.planner.launch import planned_settings
+
+    settings = ["model.path=llama3-8b", "task=addition", "placement.cluster=1x8xA100-80G"]
+    assert parse_cluster("1x8xA100-80G").gpus == 8
+    found = planned_settings(compose("tool_grpo", settings), settings)
+    assert found["actor"]["rollout"].get("tensor_parallel", 1) == 1

@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -96,7 +96,7 @@ class LiveChat:
         request = Request(
             name=f"{self.name}/{turn}",
             token_ids=tokens,
-            sampling=Sampling(**{**vars(self.budget.sampling), "max_tokens": most}),
+            sampling=replace(self.budget.sampling, max_tokens=most),
             seed=seed_of(self.seed, turn),
         )
         self._generating = True

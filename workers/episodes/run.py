@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ def run_episodes(
     tokenizer = TextTokenizer(model, environment.template_args)
     ends = frozenset(end_token_ids(model))
     loop = EpisodeLoop(engine)
-    budget = Budget(limits=limits, sampling=Sampling(**{**vars(sampling), "n": 1}), prompt_tokens=prompt_tokens)
+    budget = Budget(limits=limits, sampling=replace(sampling, n=1), prompt_tokens=prompt_tokens)
 
     attempts = itertools.count()
 
