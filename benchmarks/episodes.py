@@ -6,7 +6,7 @@
 
 The three draw the same tokens, which is checked. One JSON line last.
 
-    make bench-episodes ARGS="--engine transformers --episodes 64"
+    make bench-episodes ARGS="--turn-tokens 32"
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,6 @@ from workers.episodes.run import run_episodes
 
 TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5
 SAID = "\nok:"
-TURN_TOKENS = 16
-TOKENS = TURNS * (TURN_TOKENS + len(SAID))
 
 
 def latencies_of(rng: np.random.Generator) -> list[float]:
@@ -52,14 +51,14 @@ def latencies_of(rng: np.random.Generator) -> list[float]:
 class Tools(Environment):
     """Turns with a tool between them; `slow` 0: it takes no time."""
 
-    def __init__(self, slow: float) -> None:
-        self.slow = slow
+    def __init__(self, slow: float, turn_tokens: int) -> None:
+        self.slow, self.turn_tokens = slow, turn_tokens
 
     async def episode(self, chat: Chat, row: Row) -> None:
         """See Environment."""
         latencies = latencies_of(chat.rng)
         for latency in [*latencies, None]:
-            await chat.generate(max_tokens=TURN_TOKENS)
+            await chat.generate(max_tokens=self.turn_tokens)
             if latency is not None:
                 await asyncio.sleep(self.slow * latency)
                 chat.say(SAID)
@@ -71,22 +70,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--turn-tokens", type=int, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model = save_llama(Path(scratch) / "model", hidden=128)
-        engine = _engine(arguments.engine, model)
-        batch, call = _rows(arguments.episodes)
-        _ours(engine, model, *_rows(8), slow=0.0)  # what the first call alone costs
-        bound_s, bound = _ours(engine, model, batch, call, slow=0.0)
-        ours_s, ours = _ours(engine, model, batch, call, slow=1.0)
-        waves_s, waves = _waves(engine, model, batch, call)
-        if waves != _turns(ours) or _turns(bound) != waves:
-            raise SystemExit("the three ways must draw the same tokens, and did not")
-        engine.close()
+        bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
+        bench.ours(8, slow=0.0)  # what the first call alone costs
+        bound_s, bound = bench.ours(arguments.episodes, slow=0.0)
+        ours_s, ours = bench.ours(arguments.episodes, slow=1.0)
+        waves_s, waves = bench.waves(arguments.episodes)
+        bench.engine.close()
+    if waves != _turns(ours) or _turns(bound) != waves:
+        raise SystemExit("the three ways must draw the same tokens, and did not")
     tokens = sum(len(turn) for turns in waves for turn in turns)
     result = {
         "engine": arguments.engine,
         "episodes": arguments.episodes,
+        "turn_tokens": arguments.turn_tokens,
         "tokens": tokens,
         "ours": {
             **_speed(tokens, ours_s),
@@ -100,28 +99,66 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _speed(tokens: int, seconds: float) -> dict[str, float]:
-    return {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2)}
+class Bench:
+    """An engine, and the ways to play episodes on it."""
 
+    def __init__(self, kind: str, model: Path, turn_tokens: int) -> None:
+        self.model, self.turn_tokens = model, turn_tokens
+        self.tokens = TURNS * (turn_tokens + len(SAID))
+        rollout = RolloutConfig(
+            engine=kind,
+            max_prompt_tokens=self.tokens + 8,
+            max_response_tokens=self.tokens,
+            kv_cache_bytes=256 << 20,
+        )
+        where: dict[str, Any] = {"rank": 0, "world": 1, "device": torch.device("cpu")}
+        self.engine: GenerationEngine
+        if kind == "vllm":
+            from workers.engines.generation.vllm import VllmEngine
 
-def _engine(kind: str, model: Path) -> GenerationEngine:
-    rollout = RolloutConfig(
-        engine=kind, max_prompt_tokens=TOKENS + 8, max_response_tokens=TOKENS, kv_cache_bytes=256 << 20
-    )
-    settings = {"model_path": str(model), "rollout": rollout, "rank": 0, "world": 1, "device": torch.device("cpu")}
-    made: GenerationEngine
-    if kind == "vllm":
-        from workers.engines.generation.vllm import VllmEngine
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            self.engine = VllmEngine(model_path=str(model), rollout=rollout, **where)
+        else:
+            from workers.engines.generation.transformers import TransformersEngine
 
-        store = dist.HashStore()
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        made = VllmEngine(**settings)
-    else:
-        from workers.engines.generation.transformers import TransformersEngine
+            self.engine = TransformersEngine(model_path=str(model), rollout=rollout, **where)
+        self.engine.load(ModelConfig(path=str(model)), 0)
 
-        made = TransformersEngine(**settings)
-    made.load(ModelConfig(path=str(model)), 0)
-    return made
+    def ours(self, count: int, *, slow: float) -> tuple[float, list[Episode]]:
+        """Seconds, and the episodes; slow: factor on what tools take."""
+        batch, call = _rows(count)
+        limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count)
+        environment, sampling = Tools(slow, self.turn_tokens), Sampling(max_tokens=self.tokens)
+        started = time.perf_counter()
+        episodes = run_episodes(
+            self.engine, str(self.model), batch, call, environment, limits, sampling, self.tokens + 8
+        )
+        return time.perf_counter() - started, episodes
+
+    def waves(self, count: int) -> tuple[float, list[list[list[int]]]]:
+        """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""
+        batch, call = _rows(count)
+        tokenizer, ends = TextTokenizer(self.model), end_token_ids(self.model)
+        started = time.perf_counter()
+        prompts, texts = batch["prompt_ids"].rows(), batch["prompt"].rows()
+        talks = [Conversation(tokenizer, ids.tolist(), text, ends) for ids, text in zip(prompts, texts, strict=True)]
+        seeds = [f"{call.seed}/{call.step}/{call.node}/{row}/0" for row in call.row_index]
+        waits = [latencies_of(np.random.default_rng(seed_of(seed, "environment"))) for seed in seeds]
+        for turn in range(TURNS):
+            left = [at for at, wait in enumerate(waits) if len(wait) >= turn]
+            if not left:
+                break
+            contexts = [talks[at].context() for at in left]
+            drawn = self.engine.generate(
+                contexts, Sampling(max_tokens=self.turn_tokens), [seed_of(seeds[at], turn) for at in left]
+            )
+            for at, response in zip(left, drawn, strict=True):
+                talks[at].drew(response.token_ids, response.log_probs, response.versions)
+            going_on = [at for at in left if len(waits[at]) > turn]
+            time.sleep(max((waits[at][turn] for at in going_on), default=0.0))
+            for at in going_on:
+                talks[at].say("user", SAID)
+        return time.perf_counter() - started, [_drawn(talk) for talk in talks]
 
 
 def _rows(count: int) -> tuple[Batch, Call]:
@@ -131,46 +168,17 @@ def _rows(count: int) -> tuple[Batch, Call]:
     return Batch(columns), Call(num_rows=count, row_index=np.arange(count), step=0, node="bench", line="", seed=0)
 
 
-def _ours(
-    engine: GenerationEngine, model: Path, batch: Batch, call: Call, *, slow: float
-) -> tuple[float, list[Episode]]:
-    limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=batch.num_rows)
-    started = time.perf_counter()
-    episodes = run_episodes(
-        engine, str(model), batch, call, Tools(slow), limits, Sampling(max_tokens=TOKENS), TOKENS + 8
-    )
-    return time.perf_counter() - started, episodes
-
-
 def _turns(episodes: list[Episode]) -> list[list[list[int]]]:
     """The tokens of each turn of each episode."""
-    pieces = [episode.chat.conversation.pieces for episode in episodes]
-    return [[piece.token_ids.tolist() for piece in row if piece.turn >= 0] for row in pieces]
+    return [_drawn(episode.chat.conversation) for episode in episodes]
 
 
-def _waves(engine: GenerationEngine, model: Path, batch: Batch, call: Call) -> tuple[float, list[list[list[int]]]]:
-    """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""
-    tokenizer, ends = TextTokenizer(model), end_token_ids(model)
-    started = time.perf_counter()
-    prompts, texts = batch["prompt_ids"].rows(), batch["prompt"].rows()
-    talks = [Conversation(tokenizer, ids.tolist(), text, ends) for ids, text in zip(prompts, texts, strict=True)]
-    seeds = [f"{call.seed}/{call.step}/{call.node}/{row}/0" for row in call.row_index]
-    waits = [latencies_of(np.random.default_rng(seed_of(seed, "environment"))) for seed in seeds]
-    for turn in range(TURNS):
-        left = [at for at, wait in enumerate(waits) if len(wait) >= turn]
-        if not left:
-            break
-        contexts = [talks[at].context() for at in left]
-        drawn = engine.generate(contexts, Sampling(max_tokens=TURN_TOKENS), [seed_of(seeds[at], turn) for at in left])
-        for at, response in zip(left, drawn, strict=True):
-            talks[at].drew(response.token_ids, response.log_probs, response.versions)
-        slowest = max((waits[at][turn] for at in left if len(waits[at]) > turn), default=0.0)
-        time.sleep(slowest)
-        for at in left:
-            if len(waits[at]) > turn:
-                talks[at].say("user", SAID)
-    seconds = time.perf_counter() - started
-    return seconds, [[p.token_ids.tolist() for p in talk.pieces if p.turn >= 0] for talk in talks]
+def _drawn(talk: Conversation) -> list[list[int]]:
+    return [piece.token_ids.tolist() for piece in talk.pieces if piece.turn >= 0]
+
+
+def _speed(tokens: int, seconds: float) -> dict[str, float]:
+    return {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2)}
 
 
 if __name__ == "__main__":
