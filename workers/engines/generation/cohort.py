@@ -78,7 +78,7 @@ class Cohort:
     @property
     def plain(self) -> bool:
         """Whether its cache can be cut and joined by rows."""
-        return all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        return all(type(layer) is DynamicLayer and layer.is_initialized for layer in self._cache.layers)
 
     @torch.no_grad()
     def step(self) -> list[Row]:
