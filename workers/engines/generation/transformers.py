@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ from workers.engines.generation.interface import (
     DROPPED,
     NOTHING_DRAWN,
     Bucket,
+    Ends,
+    GenerationEngine,
     Request,
     Response,
     SleepPart,
@@ -84,10 +87,11 @@ class TransformersEngine(SyncedEngine):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
+        ends: Ends | None = None,
+        mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
-        model = self._running("generate")
-        self._require_weights()
+        models = [(self._ready(), 1.0)] if mixture is None else self._mixed(*mixture)
         check_request(
             prompts,
             sampling,
@@ -106,8 +110,9 @@ class TransformersEngine(SyncedEngine):
                 before = responses[at].token_ids
                 context = np.concatenate([contexts[at], before])
                 seed = resumed_seed(seeds[at], len(before))
-                rows.append(self._row(str(at), context, sampling, seed, sampling.max_tokens - len(before)))
-            cohort = self._cohort(model, rows)
+                row = self._row(str(at), context, sampling, seed, sampling.max_tokens - len(before))
+                rows.append(replace(row, ends=ends, before=before))
+            cohort = self._cohort(models, rows)
             while cohort.rows and not (stop is not None and stop()):
                 cohort.step()
             for at, row in zip(here, rows, strict=True):
@@ -130,7 +135,7 @@ class TransformersEngine(SyncedEngine):
         room = _ROWS_AT_ONCE - sum(len(cohort.rows) for cohort in self._cohorts)
         if new := self._waiting[: max(room, 0)]:
             self._waiting = self._waiting[len(new) :]
-            self._cohorts.append(self._cohort(model, new))
+            self._cohorts.append(self._cohort([(model, 1.0)], new))
         done = [row for cohort in self._cohorts for row in cohort.step()]
         self._cohorts = joined(self._cohorts)
         return [(row.name, self._added.pop(row.name).response(self._version)) for row in done]
@@ -157,8 +162,8 @@ class TransformersEngine(SyncedEngine):
         stream = torch.Generator(self._device).manual_seed(stream_seed(seed))
         return Row(name, context, sampling, stream, limit)
 
-    def _cohort(self, model: PreTrainedModel, rows: Sequence[Row]) -> Cohort:
-        return Cohort(model, rows, self._end_tokens, _draw, self._device)
+    def _cohort(self, models: Sequence[tuple[PreTrainedModel, float]], rows: Sequence[Row]) -> Cohort:
+        return Cohort(models, rows, self._end_tokens, _draw, self._device)
 
     def held_bytes(self) -> dict[SleepPart, int]:
         """See GenerationEngine. The cache lives inside `generate` only."""
@@ -191,6 +196,23 @@ class TransformersEngine(SyncedEngine):
         if not self._held.here:
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._model
+
+    def _ready(self) -> PreTrainedModel:
+        model = self._running("generate")
+        self._require_weights()
+        return model
+
+    def _mixed(self, other: GenerationEngine, share: float) -> list[tuple[PreTrainedModel, float]]:
+        """Both models, each with its share of the logits."""
+        if not isinstance(other, TransformersEngine):
+            raise ValueError(
+                f"logits are mixed by the transformers engine, and the other role's is a {type(other).__name__}"
+            )
+        models = [self._ready(), other._ready()]
+        mine, theirs = (model.config.get_text_config().vocab_size for model in models)
+        if mine != theirs:
+            raise ValueError(f"logits are mixed token by token, and the models have {mine} and {theirs} tokens")
+        return list(zip(models, (1 - share, share), strict=True))
 
     def _weights(self) -> dict[str, Tensor]:
         """What the model's files hold, by names in memory."""
