@@ -430,6 +430,8 @@ def check_added(request: Request, in_flight: Collection[str], *, max_tokens: int
         raise ValueError(f"requests in flight have names of their own, and {request.name!r} is in flight")
     if sampling.n != 1:
         raise ValueError(f"a request is for one response, got n={sampling.n}; add as many requests")
+    if sampling.stop:
+        raise ValueError(f"a request ends at end-of-text tokens and its limit, got stop={sampling.stop!r}")
     if not 0 <= request.seed < 1 << 63:
         raise ValueError(f"seeds must be in [0, 2^63), got {request.seed}")
     if not 1 <= len(request.token_ids) <= max_tokens - sampling.max_tokens:
