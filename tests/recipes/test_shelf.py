@@ -67,7 +67,7 @@ SETTINGS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
         **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
     },
     "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
-    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1},
+    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1, "actor.rollout.max_prompt_tokens": 256},
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }
