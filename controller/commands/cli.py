@@ -35,6 +35,7 @@ EPILOG = """examples:
   rlhf-dist run grpo --config runs/grpo/config.yaml name=again
   rlhf-dist graph ppo --format mermaid
   rlhf-dist timeline runs/ppo --steps 3-5
+  rlhf-dist rollouts runs/ppo --step 10
   rlhf-dist plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512
 """
 
@@ -173,6 +174,12 @@ def _timeline(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rollouts(arguments: argparse.Namespace) -> int:
+    from controller.commands.rollouts import rollouts_command
+
+    return rollouts_command(arguments)
+
+
 def _step_range(text: str) -> range:
     first, _, last = text.partition("-")
     try:
@@ -281,6 +288,7 @@ COMMANDS = {
     "data": _data,
     "graph": _graph,
     "timeline": _timeline,
+    "rollouts": _rollouts,
     "config": _config,
     "recipes": _vocabulary,
     "roles": _vocabulary,
@@ -361,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--only", metavar="CHECK[,CHECK]", help="these checks, e.g. gloo,weight-transfer")
     doctor.add_argument("--limit", metavar="SECONDS", type=float, default=120.0, help="for all checks; default: 120")
     from controller.commands.data import add_data_parser
+    from controller.commands.rollouts import add_rollouts_parser
 
     add_data_parser(commands, launch)
     graph = commands.add_parser("graph", parents=[launch], help="draw the recipe's dataflow")
@@ -369,6 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     timeline.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/ppo")
     timeline.add_argument("--output", metavar="FILE", help="default: RUN/timeline.png")
     timeline.add_argument("--steps", metavar="FIRST-LAST", type=_step_range, help="only these steps")
+    add_rollouts_parser(commands, common)
     config = commands.add_parser("config", parents=[launch], help="show all settings as they will be used")
     config.add_argument("--plain", action="store_true", help="without the explanations")
     from controller.commands.demo import add_demo_parser
