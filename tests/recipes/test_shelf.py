@@ -39,61 +39,11 @@ def test_a_recipe_runs_alike_as_a_graph_and_line_by_line(name: str, made: Made) 
     assert all(steps[-1].get(f"{role}/grad_norm", 1) > 0 for role in learning), name
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_row_of_settings_runs(name: str, made: Made) -> None:
     given = {"steps": 1, "model.path": made["model"], **settings_for(name, made)}
     steps = check_recipe(name, both_ways=False, **given)
     assert QUIET.get(name) or any(value > 0 for key, value in steps[-1].items() if key.endswith("/grad_norm"))
-=======
-SETTINGS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
-    "adaptive_kl": lambda made: {"algorithm.mini_batches": 2},
-    "chord": lambda made: {"algorithm.warmup": 1},
-    "dapo": lambda made: {"algorithm.samples_per_prompt": 2, "algorithm.rounds": 2},
-    "fine_grained_rlhf": lambda made: {
-        **{f"{role}.model.path": made["scores"] for role in ("relevance", "facts")},
-        **{"algorithm.relevance_every": 2, "algorithm.facts_every": 3},
-    },
-    "egpo": lambda made: {},
-    "gkd": lambda made: {"teacher.model.path": made["other"]},
-    "greso": lambda made: {"algorithm.samples_per_prompt": 2},
-    "hypo": lambda made: {},
-    "grm": lambda made: {},
-    "judge_grpo": lambda made: {
-        **ASKED,
-        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "algorithm.votes": 2},
-    },
-    "kto": lambda made: {"data.train.path": made["labelled"]},
-    "ma_rlhf": lambda made: {"algorithm.segment": 3, "algorithm.mini_batches": 2},
-    "nash_md": lambda made: {"reference.model.path": made["other"], "algorithm.mixture": 0.5},
-    "oaif": lambda made: {**PAIR, "judge.model.path": made["judge"], "data.prompts_per_step": 8},
-    "oreal": lambda made: {"algorithm.samples_per_prompt": 4, "algorithm.solved": 0.2, "algorithm.warmup": 1},
-    "pf_ppo": lambda made: {
-        "algorithm.samples_per_prompt": 3,
-        "algorithm.replayed": 2,
-        "algorithm.keep": "best_random",
-    },
-    "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
-    "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
-    "tool_grpo": lambda made: {
-        **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.samples_per_prompt": 6},
-        **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
-        **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
-    },
-    "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
-    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1, "actor.rollout.max_prompt_tokens": 256},
-    "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
-    "xpo": lambda made: {"reference.model.path": made["other"]},
-}
-"""Recipe -> settings that differ from the kit's."""
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_recipe_runs_alike_as_a_graph_and_line_by_line(name: str, made: dict[str, Path]) -> None:
-    steps = check_recipe(name, **SETTINGS[name](made))
-    learns = "judge" if name == "grm" else "actor"
-    assert steps[-1][f"{learns}/version"] > 0 and steps[-1][f"{learns}/grad_norm"] > 0
->>>>>>> episodes
 
 
 @pytest.mark.parametrize(
