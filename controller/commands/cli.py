@@ -203,6 +203,12 @@ def _vocabulary(arguments: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from controller.commands import report as commands
+
+    return int(getattr(commands, f"{arguments.command}_command")(arguments))
+
+
 def _new(arguments: argparse.Namespace) -> int:
     from controller.commands.new import new_command
 
@@ -282,6 +288,9 @@ COMMANDS = {
     "data": _data,
     "graph": _graph,
     "timeline": _timeline,
+    "report": _report,
+    "compare": _report,
+    "watch": _report,
     "config": _config,
     "recipes": _vocabulary,
     "roles": _vocabulary,
@@ -373,8 +382,10 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--plain", action="store_true", help="without the explanations")
     from controller.commands.demo import add_demo_parser
     from controller.commands.new import add_new_parser
+    from controller.commands.report import add_report_parsers
     from controller.commands.vocabulary import add_vocabulary_parsers
 
+    add_report_parsers(commands, common)
     add_vocabulary_parsers(commands, common)
     add_new_parser(commands, common)
     add_demo_parser(commands, common)

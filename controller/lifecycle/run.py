@@ -28,6 +28,7 @@ from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.run_folder import claim_folder
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_warnings import StepWarnings
+from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
@@ -160,6 +161,7 @@ class _Run:
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
         self.runner = session.runner(None if eager else self.dataflow, numbers)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
+        self.graph_file = GraphFile(folder, self.dataflow)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
         self.store_metrics = store_metrics
         self.closed_s = time.perf_counter()
@@ -198,6 +200,7 @@ class _Run:
                 stop=run.steps,
                 on_step=self._on_step,
                 refilled=self.launch.dataflow.refilled,
+                at_the_end=[node for node in self.dataflow if node.op == "dump"],
             )
         else:
             run_steps(
@@ -217,6 +220,7 @@ class _Run:
         metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
+        self.graph_file.saw(report.nodes)
         self.display.step(report.step, metrics, report.seconds)
         if said := self.progress.warnings.of(report.step, metrics):
             self.display.note(said)

@@ -11,7 +11,7 @@ from rlhf_dist.algorithms.ragged import last_counted
 from rlhf_dist.algorithms.shaping import place_terminal
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult, host_op
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import ExplainedVariance, Mean, Metric
 from rlhf_dist.transforms.columns import mask_and_offsets, mean_of, numbers, penalty_and_metrics, tokens
 from rlhf_dist.transforms.reads import with_kl
 
@@ -42,17 +42,19 @@ def gae(
     counted = mask > 0
     rewards, values = numbers(batch, "rewards"), tokens(batch, "values")
     token_rewards = place_terminal(rewards, offsets, mask)
-    penalty, metrics = penalty_and_metrics(batch, kl_coef, kl_estimator, kl_cap)
+    penalty, kl_metrics = penalty_and_metrics(batch, kl_coef, kl_estimator, kl_cap)
     token_rewards += penalty
     if dense:
         token_rewards += tokens(batch, "token_rewards")
     advantages, returns = gae_formula(token_rewards, values, offsets, mask, gamma, lam)
-    metrics |= {
+    metrics: dict[str, Metric] = {
+        **kl_metrics,
         "reward": mean_of(rewards),
         "advantage": mean_of(advantages[counted]),
         "return": mean_of(returns[counted]),
         "value_before": mean_of(values[counted]),
+        "explained_variance": ExplainedVariance.of(values[counted], returns[counted]),
         "rows_without_tokens": Mean(float((last_counted(offsets, mask) < 0).sum()), 0),
     }
     columns = {"advantages": Column(advantages, offsets), "returns": Column(returns, offsets)}
-    return HostResult(columns=Batch(columns, batch.num_rows), metrics={**metrics})
+    return HostResult(columns=Batch(columns, batch.num_rows), metrics=metrics)
