@@ -18,7 +18,7 @@ import traceback
 from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import rlhf_dist
 from rlhf_dist.failure import Failure, Frame, text_of
@@ -56,7 +56,7 @@ def reported(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
             sys.stderr.flush()
             return failure_of(error)
 
-    return attempt
+    return cast(Callable[Concatenate[S, P], R | Failure], attempt)
 
 
 def failure_of(error: BaseException) -> Failure:
