@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
+
+from controller.commands.registry import Commands
 
 
-def add_report_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The commands' arguments."""
-    report = commands.add_parser("report", parents=[common], help="write a run as one HTML page that needs no network")
+def register(commands: Commands) -> None:
+    """`report`, `compare` and `watch`."""
+    report = commands.add(
+        "report", report_command, "write a run as one HTML page that needs no network",
+        "report runs/ppo", "report runs/ppo --output ppo.html --rollouts 20",
+    )  # fmt: skip
     report.add_argument("run", metavar="RUN", type=Path, help="the run's folder, e.g. runs/ppo")
     report.add_argument("--output", metavar="FILE", type=Path, help="default: RUN/report.html")
-    compare = commands.add_parser("compare", parents=[common], help="write several runs as one HTML page")
+    compare = commands.add(
+        "compare", compare_command, "write several runs as one HTML page",
+        "compare runs/ppo runs/grpo --output both.html", "compare runs/ppo runs/grpo --format json",
+    )  # fmt: skip
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the runs' folders")
     compare.add_argument(
         "--output", metavar="FILE", type=Path, default=Path("compare.html"), help="default: compare.html"
+    )
+    compare.add_argument(
+        "--format", choices=("html", "json"), default="html", help="json: what differs, and the last numbers, on stdout"
     )
     for parser in (report, compare):
         parser.add_argument(
             "--rollouts", metavar="MEGABYTES", type=float, default=256.0,
             help="most of the rollouts' texts that the page holds, before compression; default: 256",
         )  # fmt: skip
-    watch = commands.add_parser("watch", parents=[common], help="serve the page of a run that goes on, to this machine")
+    watch = commands.add(
+        "watch", watch_command, "serve the page of a run that goes on, to this machine", "watch runs/ppo --port 8080"
+    )
     watch.add_argument("run", metavar="RUN", type=Path, help="the run's folder, e.g. runs/ppo")
     watch.add_argument("--port", type=int, default=0, help="default: a free one")
 
@@ -35,7 +48,15 @@ def report_command(arguments: argparse.Namespace) -> int:
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Write the page of several runs. Raises ConfigError, as `report_command`."""
-    return _write(arguments.runs, arguments.output, arguments.rollouts)
+    if arguments.format == "html":
+        return _write(arguments.runs, arguments.output, arguments.rollouts)
+    from controller.report.compare import final_numbers, settings_that_differ
+    from controller.report.run_files import read_run
+
+    runs = [read_run(folder) for folder in arguments.runs]
+    said = {"runs": [str(run.folder) for run in runs], "settings": settings_that_differ(runs)}
+    print(json.dumps({**said, "last": final_numbers(runs)}, indent=2))
+    return 0
 
 
 def watch_command(arguments: argparse.Namespace) -> int:

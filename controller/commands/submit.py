@@ -12,6 +12,7 @@ again while the job lives. `job_files.py` says what travels; what has an absolut
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import shlex
@@ -21,10 +22,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controller.commands.job_files import JobFiles, job_files
-from rlhf_dist.compose import Launch
+from controller.commands.registry import Commands, users_mistakes
+
+if TYPE_CHECKING:
+    from rlhf_dist.compose import Launch
 
 REQUEST_S = 60.0
 POLL_S = 1.0
@@ -37,6 +41,24 @@ LOST_S = 120.0
 
 class SubmitError(RuntimeError):
     """The job could not be sent, or was lost; the message says what to do."""
+
+
+def register(commands: Commands) -> None:
+    """`submit`."""
+    submit = commands.add(
+        "submit", submit_command, "run a recipe as a Ray job and follow its log",
+        "submit path/to/mine.py --address http://head:8265 model.path=/models/llama", launch=True,
+    )  # fmt: skip
+    submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
+
+
+def submit_command(arguments: argparse.Namespace) -> int:
+    """Send and follow the job. Raises UserError before anything is sent, and SubmitError."""
+    from rlhf_dist.planner.launch import compose_planned
+
+    with users_mistakes():
+        launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
+    return submit(launch, arguments.recipe, arguments.overrides, arguments.address, arguments.config)
 
 
 def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str, config: str | None = None) -> int:

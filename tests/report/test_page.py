@@ -91,6 +91,9 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert [one["name"] for one in data["runs"]] == ["ppo", "faster"]
     assert data["differ"] == [{"key": "actor.optimizer.lr", "values": ["1e-05", "0.0001"]}]
     assert {"metric": "heldout/reward", "values": [0.9, 0.9]} in data["final"]
+    capsys.readouterr()
+    assert main(["compare", str(run), str(other), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["last"] == data["final"]
 
 
 @pytest.mark.parametrize("command", ["report", "compare", "watch"])
