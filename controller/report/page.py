@@ -112,7 +112,9 @@ def packed(data: Any) -> bytes:
 
 def packed_text(text: str) -> bytes:
     """Text, compressed; the same text gives the same bytes."""
-    return gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0)
+    return gzip.compress(
+        text.encode("utf-8", "surrogatepass"), compresslevel=4, mtime=0
+    )  # 6 takes twice as long for 5 % less
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ come to more than a budget, each file gives its first rows, as many as a fair sh
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from controller.report.curves import short
+from rlhf_dist.batch import Column
 
 BUDGET_BYTES = 256 << 20
 """Most bytes of rollouts in a page, before they are compressed; a browser holds a few blocks of them at a time."""
@@ -121,9 +123,9 @@ def _column(name: str, column: Any) -> list[Any]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [_bounded(text) for text in column.to_pylist()]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_runs(row) for row in column.to_pylist()]
+        return _runs(Column.from_arrow(column))
     if pa.types.is_floating(kind):
-        return [None if v is None or not np.isfinite(v) else short(v) for v in column.to_pylist()]
+        return [_number(value) for value in column.to_pylist()]
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return list(column.to_pylist())
     return [_bounded(json.dumps(value, default=str)) for value in column.to_pylist()]
@@ -135,16 +137,28 @@ def _bounded(text: str | None) -> str:
     return text if cut <= 0 else f"{text[:TEXT_CHARACTERS]} [{cut} more characters]"
 
 
-def _runs(row: Sequence[Any] | None) -> list[list[Any]]:
-    runs: list[list[Any]] = []
-    for value in row or ():
-        kept = short(value) if isinstance(value, float) and np.isfinite(value) else value
-        kept = None if isinstance(kept, float) and not np.isfinite(kept) else kept
-        if runs and runs[-1][0] == kept:
-            runs[-1][1] += 1
-        elif len(runs) < RUNS:
-            runs.append([kept, 1])
-    return runs
+def _runs(column: Column) -> list[list[list[Any]]]:
+    """[B] runs of equal numbers of each row, as [value, how often]; of tokens with several numbers, of the first."""
+    if column.offsets is None:
+        values, offsets = column.values.reshape(-1), np.arange(len(column) + 1) * (column.values[:1].size or 1)
+    else:
+        values, offsets = column.values[(..., *[0] * (column.values.ndim - 1))], column.offsets
+    begins = np.zeros(len(values) + 1, dtype=bool)
+    begins[offsets], begins[-1] = True, True
+    begins[1:-1] |= values[1:] != values[:-1]
+    at = np.flatnonzero(begins)
+    of_row = np.searchsorted(at, offsets)
+    said = [_number(value) for value in values[at[:-1]].tolist()]
+    lengths = np.diff(at).tolist()
+    return [
+        [[said[k], lengths[k]] for k in range(first, min(end, first + RUNS))]
+        for first, end in zip(of_row[:-1].tolist(), of_row[1:].tolist(), strict=True)
+    ]
+
+
+def _number(value: Any) -> Any:
+    """As JSON has it: no NaN, and no more digits than a screen shows."""
+    return value if not isinstance(value, float) else short(value) if math.isfinite(value) else None
 
 
 def _repeated(prompts: Sequence[str], responses: Sequence[str]) -> float | None:

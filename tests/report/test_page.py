@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from controller.commands.cli import main
 from controller.report.page import write_report
-from controller.report.rollouts import fair_share
+from controller.report.rollouts import fair_share, list_rollouts, read_block
+from rlhf_dist.batch import Batch, Column
 from tests.report.made_run import SPIKE, make_run
 
 HOSTILE = '</script><script>document.title = "broken"</script><img src=x onerror="document.title=1"><b>bold</b>'
@@ -63,6 +65,22 @@ def test_rollouts_keep_to_a_budget_and_say_so(run: Path, tmp_path: Path) -> None
     (shown,) = block((tmp_path / "page.html").read_text(), "data")["runs"]
     kept = sum(one["shown"] for one in shown["rollouts"])
     assert 6 <= kept < 36 and shown["notes"][0].startswith(f"{kept} of 36 rollouts are in this page")
+
+
+def test_numbers_of_tokens_become_runs(tmp_path: Path) -> None:
+    batch = Batch(
+        {
+            "versions": Column.ragged([[3, 3, 4], [], [5]], dtype=np.int32),
+            "advantages": Column.ragged([[0.5, np.nan], [0.5], []], dtype=np.float32),
+            "scores": Column(np.array([[1.0, 1.0], [2.0, 3.0], [3.0, 3.0]], np.float32)),
+        }
+    )
+    batch.write_parquet(tmp_path / "rollouts/step_000003.parquet")
+    (file,), unreadable = list_rollouts(tmp_path)
+    columns = read_block(file).columns
+    assert columns["versions"] == [[[3, 2], [4, 1]], [], [[5, 1]]], "no run goes on in the next row"
+    assert columns["advantages"] == [[[0.5, 1], [None, 1]], [[0.5, 1]], []]
+    assert columns["scores"] == [[[1.0, 2]], [[2.0, 1], [3.0, 1]], [[3.0, 2]]] and unreadable == []
 
 
 def test_a_budget_is_shared_fairly() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pathspec
 import yaml
 
+from rlhf_dist.recipe_files import parse_spec
 from rlhf_dist.typed import ConfigError
 
 MOST_BYTES = 100 << 20
@@ -57,8 +58,6 @@ def job_files(spec: str, settings: str, overrides: Sequence[str], here: Path) ->
     """
     files, left_out, walked = dict[Path, Path](), 0, set[Path]()
     named = [Path(text) for text in _named_paths(settings, overrides, here)]
-    from rlhf_dist.recipe_files import parse_spec  # the vocabulary takes a second, and every command loads this file
-
     recipe = parse_spec(spec)
     if recipe is not None:
         inside = recipe.path.is_relative_to(here)
