@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-NAMES = frozenset(
-    "HOME LANG LANGUAGE LD_LIBRARY_PATH LOGNAME PATH SHELL TERM TMPDIR TZ USER VIRTUAL_ENV".split()
-)
+NAMES = frozenset("HOME LANG LANGUAGE LD_LIBRARY_PATH LOGNAME PATH SHELL TERM TMPDIR TZ USER VIRTUAL_ENV".split())
 STARTS = (
     "CUDA_", "HF_", "KMP_", "LC_", "MKL_", "NUMBA_", "NVIDIA_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "RLHF_DIST_",
     "SSL_CERT_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "XDG_",
