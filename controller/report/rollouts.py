@@ -142,7 +142,7 @@ def _runs(column: Column) -> list[list[list[Any]]]:
     if column.offsets is None:
         values, offsets = column.values.reshape(-1), np.arange(len(column) + 1) * (column.values[:1].size or 1)
     else:
-        values, offsets = column.values[(..., *[0] * (column.values.ndim - 1))], column.offsets
+        values, offsets = column.values if column.values.ndim == 1 else column.values[:, 0], column.offsets
     begins = np.zeros(len(values) + 1, dtype=bool)
     begins[offsets], begins[-1] = True, True
     begins[1:-1] |= values[1:] != values[:-1]
