@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 import shlex
@@ -14,6 +16,7 @@ from controller.commands.registry import EXIT_CODES, all_commands
 from tests.tiny import save_llama
 
 COMMANDS = all_commands()
+SECRET = "planted-4711"
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.run))
@@ -36,7 +39,11 @@ def test_exit_codes_are_the_same_in_the_help_and_in_the_docs() -> None:
         assert f"| {code} |" in documented
 
 
-def test_a_run_tells_a_script_its_summary_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "RLHF_DIST_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
     model = save_llama(tmp_path / "model", hidden=64)
     capsys.readouterr()
     settings = [f"model.path={model}", "task=addition", f"output.root={tmp_path}", "data.prompts_per_step=2", "steps=1"]
@@ -44,3 +51,15 @@ def test_a_run_tells_a_script_its_summary_and_nothing_else(tmp_path: Path, capsy
     assert main(["run", "remax", "--local", "--format", "json", *settings, *short]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed)["steps"] == 1 and printed.count("\n") == 1
+    assert main(["report", str(tmp_path / "remax")]) == 0
+    files = [path for path in (tmp_path / "remax").rglob("*") if path.is_file()]
+    assert len(files) > 5 and (tmp_path / "remax/report.html") in files
+    for path in files:
+        for text in (path.read_bytes(), *_blocks(path)):
+            assert SECRET.encode() not in text, path
+
+
+def _blocks(path: Path) -> list[bytes]:
+    """What is compressed in a page."""
+    found = re.findall(r'id="block-[^"]*">([^<]*)<', path.read_text()) if path.suffix == ".html" else []
+    return [gzip.decompress(base64.b64decode(text)) for text in found]
