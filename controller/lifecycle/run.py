@@ -12,8 +12,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,12 +22,16 @@ from controller.cluster.machine import settled_on_cluster
 from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.lifecycle.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
+from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin_checkpoint, load_checkpoint
+from controller.lifecycle.checkpoint_store import store_of
+from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.run_folder import claim_folder
+from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_warnings import StepWarnings
+from controller.lifecycle.uploads import Uploads
 from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
@@ -35,6 +39,7 @@ from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
+from rlhf_dist.durable_files import sync, write_durably
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
@@ -84,8 +89,10 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
-    with claim_folder(launch, display.note) as (folder, first_step):
-        return _run_in(folder, first_step, launch, display, eager, local)
+    with claim_folder(launch, display.note) as beginning:
+        launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
+        with said_of_disk(beginning.folder):
+            return _run_in(beginning, launch, display, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:
@@ -94,16 +101,20 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(
-    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
-) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+    folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with (
+        ExitStack() as leaving,
+        cluster,
+        terminate_as_interrupt(),
+        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+    ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
                 launch = settled_on_cluster(launch, display.note)
@@ -111,7 +122,13 @@ def _run_in(
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
+        uploads = _uploads(launch, display.note)
+        if uploads is not None:
+            leaving.enter_context(uploads)
+            if beginning.checkpoint is not None:
+                uploads.add_missing(beginning.checkpoint)
+        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads)
+        run_of.execute()
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -127,6 +144,8 @@ def _run_in(
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
     }
+    if uploads is not None:
+        summary["store"] = {"place": uploads.place, "steps": uploads.done, "failed": uploads.failed}
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
@@ -136,19 +155,31 @@ def _run_in(
     return summary
 
 
+def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
+    output = launch.run.output
+    store = store_of(output, launch.run.name)
+    if store is None:
+        return None
+    return Uploads(store, keep=output.keep_checkpoints, retry_s=output.store_retry_s, tell=tell)
+
+
 class _Run:
     def __init__(
         self,
         launch: Launch,
         session: Session,
-        folder: Path,
+        beginning: Beginning,
         writer: MetricsWriter,
         display: StepDisplay,
         progress: _Progress,
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
+        uploads: Uploads | None,
     ) -> None:
-        self.launch, self.session, self.folder = launch, session, folder
+        folder = beginning.folder
+        self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
+        self.settings, self.sources = beginning.settings, beginning.sources
+        session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
         output = launch.run.output
         self.dataflow = insert_rollout_dump(
@@ -163,15 +194,17 @@ class _Run:
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.graph_file = GraphFile(folder, self.dataflow)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
-        self.store_metrics = store_metrics
+        self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
 
-    def execute(self, first_step: int) -> None:
-        run = self.launch.run
-        if first_step:
+    def execute(self) -> None:
+        """From its start, or from a checkpoint, to its end."""
+        run, first_step = self.launch.run, 0
+        if self.checkpoint is not None:
             self.display.phase("checkpoint")
-            self._resume(first_step)
+            self._resume(self.checkpoint)
+            first_step = self.checkpoint.step
         if self.launch.dataflow.generating:
             self.display.phase("first weight sync")
         self.session.sync(first_step)
@@ -284,8 +317,10 @@ class _Run:
             self.folder / "checkpoints",
             step=done,
             recipe=self.launch.recipe.name,
-            roles=self.session.model_roles,
+            ranks={role: self.session.groups[role].pool.size for role in self.session.model_roles},
             numbers=self.runner.numbers,
+            settings=self.settings,
+            sources=self.sources,
             save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
@@ -316,11 +351,14 @@ class _Run:
         ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
-            self.pending.finish()
+            uploads = self.uploads
+            complete = self.pending.finish() if uploads is None else self.pending.finish(uploads.in_use)
+            if uploads is not None:
+                uploads.add(complete)
             self.pending = None
 
-    def _resume(self, step: int) -> None:
-        checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        step = checkpoint.step
         load_checkpoint(
             checkpoint,
             roles=self.session.model_roles,
@@ -340,12 +378,12 @@ class _Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            check_exported(partial, role)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync([target.parent])
             self.display.note(f"wrote {target}")
 
 
 def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2))
-    partial.replace(path)
+    write_durably(path, json.dumps(data, indent=2))
