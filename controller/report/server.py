@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,8 @@ from rlhf_dist.typed import ConfigError
 LOOPBACK = "127.0.0.1"
 IDLE_S = 30.0
 """Longest that a connection may say nothing."""
+GONE = (ConnectionError, TimeoutError)
+"""A browser that does not wait for its answer."""
 BLOCK_BYTES = 64 << 20
 """Most of one file of rollouts that is sent at once."""
 
@@ -102,6 +105,11 @@ class Server(ThreadingHTTPServer):
         self.watched, self.token = watched, secrets.token_urlsafe(24)
         super().__init__((LOOPBACK, port), _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing of a browser that was closed; the traceback of anything else."""
+        if not isinstance(sys.exception(), GONE):
+            super().handle_error(request, client_address)
+
     def allows(self, host: str) -> bool:
         """Whether a Host header is ours: a name that was made to mean 127.0.0.1 (DNS rebinding) is not."""
         return host in (f"{LOOPBACK}:{self.server_port}", f"localhost:{self.server_port}")
@@ -125,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(HTTPStatus.NOT_FOUND, b"not found", "text/plain")
         try:
             self._answer("/".join(rest).rstrip("/"))
+        except GONE:
+            raise
         except (ConfigError, OSError) as error:  # a run that is being replaced has no files for a moment
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, str(error).encode(), "text/plain")
 

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -76,6 +78,18 @@ def test_a_run_that_is_being_replaced_is_a_short_answer(server: Server) -> None:
     (server.watched._folder / "graph.json").write_text("{")
     status, body, _ = ask(server, f"/{server.token}/data")
     assert status == 503 and b"graph.json is not JSON" in body
+
+
+def test_a_browser_that_goes_away_is_no_error(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as gone:
+            host = f"Host: 127.0.0.1:{server.server_port}"
+            gone.sendall(f"GET /{server.token}/ HTTP/1.0\r\n{host}\r\n\r\n".encode())
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # the end is a reset
+    assert shown(server)["name"] == "ppo"
+    for thread in [one for one in threading.enumerate() if "process_request_thread" in one.name]:
+        thread.join(30)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_live_page_draws_new_steps(server: Server, tab: Any) -> None:
