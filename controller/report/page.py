@@ -12,8 +12,6 @@ import base64
 import gzip
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -34,15 +32,13 @@ def write_report(folders: Sequence[Path], target: Path, budget: int = BUDGET_BYT
     """
     runs = [read_run(folder) for folder in folders]
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    partial = target.with_name(f".{target.name}.partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for part in page(runs, _blocks(runs, budget // len(runs))):
-                file.write(part)
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets; whoever may read the run may read this
-        os.replace(partial, target)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(page(runs, _blocks(runs, budget // len(runs))))
+        partial.replace(target)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def page(runs: Sequence[RunFiles], found: Iterable[tuple[str, bytes]], *, live: bool = False) -> Iterator[str]:
@@ -115,9 +111,3 @@ def packed_text(text: str) -> bytes:
     return gzip.compress(
         text.encode("utf-8", "surrogatepass"), compresslevel=4, mtime=0
     )  # 6 takes twice as long for 5 % less
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -29,7 +29,7 @@ def run_payload(files: RunFiles, rollouts: Sequence[Mapping[str, Any]], unreadab
     for name, values in series.items():
         topics[topic_of(name)][name] = curve(steps, values)
     for name, values in heldout.items():
-        topics[topic_of(name)][name] = {"x": done, "y": curve(done, values)["y"]} | curve(done, values)
+        topics[topic_of(name)][name] = {"x": done} | curve(done, values)
     config = yaml.safe_load(files.config) if files.config else {}
     return {
         "name": files.name,
