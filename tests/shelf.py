@@ -30,3 +30,9 @@ def rules_of(recipe: str) -> list[str]:
     """Settings that make every reward a rule."""
     roles = load_recipe(recipe).roles.items()
     return [f"{role}.function=rlhf_dist.rewards:exact_match" for role, kind in roles if base_of(kind) is Reward]
+
+
+def questions_of(recipe: str) -> list[str]:
+    """Settings that ask a judge of a few hundred tokens less than it takes, where the recipe's own question is long."""
+    short = {"algorithm.question": "'{prompt} {response}'", "actor.rollout.max_prompt_tokens": 256}
+    return [f"{key}={value}" for key, value in short.items()] if recipe == "self_rewarding" else []

@@ -20,7 +20,7 @@ from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.hardware import parse_cluster
 from rlhf_dist.machine import Gpu, Machine, described_machine, local_machine, read_gpus, read_processor, visible
 from rlhf_dist.machine_settings import attention_on, device_of, dtype_on, gpu_share, slots_on
-from tests.shelf import rows_of, rules_of
+from tests.shelf import questions_of, rows_of, rules_of
 from tests.tiny import save_llama
 
 # Cut down to the lines that are read, and some beside them.
@@ -260,6 +260,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("machine", [cpu(EPYC_MILAN, cores=1), gpus(H100)], ids=["core", "GPU"])
 def test_every_recipe_starts_with_the_one_slot_there_is(recipe: str, machine: Machine, tiny: Path) -> None:
     settings = [f"model.path={tiny}", "task=none", "data.prompts_per_step=4", *rows_of(recipe, tiny), *rules_of(recipe)]
+    settings += questions_of(recipe)
     launch = settle(compose(recipe, settings), machine)
     assert launch.run.placement.pools["main"].slots == 1
     if machine.gpus and not local_machine().gpus:

@@ -80,6 +80,10 @@ class RolloutWorker:
         """Stop generating after the token at hand, if something is generated; called from another thread."""
         self._stop.set()
 
+    def abandon(self) -> None:
+        """Forget responses that were interrupted: their step is run again from its start."""
+        self._begun.clear()
+
     def generate_sequences(
         self,
         batch: Batch,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_g
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.state_value import resolved, states_read
-from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
@@ -42,9 +42,25 @@ NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 class NodeError(RuntimeError):
     """A node failed; the message says which, where in the recipe, at which step, on which rank, and why."""
 
+    kind = FailureKind.CODE
+    """Of the failure, as it was classified where it was raised."""
+    role = ""
+    """Whose engine had the rows cut into micro-batches; empty for generation and what is no op of a role."""
+    pools: tuple[str, ...] = ()
+    """Where it was at work."""
+
+    def of(self, kind: FailureKind, pending: _Pending) -> Self:
+        """This error, with what is known of it."""
+        node = pending.node
+        self.kind, self.role = kind, node.role if node.kind == "op" and node.rows != "expand" else ""
+        self.pools = tuple(dict.fromkeys(pool.name for pool, _ in pending.callees))
+        return self
+
 
 class WorkerLost(NodeError):
     """A worker process died or stopped answering: an infrastructure failure, not a data failure."""
+
+    kind = FailureKind.INFRASTRUCTURE
 
 
 @dataclass(eq=False)
@@ -117,6 +133,7 @@ class RayRunner:
         self._interrupts, self._beside = interrupts, beside
         self._replies = replies or RayReplies()
         self._pending: list[_Pending] = []
+        self._writing: list[tuple[Node, int]] = []
         self._cut_short: dict[tuple[str, int], _Pending] = {}
         self._next_host = 0
 
@@ -142,6 +159,8 @@ class RayRunner:
 
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""
+        if node.weights_written:
+            self._writing.append((node, step))
         again = self._cut_short.pop((node.name, step), None)
         if again is not None:
             self._launch_again(again)
@@ -195,6 +214,13 @@ class RayRunner:
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
         self.outputs.end_step(step)
+        self._writing = [(node, at) for node, at in self._writing if at > step]
+
+    @property
+    def written(self) -> set[str]:
+        """States (`actor.train`, `kl.state`, `prompts.drawn`) that nodes of steps which have not ended have written, or
+        may have: everything else is as the last step that ended has left it."""
+        return {state for node, _ in self._writing for state in node.weights_written}
 
     def held_state(self, name: str) -> HeldState:
         """What is held of a state now."""
@@ -203,7 +229,7 @@ class RayRunner:
     def restore_state(self, name: str, held: HeldState) -> None:
         """Go on from what `held_state` gave, or a checkpoint."""
         self.numbers[name], self._held[name] = dict(held.numbers), held.ref
-        self._first.pop(name, None)
+        self._first[name] = dict(held.first)
 
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
@@ -370,7 +396,7 @@ class RayRunner:
                     f"{pending.node.name} (step {pending.step}, {pending.node.line}) did not finish within "
                     f"ray.call_timeout_s={self.call_timeout_s:g} s; no reply of rank "
                     f"{', '.join(str(rank) for _, rank in silent)}{logs_of(logs)}"
-                )
+                ).of(FailureKind.INFRASTRUCTURE, pending)
 
     # --- outputs -----------------------------------------------------------------------------------------
     def _finish(self, pending: _Pending) -> Finished:
@@ -428,7 +454,7 @@ class RayRunner:
                 batch, metrics = first_groups(batches, node.kwargs["groups"])
                 _check_refilled(node, batches, batch)
         except RowsError as error:
-            raise NodeError(f"{node.line}: {error}") from error
+            raise NodeError(f"{node.line}: {error}").of(FailureKind.DATA, pending) from error
         return NodeOutput(batch=batch, metrics=metrics, seconds=0.0, nbytes=0)
 
 
@@ -439,7 +465,8 @@ def _checked(reply: Reply | Failure | Exception, pending: _Pending, call: int) -
     failure = reply if isinstance(reply, Failure) else failure_of_call(reply)
     node, (pool, rank) = pending.node, pending.callees[call]
     where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
-    raise (WorkerLost if failure.lost else NodeError)(f"{where}: {explained(failure, pool.log(rank))}")
+    error = WorkerLost if failure.lost else NodeError
+    raise error(f"{where}: {explained(failure, pool.log(rank))}").of(failure.kind, pending)
 
 
 def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

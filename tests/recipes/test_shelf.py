@@ -61,7 +61,7 @@ SETTINGS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
     },
     "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
     "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
-    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1},
+    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1, "actor.rollout.max_prompt_tokens": 256},
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }

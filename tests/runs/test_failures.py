@@ -109,6 +109,7 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
             "data.prompts_per_step=4",
             "steps=1000",
             "placement.pools.main.slots=2",
+            "recovery.retries=0",
         ],
     )
 

@@ -37,7 +37,8 @@ def test_recipes_as_json_say_what_each_needs(capsys: pytest.CaptureFixture[str])
 def test_roles_and_columns_are_those_of_the_declarations(capsys: pytest.CaptureFixture[str]) -> None:
     ops = {f"{kind['kind']}.{op['name']}": op for kind in said(capsys, "roles") for op in kind["ops"]}
     assert ops["Critic.compute_values"]["writes"] == ["values"] and ops["Critic.compute_values"]["rows"] == "keep"
-    assert ops["Actor.generate_sequences"]["settings"] == {"n": 1, "greedy": False}
+    settings = ops["Actor.generate_sequences"]["settings"]
+    assert (settings["n"], settings["greedy"], settings["template"]) == (1, False, None)
     update = ops["Actor.update_actor"]
     assert update["reads_of_loss"] and "response_mask" in update["reads"] and update["weights_written"] == "train"
     assert main(["roles"]) == 0
