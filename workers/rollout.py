@@ -65,7 +65,7 @@ class RolloutWorker:
         from transformers import AutoTokenizer
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
         self.asker = Asker(config.model.path, context)
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)

@@ -14,7 +14,6 @@ from rlhf_dist.environments.calculator import Calculator
 from rlhf_dist.roles import Actor, Prompts
 from rlhf_dist.transforms import grpo_advantage
 
-
 PAPERS = {
     "tool_grpo": Paper(
         title="GRPO with a calculator",

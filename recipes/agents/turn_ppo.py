@@ -14,7 +14,6 @@ from rlhf_dist.environments.higher_lower import HigherLower
 from rlhf_dist.roles import Actor, Critic, Prompts
 from rlhf_dist.transforms import gae, whiten
 
-
 PAPERS = {
     "turn_ppo": Paper(
         title="PPO on rewards of turns",
