@@ -394,7 +394,8 @@ class OutputConfig:
     store_options: dict[str, Any] = field(default_factory=dict)
     """Options of that file system, e.g. {endpoint_url: "http://host:9000"}; no secrets, config.yaml keeps them."""
     store_retry_s: float = 600.0
-    """Longest that a copy which fails is tried again, with waits that double; then it is said and the run goes on."""
+    """Longest that a copy which fails is tried again, with waits that double, and that a run which has ended waits for
+    the next file; then it is said."""
     save_model: bool = True
     """Write the trained models as Hugging Face folders when the run ends."""
     evaluate_every: int = 0
