@@ -110,7 +110,7 @@ class Cohort:
             for (model, _), cache in zip(self._models, self._caches, strict=True)
         ]
         token, log_prob = self._drawn(_mixture(said, [share for _, share in self._models]))
-        done = []
+        done: list[Row] = []
         for row, new, its in zip(self.rows, token.tolist(), log_prob.tolist(), strict=True):
             if row.done:  # it could not leave
                 continue
