@@ -23,6 +23,7 @@ from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.python_files import load_file
 from rlhf_dist.wire import Call
 from workers.failures import failure_of, is_users, reported
+from workers.heartbeat import Activity
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf_dist", "workers", "controller", "recipes", "benchmarks")
@@ -109,6 +110,9 @@ def leaves(row):
 
 
 class Worker:
+    def __init__(self) -> None:
+        self.activity, self.is_actor = Activity(), True
+
     @reported
     def call(self, function: Any) -> Any:
         return function("nope")

@@ -24,10 +24,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import RELAYS, SIGNALS, ClusterError, Pool
+from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.replies import RayReplies
 from controller.cluster.user_files import send_user_files_by_value
+from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
@@ -52,6 +53,8 @@ class Cluster:
     """Which cluster it is, once entered."""
     replies: RayReplies = field(default_factory=RayReplies)
     """How calls to its processes are waited for."""
+    watch: Watch = field(init=False)
+    """Finds which of its processes is lost."""
     _groups: dict[str, Any] = field(default_factory=dict)
     """Pool -> its placement group."""
     _started: bool = False
@@ -60,6 +63,9 @@ class Cluster:
     _store: ObjectStore | None = None
     _set_aside: str | None = None
     """RAY_ADDRESS, while a cluster of its own runs."""
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.replies, self.log_folder)
 
     def __enter__(self) -> Cluster:
         send_user_files_by_value()
@@ -170,6 +176,7 @@ class Cluster:
             self._logs(name, len(processes)),
         )
         self.pools[name] = made
+        self.watch.add(made)
         return made
 
     def metrics(self) -> dict[str, float]:
@@ -184,11 +191,13 @@ class Cluster:
         pids, nodes = tuple(pid for pid, _ in whereabouts), tuple(node for _, node in whereabouts)
         made = Pool(HOST_POOL, tuple(processes), node_ids=nodes, pids=pids, logs=self._logs(HOST_POOL, len(processes)))
         self.pools[HOST_POOL] = made
+        self.watch.add(made)
         return made
 
     def end_pool(self, name: str) -> None:
         """End one pool's processes at once, whatever they are at, and free its slots; also one that is starting."""
         pool, group = self.pools.pop(name, None), self._groups.pop(name, None)
+        self.watch.remove(name)
         for process in pool.processes if pool else ():
             with contextlib.suppress(Exception):
                 ray.kill(process)
@@ -198,6 +207,7 @@ class Cluster:
 
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
+        self.watch.close()
         if not ray.is_initialized():
             return
         processes = [process for pool in self.pools.values() for process in pool.processes]
@@ -293,8 +303,8 @@ class Cluster:
 
 
 def worker_actor(kind: type) -> Any:
-    """A worker process class as Ray actor: one thread that works, one for signals, one that relays."""
-    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1}}
+    """A worker process class as Ray actor: a thread that works, one for signals, one that relays, one that answers."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, BEATS: 1}}
     return ray.remote(**threads)(kind)
 
 

@@ -18,6 +18,7 @@ from controller.cluster.failure_text import explained, logs_of
 from controller.cluster.pool import SIGNALS, ClusterError, Pool, machines
 from controller.cluster.replies import Replies
 from controller.cluster.shared_files import check_files_are_shared
+from controller.cluster.watch import Watch
 from controller.execution.executor import Finished
 from controller.execution.ray_runner import RayRunner
 from controller.execution.worker_group import WorkerGroup
@@ -51,6 +52,11 @@ class Processes(Protocol):
     @property
     def replies(self) -> Replies:
         """How calls to them are waited for."""
+        ...
+
+    @property
+    def watch(self) -> Watch | None:
+        """What finds the process that is lost, where there are several."""
         ...
 
     def add_pool(self, name: str, pool: PoolConfig) -> Pool:
@@ -98,6 +104,7 @@ class Session:
             interrupts=run.placement.interrupt,
             beside=beside,
             replies=self.cluster.replies,
+            watch=self.cluster.watch,
         )
 
     def call_role(
