@@ -26,6 +26,7 @@ from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
 from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
+from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
@@ -60,6 +61,8 @@ class Cluster:
     _started: bool = False
     _own: bool = False
     """Nobody else's: its ranks may use all cores."""
+    _reaper: Reaper | None = None
+    """Ends a cluster of its own, should this process be killed."""
     _store: ObjectStore | None = None
     _set_aside: str | None = None
     """RAY_ADDRESS, while a cluster of its own runs."""
@@ -92,15 +95,17 @@ class Cluster:
             self.about = f"in the Ray cluster at {address}"
             self._check_size(address)
             return
-        self._own, self._set_aside = True, prepare_own()
-        self._init(
-            "could not start a cluster on this machine",
-            address="local",
-            num_cpus=self.slots + self.host_processes + 1,
-            object_store_memory=self.config.object_store_bytes,
-            include_dashboard=False,
-            **options,
-        )
+        self._own, self._set_aside, self._reaper = True, prepare_own(), Reaper()
+        with self._reaper.marking():
+            self._init(
+                "could not start a cluster on this machine",
+                address="local",
+                num_cpus=self.slots + self.host_processes + 1,
+                object_store_memory=self.config.object_store_bytes,
+                include_dashboard=False,
+                **options,
+            )
+        self._reaper.tell(str(ray._private.worker._global_node.get_session_dir_path()))
         aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
         self.about = f"in a Ray cluster of its own{aside}"
 
@@ -109,8 +114,11 @@ class Cluster:
         debugger = os.environ.get("PYTHONBREAKPOINT")
         try:
             ray.init(**options)
-        except Exception as error:
+        except BaseException as error:
             self._restore_address()
+            self._reap()
+            if not isinstance(error, Exception):
+                raise
             raise ClusterError(f"Ray {failing}: {text_of(error)}") from error
         finally:
             os.environ.pop("PYTHONBREAKPOINT", None)
@@ -207,9 +215,20 @@ class Cluster:
 
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
+        head_lost = self.watch.head_lost
         self.watch.close()
-        if not ray.is_initialized():
-            return
+        if head_lost:  # whatever is asked of it waits for a minute, after which Ray ends this process
+            self._reap()
+        elif ray.is_initialized():
+            self._end_processes(grace_s)
+        self.pools.clear()
+        self._groups.clear()
+        if self._started and ray.is_initialized():
+            ray.shutdown()
+        self._reap()
+        self._restore_address()
+
+    def _end_processes(self, grace_s: float) -> None:
         processes = [process for pool in self.pools.values() for process in pool.processes]
         with contextlib.suppress(Exception):
             ray.wait([p.close.remote() for p in processes], num_returns=len(processes), timeout=grace_s)
@@ -219,11 +238,11 @@ class Cluster:
         for group in list(self._groups.values()):
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
-        self.pools.clear()
-        self._groups.clear()
-        if self._started:
-            ray.shutdown()
-        self._restore_address()
+
+    def _reap(self) -> None:
+        reaper, self._reaper = self._reaper, None
+        if reaper is not None:
+            reaper.end()
 
     def _gpus_per_slot(self, pool: PoolConfig) -> int:
         if pool.device == "cpu":

@@ -113,6 +113,11 @@ class Watch:
             for key in zip(one.node_ids, one.pids, strict=True):
                 self._known.pop(key, None)
 
+    @property
+    def head_lost(self) -> bool:
+        """Whether Ray's head is known to be gone."""
+        return self._head is not None and bool(self._head.lost)
+
     def close(self) -> None:
         """Watch nothing any more."""
         if self._head is not None:

@@ -4,7 +4,8 @@ Nothing heavy is imported before it is needed: `graph`, `check`, `data`, `config
 torch, ray and vllm. A user's mistake is one line on stderr and exit code 2; `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where it was found.
 
-    0 done    1 the run or job failed    2 the command or the settings are wrong    130 interrupted
+    0 done    1 the run or job failed    2 the command or the settings are wrong
+    75 preempted: start it again with resume=auto    130 interrupted
 """
 
 from __future__ import annotations
@@ -61,9 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rlhf-dist graph ppo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, BdbQuit):  # Ctrl-C, or `q` at a breakpoint
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, BdbQuit) as stop:  # Ctrl-C, or `q` at a breakpoint
+        from controller.lifecycle.preemption import EXIT_CODE, Preempted
+
+        preempted = isinstance(stop, Preempted)
+        print(f"preempted: {stop}" if preempted else "interrupted", file=sys.stderr)
+        return EXIT_CODE if preempted else 130
     except Exception as error:
         if parsed.traceback or os.environ.get("RLHF_DIST_TRACEBACK", "0") not in ("", "0"):
             raise

@@ -12,7 +12,7 @@ soon as that rank has replied, while the other ranks still generate.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,10 +104,12 @@ class RayRunner:
         beside: bool = False,
         replies: Replies | None = None,
         watch: Watch | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
         stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something. watch:
-        finds the process that is lost; None: there is none to lose."""
+        finds the process that is lost; None: there is none to lose. check: called every second while something is
+        waited for; what it raises ends the wait."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {
@@ -121,7 +123,10 @@ class RayRunner:
         self.source_kwargs = source_kwargs or {}
         self.outputs = Outputs(dataflow)
         self._interrupts, self._beside = interrupts, beside
-        self._replies, self._watch = replies or RayReplies(), watch
+        self._replies, self._watch, self._check = replies or RayReplies(), watch, check
+        self.newest = -1
+        """Latest step of which anything has been launched."""
+        self._changes: set[int] = set()
         self._pending: list[_Pending] = []
         self._cut_short: dict[tuple[str, int], _Pending] = {}
         self._next_host = 0
@@ -146,8 +151,16 @@ class RayRunner:
             and all(origin.node == source.name for origin in target.inputs[0].columns.values())
         )
 
+    @property
+    def changing(self) -> bool:
+        """Whether a step under way has begun to change weights, states, or how far a source is drawn."""
+        return bool(self._changes)
+
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""
+        self.newest = max(self.newest, step)
+        if node.weights_written:
+            self._changes.add(step)
         again = self._cut_short.pop((node.name, step), None)
         if again is not None:
             self._launch_again(again)
@@ -187,6 +200,8 @@ class RayRunner:
                 self._pending = [pending for pending in self._pending if pending not in complete]
                 return [self._finish(pending) for pending in complete]
             self._check_deadlines()
+            if self._check is not None:
+                self._check()
             waiting = {
                 ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
             }
@@ -235,6 +250,7 @@ class RayRunner:
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
+        self._changes.discard(step)
         self.outputs.end_step(step)
 
     def held_state(self, name: str) -> HeldState:

@@ -4,6 +4,7 @@ prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> 
                                                                      |
                                   on every finished step: metrics.jsonl, TensorBoard, display
                                   at barriers: checkpoint, evaluation
+                                  a notice: checkpoint, Preempted (preemption.py)
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
-from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
 from controller.lifecycle.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.plan_feedback import write_feedback
+from controller.lifecycle.preemption import Notices, Preempted
 from controller.lifecycle.run_folder import claim_folder
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_warnings import StepWarnings
@@ -79,8 +80,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
 
     eager: line by line. local: in this process, for a launch that `local_launch` made.
 
-    Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
-    every process that was started has ended.
+    Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt, and Preempted which is one, pass
+    through once every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
     with claim_folder(launch, display.note) as (folder, first_step):
@@ -101,8 +102,9 @@ def _run_in(
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
+    notices = Notices(launch.run.output.notice_file, launch.run.output.notice_s)
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, terminate_as_interrupt(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with cluster, notices.heard(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
                 launch = settled_on_cluster(launch, display.note)
@@ -110,7 +112,7 @@ def _run_in(
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics).execute(first_step)
+        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics, notices).execute(first_step)
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -146,6 +148,7 @@ class _Run:
         progress: _Progress,
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
+        notices: Notices,
     ) -> None:
         self.launch, self.session, self.folder = launch, session, folder
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
@@ -158,9 +161,10 @@ class _Run:
         )
         numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
-        self.runner = session.runner(None if eager else self.dataflow, numbers)
+        self.notices, self.done = notices, 0
+        self.runner = session.runner(None if eager else self.dataflow, numbers, check=notices.check)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
-        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
+        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
         self.store_metrics = store_metrics
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
@@ -179,11 +183,17 @@ class _Run:
             self._evaluate(first_step)
             self.display.phase("first step")
         self.closed_s = time.perf_counter()
+        self.done = first_step
+        self.notices.running = True
         try:
             self._steps(first_step)
+        except Preempted as notice:
+            self._make_room(notice)
         except BaseException:
             self._keep_pending()
             raise
+        finally:
+            self.notices.running = False
         self._finish_checkpoint(wait=True)
         self._export()
 
@@ -221,13 +231,17 @@ class _Run:
         if said := self.progress.warnings.of(report.step, metrics):
             self.display.note(said)
         done = report.step + 1
+        self.done = done
         self._finish_checkpoint(wait=False)
-        if self._evaluates_after(report.step):
+        asked = self.notices.look()
+        if self._evaluates_after(report.step) and not asked:
             with self._paused("evaluation"):
                 self._evaluate(done)
-        if self._checkpoints_after(report.step):
+        if self._checkpoints_after(report.step) or (self.notices.wants_checkpoint and self._is_settled):
             with self._paused("checkpoint"):
                 self._checkpoint(done)
+        if asked and self._is_settled:
+            raise Preempted(self.notices.asked)
         self.closed_s = time.perf_counter()
 
     def _tokens(self, metrics: Mapping[str, float]) -> float:
@@ -263,7 +277,8 @@ class _Run:
         return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
 
     def _is_barrier(self, step: int) -> bool:
-        return self._evaluates_after(step) or self._checkpoints_after(step)
+        asked = self.notices.look() or self.notices.wants_checkpoint
+        return asked or self._evaluates_after(step) or self._checkpoints_after(step)
 
     def _evaluate(self, done: int) -> None:
         metrics = self.evaluation.run(done, self.runner.numbers)
@@ -274,23 +289,46 @@ class _Run:
             said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
             self.display.note(f"held-out reward after {done} steps: {said}")
 
-    def _checkpoint(self, done: int) -> None:
-        self._finish_checkpoint(wait=True)
+    @property
+    def _is_settled(self) -> bool:
+        """Whether weights, states and sources are those after `done` steps: no later step has touched them."""
+        return self.runner.newest < self.done or not (self.dataflow.staleness or self.runner.changing)
+
+    def _checkpoint(self, done: int, limit_s: float | None = None) -> None:
+        """limit_s: longest that each role may take to copy what is saved, where that is not ray.call_timeout_s."""
+        self.notices.wants_checkpoint = False
+        self._finish_checkpoint(wait=True, limit_s=limit_s)
         self.pending = begin_checkpoint(
             self.folder / "checkpoints",
             step=done,
             recipe=self.launch.recipe.name,
             roles=self.session.model_roles,
             numbers=self.runner.numbers,
-            save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
+            save_role=lambda role, path: self.session.call_role(role, "save", done, limit_s=limit_s, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
         for name in self.session.states:
             self.session.save_state(self.runner.held_state(name), self.pending.partial / STATES / name)
 
+    def _make_room(self, notice: Preempted) -> None:
+        """Save what is done, where no step under way has changed it yet, and end. Raises Preempted."""
+        last = max((one.step for one in list_checkpoints(self.folder / "checkpoints")), default=0)
+        last = self.done if self.pending is not None and self.pending.step == self.done else last
+        none = self.launch.run.output.checkpoint_every is None
+        if last < self.done and not none and self._is_settled:
+            try:
+                self._checkpoint(self.done, limit_s=max(self.notices.left_s, 1.0))
+                last = self.done
+            except Exception as error:  # without it the last one stands, which is said below
+                self.display.note(f"no checkpoint after {self.done} steps: {error}")
+        self._keep_pending()
+        saved = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
+        lost = "" if last == self.done else f", {self.done - last} steps after it are lost"
+        raise Preempted(f"{notice} after {self.done} steps; {saved}{lost}; go on with resume=auto") from notice
+
     def _keep_pending(self) -> None:
         """The run ends early: what was copied for a checkpoint is written to its end, unless that takes too long."""
-        if self.pending is None:
+        if self.pending is None or self.notices.at_once:
             return
         step, deadline = self.pending.step, time.monotonic() + PENDING_S
         self.display.note(f"the checkpoint after {step} steps is being written (interrupt again to leave without it)")

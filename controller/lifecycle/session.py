@@ -84,10 +84,11 @@ class Session:
         *,
         beside: bool = False,
         limit_s: float | None = None,
+        check: Callable[[], None] | None = None,
         **sources: str,
     ) -> RayRunner:
         """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
-        beside: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
+        beside, check: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -105,6 +106,7 @@ class Session:
             beside=beside,
             replies=self.cluster.replies,
             watch=self.cluster.watch,
+            check=check,
         )
 
     def call_role(

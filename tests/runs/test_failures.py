@@ -129,7 +129,11 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
     with pytest.MonkeyPatch.context() as patch, Killer("x", 1000, quiet=True) as display:
         patch.setattr(Cluster, "add_pool", remembering)
         with pytest.raises(
-            WorkerLost, match=r"\(step \d+, .*\) failed on rank \d: its process died .*; see its log \S+main-1.log"
-        ):
+            WorkerLost,
+            match=r"\(step \d+, .*\) failed on rank 1: its process \(pool main, rank 1, pid \d+ on node \S+\) "
+            r"(was killed by signal 9 \(SIGKILL\)|ended, how is not known).*; see its log \S+main-1.log",
+        ) as caught:
             run(launch, display)
+    loss = caught.value.loss
+    assert loss is not None and (loss.kind, loss.pool, loss.rank, loss.pid) == ("died", "main", 1, pids["main"][1])
     assert time.monotonic() - started < 120
