@@ -5,8 +5,8 @@
 
 The mark is a variable in the environment of what `ray.init` starts: the head and the raylet. What the raylet starts are
 its children; should it be gone first, its agents are left, which overwrite their environment with their title: they are
-known by that, `ray::...`, and by files of Ray's session that they hold open. A driver that ends in good order closes the pipe too, last:
-nothing is left then either.
+known by that, `ray::...`, and by files of Ray's session that they hold open. A driver that ends in good order closes
+the pipe too, last: nothing is left then either.
 """
 
 from __future__ import annotations

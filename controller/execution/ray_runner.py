@@ -39,6 +39,8 @@ INDEX_ONLY = ("join", "concat", "refill")
 WHOLE = Shards(parts=(np.empty(0, np.int64),), answering=(0,), part_of_answer=(0,))
 """Of a node without a batch."""
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
+LOOK_S = 1.0
+"""Between two looks for processes that are lost."""
 PEERS_S = 2.0
 """A rank that says it lost another one is followed by that one's own word within so long, where it has one."""
 
@@ -127,6 +129,7 @@ class RayRunner:
         self.newest = -1
         """Latest step of which anything has been launched."""
         self._changes: set[int] = set()
+        self._looked_s = 0.0
         self._pending: list[_Pending] = []
         self._cut_short: dict[tuple[str, int], _Pending] = {}
         self._next_host = 0
@@ -208,8 +211,10 @@ class RayRunner:
             # A rank that failed must not be waited for behind ranks that wait for it.
             if failed := self._take(waiting, 1.0):
                 raise self._first_of(failed)
-            if self._watch is not None and (loss := self._watch.look(self._waited())):
-                raise lost(loss, self._pending, self._watch)
+            if self._watch is not None and time.perf_counter() - self._looked_s > LOOK_S:
+                self._looked_s = time.perf_counter()
+                if loss := self._watch.look([one for pending in self._pending for one in pending.waited]):
+                    raise lost(loss, self._pending, self._watch)
 
     def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
         """Keep the replies that come within `timeout_s`; returns what came instead of one."""
@@ -244,9 +249,6 @@ class RayRunner:
             answered += [(one.pending, one.call) for one in more]
             failed = failed + more
         return error_of(failed, self._watch)
-
-    def _waited(self) -> list[Waited]:
-        return [one for pending in self._pending for one in pending.waited]
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""

@@ -9,16 +9,17 @@ Rule rewards and sources live on the host pool's CPU processes; everything with 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from controller.cluster.blame import Loss
 from controller.cluster.failure_text import explained, logs_of
 from controller.cluster.pool import SIGNALS, ClusterError, Pool, machines
 from controller.cluster.replies import Replies
 from controller.cluster.shared_files import check_files_are_shared
-from controller.cluster.watch import Watch
+from controller.cluster.watch import Waited, Watch
 from controller.execution.executor import Finished
 from controller.execution.ray_runner import RayRunner
 from controller.execution.worker_group import WorkerGroup
@@ -185,14 +186,14 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
         groups[name] = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
         worker, settings = worker_of(launch, name)
         starting.append((groups[name], _host_role(launch, groups[name], worker, settings)))
-    _await_roles(starting, cluster.replies, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
+    _await_roles(starting, cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
     for role in launch.dataflow.generating:
         if rollout_of(role) in groups:
             phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
-            _connect(groups[role], groups[rollout_of(role)], cluster.replies, run.ray.call_timeout_s)
+            _connect(groups[role], groups[rollout_of(role)], cluster, run.ray.call_timeout_s)
     for (source, target), staged in launch.dataflow.ways.items():
         phase(f"{target}: planning how weights come from {source}")
-        _connect_weights(groups[source], groups[target], staged, cluster.replies, run.ray.call_timeout_s)
+        _connect_weights(groups[source], groups[target], staged, cluster, run.ray.call_timeout_s)
     return Session(launch, cluster, groups, states)
 
 
@@ -206,26 +207,28 @@ def slots_needed(launch: Launch) -> int:
     return sum(pool_size(launch.run.placement, name) for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
 
 
-def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
+def _connect(sending: WorkerGroup, receiving: WorkerGroup, cluster: Processes, timeout_s: float) -> None:
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
-    bridge = _bridge(sending, receiving, replies, timeout_s)
+    bridge = _bridge(sending, receiving, cluster.replies, timeout_s)
     joining = [
         (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
         for group in (sending, receiving)
     ]
-    _await_roles(joining, replies, timeout_s)
+    _await_roles(joining, cluster, timeout_s)
 
 
-def _connect_weights(source: WorkerGroup, target: WorkerGroup, staged: int, replies: Replies, timeout_s: float) -> None:
+def _connect_weights(
+    source: WorkerGroup, target: WorkerGroup, staged: int, cluster: Processes, timeout_s: float
+) -> None:
     """Have all ranks of two roles plan how weights go from one to the other; staged: see `Dataflow.ways`."""
     apart = source.pool.name != target.pool.name
-    bridge = _bridge(source, target, replies, timeout_s) if apart else None
+    bridge = _bridge(source, target, cluster.replies, timeout_s) if apart else None
     way = (source.role, target.role, bridge, staged)
     joining = [
         (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
         for group in ((source, target) if apart else (target,))
     ]
-    _await_roles(joining, replies, timeout_s)
+    _await_roles(joining, cluster, timeout_s)
 
 
 def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> Bridge:
@@ -283,12 +286,13 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
 
 def _await_roles(
     starting: list[tuple[WorkerGroup, list[Any]]],
-    replies: Replies,
+    cluster: Processes,
     timeout_s: float,
     phase: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Wait until every rank of every group has answered, `timeout_s` at most for the next; `phase` hears what the
-    first rank of each pool is at. Raises ClusterError for the first that failed."""
+    first rank of each pool is at. Raises ClusterError for the first that failed, or is lost."""
+    replies, watch, began = cluster.replies, cluster.watch, time.perf_counter()
     rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in enumerate(refs)}
     left, answered_s = list(rank_of), time.monotonic()
     phases = _Phases(phase, replies)
@@ -299,9 +303,15 @@ def _await_roles(
         for ref in ready:
             answered_s = time.monotonic()
             group, rank = rank_of[ref]
-            remarks = _check_started(replies.get([ref], 60.0)[0], group, rank)
+            answer: Any = replies.get([ref], 60.0)[0]
+            failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+            if isinstance(failure, Failure) and failure.secondary and watch is not None:
+                _check_lost(watch.first_cause(_waited(rank_of.values(), began), died=failure.lost), rank_of.values())
+            remarks = _check_started(failure, group, rank)
             for remark in remarks if rank == 0 else ():
                 phase(f"{group.role}: {remark}")
+        if watch is not None:
+            _check_lost(watch.look(_waited((rank_of[ref] for ref in left), began)), rank_of.values())
         if left and time.monotonic() - answered_s > timeout_s:
             missing = sorted({rank_of[ref][0].role for ref in left})
             logs = [log for ref in left if (log := rank_of[ref][0].pool.log(rank_of[ref][1]))]
@@ -310,11 +320,25 @@ def _await_roles(
             )
 
 
+def _waited(ranks: Iterable[tuple[WorkerGroup, int]], since_s: float) -> list[Waited]:
+    """The processes, each once: several roles may start in one."""
+    return list({(group.pool.name, rank): Waited(group.pool, rank, since_s) for group, rank in ranks}.values())
+
+
+def _check_lost(loss: Loss | None, starting: Collection[tuple[WorkerGroup, int]]) -> None:
+    """Raises ClusterError for a process that was lost while it started."""
+    if loss is None:
+        return
+    at = next((one for one in starting if (one[0].pool.name, one[1]) == (loss.pool, loss.rank)), None)
+    who = "a worker" if at is None else f"{at[0].role}, rank {loss.rank},"
+    log = at[0].pool.log(loss.rank) if at is not None else None
+    raise ClusterError(f"{who} could not start: {loss.text}{logs_of([log]) if log else ''}")
+
+
 def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
     """What the worker has to say. Raises ClusterError if it did not start."""
-    failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
-    if isinstance(failure, Failure):
-        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(failure, group.pool.log(rank))}")
+    if isinstance(answer, Failure):
+        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}")
     return tuple(answer or ())
 
 
