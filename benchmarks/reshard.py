@@ -2,7 +2,7 @@
 
 Each of three ways, from FSDP2 and from real DeepSpeed ZeRO-3, on 4 gloo processes, all in one run:
 
-    ours             the plan's pieces, checksummed on both sides (its time is `seconds`; `seconds_unverified` without)
+    ours             the routes' pieces, checksummed on both sides (its time is `seconds`; `seconds_unverified` without)
     full_gather      every parameter whole on every rank, cast to bf16 before gathering, then sliced
     rank0_broadcast  whole on rank 0, which broadcasts it; then sliced
 
@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_dist.reshard.groups import Cut, Parallel, generation_grid, parallel_layout, rollout_axes, rollout_grid
 from rlhf_dist.reshard.layout import Layout, ParameterLayout
-from rlhf_dist.reshard.plan import lower_bound_bytes, make_plan
-from rlhf_dist.reshard.schedule import schedule
+from rlhf_dist.reshard.rounds import rounds_of
+from rlhf_dist.reshard.routes import lower_bound_bytes, make_routes
 from rlhf_dist.reshard.shards import Shards, dtensor_layout, dtensor_shards, flat_shards
 from tests.engines.world import World
 from tests.reshard.models import LLAMA_70B, llama
@@ -83,21 +83,21 @@ def setup(kind: str, shares: bool) -> dict[str, int]:
         _kept["whole"] = gather
     grid = rollout_grid(rollout_axes(WORLD, TP))
     target = parallel_layout(CUTS, grid[:, None, :], "bfloat16")
-    plan = make_plan(layout.as_dtype("bfloat16"), target)
+    routes = make_routes(layout.as_dtype("bfloat16"), target)
     rank = dist.get_rank()
     wanted = {name: [whole[name][_slices(box)] for box in p.boxes_of(rank)] for name, p in target.parameters.items()}
     store, cpu = dist.distributed_c10d._get_default_store(), torch.device("cpu")
     link = Link(store, kind, rank, WORLD, cpu, 60.0, shares=shares)
-    _kept.update({"plan": plan, "shards": shards, "target": target, "wanted": wanted, "model": model, "link": link})
-    _kept["sync"] = WeightSync(plan, rank, BUCKET_BYTES, link)
-    bound = lower_bound_bytes(plan.source, target)
+    _kept.update({"routes": routes, "shards": shards, "target": target, "wanted": wanted, "model": model, "link": link})
+    _kept["sync"] = WeightSync(routes, rank, BUCKET_BYTES, link)
+    bound = lower_bound_bytes(routes.source, target)
     return {
         "lower_bound": int(bound[rank]),
-        "planned": int(plan.moved[rank]),
+        "planned": int(routes.moved[rank]),
         "target": int(target.bytes_per_rank()[rank]),
-        "buffers": schedule(plan, rank, BUCKET_BYTES).buffer_bytes,
+        "buffers": rounds_of(routes, rank, BUCKET_BYTES).buffer_bytes,
         "parameters": sum(int(np.prod(cut.shape)) for cut in CUTS.values()),
-        "least_bound": _least_bound(plan.source),
+        "least_bound": _least_bound(routes.source),
     }
 
 
@@ -165,7 +165,7 @@ def ours(verified: bool = True) -> None:
     else:
         _kept["link"].meet()
         _kept["received"] += exchange(
-            schedule(sync.plan, sync.rank, BUCKET_BYTES), _kept["shards"], _kept["into"], _kept["link"]
+            rounds_of(sync.routes, sync.rank, BUCKET_BYTES), _kept["shards"], _kept["into"], _kept["link"]
         )
 
 
@@ -275,9 +275,9 @@ def planning_seconds() -> dict[str, float]:
     fsdp = {n: ParameterLayout.from_mesh(c.shape, "bfloat16", np.arange(512), [0]) for n, c in parameters.items()}
     target = parallel_layout(parameters, generation_grid(Parallel(8, 8, 8, 1, 8), "vanilla"), "bfloat16")
     started = time.process_time()
-    plan = make_plan(Layout(512, fsdp), target, (np.arange(512) // 8).tolist())
+    routes = make_routes(Layout(512, fsdp), target, (np.arange(512) // 8).tolist())
     planned = time.process_time()
-    schedule(plan, 100, 1 << 30)
+    rounds_of(routes, 100, 1 << 30)
     return {"plan_s": round(planned - started, 2), "own_pieces_s": round(time.process_time() - planned, 2)}
 
 

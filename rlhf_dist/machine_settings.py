@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from rlhf_dist.config import PoolConfig
 from rlhf_dist.machine import BFLOAT16_FLAGS, Machine
-from rlhf_dist.reshard.schedule import default_bucket_bytes
+from rlhf_dist.reshard.rounds import default_bucket_bytes
 
 Device = Literal["cpu", "cuda"]
 CPU_SLOTS = 2

@@ -19,7 +19,7 @@ import traceback
 from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import rlhf_dist
 from rlhf_dist.failure import Failure, Frame, text_of
@@ -79,7 +79,7 @@ def reported(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
             sys.stderr.flush()
             return failure_of(error)
 
-    return attempt
+    return cast(Callable[Concatenate[S, P], R | Failure], attempt)
 
 
 def _operation(method: str, args: tuple[Any, ...]) -> tuple[str, int | None]:

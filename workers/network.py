@@ -36,7 +36,7 @@ def interface_of(address: str) -> str | None:
         for own in addresses:
             if own.family in (socket.AF_INET, socket.AF_INET6):
                 if ipaddress.ip_address(own.address.partition("%")[0]) == wanted:
-                    return name
+                    return str(name)
     return None
 
 

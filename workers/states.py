@@ -29,6 +29,7 @@ def values_of(held: HeldState, store: Store) -> Mapping[str, Any]:
     """All values of a state."""
     if held.ref is None:
         return {**held.numbers, **held.first}
+    values: Mapping[str, Any]
     (values,) = store.get([held.ref])
     return values
 
@@ -60,7 +61,7 @@ def write_state(folder: Path, values: Mapping[str, Any]) -> None:
     for key, batch in batches.items():
         batch.write_parquet(folder / f"{key}.parquet")
     if arrays:
-        np.savez(folder / "arrays.npz", **arrays)
+        np.savez(folder / "arrays.npz", allow_pickle=False, **arrays)
     (folder / "values.json").write_text(json.dumps(plain))
 
 

@@ -57,7 +57,7 @@ class TrainedRole(WeightSets):
         controller drew it over the whole batch, so it does not depend on how many ranks there are.
         """
         batches = given if isinstance(given, tuple) else (given,)
-        summands = terms or [(loss, 1.0)]
+        summands = terms or ([(loss, 1.0)] if loss is not None else [])
         steps = [
             [
                 (weight, one, batch.take(np.flatnonzero(rows.mini_batch == k)))

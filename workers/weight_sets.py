@@ -48,8 +48,8 @@ class WeightSets:
             link = new_link(self.context, device)
             way = WeightTransfer(theirs, self.engine, link, rank, (ranks, ranks), nodes, device)
         else:
-            ends = (None, self.engine) if is_target else (self.engine, None)
-            way = bridged(*ends, bridge, rank, phase, device)
+            sender, receiver = (None, self.engine) if is_target else (self.engine, None)
+            way = bridged(sender, receiver, bridge, rank, phase, device)
         self._ways[source, target] = way
         reads = {self.context.role: "parameters"} | ({source: "parameters"} if bridge is None else {})
         self.memory.add_sync(

@@ -225,14 +225,12 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from controller.commands.submit import submit
-    from rlhf_dist.planner.launch import compose_planned
+    from controller.commands import submit as submit_commands
 
     try:
-        launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
+        return int(getattr(submit_commands, f"{arguments.command}_command")(arguments))
     except ValueError as error:
         raise UserError(str(error)) from error
-    return submit(launch, arguments.recipe, arguments.overrides, arguments.address, arguments.config)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -281,6 +279,7 @@ COMMANDS = {
     "export": _export,
     "run": _run,
     "submit": _submit,
+    "jobs": _submit,
     "check": _check,
     "doctor": _doctor,
     "data": _data,
@@ -343,8 +342,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="in this process, without Ray, line by line: breakpoint() works in the recipe, host ops and losses",
     )
-    submit = commands.add_parser("submit", parents=[launch], help="run a recipe as a Ray job and follow its log")
-    submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
+    from controller.commands.submit import add_submit_parsers
+
+    add_submit_parsers(commands, launch, common)
     check = commands.add_parser(
         "check", parents=[launch], help="find mistakes and show the plan of a step, or of stages"
     )

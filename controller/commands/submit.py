@@ -1,197 +1,242 @@
-"""A run as a Ray job: ship the recipe, start it on the cluster, follow its log, end as it ends.
-
-    here                                     cluster
-    submit_job  -- files, command ----->     rlhf-dist run ... ray.address=auto
-    tail log    <-- websocket --------       its stdout and stderr
-    poll status <-- every POLL_S ------      SUCCEEDED / FAILED / STOPPED  -> exit code
-    Ctrl-C      -- stop_job ---------->      SIGTERM, then the run's own clean-up
-
-Every request is bounded by REQUEST_S; the log ends when the job does, and a lost connection is opened
-again while the job lives. `job_files.py` says what travels; what has an absolute path is read on the cluster.
-"""
+"""`rlhf-dist submit` and `rlhf-dist jobs`: runs on somebody's cluster, sent, watched and ended from here."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import shlex
-import shutil
-import sys
-import tempfile
+import argparse
+import dataclasses
+import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from controller.commands.job_files import JobFiles, job_files
-from rlhf_dist.compose import Launch
+from rlhf_dist.typed import ConfigError
 
-REQUEST_S = 60.0
-POLL_S = 1.0
-STOP_S = 30.0
-SETTINGS = "rlhf-dist-settings.yaml"
-"""Name under which the --config file travels."""
-LOST_S = 120.0
-"""Longest time without any answer of the cluster before the job is given up (it goes on there)."""
+if TYPE_CHECKING:
+    from controller.submission.job import Job, JobInfo, Target
+
+TARGETS = ("ray", "slurm", "k8s")
+MOST_NODES = 256
+EXAMPLES = """examples:
+  rlhf-dist submit ppo --address http://head:8265 model.path=/models/llama data.train.path=/data/prompts.jsonl
+  rlhf-dist submit mine.py --address http://head:8265 --wait 3600 --detach
+  rlhf-dist submit grpo --to slurm --nodes 4 --gpus-per-node 8 --option=--partition=gpu --option=--time=8:00:00
+  rlhf-dist submit grpo --to slurm --nodes auto --node 8xH100 --dry-run model.path=/models/llama-70b
+  rlhf-dist submit grpo --to k8s --nodes 2 --gpus-per-node 8 --image registry/rlhf-dist:gpu --dry-run
+"""
+JOBS_EXAMPLES = """examples:
+  rlhf-dist jobs list --address http://head:8265
+  rlhf-dist jobs logs raysubmit_Xy12 -f --address http://head:8265
+  rlhf-dist jobs stop 4711 --to slurm
+"""
 
 
-class SubmitError(RuntimeError):
-    """The job could not be sent, or was lost; the message says what to do."""
-
-
-def submit(launch: Launch, spec: str, overrides: Sequence[str], address: str, config: str | None = None) -> int:
-    """Run recipe `spec` on the cluster whose dashboard is at `address`; returns 0 if the job succeeded, else 1.
-
-    config: a file of settings, which travels too.
-    Raises SubmitError if the cluster cannot be reached or refuses the token, ConfigError for what cannot travel.
-    """
-    taken = job_files(spec, launch.yaml, overrides, Path.cwd())
-    if taken.files:
-        _note(f"sending {taken}")
-    _use_token_if_given()
-    client = _connect(address)
-    with tempfile.TemporaryDirectory(prefix="rlhf-dist-submit-") as folder:
-        entrypoint, runtime_env = _package(taken, overrides, Path(folder), config)
-        _note(f"job entrypoint: {entrypoint}")
-        if not Path(launch.run.output.root).is_absolute():
-            _note(
-                f"output.root={launch.run.output.root} is relative: the run's files stay in the job's working folder "
-                f"on the head node; set output.root to a shared absolute path to keep them"
-            )
-        job = _asked(
-            address,
-            client.submit_job,
-            entrypoint=entrypoint,
-            runtime_env=runtime_env,
-            metadata={"run": launch.run.name, "recipe": launch.recipe.name},
-        )
-    _note(f"job {job} sent to {address}")
-    try:
-        status = asyncio.run(_follow(client, job))
-    except KeyboardInterrupt:
-        _stop(client, job)
-        raise
-    details = _asked(address, client.get_job_info, job)
-    _note(
-        f"job {job}: {status.lower()}" + (f" ({details.message})" if status != "SUCCEEDED" and details.message else "")
+def add_submit_parsers(commands: Any, launch: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """`submit` and `jobs`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    submit = commands.add_parser(
+        "submit", parents=[launch], epilog=EXAMPLES, formatter_class=raw, help="run a recipe as a job of a cluster"
     )
-    return 0 if status == "SUCCEEDED" else 1
+    _add_target(submit)
+    submit.add_argument("--nodes", metavar="N|auto", default="1", help="slurm, k8s; auto: the least that it fits on")
+    submit.add_argument("--node", metavar="GxKIND", help="what a node is, for --nodes auto, e.g. 8xH100")
+    submit.add_argument("--gpus-per-node", metavar="G", type=_count, help="slurm, k8s")
+    submit.add_argument("--dry-run", action="store_true", help="show what would be sent")
+    submit.add_argument("--detach", action="store_true", help="print the job's id and return")
+    submit.add_argument("--wait", metavar="SECONDS", type=float, help="ray: wait so long for slots to be free")
+    submit.add_argument("--stop-with-me", action="store_true", help="Ctrl-C stops the job too")
+    submit.add_argument("--pip", metavar="PACKAGE", action="append", default=[], help="install it for the job (ray)")
+    submit.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help="the job's environment")
+    submit.add_argument("--option", metavar="OPTION", action="append", default=[], help="slurm: an option of sbatch")
+    submit.add_argument("--folder", metavar="DIR", help="slurm: where job folders go; all nodes must see it")
+    submit.add_argument("--image", metavar="IMAGE", help="k8s: the container image, with rlhf-dist in it")
+    jobs = commands.add_parser(
+        "jobs", parents=[common], epilog=JOBS_EXAMPLES, formatter_class=raw, help="list, watch and stop submitted runs"
+    )
+    jobs.add_argument("action", choices=("list", "status", "logs", "stop", "attach"))
+    jobs.add_argument("job", metavar="JOB", nargs="?", help="its id; all but list need it")
+    jobs.add_argument("-f", "--follow", action="store_true", help="logs: go on until the job is over")
+    jobs.add_argument("--format", choices=("text", "json"), default="text", help="list and status")
+    _add_target(jobs)
 
 
-def _use_token_if_given() -> None:
-    """Ray reads RAY_AUTH_MODE when it is imported; a token without a mode can only mean `token`."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+def submit_command(arguments: argparse.Namespace) -> int:
+    """Send the run; 0: it succeeded, or was sent with --detach or --dry-run, 1: it failed."""
+    from controller.submission.job import note
 
-
-def _connect(address: str) -> Any:
-    from ray.dashboard.modules.job.sdk import JobSubmissionClient
-
-    class BoundedClient(JobSubmissionClient):
-        """Ray's client with a limit on every request; its own waits for ever."""
-
-        def _do_request(self, *arguments: Any, **settings: Any) -> Any:
-            return super()._do_request(*arguments, **{"timeout": REQUEST_S, **settings})
-
-    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(variable, None)  # Ray would prefer them to the address that was asked for.
-    if "://" not in address:
-        address = f"http://{address}"
-    return _asked(address, BoundedClient, address)
-
-
-def _asked(address: str, call: Any, *arguments: Any, **settings: Any) -> Any:
-    """`call(...)`, with Ray's and the network's errors made into a SubmitError with the next step."""
-    from ray.exceptions import AuthenticationError
-    from requests.exceptions import RequestException
-
+    job = _job(arguments)
+    target = _target(arguments, to_send=True)
+    if arguments.dry_run:
+        print(target.preview(job))
+        return 0
+    if job.travels:
+        note(f"sending {job.files}")
+    name = target.submit(job)
+    note(f"job {name} sent to {_place(arguments)}: {job.command_line(None)}")
+    if arguments.detach:
+        print(name)
+        return 0
     try:
-        return call(*arguments, **settings)
-    except AuthenticationError as error:
-        given = "was refused" if os.environ.get("RAY_AUTH_MODE") == "token" else "is missing"
-        raise SubmitError(
-            f"the cluster at {address} asks for a token and ours {given} ({str(error).splitlines()[0]}); "
-            f"set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to its file"
-        ) from error
-    except (ConnectionError, RequestException) as error:
-        raise SubmitError(
-            f"no Ray dashboard answers at {address} ({type(error).__name__}); is the cluster up, and is this the "
-            f"dashboard's address (http://HOST:8265)?"
-        ) from error
-    except RuntimeError as error:
-        raise SubmitError(f"the cluster at {address} refused: {error}") from error
+        return _ended(target.log(name, follow=True))
+    except KeyboardInterrupt:
+        if not arguments.stop_with_me:
+            note(f"job {name} goes on; `rlhf-dist jobs attach {name}{_same(arguments)}` shows it again, stop ends it")
+            raise
+        note(f"stopping job {name}")
+        target.stop(name)
+        raise
 
 
-def _package(
-    taken: JobFiles, overrides: Sequence[str], folder: Path, config: str | None = None
-) -> tuple[str, dict[str, Any]]:
-    """The job's command, and the runtime environment with a copy of the user's files in `folder`."""
-    runtime_env = dict[str, Any]()
-    for path, file in taken.files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder / path)
-        runtime_env["working_dir"] = str(folder)
-    options: list[str] = []
-    if config is not None:
-        shutil.copy(Path(config).expanduser(), folder / SETTINGS)
-        runtime_env["working_dir"], options = str(folder), ["--config", SETTINGS]
-    if not any(override.lstrip("+").startswith("ray.address=") for override in overrides):
-        overrides = [*overrides, "ray.address=auto"]
-    return shlex.join(["rlhf-dist", "run", taken.spec, *options, *overrides]), runtime_env
+def jobs_command(arguments: argparse.Namespace) -> int:
+    """0: done, or the job that was followed succeeded; 1: it did not."""
+    from controller.submission.job import note
 
-
-async def _follow(client: Any, job: str) -> str:
-    """Copies the job's log to stdout until the job is over; returns its status."""
-    log = asyncio.create_task(_tail(client, job))
-    answered = time.monotonic()
+    if arguments.job is None and arguments.action != "list":
+        raise ConfigError(f"`jobs {arguments.action}` needs a job's id; `rlhf-dist jobs list` names them")
+    target = _target(arguments, to_send=False)
+    if arguments.action == "list":
+        _show(target.jobs(), arguments.format)
+        return 0
+    if arguments.action == "status":
+        _show([target.info(arguments.job)], arguments.format)
+        return 0
+    if arguments.action == "stop":
+        found = target.stop(arguments.job)
+        note(f"job {found.id}: {found.status}" + (f" ({found.message})" if found.message else ""))
+        return 0
+    follows = arguments.follow or arguments.action == "attach"
     try:
-        while True:
-            try:
-                status = await asyncio.to_thread(client.get_job_status, job)
-                answered = time.monotonic()
-            except Exception as error:  # a cluster that restarts its dashboard answers again later
-                if time.monotonic() - answered > LOST_S:
-                    raise SubmitError(f"job {job}: no answer for {LOST_S:g} s ({error}); it may still run") from error
-            else:
-                if status.is_terminal():
-                    await asyncio.wait([log], timeout=5.0)
-                    return str(status.value)
-            await asyncio.sleep(POLL_S)
-    finally:
-        log.cancel()
-        await asyncio.wait([log], timeout=1.0)
+        found = target.log(arguments.job, follow=follows)
+    except KeyboardInterrupt:
+        note(f"job {arguments.job} goes on")
+        raise
+    return _ended(found) if follows else 0
 
 
-async def _tail(client: Any, job: str) -> None:
-    """Writes the log as it grows. A connection that breaks is opened again, without repeating what was shown."""
-    shown = 0
-    while True:
-        seen = 0
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", choices=TARGETS, default="ray", help="default: ray")
+    parser.add_argument("--address", metavar="URL", help="ray: the cluster's dashboard, http://HOST:8265")
+
+
+def _target(arguments: argparse.Namespace, to_send: bool) -> Target:
+    if arguments.to != "ray" and arguments.address is not None:
+        raise ConfigError(f"--address is Ray's dashboard, and --to {arguments.to} has none; leave one of them out")
+    if arguments.to == "ray":
+        from controller.submission.ray_jobs import RayJobs
+
+        if arguments.address is None:
+            raise ConfigError("--to ray needs --address http://HOST:8265, the cluster's dashboard")
+        return RayJobs(arguments.address, arguments.wait if to_send else None)
+    if arguments.to == "slurm":
+        from controller.submission.slurm import Slurm
+
+        if not to_send:
+            return Slurm()
+        folder = None if arguments.folder is None else Path(arguments.folder)
+        return Slurm(folder, arguments.option, arguments.gpus_per_node)
+    from controller.submission.kubernetes import RayJobManifests
+
+    if not to_send:
+        return RayJobManifests("", None)
+    if arguments.image is None:
+        raise ConfigError("--to k8s needs --image IMAGE, one with rlhf-dist in it (docker/Dockerfile)")
+    return RayJobManifests(arguments.image, arguments.gpus_per_node)
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    from controller.lifecycle.session import slots_needed
+    from controller.submission.files import job_files
+    from controller.submission.job import Job
+    from rlhf_dist.planner.launch import compose_planned
+
+    if arguments.to == "ray" and arguments.nodes != "1":
+        raise ConfigError("--nodes is for slurm and k8s; a Ray cluster has the nodes it has (placement.pools.*.nodes)")
+    launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
+    variables = dict(_variable(text) for text in arguments.env)
+    return Job(
+        name=launch.run.name,
+        recipe=launch.recipe.name,
+        files=job_files(arguments.recipe, launch.yaml, arguments.overrides, Path.cwd()),
+        overrides=arguments.overrides,
+        config=None if arguments.config is None else Path(arguments.config),
+        slots=slots_needed(launch),
+        host_processes=launch.run.placement.host_processes,
+        gpus=bool(arguments.gpus_per_node) or any(one.device == "cuda" for one in launch.run.placement.pools.values()),
+        nodes=_nodes(arguments),
+        pip=arguments.pip,
+        variables=variables,
+    )
+
+
+def _nodes(arguments: argparse.Namespace) -> int:
+    """What was asked for; auto: the fewest, in powers of two, on which every phase of the run fits."""
+    from controller.lifecycle.prepare import prepared
+    from controller.submission.job import note
+    from rlhf_dist.hardware import parse_cluster
+
+    if arguments.nodes != "auto":
         try:
-            async for text in client.tail_job_logs(job):
-                if seen + len(text) > shown:
-                    sys.stdout.write(text[max(0, shown - seen) :])
-                    sys.stdout.flush()
-                seen += len(text)
-                shown = max(shown, seen)
-            return
-        except Exception:
-            await asyncio.sleep(POLL_S)
+            nodes = int(arguments.nodes)
+        except ValueError:
+            nodes = 0
+        if nodes < 1:
+            raise ConfigError(f"--nodes must be a number from 1, or auto, got {arguments.nodes!r}")
+        return nodes
+    if arguments.node is None:
+        raise ConfigError("--nodes auto needs --node GxKIND, what a node is, e.g. 8xH100")
+    nodes, why = 1, ""
+    while nodes <= MOST_NODES:
+        cluster = parse_cluster(f"{nodes}x{arguments.node}", key="--node")
+        own = [] if nodes == 1 else [f"placement.pools.main.nodes={nodes}"]
+        try:
+            prepared(arguments.recipe, [*arguments.overrides, *own], arguments.config, cluster=cluster)
+        except ConfigError as error:
+            why = str(error)
+            if not why.lower().count("fit") and not why.lower().count("memory"):
+                raise
+            nodes *= 2
+            continue
+        note(
+            f"{nodes} nodes of {arguments.node}: the fewest on which it fits"
+            + (f" (on {nodes // 2}: {why})" if why else "")
+        )
+        return nodes
+    raise ConfigError(f"it does not fit on {MOST_NODES} nodes of {arguments.node}: {why}")
 
 
-def _stop(client: Any, job: str) -> None:
-    _note(f"stopping job {job}")
-    try:
-        client.stop_job(job)
-        deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline:
-            if client.get_job_status(job).is_terminal():
-                return
-            time.sleep(POLL_S)
-        _note(f"job {job} has not ended after {STOP_S:g} s; the cluster goes on stopping it")
-    except Exception as error:
-        _note(f"could not stop job {job}: {error}; stop it with `ray job stop {job}`")
+def _variable(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"--env must be NAME=VALUE, got {text!r}")
+    return name, value
 
 
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return int(text)
+
+
+def _place(arguments: argparse.Namespace) -> str:
+    return str(arguments.address) if arguments.to == "ray" else str(arguments.to)
+
+
+def _same(arguments: argparse.Namespace) -> str:
+    return f" --address {arguments.address}" if arguments.to == "ray" else f" --to {arguments.to}"
+
+
+def _ended(found: JobInfo) -> int:
+    from controller.submission.job import note
+
+    note(f"job {found.id}: {found.status}" + (f" ({found.message})" if found.message else ""))
+    return 0 if found.status == "succeeded" else 1
+
+
+def _show(jobs: list[JobInfo], form: str) -> None:
+    if form == "json":
+        print(json.dumps([dataclasses.asdict(one) for one in jobs]))
+        return
+    if not jobs:
+        print("no jobs")
+    for one in jobs:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.started)) if one.started else "-"
+        print(f"{one.id}  {one.status:9}  {when:19}  {one.recipe}  {one.name}  {one.message}".rstrip())

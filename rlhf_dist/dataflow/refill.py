@@ -26,7 +26,7 @@ from rlhf_dist.dataflow.graph import ColumnOrigin, GraphError, Input, Node
 from rlhf_dist.dataflow.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rlhf_dist.dataflow.trace import TracedBatch
+    from rlhf_dist.dataflow.traced_batch import TracedBatch
 
 Short = Literal["stop", "train"]
 

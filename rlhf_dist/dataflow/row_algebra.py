@@ -17,7 +17,8 @@ from rlhf_dist.dataflow.graph import ColumnOrigin, GraphError, Input, Node
 from rlhf_dist.dataflow.host import HostResult, host_op
 
 if TYPE_CHECKING:
-    from rlhf_dist.dataflow.trace import TracedBatch, Tracer
+    from rlhf_dist.dataflow.traced_batch import TracedBatch
+    from rlhf_dist.dataflow.tracer import Tracer
 
 Matching = Literal["group", "row", "parent"]
 

@@ -6,11 +6,11 @@
         v
     latency.py, generation.py, transfer.py, memory.py  seconds and bytes of a node under a strategy (cost.py)
         v
-    catalogue.py, layouts.py                           per role: strategies that fit and that none dominates
+    catalogue.py, holdings.py                           per role: strategies that fit and that none dominates
     pools.py                                           per pool: what its roles leave each other
         v
     search.py, boxes.py                                branch and bound over partitions x sizes x strategies
-    schedule.py                                        the cost of a plan, and lower bounds of it
+    step_time.py                                       the cost of a plan, and lower bounds of it
         v
     plan.py                                            the best plan, runners-up, certificate (found.py)
     explain.py, emit.py, picture.py, feasible.py       for people, for `run`, drawn, and why nothing fits

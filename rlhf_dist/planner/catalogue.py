@@ -1,6 +1,6 @@
 """All that can be done with each role on so many GPUs, made when a search asks for it.
 
-(role, GPUs) -> strategies -> layouts that none dominates, generation strategies, least seconds of every node
+(role, GPUs) -> strategies -> holdings that none dominates, generation strategies, least seconds of every node
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from rlhf_dist.model_specs import ModelSpec
 from rlhf_dist.planner.cost import NodeCost, Variants, cheapest, staircase
 from rlhf_dist.planner.generation import generation_cost, generation_floor_s
+from rlhf_dist.planner.holdings import Candidates, Holding, undominated
 from rlhf_dist.planner.latency import floor_s, inference_variants, training_variants
-from rlhf_dist.planner.layouts import Candidates, Layout, undominated
 from rlhf_dist.planner.memory import WEIGHT_BYTES, generation_weights, host_bytes, resting_bytes, usable_bytes
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.strategy import (
@@ -29,14 +29,14 @@ from rlhf_dist.planner.transfer import total_reshard_s
 from rlhf_dist.planner.work import NodeWork, Problem
 
 FULL_COPIES = Space(offload=False, frozen_zero=(0,))
-"""Layouts that inference of a trained role may copy its weights to."""
+"""Holdings that inference of a trained role may copy its weights to."""
 Wanted = Mapping[str, Mapping[str, Any]]
 """Node name -> fields of its strategy that are given: tp, pp, sp, dp, zero, offload, recompute."""
 
 
 @dataclass
 class Catalogue:
-    """Layouts of all roles of a problem, made when asked for."""
+    """Holdings of all roles of a problem, made when asked for."""
 
     problem: Problem
     machine: Machine
@@ -75,7 +75,7 @@ class Catalogue:
         return tuple(mine)
 
     def candidates(self, unit: str, gpus: int) -> Candidates:
-        """Layouts and generation strategies of a unit on so many GPUs."""
+        """Holdings and generation strategies of a unit on so many GPUs."""
         key = (unit, gpus)
         if key not in self._made:
             self._made[key] = self._make(unit, gpus)
@@ -125,10 +125,10 @@ class Catalogue:
             self._generated[key] = generation_cost(model, work, self.problem.workload, generation, self.machine, budget)
         return self._generated[key]
 
-    def least_layouts(self, unit: str, gpus: int) -> tuple[Layout, ...]:
-        """All layouts of a unit, those included that rest in more memory than there is: to say what is missing."""
+    def least_holdings(self, unit: str, gpus: int) -> tuple[Holding, ...]:
+        """All holdings of a unit, those included that rest in more memory than there is: to say what is missing."""
         role, _, half = unit.partition(".")
-        return () if half else tuple(self._layouts(role, gpus, self.nodes_of(unit), (), any_size=True))
+        return () if half else tuple(self._holdings(role, gpus, self.nodes_of(unit), (), any_size=True))
 
     # --- one unit ----------------------------------------------------------------------------------------
     def _make(self, unit: str, gpus: int) -> Candidates:
@@ -141,19 +141,19 @@ class Catalogue:
             rest = min((generation_weights(model, one) + graphs for one in generations), default=self.usable + 1)
             best = self._best_generation(generating, generations, self.usable - graphs)
             return Candidates((), generations, rest, best)
-        layouts = undominated(self._layouts(role, gpus, nodes, generations))
-        least = min((layout.rest for layout in layouts), default=self.usable + 1)
+        holdings = undominated(self._holdings(role, gpus, nodes, generations))
+        least = min((holding.rest for holding in holdings), default=self.usable + 1)
         best = dict[str, float]()
-        for layout in layouts:
-            for name, variants in layout.variants.items():
-                cost = cheapest(variants, self.usable - layout.rest)
+        for holding in holdings:
+            for name, variants in holding.variants.items():
+                cost = cheapest(variants, self.usable - holding.rest)
                 if cost is not None:
                     best[name] = min(best.get(name, cost.seconds), cost.seconds)
             for work in nodes:
-                if work.phase == "reshard" and layout.reshard:
-                    best[work.name] = min(best.get(work.name, layout.reshard[0]), *layout.reshard)
+                if work.phase == "reshard" and holding.reshard:
+                    best[work.name] = min(best.get(work.name, holding.reshard[0]), *holding.reshard)
         best |= self._best_generation(generating, generations, self.usable - least)
-        return Candidates(layouts, generations, least, best)
+        return Candidates(holdings, generations, least, best)
 
     def _best_generation(
         self, nodes: list[NodeWork], generations: tuple[Generation, ...], budget: float
@@ -165,14 +165,14 @@ class Catalogue:
                 best[work.name] = min(cost.seconds for cost in costs)
         return best
 
-    def _layouts(
+    def _holdings(
         self,
         role: str,
         gpus: int,
         nodes: tuple[NodeWork, ...],
         generations: tuple[Generation, ...],
         any_size: bool = False,
-    ) -> Iterator[Layout]:
+    ) -> Iterator[Holding]:
         model, trained = self.problem.models[role], role in self.problem.trained
         node_gpus = self.machine.cluster.gpus_per_node
         space = self._space(nodes)
@@ -189,7 +189,7 @@ class Catalogue:
             variants = {work.name: self._variants(work, strategy, trained) for work in nodes if _computes(work)}
             syncs = any(work.phase == "reshard" for work in nodes)
             reshard = tuple(total_reshard_s(model, strategy, one, self.machine) for one in generations if syncs)
-            yield Layout(strategy, rest, variants, host, reshard)
+            yield Holding(strategy, rest, variants, host, reshard)
 
     def _variants(self, work: NodeWork, strategy: Strategy, trained: bool) -> Variants:
         model, load = self.problem.models[work.role], self.problem.workload
@@ -205,7 +205,7 @@ class Catalogue:
         return staircase([*own, *self._elsewhere(work, strategy, own)]) if trained and self.space.reallocate else own
 
     def _elsewhere(self, work: NodeWork, strategy: Strategy, own: Variants) -> Iterator[tuple[float, NodeCost]]:
-        """Inference of a trained role under a layout of its own: its weights are copied over first (ReaL's view)."""
+        """Inference of a trained role under a holding of its own: its weights are copied over first (ReaL's view)."""
         model = self.problem.models[work.role]
         for other, weights, variants in self._full_copies(work, strategy.gpus):
             target = Generation(gpus=other.gpus, tp=other.tp)
@@ -221,12 +221,12 @@ class Catalogue:
                         part_names=(*cost.part_names, "reallocate"),
                         part_seconds=(*cost.part_seconds, copy_s),
                         memory_bytes=(*cost.memory_bytes[:-1], weights),
-                        layout=other,
+                        holding=other,
                     ),
                 )
 
     def _full_copies(self, work: NodeWork, gpus: int) -> list[tuple[Strategy, float, Variants]]:
-        """Layouts with a full copy on every rank, the copy's bytes per GPU, and ways to run a node under them."""
+        """Holdings with a full copy on every rank, the copy's bytes per GPU, and ways to run a node under them."""
         key = (work.name, gpus)
         if key not in self._copies:
             model, load = self.problem.models[work.role], self.problem.workload

@@ -24,8 +24,8 @@ class NodeCost(NamedTuple):
     """Whether activations are computed again in the backward pass."""
     text: str = ""
     """How it runs, where passes do not say it."""
-    layout: Strategy | None = None
-    """The layout it runs under, where that is not the one its role is held in."""
+    holding: Strategy | None = None
+    """The holding it runs under, where that is not the one its role is held in."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -49,7 +49,7 @@ class NodeCost(NamedTuple):
             return self.text
         what = f"{self.passes} pass{'es' if self.passes > 1 else ''} of {self.rows:.3g} rows"
         what += ", recompute" if self.recompute else ""
-        return f"{what}, as {self.layout.text}" if self.layout is not None else what
+        return f"{what}, as {self.holding.text}" if self.holding is not None else what
 
 
 def cost_of(

@@ -51,7 +51,7 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             role, _, half = unit.partition(".")
             if not half:
                 roles[role] = name
-                _engine(sections, comments, role, pool.layouts[role], role in problem.trained)
+                _engine(sections, comments, role, pool.holdings[role], role in problem.trained)
             else:
                 rollouts[role] = name
             if role in pool.generations:
@@ -60,13 +60,13 @@ def settings_of(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             cost = pool.costs.get(work.name)
             if cost is None:
                 continue
-            if cost.layout is not None:
-                comments.append(f"{work.name}: {cost.layout.text}, weights copied from the training layout")
+            if cost.holding is not None:
+                comments.append(f"{work.name}: {cost.holding.text}, weights copied from where it trains")
             elif work.phase == "train":
                 sections[work.role]["engine"]["activation_checkpointing"] = cost.recompute
     if plan.question.cluster.gpu.name != "CPU":
         for pool in plan.best.pools:
-            for role in pool.layouts:
+            for role in pool.holdings:
                 sections[role]["engine"] |= _passes(plan, role, pool)
             for role in pool.generations:
                 sections[role]["rollout"] |= _cache(plan, role, pool)
@@ -83,7 +83,7 @@ def _passes(plan: Plan, role: str, pool: Pool) -> dict[str, Any]:
     load = plan.question.problem.workload
     rows = [cost.rows for work in plan.question.problem.nodes if (cost := pool.costs.get(work.name)) and cost.passes
             and work.role == role]  # fmt: skip
-    tokens = max(max(rows, default=1.0) * load.row_tokens, load.longest) / pool.layouts[role].sp
+    tokens = max(max(rows, default=1.0) * load.row_tokens, load.longest) / pool.holdings[role].sp
     return {"dtype": "bfloat16", "micro_batch_tokens": ceil(tokens)}
 
 

@@ -20,7 +20,7 @@ CAUSES = {
     "zero": "gathering parameters and reducing gradients over the network",
     "optimizer": "optimizer steps",
     "offload": "loading weights from the host",
-    "reallocate": "copying weights to another layout",
+    "reallocate": "copying weights to another cut",
     "prefill": "prefill",
     "weights": "reading weights in decode steps",
     "kv": "reading keys and values in decode steps",
@@ -49,7 +49,7 @@ def memory_of(plan: Plan) -> dict[str, dict[str, float]]:
                 generation = pool.generations[role]
                 rest["weights"] = rest.get("weights", 0.0) + generation_weights(model, generation)
                 continue
-            for tensors, size in resting_bytes(model, pool.layouts[role], trained=role in problem.trained).items():
+            for tensors, size in resting_bytes(model, pool.holdings[role], trained=role in problem.trained).items():
                 rest[tensors] = rest.get(tensors, 0.0) + size
         found[f"{name} at rest"] = {tensors: size for tensors, size in rest.items() if size}
         for work in problem.nodes:
@@ -221,7 +221,7 @@ def strategy_of(found: FoundPlan, work: NodeWork) -> dict[str, Any] | None:
             one = pool.generations[work.role]
             return {"tp": one.tp, "pp": one.pp, "dp": one.replicas}
         cost = pool.costs[work.name]
-        held = cost.layout or pool.layouts[work.role]
+        held = cost.holding or pool.holdings[work.role]
         fields: dict[str, Any] = {"tp": held.tp, "sp": held.sp, "pp": held.pp, "dp": held.dp, "zero": held.zero}
         fields["offload"] = held.offload
         if work.phase == "train":
@@ -252,7 +252,7 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
     for name, pool in zip(plan.names, best.pools, strict=True):
         for unit in pool.units:
             role = unit.partition(".")[0]
-            held = pool.layouts[role].text if unit in pool.layouts else ""
+            held = pool.holdings[role].text if unit in pool.holdings else ""
             generates = pool.generations[role].text if role in pool.generations else ""
             rows.append((name, str(pool.gpus), unit, held, generates))
             name = ""

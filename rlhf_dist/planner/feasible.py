@@ -11,7 +11,7 @@ from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.boxes import Box, Partition
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.generation import least_cache_bytes
-from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.holdings import Holding
 from rlhf_dist.planner.memory import generation_weights, gib, resting_bytes
 from rlhf_dist.planner.search import INFINITE, Search, State
 from rlhf_dist.planner.work import NodeWork
@@ -40,7 +40,7 @@ def blame(search: Search, *, offload: bool = True) -> Blame:
     catalogue = search.catalogue
     gpus = max(search.fixed.values(), default=search.gpus)
     found = {
-        unit: [one for one in catalogue.least_layouts(unit, gpus) if offload or not one.strategy.offload]
+        unit: [one for one in catalogue.least_holdings(unit, gpus) if offload or not one.strategy.offload]
         for unit in catalogue.units
     }
     resting = {unit: min((one.rest for one in ways), default=0.0) for unit, ways in found.items()}
@@ -56,7 +56,7 @@ def blame(search: Search, *, offload: bool = True) -> Blame:
                     cache = least_cache_bytes(model, catalogue.problem.workload, one)
                     needs.append({"weights for generation": generation_weights(model, one), "kv_cache": cache})
             elif work.phase in ("train", "infer"):
-                needs = [_needs(layout, work.name, model, trained) for layout in ways if layout.variants[work.name]]
+                needs = [_needs(holding, work.name, model, trained) for holding in ways if holding.variants[work.name]]
             if not needs:
                 continue
             least = min(needs, key=lambda need: sum(need.values()))
@@ -69,13 +69,13 @@ def blame(search: Search, *, offload: bool = True) -> Blame:
     return worst
 
 
-def _needs(layout: Layout, node: str, model: object, trained: bool) -> dict[str, float]:
+def _needs(holding: Holding, node: str, model: object, trained: bool) -> dict[str, float]:
     from rlhf_dist.model_specs import ModelSpec
 
-    assert isinstance(model, ModelSpec), "a role with a layout has a model"
-    rest = resting_bytes(model, layout.strategy, trained=trained)
-    rest["graphs"] = layout.rest - sum(rest.values())
-    active = layout.variants[node][0][1].memory
+    assert isinstance(model, ModelSpec), "a role with a holding has a model"
+    rest = resting_bytes(model, holding.strategy, trained=trained)
+    rest["graphs"] = holding.rest - sum(rest.values())
+    active = holding.variants[node][0][1].memory
     return {name: rest.get(name, 0.0) + active.get(name, 0.0) for name in {**rest, **active}}
 
 
@@ -159,8 +159,8 @@ def _some(search: Search, partition: Partition, box: Box, looks: Iterator[int]) 
     return False
 
 
-def check_layouts(search: Search, wanted: Wanted, pools: Mapping[str, tuple[tuple[str, ...], int]]) -> None:
-    """Raise ConfigError for a role that has no layout, whatever the memory, and say which rule is broken.
+def check_holdings(search: Search, wanted: Wanted, pools: Mapping[str, tuple[tuple[str, ...], int]]) -> None:
+    """Raise ConfigError for a role that has no holding, whatever the memory, and say which rule is broken.
 
     wanted: what is asked of nodes' strategies. pools: name -> (units, GPUs), where pools are given.
     """
@@ -174,7 +174,7 @@ def check_layouts(search: Search, wanted: Wanted, pools: Mapping[str, tuple[tupl
             found = (
                 alone.candidates(unit, size).generations
                 if work.phase == "generate"
-                else alone.least_layouts(unit, size)
+                else alone.least_holdings(unit, size)
                 for size in sizes
             )
             if not any(found):
@@ -182,11 +182,11 @@ def check_layouts(search: Search, wanted: Wanted, pools: Mapping[str, tuple[tupl
                 where = f"{sizes[0]} GPUs" if len(sizes) == 1 else f"up to {sizes[-1]} GPUs"
                 why = "; ".join(_broken(catalogue, wanted[work.name], sizes, work))
                 raise ConfigError(f"placement.strategies: {work.name} cannot run as {{{asked}}} on {where}: {why}")
-        if "." not in unit and not any(catalogue.least_layouts(unit, size) for size in sizes):
+        if "." not in unit and not any(catalogue.least_holdings(unit, size) for size in sizes):
             stages = ", ".join(map(str, catalogue.space.pipeline))
             raise ConfigError(
-                f"{unit} has no layout on up to {sizes[-1]} GPUs: pipelines of {stages} stages must divide the GPUs of "
-                f"a pool and be no longer than the model's {model.layers} layers; add 1 to `pipeline`"
+                f"{unit} cannot be held on up to {sizes[-1]} GPUs: pipelines of {stages} stages must divide the GPUs "
+                f"of a pool and be no longer than the model's {model.layers} layers; add 1 to `pipeline`"
             )
 
 

@@ -28,7 +28,7 @@ from rlhf_dist.placement.roles import HOST_POOL, pool_size, rollout_of
 from rlhf_dist.planner.machine import this_machine, usual_efficiency
 from rlhf_dist.planner.memory import activation_bytes_per_token, kv_bytes_per_token, logit_bytes, usable_bytes
 from rlhf_dist.planner.strategy import Generation, Strategy
-from rlhf_dist.reshard.schedule import default_bucket_bytes
+from rlhf_dist.reshard.rounds import default_bucket_bytes
 from rlhf_dist.role_kinds import generation_of, has_training_engine
 from rlhf_dist.typed import ConfigError
 

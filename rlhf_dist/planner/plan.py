@@ -15,12 +15,12 @@ from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.boxes import Partition, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
 from rlhf_dist.planner.efficiency import Efficiency
-from rlhf_dist.planner.feasible import anything_fits, cannot_fit, check_layouts, what_is_missing
+from rlhf_dist.planner.feasible import anything_fits, cannot_fit, check_holdings, what_is_missing
 from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
 from rlhf_dist.planner.memory import usable_bytes
 from rlhf_dist.planner.rates import Machine
-from rlhf_dist.planner.schedule import Graph, Slot, simulate_steps
 from rlhf_dist.planner.search import Search
+from rlhf_dist.planner.step_time import Graph, Slot, simulate_steps
 from rlhf_dist.planner.strategy import Space
 from rlhf_dist.planner.work import Problem
 from rlhf_dist.typed import ConfigError
@@ -142,7 +142,7 @@ def make_plan(question: Question, runners_up: int = 3) -> Plan:
         pools = min(map(len, search.partitions()), default=1)
         if pools > search.gpus:
             raise ConfigError(f"{pools} pools need a GPU each at least, and {question.cluster.text} has {search.gpus}")
-        check_layouts(search, question.request.wanted, question.request.pools)
+        check_holdings(search, question.request.wanted, question.request.pools)
         if question.request.wanted:
             free = replace(question, request=replace(question.request, wanted={}))
             if anything_fits(searcher(free)):

@@ -1,7 +1,7 @@
 """One pool and the roles on it: memory ties them together.
 
 What rests of all roles, and what the node at work needs, share a GPU. A pool is decided one thing at a time (a
-layout for each unit, then how each role generates); seconds of a pool that is not fully decided are a lower
+holding for each unit, then how each role generates); seconds of a pool that is not fully decided are a lower
 bound: what is open rests in the least memory it can and runs as fast as the rest of the memory allows.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.cost import NodeCost, cheapest
-from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.holdings import Holding
 from rlhf_dist.planner.memory import generation_weights
 from rlhf_dist.planner.strategy import Generation, Strategy
 from rlhf_dist.planner.transfer import reshard_cost
 from rlhf_dist.planner.work import NodeWork
 
-Way = Layout | Generation
+Way = Holding | Generation
 Ways = tuple[Way, ...]
 
 
@@ -28,7 +28,7 @@ class Pool:
 
     units: tuple[str, ...]
     gpus: int
-    layouts: Mapping[str, Strategy]
+    holdings: Mapping[str, Strategy]
     """Role -> how it is held here."""
     generations: Mapping[str, Generation]
     """Role -> how it generates here."""
@@ -51,7 +51,7 @@ class PoolSpace:
         if len(decided) < len(units):
             one = self.catalogue.candidates(units[len(decided)], gpus)
             # Of equals the one that rests in most memory first: it moves least.
-            return one.layouts[::-1] or one.generations
+            return one.holdings[::-1] or one.generations
         roles = self.generating(units)
         at = len(decided) - len(units)
         return self.catalogue.candidates(roles[at], gpus).generations if at < len(roles) else None
@@ -73,33 +73,33 @@ class PoolSpace:
         catalogue = self.catalogue
         budget = catalogue.usable - sum(self._rest(unit, way) for unit, way in zip(units, decided, strict=False))
         generations = dict(zip(self.generating(units), decided[len(units) :], strict=True))
-        layouts: dict[str, Strategy] = {}
+        holdings: dict[str, Strategy] = {}
         costs: dict[str, NodeCost | None] = {}
         for unit, way in zip(units, decided, strict=False):
             role = unit.partition(".")[0]
             if isinstance(way, Generation):
                 generations[role] = way
             else:
-                layouts[role] = way.strategy
+                holdings[role] = way.strategy
                 costs |= {name: cheapest(variants, budget) for name, variants in way.variants.items()}
             for work in catalogue.nodes_of(unit):
                 if work.phase == "generate":
                     own = self._weights(unit, way) if isinstance(way, Generation) else 0.0
                     generation = generations[role]
-                    assert isinstance(generation, Generation), "layouts come first, generation strategies after"
+                    assert isinstance(generation, Generation), "holdings come first, generation strategies after"
                     costs[work.name] = catalogue.generation(work, generation, budget + own)
                 elif work.phase == "reshard":
                     generation = generations[role]
-                    assert isinstance(generation, Generation) and isinstance(way, Layout), "as above"
+                    assert isinstance(generation, Generation) and isinstance(way, Holding), "as above"
                     model = catalogue.problem.models[role]
                     costs[work.name] = reshard_cost(model, way.strategy, generation, catalogue.machine)
         final = {name: cost for name, cost in costs.items() if cost is not None}
         assert len(final) == len(costs), "a pool that does not fit is not decided upon"
         chosen = {role: one for role, one in generations.items() if isinstance(one, Generation)}
-        return Pool(units, gpus, layouts, chosen, final)
+        return Pool(units, gpus, holdings, chosen, final)
 
     def _rest(self, unit: str, way: Way) -> float:
-        if isinstance(way, Layout):
+        if isinstance(way, Holding):
             return way.rest
         return self._weights(unit, way) + self.catalogue.machine.efficiency.graphs_bytes
 
@@ -114,25 +114,25 @@ class PoolSpace:
             for at, unit in enumerate(units)
         ]
         budget = catalogue.usable - sum(rests)
-        hosted = sum(way.host for way in decided if isinstance(way, Layout))
+        hosted = sum(way.host for way in decided if isinstance(way, Holding))
         if budget < 0 or hosted > catalogue.usable_host:
             return None
         seconds: dict[str, float] = {}
         for at, one in enumerate(found):
-            layouts, slack = one.layouts, one.least_rest
+            holdings, slack = one.holdings, one.least_rest
             if at < len(decided):
                 way = decided[at]
-                layouts, slack = ((way,), 0.0) if isinstance(way, Layout) else ((), rests[at])
-            for name in layouts[0].variants if layouts else ():
+                holdings, slack = ((way,), 0.0) if isinstance(way, Holding) else ((), rests[at])
+            for name in holdings[0].variants if holdings else ():
                 fastest = None
-                for layout in layouts:
-                    cost = cheapest(layout.variants[name], budget + slack - (layout.rest if slack else 0.0))
+                for holding in holdings:
+                    cost = cheapest(holding.variants[name], budget + slack - (holding.rest if slack else 0.0))
                     if cost is not None and (fastest is None or cost.seconds < fastest):
                         fastest = cost.seconds
                 if fastest is None:
                     return None
                 seconds[name] = fastest
-            if not self._generate(units, gpus, decided, at, layouts, budget, rests[at], seconds):
+            if not self._generate(units, gpus, decided, at, holdings, budget, rests[at], seconds):
                 return None
         return seconds
 
@@ -142,7 +142,7 @@ class PoolSpace:
         gpus: int,
         decided: Ways,
         at: int,
-        layouts: tuple[Layout, ...],
+        holdings: tuple[Holding, ...],
         budget: float,
         rest: float,
         seconds: dict[str, float],
@@ -161,7 +161,7 @@ class PoolSpace:
         own = rest - catalogue.machine.efficiency.graphs_bytes if unit not in roles else 0.0
         ways: list[dict[str, float]] = []
         for number in asked:
-            way_s = self._way_seconds(nodes, every[number], number, layouts, budget, own)
+            way_s = self._way_seconds(nodes, every[number], number, holdings, budget, own)
             if way_s is not None:
                 ways.append(way_s)
         if not ways:
@@ -178,7 +178,7 @@ class PoolSpace:
         nodes: list[NodeWork],
         way: Generation,
         number: int,
-        layouts: tuple[Layout, ...],
+        holdings: tuple[Holding, ...],
         budget: float,
         own: float,
     ) -> dict[str, float] | None:
@@ -193,5 +193,5 @@ class PoolSpace:
             elif generation_weights(self.catalogue.problem.models[work.role], way) > budget:
                 return None
             else:
-                seconds[work.name] = min(layout.reshard[number] for layout in layouts)
+                seconds[work.name] = min(holding.reshard[number] for holding in holdings)
         return seconds

@@ -23,9 +23,9 @@ from rlhf_dist.planner.boxes import Box, Boxes, Partition, partitions
 from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.cost import NodeCost
 from rlhf_dist.planner.found import Certificate, FoundPlan, SearchResult
-from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.holdings import Holding
 from rlhf_dist.planner.pools import PoolSpace, Ways
-from rlhf_dist.planner.schedule import Graph, bound, step_seconds
+from rlhf_dist.planner.step_time import Graph, bound, step_seconds
 from rlhf_dist.planner.strategy import Generation
 from rlhf_dist.planner.transfer import reshard_cost
 
@@ -282,7 +282,7 @@ class Search:
         for work in self.catalogue.problem.nodes:
             if work.phase == "reshard" and work.role in self.catalogue.separate:
                 source, target = decided.get(work.role), decided.get(f"{work.role}.rollout")
-                if isinstance(source, Layout) and isinstance(target, Generation):
+                if isinstance(source, Holding) and isinstance(target, Generation):
                     model, machine = self.catalogue.problem.models[work.role], self.catalogue.machine
                     costs[work.name] = reshard_cost(model, source.strategy, target, machine, same_pool=False)
         return costs

@@ -1,6 +1,6 @@
 """Parallel strategies: how a role's weights are spread over the GPUs of its pool, and how it generates.
 
-A training or inference layout of n GPUs is tp x sp x pp x dp. tp shares every matrix, sp (Ulysses) shares
+A training or inference holding of n GPUs is tp x sp x pp x dp. tp shares every matrix, sp (Ulysses) shares
 sequences, pp shares layers; over dp x sp, ZeRO shards optimizer state (1), gradients (2) and parameters (3;
 what FSDP2 does). tp and sp stay inside a node.
 """
@@ -82,13 +82,13 @@ class Space:
     plain_zero: bool = False
     """ZeRO-1 and offloading only without tp and sp: here DeepSpeed does them, and it has neither."""
     reallocate: bool = True
-    """Whether inference of a trained role may copy its weights to a layout of its own."""
+    """Whether inference of a trained role may copy its weights to a holding of its own."""
     generation_pipeline: bool = True
     """Whether generation may share layers where a node cannot hold the model."""
 
 
 def training_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Strategy]:
-    """All layouts of a trained role on `gpus` GPUs."""
+    """All holdings of a trained role on `gpus` GPUs."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
         if (tp > 1 and not space.tensor) or (sp > 1 and not space.sequence):
             continue
@@ -104,7 +104,7 @@ def training_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: 
 
 
 def frozen_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Strategy]:
-    """All layouts of a role that does not learn."""
+    """All holdings of a role that does not learn."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
         if (sp > 1 and not space.frozen_sequence) or (tp > 1 and not space.tensor):
             continue

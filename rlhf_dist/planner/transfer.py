@@ -1,4 +1,4 @@
-"""Seconds of moving the actor's weights from its training layout to its generation layout.
+"""Seconds of moving the actor's weights from its training holding to its generation holding.
 
 In the same pool a GPU lacks what its training shard does not hold of its generation shard. With ranks paired as in
 HybridFlow (section 5, equation for HybridFlow: the training shard lies inside the generation shard) that is

@@ -35,7 +35,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 class LayoutError(ValueError):
-    """A layout, or a pair of them, that no plan can be made of."""
+    """A layout, or a pair of them, that no routes can be made of."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from workers.engines.model.attention import Packing, packed_attention, running
 from workers.engines.model.log_probs import Head, log_probs_and_entropy, log_probs_of_logits
 from workers.engines.model.packing import micro_batches, pack
 from workers.engines.model.ways import Way
-from workers.engines.training.schedule import learning_rate
+from workers.engines.training.learning_rate import learning_rate
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from typing import Any
 from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.cost import cheapest
 from rlhf_dist.planner.generation import generation_cost
-from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.holdings import Holding
 from rlhf_dist.planner.memory import generation_weights
-from rlhf_dist.planner.schedule import step_seconds
 from rlhf_dist.planner.search import INFINITE, Search
+from rlhf_dist.planner.step_time import step_seconds
 from rlhf_dist.planner.strategy import Generation, Strategy, generation_strategies
 from rlhf_dist.planner.transfer import reshard_cost
 
@@ -53,7 +53,7 @@ def _pool(search: Search, block: Sequence[str], gpus: int, most: int) -> Iterato
     seen: set[Any] = set()
     for ways in product(*held):
         budget = catalogue.usable - sum(_rest(catalogue, unit, way) for unit, way in zip(block, ways, strict=True))
-        host = sum(way.host for way in ways if isinstance(way, Layout))
+        host = sum(way.host for way in ways if isinstance(way, Holding))
         if budget < 0 or host > catalogue.usable_host:
             continue
         for chosen in product(*generations):
@@ -73,7 +73,7 @@ def _seconds(
     for unit, way in ways.items():
         role = unit.partition(".")[0]
         model = problem.models[role]
-        if isinstance(way, Layout):
+        if isinstance(way, Holding):
             for name, variants in way.variants.items():
                 cost = cheapest(variants, budget)
                 if cost is None:
@@ -89,7 +89,7 @@ def _seconds(
                 if cost is None:
                     return None
                 found[work.name] = cost.seconds
-            elif work.phase == "reshard" and isinstance(way, Layout):
+            elif work.phase == "reshard" and isinstance(way, Holding):
                 found[work.name] = reshard_cost(model, way.strategy, generation, machine).seconds
     return found
 
@@ -110,7 +110,7 @@ def _ways(catalogue: Catalogue, unit: str, gpus: int) -> list[Any]:
     return (
         _generations(catalogue, role, gpus)
         if half
-        else list(catalogue._layouts(role, gpus, catalogue.nodes_of(unit), ()))
+        else list(catalogue._holdings(role, gpus, catalogue.nodes_of(unit), ()))
     )
 
 
@@ -120,7 +120,7 @@ def _generations(catalogue: Catalogue, role: str, gpus: int) -> list[Generation]
 
 
 def _rest(catalogue: Catalogue, unit: str, way: Any) -> float:
-    if isinstance(way, Layout):
+    if isinstance(way, Holding):
         return way.rest
     model = catalogue.problem.models[unit.partition(".")[0]]
     return generation_weights(model, way) + catalogue.machine.efficiency.graphs_bytes

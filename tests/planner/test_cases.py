@@ -147,7 +147,7 @@ def test_given_strategies_are_kept_and_priced() -> None:
     }
     plan = make_plan(parse_case(case(placement={"preset": "colocate", "strategies": strategies})), 0)
     (pool,) = plan.best.pools
-    assert pool.layouts["actor"].tp == 8 and pool.layouts["actor"].zero == 1 and pool.layouts["critic"].tp == 4
+    assert pool.holdings["actor"].tp == 8 and pool.holdings["actor"].zero == 1 and pool.holdings["critic"].tp == 4
     assert pool.generations["actor"].tp == 4 and pool.costs["actor.update_actor"].recompute
     free = make_plan(parse_case(case(placement="colocate")), 0).best
     assert pool.costs["actor.update_actor"].seconds > free.costs["actor.update_actor"].seconds

@@ -20,7 +20,7 @@ from rlhf_dist.planner.boxes import partitions, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue
 from rlhf_dist.planner.efficiency import Efficiency
 from rlhf_dist.planner.generation import generation_cost, generation_floor_s
-from rlhf_dist.planner.layouts import Layout
+from rlhf_dist.planner.holdings import Holding
 from rlhf_dist.planner.plan import make_plan, searcher
 from rlhf_dist.planner.rates import Machine
 from rlhf_dist.planner.search import INFINITE, NEAR, Search
@@ -173,23 +173,23 @@ def test_a_search_that_is_cut_short_has_a_plan_and_says_the_gap(monkeypatch: pyt
     assert 0 < result.certificate.gap < 1
 
 
-def test_a_layout_is_dominated_only_by_one_that_is_better_in_any_memory() -> None:
+def test_a_holding_is_dominated_only_by_one_that_is_better_in_any_memory() -> None:
     question = paper(2, "llama2-7b")
     catalogue = searcher(question).catalogue
-    layouts = [*catalogue.least_layouts("critic", 16)]
-    kept = set(map(id, catalogue.candidates("critic", 16).layouts))
-    assert 0 < len(kept) <= len(layouts)
-    for one, other in product(layouts[:12], repeat=2):
+    holdings = [*catalogue.least_holdings("critic", 16)]
+    kept = set(map(id, catalogue.candidates("critic", 16).holdings))
+    assert 0 < len(kept) <= len(holdings)
+    for one, other in product(holdings[:12], repeat=2):
         if one is not other and one.dominates(other):
             assert one.rest <= other.rest
             for budget in (1e9, 5e9, 2e10, 6e10):
                 for node in other.variants:
-                    mine, theirs = (_at(layout, node, budget + other.rest - layout.rest) for layout in (one, other))
+                    mine, theirs = (_at(holding, node, budget + other.rest - holding.rest) for holding in (one, other))
                     assert mine <= theirs
 
 
-def _at(layout: Layout, node: str, budget: float) -> float:
-    fits = [cost.seconds for need, cost in layout.variants[node] if need <= budget]
+def _at(holding: Holding, node: str, budget: float) -> float:
+    fits = [cost.seconds for need, cost in holding.variants[node] if need <= budget]
     return min(fits, default=INFINITE)
 
 

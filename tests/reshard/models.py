@@ -1,4 +1,4 @@
-"""Parameter lists of real models, for plans that need no weights."""
+"""Parameter lists of real models, for routes that need no weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_dist.reshard.layout import Layout
-from rlhf_dist.reshard.plan import make_plan
+from rlhf_dist.reshard.routes import make_routes
 from tests.reshard import strict
 from tests.reshard.random_layouts import random_pair
 from workers.reshard.link import Link, SyncStopped
@@ -85,11 +85,11 @@ def round_trips(first: int, count: int, name: str = "trips", world: int = 4) -> 
         source, target = random_pair(random.Random(seed), world)
         full = whole(target, seed % 7)
         wanted = {n: t.to(getattr(torch, target.parameters[n].dtype)) for n, t in full.items()}
-        there, met = make_plan(source, target), link(name)
+        there, met = make_routes(source, target), link(name)
         met.meet()
         middle = moved(blank(target, rank), name)
         WeightSync(there, rank, BUCKET, met).run(seed, moved(shards_of(full, source, rank), name), middle)
-        back = make_plan(target, source)
+        back = make_routes(target, source)
         end = moved(blank(source, rank), name)
         report = WeightSync(back, rank, BUCKET, met).run(seed, middle, end)
         for held, layout in ((middle, target), (end, source)):
@@ -121,7 +121,7 @@ def one_sync(
     target = parallel_layout(cuts, rollout_grid(rollout_axes(4, 2))[:, None, :], "bfloat16")
     source = Layout(4, {n: ParameterLayout.from_mesh(c.shape, "bfloat16", np.arange(4), [0]) for n, c in cuts.items()})
     if name not in _syncs:
-        _syncs[name] = WeightSync(make_plan(source, target), rank, BUCKET, link(name, timeout_s, silence_s))
+        _syncs[name] = WeightSync(make_routes(source, target), rank, BUCKET, link(name, timeout_s, silence_s))
     sync = _syncs[name]
     full = whole(target, version)
     mine, theirs = shards_of(full, source, rank), blank(target, rank)
@@ -155,4 +155,4 @@ def one_sync(
         return {"error": type(error).__name__, "says": str(error), "seconds": time.perf_counter() - started}
     wanted = shards_of({n: t.bfloat16() for n, t in full.items()}, target, rank)
     equal = all(torch.equal(a, b) for n in wanted for a, b in zip(wanted[n], theirs[n], strict=True))
-    return {"equal": equal, "received": report.bytes_received, "planned": int(sync.plan.moved[rank])}
+    return {"equal": equal, "received": report.bytes_received, "planned": int(sync.routes.moved[rank])}

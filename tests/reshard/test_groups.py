@@ -20,7 +20,7 @@ from rlhf_dist.reshard.groups import (
     transition_cost,
 )
 from rlhf_dist.reshard.layout import Layout, LayoutError, ParameterLayout
-from rlhf_dist.reshard.plan import lower_bound_bytes, make_plan
+from rlhf_dist.reshard.routes import lower_bound_bytes, make_routes
 
 FIG8 = Parallel(p=1, t=4, d=2, p_g=1, t_g=2)
 
@@ -75,18 +75,18 @@ def test_a_zero_redundancy_plan_costs_what_table_2_says(sizes: Parallel) -> None
     size = 8 * 16 * 4 * 2
     source = parallel_layout(model, training_grid(sizes), "bfloat16")
     target = parallel_layout(model, generation_grid(sizes, "zero_redundancy"), "bfloat16")
-    plan = make_plan(source, target, [rank // (sizes.p * sizes.t) for rank in range(sizes.world)])
+    routes = make_routes(source, target, [rank // (sizes.p * sizes.t) for rank in range(sizes.world)])
     cost = transition_cost(sizes, "HybridFlow")
-    assert set(plan.moved.tolist()) == {int(cost.received * size)}
+    assert set(routes.moved.tolist()) == {int(cost.received * size)}
     assert set(target.bytes_per_rank().tolist()) == {int(cost.peak * size)}
-    held = target.bytes_per_rank() - plan.moved
+    held = target.bytes_per_rank() - routes.moved
     assert (source.bytes_per_rank() - held == cost.redundant * size).all()
     # With each training replica on a machine, everything arrives from the own micro data-parallel group.
     groups = groups_along(generation_grid(sizes, "zero_redundancy"), 1)
     home = {rank: set(group) for group in groups for rank in group}
-    for rows in plan.transfers.values():
+    for rows in routes.transfers.values():
         for sender, group in zip(rows.sender.tolist(), rows.group.tolist(), strict=True):
-            assert set(plan.groups[group]) <= home[sender]
+            assert set(routes.groups[group]) <= home[sender]
 
 
 @pytest.mark.parametrize(("t_g", "train_t"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 2), (2, 4)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_dist.reshard.layout import Layout, LayoutError, ParameterLayout
-from rlhf_dist.reshard.plan import make_plan
+from rlhf_dist.reshard.routes import make_routes
 from workers.engines.generation.interface import Untraceable
 from workers.reshard.offer import pair_of
 
@@ -17,7 +17,7 @@ WEIGHTS = Layout(2, {n: ParameterLayout.from_mesh((4, 2), "float32", np.arange(2
 def test_a_parameter_that_nobody_wants_is_left_out() -> None:
     source, target = pair_of(WEIGHTS, [{"a": [BOX]}, {"a": [BOX], "b": []}])
     assert list(source) == list(target) == ["a"]
-    assert make_plan(source, target).moved.tolist() == [16, 16]
+    assert make_routes(source, target).moved.tolist() == [16, 16]
 
 
 def test_a_parameter_that_nobody_sends_is_named() -> None:
@@ -30,7 +30,7 @@ def test_a_parameter_wanted_in_part_is_named_with_its_boxes() -> None:
     with pytest.raises(
         LayoutError, match=r"b of shape \[4, 2\]: boxes must cover all 8 elements, got 4 in \[\[0:2, 0:2\]\]"
     ):
-        make_plan(*pair)
+        make_routes(*pair)
 
 
 def test_one_rank_that_cannot_be_traced_speaks_for_all() -> None:

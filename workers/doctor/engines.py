@@ -29,7 +29,12 @@ from workers.reshard.colocated import ColocatedSync
 
 MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192}
 """8 M parameters. Heads of 64: vLLM's attention takes no smaller ones everywhere."""
-LIMITS = {"max_prompt_tokens": 16, "max_response_tokens": 8, "kv_cache_bytes": 16 << 20, "bucket_bytes": 1 << 20}
+LIMITS: dict[str, Any] = {
+    "max_prompt_tokens": 16,
+    "max_response_tokens": 8,
+    "kv_cache_bytes": 16 << 20,
+    "bucket_bytes": 1 << 20,
+}
 ROLLOUT = {
     "cpu": RolloutConfig(**LIMITS, dtype="float32", canary_tolerance=1e-2),
     # What vLLM's attention is made for on a GPU; in bfloat16 log-probs have outliers of 0.5.

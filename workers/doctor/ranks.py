@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_dist.reshard.groups import Cut, parallel_layout, rollout_axes, rollout_grid
 from rlhf_dist.reshard.layout import Box, Layout, ParameterLayout
-from rlhf_dist.reshard.plan import make_plan
-from rlhf_dist.reshard.schedule import default_bucket_bytes
+from rlhf_dist.reshard.rounds import default_bucket_bytes
+from rlhf_dist.reshard.routes import make_routes
 from rlhf_dist.wire import WorkerContext
 from workers.reshard.link import Link
 from workers.reshard.sync import WeightSync
@@ -79,7 +79,7 @@ class Transfer:
         link = _link(context, device) if world > 1 else None
         if link is not None:
             link.meet()
-        sync = WeightSync(make_plan(source, target), rank, default_bucket_bytes(device.type), link)
+        sync = WeightSync(make_routes(source, target), rank, default_bucket_bytes(device.type), link)
         report = sync.run(1, mine, arrived)
         for name, shards in wanted.items():
             if not all(torch.equal(a, b) for a, b in zip(arrived[name], shards, strict=True)):

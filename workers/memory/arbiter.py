@@ -75,7 +75,7 @@ class Arbiter:
         if not self.limited:
             return
         parts = engine.device_parts()
-        self._add(role, TrainingTenant(parts))
+        self._add(role, TrainingTenant({str(kind): part for kind, part in parts.items()}))
         phases = [Phase(name=f"{role}.forward", needs=frozenset({(role, "parameters")}))]
         states = frozenset((role, kind) for kind in ("parameters", "optimizer") if kind in parts)
         phases.append(Phase(name=f"{role}.write", needs=states, writes=states))

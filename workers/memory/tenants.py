@@ -68,7 +68,7 @@ class GenerationTenant:
 
     def held(self) -> Mapping[str, int]:
         """See Tenant."""
-        return self._engine.held_bytes()
+        return {str(kind): nbytes for kind, nbytes in self._engine.held_bytes().items()}
 
     def leave(self, kind: str, keep: bool) -> int:
         """See Tenant."""

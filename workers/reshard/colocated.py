@@ -1,7 +1,7 @@
 """Weight syncs of an actor whose training and generation engines share their processes (HybridFlow's HybridEngine).
 
 training layout ─┐
-                 ├─> plan (once) ─> every sync: pieces only, verified          (pieces.py)
+                 ├─> routes (once) ─> every sync: pieces only, verified          (pieces.py)
 traced layout  ──┘
 no trace?  whole tensors through vLLM's loader, verified as well; said once in the log
 """
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf_dist.config import RolloutConfig
-from rlhf_dist.reshard.schedule import default_bucket_bytes
+from rlhf_dist.reshard.rounds import default_bucket_bytes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation.interface import GenerationEngine, Untraceable
@@ -39,7 +39,7 @@ class ColocatedSync:
     def __init__(
         self, engine: TrainingEngine, rollout: GenerationEngine, config: RolloutConfig, context: WorkerContext
     ) -> None:
-        """Collective: gathers what every rank wants and makes the plan. Raises LayoutError."""
+        """Collective: gathers what every rank wants and makes the routes. Raises LayoutError."""
         self._engine, self._rollout, self._config = engine, rollout, config
         self._link: Link | None = None
         self.pieces: PieceSync | None = None
@@ -49,7 +49,7 @@ class ColocatedSync:
         nodes = context.nodes or (0,) * context.world
         device = torch.device(context.device)
         self._link = new_link(context, device)
-        wanted = [wanted_from_json(told) for told in self._gather("plan", wanted_by(rollout, offer.weights))]
+        wanted = [wanted_from_json(told) for told in self._gather("routes", wanted_by(rollout, offer.weights))]
         self._bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
         try:
             self.pieces = PieceSync(offer, wanted, nodes, context.rank, self._bucket_bytes, self._link, device)

@@ -90,7 +90,7 @@ def one_device_each(devices: Sequence[str]) -> bool:
 
 
 def _gloo_options(host: str | None, timeout_s: float) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
     create, interface = dist.ProcessGroupGloo.create_device, os.environ.get("GLOO_SOCKET_IFNAME")
     if host:

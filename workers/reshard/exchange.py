@@ -1,4 +1,4 @@
-"""Carries out one rank's schedule: copies inside the process, rounds of messages between all.
+"""Carries out one rank's rounds: copies inside the process, rounds of messages between all.
 
 packed, started     0   1 | 2 ...       round k+1 is packed and on its way while round k arrives
 arrived, unpacked       0 | 1 ...       two rounds in memory
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_dist.reshard.layout import ITEM_BYTES
-from rlhf_dist.reshard.schedule import IN_FLIGHT, Part, RankSchedule, Slice, Stream
+from rlhf_dist.reshard.rounds import IN_FLIGHT, Part, RankRounds, Slice, Stream
 from rlhf_dist.reshard.shards import Shards
 from workers.reshard.link import Link
 from workers.reshard.shared import SharedBuffer, open_buffer
@@ -28,41 +28,41 @@ from workers.reshard.shared import SharedBuffer, open_buffer
 _DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 
-def exchange(schedule: RankSchedule, source: Shards, target: Shards, link: Link | None) -> int:
+def exchange(mine: RankRounds, source: Shards, target: Shards, link: Link | None) -> int:
     """Fill the target shards from the source shards of all ranks; returns bytes received from others.
 
-    Values are cast to the target's dtype before they travel. `link` None: only for a schedule without streams.
+    Values are cast to the target's dtype before they travel. `link` None: only for rounds without streams.
     Raises SyncStopped naming phase, ranks and parameters.
     """
     if link is None:
-        assert not schedule.sends and not schedule.receives, "a schedule that sends needs a link"
-        _copy(schedule, source, target)
+        assert not mine.sends and not mine.receives, "rounds that send need a link"
+        _copy(mine, source, target)
         return 0
     link.phase = "exchange"
-    rounds = _Rounds(schedule, link) if schedule.rounds else None
-    for k in range(schedule.rounds + 1):
-        if rounds and k < schedule.rounds:
+    rounds = _Rounds(mine, link) if mine.rounds else None
+    for k in range(mine.rounds + 1):
+        if rounds and k < mine.rounds:
             rounds.start(k, source)
         if k == 0:
-            _copy(schedule, source, target)  # while the first round travels
+            _copy(mine, source, target)  # while the first round travels
         elif rounds:
             rounds.finish(k - 1, target)
-        if rounds and k < schedule.rounds:
+        if rounds and k < mine.rounds:
             rounds.swap()
-    return sum(stream.elements * ITEM_BYTES[stream.dtype] for stream in schedule.receives)
+    return sum(stream.elements * ITEM_BYTES[stream.dtype] for stream in mine.receives)
 
 
 class _Rounds:
     """The rounds of one exchange, and the memory they go through."""
 
-    def __init__(self, schedule: RankSchedule, link: Link) -> None:
-        self._schedule, self._link = schedule, link
+    def __init__(self, mine: RankRounds, link: Link) -> None:
+        self._rounds, self._link = mine, link
         to: dict[int, list[Stream]] = {}
         self._from: dict[int, list[Stream]] = {}
-        for stream in schedule.sends:
+        for stream in mine.sends:
             for peer in stream.receivers:
                 to.setdefault(peer, []).append(stream)
-        for stream in schedule.receives:
+        for stream in mine.receives:
             self._from.setdefault(stream.sender, []).append(stream)
         # What travels lies in front, in the order of ranks: an all-to-all knows lengths only.
         self._to = dict(sorted(to.items(), key=lambda item: (link.shares_with(item[0]), item[0])))
@@ -70,15 +70,15 @@ class _Rounds:
         self._shared: list[SharedBuffer] = []
         self._theirs: dict[int, list[Tensor]] = {}
         if link.any_shares:
-            self._shared = [SharedBuffer(schedule.send_bytes) for _ in range(IN_FLIGHT)]
+            self._shared = [SharedBuffer(mine.send_bytes) for _ in range(IN_FLIGHT)]
             self._send = [one.tensor for one in self._shared]
             handles = link.gather_json([one.handle for one in self._shared], "handles of shared buffers")
             for peer in self._from:
                 if link.shares_with(peer):
                     self._theirs[peer] = [open_buffer(handle) for handle in handles[peer]]
         else:
-            self._send = _buffers(schedule.send_bytes, device)
-        self._receive = _buffers(schedule.receive_bytes, device)
+            self._send = _buffers(mine.send_bytes, device)
+        self._receive = _buffers(mine.receive_bytes, device)
         self._works: list[dist.Work | None] = [None] * IN_FLIGHT
         self._places = [0] * link.world
         """Where in the send buffer of the round last packed the message to each rank begins."""
@@ -139,10 +139,10 @@ class _Rounds:
         return sorted(set(with_some))
 
     def _describe(self, k: int) -> str:
-        streams = [*self._schedule.receives, *self._schedule.sends]
+        streams = [*self._rounds.receives, *self._rounds.sends]
         parts = [part for stream, chunk in _chunks(streams, k) for part in stream.chunks[chunk]]
         names = f", parameters {parts[0].slice.name} to {parts[-1].slice.name}" if parts else ""
-        return f"round {k + 1} of {self._schedule.rounds}{names}"
+        return f"round {k + 1} of {self._rounds.rounds}{names}"
 
 
 def _buffers(nbytes: int, device: torch.device) -> list[Tensor]:
@@ -174,9 +174,9 @@ def _parts(stream: Stream, chunk: int, room: Tensor) -> Iterator[tuple[Tensor, P
         yield flat[part.at : end].view(part.size), part
 
 
-def _copy(schedule: RankSchedule, source: Shards, target: Shards) -> None:
-    for mine, theirs in schedule.copies:
-        _view(target, theirs).copy_(_view(source, mine))
+def _copy(mine: RankRounds, source: Shards, target: Shards) -> None:
+    for taken, given in mine.copies:
+        _view(target, given).copy_(_view(source, taken))
 
 
 def _view(shards: Shards, where: Slice) -> Tensor:

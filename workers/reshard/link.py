@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -89,8 +89,9 @@ class Link:
         self.rank, self.world, self.device = rank, world, device
         self._held = store  # Where this process hosts it, it ends with the last that holds on to it.
         # Connections of its own: one that a stopped host blocks is blocked for whoever else uses it.
-        self._store = dist.PrefixStore(f"reshard/{name}", store.clone())
-        self._watch = Watch(dist.PrefixStore(f"reshard/{name}/watch", store.clone()), rank, world, silence_s)
+        self._store = dist.PrefixStore(f"reshard/{name}", store.clone())  # type: ignore[attr-defined]
+        watched = dist.PrefixStore(f"reshard/{name}/watch", store.clone())  # type: ignore[attr-defined]
+        self._watch = Watch(watched, rank, world, silence_s)
         self._timeout_s, self._host, self._shares = timeout_s, host, shares
         self._machines: list[str] = []
         self._deadline = 0.0
@@ -135,11 +136,11 @@ class Link:
             self.phase = "connect"
             alone = connect.one_device_each([mark["device"] for mark in told])
             self._machines = [mark["machine"] for mark in told] if self._shares or not alone else []
-            where = self.device if alone else torch.device("cpu")
+            over = self.device if alone else torch.device("cpu")
             store = dist.PrefixStore(f"{self._epoch}/group", self._store)
             try:
                 self._connections = connect.open_connections(
-                    store, self.rank, self.world, where, self._host, self._left()
+                    store, self.rank, self.world, over, self._host, self._left()
                 )
             except RuntimeError as error:
                 raise self._stopped(others, "", self._watch.after_error(_first_line(error))) from error
@@ -195,7 +196,9 @@ class Link:
         options = AllToAllOptions()
         options.timeout = timedelta(seconds=self._left())
         return self._try(
-            lambda open_: open_.weights.alltoall_base(received, sent, list(receive_bytes), list(send_bytes), options)
+            lambda open_: cast(
+                dist.Work, open_.weights.alltoall_base(received, sent, list(receive_bytes), list(send_bytes), options)
+            )
         )
 
     def wait(self, work: dist.Work, peers: Sequence[int], what: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.reshard.layout import Layout
-from rlhf_dist.reshard.plan import make_plan
+from rlhf_dist.reshard.routes import make_routes
 from rlhf_dist.reshard.shards import Shards
 from workers.engines.training.interface import TrainingEngine
 from workers.reshard.link import Link
@@ -45,20 +45,20 @@ class PieceSync:
         """
         source, target = pair_of(offer.weights, wanted)
         self._rank, self._target = rank, target
-        self._weights = WeightSync(make_plan(source, target, nodes), rank, bucket_bytes, link)
+        self._weights = WeightSync(make_routes(source, target, nodes), rank, bucket_bytes, link)
         self._adapters = offer.adapters
         self._changes: WeightSync | None = None
         if offer.adapter_weights is not None:
             receivers = [r for r, part in enumerate(wanted) if part is not None]
             whole = whole_on(offer.adapter_weights, receivers)
-            self._changes = WeightSync(make_plan(offer.adapter_weights, whole, nodes), rank, bucket_bytes, link)
+            self._changes = WeightSync(make_routes(offer.adapter_weights, whole, nodes), rank, bucket_bytes, link)
             self._received = empty_shards(whole, rank, device)
         self._kept: dict[str, list[Tensor]] = {}
 
     @property
     def planned_bytes(self) -> int:
         """What this rank receives when all weights move."""
-        return int(self._weights.plan.moved[self._rank])
+        return int(self._weights.routes.moved[self._rank])
 
     @property
     def buffer_bytes(self) -> int:

@@ -3,7 +3,7 @@
     training pool     rank 0..p-1   TrainingEnd     ──┐  one link over all p + q ranks, senders first;
     generation pool   rank 0..q-1   GenerationEnd   ──┘  neither side knows the other's process group
 
-    first sync    names, shapes and layout to the generating ranks, the boxes they want back; all make the same plan
+    first sync    names, shapes and layout to the generating ranks, the boxes they want back; all make the same routes
     every sync    pieces only, from every training rank, verified on all p + q                        (pieces.py)
     no trace?     whole tensors, bucket by bucket, through the generation engine's loader; verified as well
 
@@ -24,8 +24,8 @@ import torch
 
 from rlhf_dist.config import RolloutConfig
 from rlhf_dist.reshard.layout import Layout
-from rlhf_dist.reshard.plan import make_plan
-from rlhf_dist.reshard.schedule import default_bucket_bytes, schedule
+from rlhf_dist.reshard.rounds import default_bucket_bytes, rounds_of
+from rlhf_dist.reshard.routes import make_routes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge
 from workers.engines.generation.interface import Bucket, GenerationEngine, Untraceable
@@ -50,21 +50,21 @@ class _End(ABC):
         host = bridge.address if rank == 0 else own_address(bridge.address)
         self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
         self.bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)
-        self._plan: PieceSync | _WholeTensors | None = None
+        self._routes: PieceSync | _WholeTensors | None = None
         self.fallback: str | None = None
         """Why whole tensors are sent; None where they are not."""
 
     def _meet(self) -> PieceSync | _WholeTensors:
-        """All ranks of both sides there, and a plan that all of them have."""
+        """All ranks of both sides there, and routes that all of them have."""
         self._link.meet()
-        with self._link.kept_while("plan"):
-            # A rank whose last attempt ended before it had one makes the others plan again with it.
-            planned = self._link.all_gather([0 if self._plan is None else 1])
-            if self._plan is None or [0] in planned:
-                self._plan = self._new_plan()
-        return self._plan
+        with self._link.kept_while("routes"):
+            # A rank whose last attempt ended before it had one makes the others make them again with it.
+            planned = self._link.all_gather([0 if self._routes is None else 1])
+            if self._routes is None or [0] in planned:
+                self._routes = self._new_routes()
+        return self._routes
 
-    def _new_plan(self) -> PieceSync | _WholeTensors:
+    def _new_routes(self) -> PieceSync | _WholeTensors:
         mine = self._offer()
         offer = Offer.from_json(self._link.broadcast_json(mine.to_json() if mine else None, 0))
         wanted = [wanted_from_json(told) for told in self._link.gather_json(self._wanted(offer))]
@@ -102,11 +102,11 @@ class TrainingEnd(_End):
         must_change: a step was made since the last sync, so some weight has to differ. Raises RuntimeErrors that say
         what is wrong and where, on all ranks of both sides.
         """
-        plan = self._meet()
-        if isinstance(plan, PieceSync):
-            report = plan.run(self._engine.version, self._engine, {}, None, None, must_change)
+        routes = self._meet()
+        if isinstance(routes, PieceSync):
+            report = routes.run(self._engine.version, self._engine, {}, None, None, must_change)
         else:
-            report = plan.send(self._engine, must_change)
+            report = routes.send(self._engine, must_change)
         if self._config.canary_tolerance:
             with self._link.kept_while("canary"):
                 send_canary(self._engine, None, self._config, self._link.gather_json)
@@ -139,21 +139,21 @@ class GenerationEnd(_End):
     def run(self) -> SyncReport:
         """Receive, install and verify a version. Raises as the other end does; generation then refuses to serve."""
         self._rollout.refuse("the last weight sync did not complete")
-        plan = self._meet()
-        if isinstance(plan, _WholeTensors):
-            report = plan.receive(self._rollout)
+        routes = self._meet()
+        if isinstance(routes, _WholeTensors):
+            report = routes.receive(self._rollout)
         else:
-            report = self._pieces(plan)
+            report = self._pieces(routes)
         if self._config.canary_tolerance:
             with self._link.kept_while("canary"):
                 send_canary(None, self._rollout, self._config, self._link.gather_json)
         return report
 
-    def _pieces(self, plan: PieceSync) -> SyncReport:
+    def _pieces(self, routes: PieceSync) -> SyncReport:
         reports: list[SyncReport] = []
 
         def sync(target: Shards, prepare: Any, finish: Any) -> int:
-            reports.append(plan.run(None, None, target, prepare, finish, must_change=False))
+            reports.append(routes.run(None, None, target, prepare, finish, must_change=False))
             return reports[0].version
 
         self._rollout.receive_shards(sync)
@@ -187,8 +187,8 @@ class _WholeTensors:
         self._buckets = []
         for part in _buckets(weights, bucket_bytes):
             whole = whole_on(part, receivers)
-            plan = make_plan(part, whole, bridge.nodes or None)
-            self._buckets.append((whole, schedule(plan, rank, bucket_bytes)))
+            routes = make_routes(part, whole, bridge.nodes or None)
+            self._buckets.append((whole, rounds_of(routes, rank, bucket_bytes)))
 
     def send(self, engine: TrainingEngine, must_change: bool) -> SyncReport:
         started = time.perf_counter()

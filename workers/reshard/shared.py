@@ -33,4 +33,5 @@ def open_buffer(handle: Handle) -> Tensor:
     """The same memory in another process of this machine. Raises RuntimeError where it cannot be reached."""
     process, file, nbytes = handle
     storage = torch.UntypedStorage.from_file(f"/proc/{process}/fd/{file}", shared=True, nbytes=nbytes)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (nbytes,))
+    memory: Tensor = torch.empty(0, dtype=torch.uint8)
+    return memory.set_(storage, 0, (nbytes,))  # type: ignore[call-overload, no-any-return]

@@ -1,7 +1,7 @@
 """One verified weight sync, as every rank that sends or receives goes through it.
 
     meet      all ranks there, connections open                                  (link.py, by the caller)
-    agree     one version, one plan
+    agree     one version, the same routes
     expect    each source rank adds up the checksum of what it holds of every target box; one all-reduce
               (the same sums as last time on every rank, where that may be: nothing to move)
     exchange  chunks                                                             (exchange.py)
@@ -23,8 +23,8 @@ import torch
 
 from rlhf_dist.reshard.checksum import box_checksum, word_bytes
 from rlhf_dist.reshard.layout import Box
-from rlhf_dist.reshard.plan import Plan
-from rlhf_dist.reshard.schedule import RankSchedule, schedule
+from rlhf_dist.reshard.rounds import RankRounds, rounds_of
+from rlhf_dist.reshard.routes import Routes
 from rlhf_dist.reshard.shards import Shards
 from workers.reshard.exchange import exchange
 from workers.reshard.link import Link, SyncStopped
@@ -40,7 +40,7 @@ class SyncReport:
 
     version: int
     parameters: int
-    """Parameters of the plan."""
+    """Parameters of the routes."""
     bytes_received: int
     """From other processes."""
     seconds: float
@@ -58,26 +58,26 @@ def check_changed(version: int, last: object, now: object) -> None:
 
 @dataclass
 class WeightSync:
-    """The part of one rank in all syncs of one plan. Every rank calls `run` alike; see the module's picture."""
+    """The part of one rank in all syncs of the same routes. Every rank calls `run` alike; see the module's picture."""
 
-    plan: Plan
+    routes: Routes
     rank: int
     bucket_bytes: int
     link: Link | None
     """None: one rank alone."""
 
     def __post_init__(self) -> None:
-        digests = int(self.plan.source.digest[:15], 16) ^ int(self.plan.target.digest[:15], 16)
+        digests = int(self.routes.source.digest[:15], 16) ^ int(self.routes.target.digest[:15], 16)
         self._digest = digests ^ self.bucket_bytes
-        self._schedule: RankSchedule = schedule(self.plan, self.rank, self.bucket_bytes)
-        self._boxes = _TargetBoxes(self.plan, self.rank)
+        self._rounds: RankRounds = rounds_of(self.routes, self.rank, self.bucket_bytes)
+        self._boxes = _TargetBoxes(self.routes, self.rank)
         self._last: torch.Tensor | None = None
         """Checksums of the last sync that succeeded."""
 
     @property
     def buffer_bytes(self) -> int:
         """Memory that this rank's messages take."""
-        return self._schedule.buffer_bytes
+        return self._rounds.buffer_bytes
 
     def run(
         self,
@@ -107,7 +107,7 @@ class WeightSync:
                 return SyncReport(version, 0, 0, clock.total, clock.laps)
             if prepare:
                 prepare()
-            received = exchange(self._schedule, source, target, self.link)
+            received = exchange(self._rounds, source, target, self.link)
             clock.lap("exchange")
         except Exception as error:
             # Peers that wait for this rank's elements can be told in no other way.
@@ -130,7 +130,7 @@ class WeightSync:
         self._commit(version, failure)
         clock.lap("commit")
         self._last = expected
-        return SyncReport(version, len(self.plan.transfers), received, clock.total, clock.laps)
+        return SyncReport(version, len(self.routes.transfers), received, clock.total, clock.laps)
 
     def _agree(self, version: int | None) -> tuple[int, bool]:
         """The version of all ranks, and whether all of them remember the same last sync."""
@@ -141,7 +141,7 @@ class WeightSync:
         last = -1 if self._last is None else hash(tuple(self._last.tolist())) & (1 << 62) - 1
         told = self.link.all_gather([-1 if version is None else version, self._digest, last])
         versions = {rank: values[0] for rank, values in enumerate(told) if values[0] >= 0}
-        for what, given in (("version", versions), ("plan", {rank: values[1] for rank, values in enumerate(told)})):
+        for what, given in (("version", versions), ("routes", {rank: values[1] for rank, values in enumerate(told)})):
             if len(set(given.values())) != 1:
                 each = ", ".join(f"rank {rank}: {value}" for rank, value in given.items())
                 raise SyncFailed(f"all ranks must sync one {what}, got {each or 'none'}")
@@ -186,15 +186,15 @@ class WeightSync:
 class _TargetBoxes:
     """Which checksums are taken: one for each distinct target box of each parameter."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, routes: Routes, rank: int) -> None:
         self._terms: list[tuple[int, str, int, tuple[slice, ...], Box, int]] = []
         """(slot, parameter, source shard, where in it, box, word) of what this rank answers for."""
         self._held: list[tuple[int, str, int, Box, int]] = []
         """(slot, parameter, target shard, box, word) of what it holds afterwards."""
         self._shape: dict[str, tuple[int, ...]] = {}
         self.slots = 0
-        for name, t in plan.target.parameters.items():
-            s = plan.source.parameters[name]
+        for name, t in routes.target.parameters.items():
+            s = routes.source.parameters[name]
             self._shape[name] = s.shape
             width = word_bytes(s.__class__(s.shape, t.dtype, s.rank, s.start, s.stop), t)
             first, set_of = t.distinct
@@ -212,7 +212,7 @@ class _TargetBoxes:
                         where = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, s.box(i), strict=True))
                         self._terms.append((self.slots + slot, name, k, where, box, width))
             self.slots += len(first)
-        self._dtype = {name: getattr(torch, t.dtype) for name, t in plan.target.parameters.items()}
+        self._dtype = {name: getattr(torch, t.dtype) for name, t in routes.target.parameters.items()}
 
     def of_source(self, source: Shards) -> torch.Tensor:
         """[slots] this rank's summands, on the CPU."""

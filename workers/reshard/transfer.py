@@ -1,6 +1,6 @@
 """Weights from one training engine to another, of the same processes or of another pool.
 
-    source engine    layout, local shards ──┐  plan (once) ─> every transfer: pieces only, verified       (sync.py)
+    source engine    layout, local shards ──┐  routes (once) ─> every transfer: pieces only, verified       (sync.py)
     target engine    layout, its masters  ──┘
 
     copy      pieces arrive in the target's master weights
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rlhf_dist.reshard.encoding import layout_from_json, layout_to_json
 from rlhf_dist.reshard.layout import Layout
-from rlhf_dist.reshard.plan import make_plan
-from rlhf_dist.reshard.schedule import default_bucket_bytes
+from rlhf_dist.reshard.rounds import default_bucket_bytes
+from rlhf_dist.reshard.routes import make_routes
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.wire import Bridge
 from workers.engines.training.interface import TrainingEngine
@@ -44,7 +44,7 @@ class WeightTransfer:
         nodes: Sequence[int],
         device: torch.device,
     ) -> None:
-        """Collective: makes the plan. source, target: None on a rank that has only the other. link: None for one rank
+        """Collective: makes the routes. source, target: None on a rank that has only the other. link: None for one rank
         alone. ranks: of the source's and the target's group, among all. nodes: machine of each rank.
 
         Raises LayoutError for models that differ in names or shapes.
@@ -55,11 +55,11 @@ class WeightTransfer:
             sent, held = source.layout(), target.layout()
         else:
             link.meet()
-            with link.kept_while("plan"):
+            with link.kept_while("routes"):
                 sent, held = (self._told(one, mine) for one, mine in zip((source, target), ranks, strict=True))
-        plan = make_plan(_in_dtypes_of(held, sent), held, nodes)
+        routes = make_routes(_in_dtypes_of(held, sent), held, nodes)
         self._layout, bucket_bytes = held, default_bucket_bytes(device.type)
-        self._sync = WeightSync(plan, rank, bucket_bytes, link)
+        self._sync = WeightSync(routes, rank, bucket_bytes, link)
         self.staging_bytes = int(held.bytes_per_rank()[rank])
         """Of a copy of what this rank holds of the target's master weights."""
 

@@ -94,7 +94,7 @@ def _start(hf: nn.Module, seed: int) -> None:
 
 def _linear_layers(hf: PreTrainedModel) -> list[str]:
     """Names of all linear layers but the head's."""
-    ends = (hf.get_output_embeddings(), getattr(hf, "score", None))  # type: ignore[no-untyped-call]
+    ends = (hf.get_output_embeddings(), getattr(hf, "score", None))
     return [
         name
         for name, module in hf.named_modules()

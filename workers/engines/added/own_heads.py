@@ -43,7 +43,7 @@ def head_name(parameter: str) -> str:
 
 def width_of(hf: PreTrainedModel) -> int:
     """H, of a model's last states."""
-    layer: Any = getattr(hf, "score", None) or hf.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layer: Any = getattr(hf, "score", None) or hf.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     return int(hf.config.get_text_config().hidden_size if weight is None else weight.shape[1])
 

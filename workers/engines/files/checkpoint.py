@@ -85,7 +85,8 @@ class CheckpointWriter:
     def _group(self) -> dist.ProcessGroup:
         """What background saves talk over; made by the first, since most engines (frozen ones) never save."""
         ranks = dist.get_process_group_ranks(self._world)
-        return dist.new_group(ranks, timeout=timedelta(seconds=SAVE_TIMEOUT_S), backend="gloo")
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=timedelta(seconds=SAVE_TIMEOUT_S), backend="gloo")
+        return group
 
     def save(self, folder: Path, state: State, card: ModelCard, config: Any, source: Path) -> Future[None]:
         """Copy `state`, then write it to `folder`, which all ranks share; the future ends when all have. Collective.

@@ -169,7 +169,8 @@ def _base(card: ModelCard, name: str) -> Tensor:
     for file in sorted(Path(card.source).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             if found := next((n for n in names if n in weights.keys()), None):
-                return weights.get_tensor(found).float()
+                base: Tensor = weights.get_tensor(found).float()
+                return base
     raise BrokenCheckpoint(
         f"the checkpoint holds adapters only, and {card.source}, where training started, has no {name}; "
         "put the model folder back, or export with --adapter"

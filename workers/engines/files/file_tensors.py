@@ -130,8 +130,7 @@ def _parts(
     """`tensor` lies at `file_box` of a file tensor."""
     if parameter := names.get(_memory(tensor)):
         shape = shapes[parameter]
-        view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-        box, order = box_of(parameter, shape, *view)
+        box, order = box_of(parameter, shape, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         dims = tuple(order.index(k) if k in order else None for k in range(tensor.ndim))
         # A dim of one element may run along any of the parameter's: along its own, where they are in line.
         if len(shape) == tensor.ndim:

@@ -118,7 +118,7 @@ def _whole(folder: Path, family: Any, made: Mapping[str, Any], init: str, head: 
         _check_head(folder, {*info["unexpected_keys"], *(() if new_head else (HEAD,))}, head, trained)
     if new_head and isinstance(getattr(hf, "score", None), nn.Linear):
         nn.init.zeros_(hf.score.weight)
-    return hf  # type: ignore[no-any-return]
+    return hf
 
 
 def _check_head(folder: Path, held: set[str], head: Head, trained: bool) -> None:

@@ -67,7 +67,7 @@ def _local(tensor: Any) -> Iterator[Tensor]:
 
 def _on_host(tensor: Any) -> Any:
     if isinstance(tensor, ShardedTensor):
-        held = [
+        held: list[tuple[Any, int, int]] = [
             (one.placement.rank(), one.shard_offsets[0], one.shard_offsets[0] + one.shard_sizes[0])  # type: ignore[union-attr]
             for one in tensor.metadata().shards_metadata
         ]

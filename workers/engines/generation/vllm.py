@@ -258,7 +258,7 @@ class VllmEngine(SyncedEngine):
         vllm_weights.invalidate(self._model)
 
     def _install(self, bucket: Bucket) -> None:
-        self._model.load_weights(bucket)
+        self._model.load_weights(bucket)  # type: ignore[operator]
 
     def _finish_install(self, version: int, expected: Mapping[str, int]) -> None:
         if names := vllm_weights.unwritten(self._model):
@@ -310,7 +310,8 @@ class VllmEngine(SyncedEngine):
         """
         self._begin_install()
         source = DefaultModelLoader.Source(str(folder), revision=None)
-        self._model.load_weights(DefaultModelLoader(LoadConfig())._get_weights_iterator(source))
+        weights = DefaultModelLoader(LoadConfig())._get_weights_iterator(source)
+        self._model.load_weights(weights)  # type: ignore[operator]
         if names := vllm_weights.unwritten(self._model):
             raise ValueError(f"{folder} must hold every parameter of vLLM's model, and lacks {', '.join(names[:3])}")
         self._make_ready(self._version)

@@ -71,7 +71,7 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
     watch = _Watch(model, probes)
     try:
         with torch.no_grad(), watch:
-            model.load_weights(iter(probes.items()))
+            model.load_weights(iter(probes.items()))  # type: ignore[operator]
     except Untraceable:
         raise
     except Exception as error:
@@ -115,7 +115,7 @@ class _Watch(TorchDispatchMode):
         if into is None or _memory(into) not in self._parameters:
             return func(*args, **(kwargs or {}))
         name, parameter = self._parameters[_memory(into)]
-        window = Window(name, tuple(into.shape), into.stride(), into.storage_offset())
+        window = Window(name, tuple(into.shape), into.stride(), int(into.storage_offset()))
         if func is torch.ops.aten.copy_.default:
             source = args[1].expand_as(into)
             probe = self._probes.get(_memory(source))

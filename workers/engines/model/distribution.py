@@ -32,7 +32,7 @@ def over_vocabulary(
     given: [T, ...] each, cut as the tokens are; they get no gradient.
     """
     check_temperature(temperature)
-    result: Tensor = _Reduced.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _Reduced.apply(
         hidden, head.weight, head.bias, head.scale, head.softcap, 1.0 / temperature, chunk_tokens, reduce, *given
     )
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,14 @@ _SOFTCAP = "final_logit_softcapping"
 def trunk_of(hf: PreTrainedModel) -> nn.Module:
     """The part of a model that ends with hidden states; of some families the library takes the whole model for it."""
     if hf.base_model is not hf:
-        return hf.base_model
-    return next((child for child in hf.children() if isinstance(child, PreTrainedModel)), hf)
+        return cast(nn.Module, hf.base_model)
+    models = (child for child in hf.children() if isinstance(child, PreTrainedModel))
+    return cast(nn.Module, next(models, hf))
 
 
 def matrix_head(hf: PreTrainedModel, split: TokenSplit) -> Head | None:
     """The head as a matrix with what the config says about its logits; None for a model whose head is none."""
-    layer: Any = hf.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layer: Any = hf.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if weight is None:
         return None

@@ -40,7 +40,7 @@ def log_probs_and_entropy(
     Raises ValueError for a temperature that is not positive.
     """
     check_temperature(temperature)
-    result: tuple[Tensor, Tensor] = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _ChunkedHead.apply(
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, 1.0 / temperature, chunk_tokens, with_entropy
     )
     return result

@@ -47,7 +47,7 @@ class RowMixer:
         """Of the pass that is going on; None where the library's own rows go through."""
         self._forward = mixer.forward
         self.__signature__ = inspect.signature(mixer.forward)
-        mixer.forward = self  # type: ignore[method-assign, assignment]
+        mixer.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packing = self.packing

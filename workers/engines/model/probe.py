@@ -149,7 +149,7 @@ def _head(trial: Try, batch: Batch, truth: Outputs, dtype: str, refused: list[st
     first = batch.take(np.array([0]))
     tokens = first["response_ids"].lengths[0]
     for head in ("matrix", "library"):
-        found = trial(first, Way(rows="alone", attention="eager", head=head))  # type: ignore[arg-type]
+        found = trial(first, Way(rows="alone", attention="eager", head=head))
         wrong = _difference(found, {name: values[:tokens] for name, values in truth.items()}, dtype)
         if wrong <= TOLERANCE[dtype] and not (head == "matrix" and cap):
             return head

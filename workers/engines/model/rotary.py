@@ -40,7 +40,7 @@ def rotate_by_row(model: nn.Module) -> int | None:
         if "longrope" in found or any("dynamic" in kind for kind in found):
             by_row = _ByRow(module)
             limits.append(by_row.limit)
-            module.forward = by_row  # type: ignore[method-assign, assignment]
+            module.forward = by_row
     return min(limits, default=None)
 
 

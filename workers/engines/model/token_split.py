@@ -49,7 +49,7 @@ def gather_tokens(mine: Tensor, counts: tuple[int, ...], split: TokenSplit) -> T
     """[counts[rank], ...] of each rank of the group -> [sum(counts), ...] on all; differentiable."""
     if split.group is None:
         return mine
-    gathered: Tensor = _Gather.apply(mine, counts, split)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(mine, counts, split)
     return gathered
 
 
@@ -57,7 +57,7 @@ def summed_gradient(tensor: Tensor, split: TokenSplit) -> Tensor:
     """`tensor` itself; its gradient is summed over the ranks that share the head's work."""
     if split.tensor_group is None:
         return tensor
-    same: Tensor = _SummedGradient.apply(tensor, split.tensor_group)  # type: ignore[no-untyped-call]
+    same: Tensor = _SummedGradient.apply(tensor, split.tensor_group)
     return same
 
 
@@ -66,7 +66,7 @@ def heads_for_tokens(states: Tensor, split_group: dist.ProcessGroup) -> Tensor:
     heads, tokens, size = states.shape
     ranks = dist.get_world_size(split_group)
     sent = states.reshape(ranks, heads // ranks, tokens, size).contiguous()
-    received: Tensor = _AllToAll.apply(sent, split_group)  # type: ignore[no-untyped-call]
+    received: Tensor = _AllToAll.apply(sent, split_group)
     return received.transpose(0, 1).reshape(heads // ranks, ranks * tokens, size)
 
 
@@ -75,7 +75,7 @@ def tokens_for_heads(states: Tensor, split_group: dist.ProcessGroup) -> Tensor:
     tokens, heads, size = states.shape
     ranks = dist.get_world_size(split_group)
     sent = states.reshape(ranks, tokens // ranks, heads, size).contiguous()
-    received: Tensor = _AllToAll.apply(sent, split_group)  # type: ignore[no-untyped-call]
+    received: Tensor = _AllToAll.apply(sent, split_group)
     return received.transpose(0, 1).reshape(tokens // ranks, ranks * heads, size)
 
 

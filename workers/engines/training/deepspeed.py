@@ -130,8 +130,8 @@ class DeepSpeedEngine(PackedEngine):
     def _forget_other_passes(self, outputs: tuple[str, ...]) -> None:
         """Stage 3 fetches parameters in the order of the pass before, and takes another order for an error; what is
         asked of the model decides which parameters a pass needs."""
-        optimizer = getattr(self._engine, "optimizer", None)
-        offload = getattr(optimizer, "parameter_offload", optimizer)  # a frozen engine has nothing else there
+        optimizer: Any = getattr(self._engine, "optimizer", None)
+        offload: Any = getattr(optimizer, "parameter_offload", optimizer)  # a frozen engine has nothing else there
         if hasattr(offload, "get_param_coordinator") and outputs != self._passed:
             coordinator = offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
@@ -141,7 +141,7 @@ class DeepSpeedEngine(PackedEngine):
     def _after_forward(self) -> None:
         # Not by the engine's own method, which also collects Python's garbage and empties the device's cache: with all
         # that is imported here a quarter of a second of every pass.
-        optimizer = getattr(self._engine, "optimizer", None)
+        optimizer: Any = getattr(self._engine, "optimizer", None)
         if hasattr(optimizer, "empty_partition_cache"):  # stage 3
             optimizer.empty_partition_cache()
 
@@ -212,7 +212,8 @@ class DeepSpeedEngine(PackedEngine):
         """This rank's flat part of the master weight (padding may follow); empty where it has none."""
         parameter: Any = self._parameters[name]
         if self._engine is None:
-            return parameter.detach().reshape(-1)
+            frozen: Tensor = parameter.detach()
+            return frozen.reshape(-1)
         if self._stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param
 
@@ -220,7 +221,8 @@ class DeepSpeedEngine(PackedEngine):
             part: Tensor = safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor
             return part.detach().reshape(-1)
         mapping = parameter._hp_mapping
-        return mapping.hp_fragment.detach() if mapping is not None else parameter.detach().new_empty(0).float()
+        master: Tensor = mapping.hp_fragment if mapping is not None else parameter.new_empty(0).float()
+        return master.detach()
 
     # --- memory ----------------------------------------------------------------------------------
     @property
@@ -291,7 +293,8 @@ class DeepSpeedEngine(PackedEngine):
         group = mapping.param_group_index
         flat = _flat_masters(optimizer, self._stage)[group]
         address = mapping.get_hp_fragment_address()
-        return optimizer.optimizer.state[flat][kind].narrow(0, address.start, address.numel)
+        moments: Tensor = optimizer.optimizer.state[flat][kind]
+        return moments.narrow(0, address.start, address.numel)
 
     def _moments(self) -> list[dict[str, Any]]:
         """Adam's state of every flat master: zeros before the first step, as its first step would make them."""

@@ -10,7 +10,7 @@ optimizer    AdamW on the local shards; the learning rate is a function of `vers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class FsdpEngine(PackedEngine):
             _fsdp(module).reshard()
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def _apply(self, lr: float) -> float:
         assert self._optimizer is not None and self._optimizer_config is not None, "a frozen model makes no steps"
@@ -177,7 +177,7 @@ class FsdpEngine(PackedEngine):
     def _state(self) -> dict[str, DTensor]:
         """What a checkpoint holds: trained parameters and Adam's moments."""
         trained = {name: _dtensor(p) for name, p in self._parameters.items() if p.requires_grad or not self._adapters}
-        state = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+        state = {f"model.{name}": cast(DTensor, parameter.detach()) for name, parameter in trained.items()}
         for name, kept in self._moments().items():
             state |= {f"{moment}.{name}": kept[moment] for moment in ("exp_avg", "exp_avg_sq")}
         return state
@@ -185,10 +185,12 @@ class FsdpEngine(PackedEngine):
     def _moments(self) -> dict[str, dict[str, Any]]:
         """Adam's state of every trained parameter: zeros before the first step, as its first step would make them."""
         found: dict[str, dict[str, Any]] = {}
-        for name, parameter in self._parameters.items() if self._optimizer is not None else ():
+        if (optimizer := self._optimizer) is None:
+            return found
+        for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
-            kept = found[name] = self._optimizer.state[parameter]
+            kept = found[name] = optimizer.state[parameter]
             if not kept:
                 kept["step"] = torch.tensor(float(self.version), device=parameter.device)
                 kept["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -67,8 +67,11 @@ class TrainingEngine(Protocol):
     """What a user should know about this model here, a sentence each."""
     before_use: Callable[[Use], None]
     """Called before anything is computed, saved or loaded: brings back what was moved off the device meanwhile."""
-    gradient_bytes: int
-    """What the gradients of a step take on the device until it is made, beside `device_parts`."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients of a step take on the device until it is made, beside `device_parts`."""
+        ...
 
     def forward(
         self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False

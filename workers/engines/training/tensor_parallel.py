@@ -11,7 +11,7 @@ head's work is cut by tokens instead (`token_split.py`).
 from __future__ import annotations
 
 import fnmatch
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -69,9 +69,11 @@ def _check_rest(hf: PreTrainedModel, trunk: nn.Module, planned: set[str]) -> Non
 
 def _norm_per_head(norm: nn.Module, mesh: DeviceMesh) -> None:
     """Give a norm over [..., heads, size] the whole gradient of its weight although it sees some heads only."""
-    norm.weight = nn.Parameter(DTensor.from_local(norm.weight.detach(), mesh, [Replicate()], run_check=False))
+    norm.weight = nn.Parameter(
+        DTensor.from_local(cast(nn.Parameter, norm.weight).detach(), mesh, [Replicate()], run_check=False)
+    )
 
-    def heads_sharded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[DTensor, ...]:
+    def heads_sharded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (DTensor.from_local(inputs[0], mesh, [Shard(inputs[0].ndim - 2)], run_check=False), *inputs[1:])
 
     norm.register_forward_pre_hook(heads_sharded)

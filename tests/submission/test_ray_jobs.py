@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from controller.commands.job_files import JobFiles
-from controller.commands.submit import _package
+from controller.submission.files import JobFiles
+from controller.submission.job import Job
+from controller.submission.ray_jobs import _environment
 from tests.tiny import save_llama
 
 TOKEN = "a-token-only-this-test-knows-0123456789"
@@ -101,6 +103,14 @@ def submit(
     )  # fmt: skip
 
 
+def jobs(cluster: RunningCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "controller.commands.cli", "jobs", *arguments, "--address", cluster.url],
+        capture_output=True, text=True, timeout=100, check=False,
+        env=environment(RAY_AUTH_TOKEN=TOKEN),
+    )  # fmt: skip
+
+
 def test_a_missing_and_a_wrong_token_name_the_variables_to_set(cluster: RunningCluster, tmp_path: Path) -> None:
     without = submit(cluster, "sft", "model.path=/m", folder=tmp_path, RAY_AUTH_MODE="disabled")
     assert without.returncode == 1 and "asks for a token and ours is missing" in without.stderr
@@ -150,7 +160,7 @@ def test_a_users_recipe_runs_as_a_job_with_all_it_needs_and_live_logs(cluster: R
     assert (tmp_path / "runs" / "mine" / "summary.json").is_file()
 
 
-def test_ctrl_c_stops_the_job(cluster: RunningCluster, tmp_path: Path) -> None:
+def test_ctrl_c_of_a_follower_leaves_the_job_and_stop_ends_it(cluster: RunningCluster, tmp_path: Path) -> None:
     # A recipe file that takes its time when the job loads it, and none when it is loaded here.
     (tmp_path / "slow.py").write_text(
         "import os, time\n"
@@ -177,8 +187,26 @@ def test_ctrl_c_stops_the_job(cluster: RunningCluster, tmp_path: Path) -> None:
             break
     started.send_signal(signal.SIGINT)
     rest, _ = started.communicate(timeout=60)
-    assert started.returncode == 130 and "stopping job" in rest, "".join(lines) + rest
-    assert "has not ended" not in rest and "could not stop" not in rest
+    assert started.returncode == 130 and "goes on; `rlhf-dist jobs attach" in rest, "".join(lines) + rest
+    [job] = [one for one in json.loads(jobs(cluster, "list", "--format", "json").stdout) if one["status"] == "running"]
+    assert (job["recipe"], job["name"]) == ("slow", "slow")
+    assert "job is up" in jobs(cluster, "logs", job["id"]).stdout
+    stopped = jobs(cluster, "stop", job["id"])
+    assert stopped.returncode == 0 and f"job {job['id']}: stopped" in stopped.stderr
+    unknown = jobs(cluster, "status", "raysubmit_none")
+    assert unknown.returncode == 1 and "has no job 'raysubmit_none'" in unknown.stderr
+
+
+def test_a_job_that_never_fits_says_what_is_free(cluster: RunningCluster, tmp_path: Path) -> None:
+    done = submit(
+        cluster, "sft", "model.path=/m", "placement.pools.main.slots=64", folder=tmp_path, RAY_AUTH_TOKEN=TOKEN
+    )
+    assert done.returncode == 1 and "has 6, 6 free; use fewer slots" in done.stderr, done.stderr
+    waited = submit(
+        cluster, "sft", "model.path=/m", "placement.pools.main.slots=64", "--wait", "1", folder=tmp_path,
+        RAY_AUTH_TOKEN=TOKEN,
+    )  # fmt: skip
+    assert waited.returncode == 1 and "use fewer slots" in waited.stderr, "waiting would not help"
 
 
 def test_nobody_at_the_address_is_said_at_once(tmp_path: Path) -> None:
@@ -191,13 +219,21 @@ def test_the_job_s_folder_has_what_the_launch_names_where_it_was_found(tmp_path:
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     files = {Path("project/mine.py"): _file(tmp_path, "mine.py"), Path("rows.jsonl"): _file(tmp_path, "rows.jsonl")}
-    taken = JobFiles(files, "project/mine.py:two", 0)
-    entrypoint, runtime_env = _package(taken, ["data.train.system='be kind'"], shipped)
+    job = Job(
+        name="n",
+        recipe="two",
+        files=JobFiles(files, "project/mine.py:two", 0),
+        overrides=["data.train.system='be kind'"],
+    )
+    environment = _environment(job, shipped)
     assert sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.*")) == ["project/mine.py", "rows.jsonl"]
-    assert entrypoint == """rlhf-dist run project/mine.py:two 'data.train.system='"'"'be kind'"'"'' ray.address=auto"""
-    assert runtime_env == {"working_dir": str(shipped)}
-    nothing = JobFiles({}, "ppo", 0)
-    assert _package(nothing, ["ray.address=1.2.3.4:5"], shipped) == ("rlhf-dist run ppo ray.address=1.2.3.4:5", {})
+    told = """rlhf-dist run project/mine.py:two 'data.train.system='"'"'be kind'"'"'' ray.address=auto"""
+    assert job.command_line("auto") == told
+    assert environment == {"working_dir": str(shipped)}
+    nothing = Job(name="n", recipe="ppo", files=JobFiles({}, "ppo", 0), overrides=["ray.address=1.2.3.4:5"])
+    assert (
+        nothing.command_line("auto") == "rlhf-dist run ppo ray.address=1.2.3.4:5" and _environment(nothing, None) == {}
+    )
 
 
 def _file(folder: Path, name: str) -> Path:

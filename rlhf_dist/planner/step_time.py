@@ -3,7 +3,7 @@
     ready instances, oldest step first, then recipe order  ->  start if all their pools are idle
     the earliest end  ->  its pools are free, its successors (same step, or step + distance) count down
 
-`tests/planner/test_schedule.py` proves that both give the same times. This one works on integers, because a
+`tests/planner/test_step_time.py` proves that both give the same times. This one works on integers, because a
 search calls it thousands of times. `bound` is a lower bound on the steady step that needs no simulation.
 """
 

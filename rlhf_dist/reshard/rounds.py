@@ -1,9 +1,9 @@
-"""One rank's part of a plan: what it copies, and what it sends and receives in which rounds.
+"""One rank's part of the routes: what it copies, and what it sends and receives in which rounds.
 
 Everything that one sender gives to one group of receivers is a *stream*: the pieces laid one after the other in
-plan order, cut into as many chunks as there are rounds (the last ones may be shorter or none). In a *round* every
+their order, cut into as many chunks as there are rounds (the last ones may be shorter or none). In a *round* every
 rank gives every other at most one message: its chunks of all streams between the two. Both ends derive the same
-chunks from the plan, so nothing but elements travels, and no message is told from another by tag or order.
+chunks from the routes, so nothing but elements travels, and no message is told from another by tag or order.
 
     stream 0 -> {2, 3}    | q_proj piece | o_proj piece | up_proj |piece |
     chunks                |---- 0 ----|---- 1 ----|---- 2 ----|-3-|
@@ -23,7 +23,7 @@ from math import prod
 import numpy as np
 
 from rlhf_dist.reshard.layout import ITEM_BYTES, Box, Ints, Layout, flat_range_boxes
-from rlhf_dist.reshard.plan import Plan
+from rlhf_dist.reshard.routes import Routes
 
 IN_FLIGHT = 2
 """Rounds in memory at one time."""
@@ -83,7 +83,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class RankSchedule:
+class RankRounds:
     """What one rank does."""
 
     copies: list[tuple[Slice, Slice]]
@@ -104,7 +104,7 @@ class RankSchedule:
 
 
 class BucketError(ValueError):
-    """A bucket budget that no schedule fits."""
+    """A bucket budget that no rounds fit."""
 
 
 def default_bucket_bytes(device: str) -> int:
@@ -113,37 +113,37 @@ def default_bucket_bytes(device: str) -> int:
     return 1 << 30 if device == "cuda" else 64 << 20
 
 
-def schedule(plan: Plan, rank: int, bucket_bytes: int, most_peers: int = MOST_PEERS) -> RankSchedule:
-    """What `rank` does in `plan`, its messages within `bucket_bytes`. Raises BucketError when that is too little."""
-    flows = _Flows(plan, most_peers)
-    rounds_of = flows.rounds(bucket_bytes)
-    first_of = [0, *accumulate(rounds_of)]
+def rounds_of(routes: Routes, rank: int, bucket_bytes: int, most_peers: int = MOST_PEERS) -> RankRounds:
+    """What `rank` does in `routes`, its messages within `bucket_bytes`. Raises BucketError when that is too little."""
+    flows = _Flows(routes, most_peers)
+    counts = flows.rounds(bucket_bytes)
+    first_of = [0, *accumulate(counts)]
     copies: list[tuple[Slice, Slice]] = []
     found: dict[tuple[int, int, str], list[tuple[str, Box]]] = {}
-    source, target = _Finder(plan.source, rank), _Finder(plan.target, rank)
-    for name, rows, mine in plan.rows_of(rank):
-        dtype = plan.target.parameters[name].dtype
+    source, target = _Finder(routes.source, rank), _Finder(routes.target, rank)
+    for name, rows, mine in routes.rows_of(rank):
+        dtype = routes.target.parameters[name].dtype
         for i in mine.tolist():
             sender, group = int(rows.sender[i]), int(rows.group[i])
             box = tuple(zip(rows.start[i].tolist(), rows.stop[i].tolist(), strict=True))
-            if plan.groups[group] == (sender,):
+            if routes.groups[group] == (sender,):
                 copies.append((source.slice(name, box), target.slice(name, box)))
             else:
                 found.setdefault((sender, group, dtype), []).append((name, box))
     sends: list[Stream] = []
     receives: list[Stream] = []
     for (sender, group, dtype), pieces in sorted(found.items(), key=lambda item: item[0]):
-        for window, receivers in windows(sender, plan.groups[group], plan.world, most_peers):
+        for window, receivers in windows(sender, routes.groups[group], routes.world, most_peers):
             if rank != sender and rank not in receivers:
                 continue
             finder = source if sender == rank else target
             elements = sum(prod(stop - start for start, stop in box) for _, box in pieces)
-            size = _chunk_bytes(elements * ITEM_BYTES[dtype], rounds_of[window]) // ITEM_BYTES[dtype]
+            size = _chunk_bytes(elements * ITEM_BYTES[dtype], counts[window]) // ITEM_BYTES[dtype]
             chunks = _chunks(pieces, size, finder)
             stream = Stream(sender, receivers, dtype, first_of[window], chunks, size, elements)
             (sends if sender == rank else receives).append(stream)
     rounds = first_of[-1]
-    return RankSchedule(
+    return RankRounds(
         copies, sends, receives, rounds, _largest_round(sends, rounds, None), _largest_round(receives, rounds, 1)
     )
 
@@ -217,19 +217,19 @@ class _Finder:
             if all(a <= start and stop <= b for (start, stop), (a, b) in zip(box, held, strict=True)):
                 where = tuple(slice(start - a, stop - a) for (start, stop), (a, _) in zip(box, held, strict=True))
                 return Slice(name, k, where)
-        raise AssertionError(f"rank {self._rank} holds no box of {name} around {box}: the plan is of other layouts")
+        raise AssertionError(f"rank {self._rank} holds no box of {name} around {box}: the routes are of other layouts")
 
 
 class _Flows:
     """What every rank sends to every other, which is what the number of rounds hangs on."""
 
-    def __init__(self, plan: Plan, most_peers: int) -> None:
-        self._world = plan.world
-        nbytes = _stream_bytes(plan)
+    def __init__(self, routes: Routes, most_peers: int) -> None:
+        self._world = routes.world
+        nbytes = _stream_bytes(routes)
         rows = [
             (sender, size, window, receivers)
             for (sender, group, _), size in nbytes.items()
-            for window, receivers in windows(sender, plan.groups[group], plan.world, most_peers)
+            for window, receivers in windows(sender, routes.groups[group], routes.world, most_peers)
         ]
         self._sender = np.array([row[0] for row in rows], np.int64)
         self._bytes = np.array([row[1] for row in rows], np.int64)
@@ -246,8 +246,8 @@ class _Flows:
             most = int(self._load(ones).max())
             if budget < most * SMALLEST_CHUNK_BYTES:
                 raise BucketError(
-                    f"rollout.bucket_bytes must be at least {IN_FLIGHT * most * SMALLEST_CHUNK_BYTES} for this plan (a "
-                    f"rank gives or takes {most} chunks in a round), got {bucket_bytes}"
+                    f"rollout.bucket_bytes must be at least {IN_FLIGHT * most * SMALLEST_CHUNK_BYTES} for these "
+                    f"routes (a rank gives or takes {most} chunks in a round), got {bucket_bytes}"
                 )
             count = max(1, -(-int(self._load(self._bytes * ones).max()) // budget))
             # Rounding up to whole elements and multiples of ALIGN_BYTES may take one more, or a few.
@@ -263,18 +263,18 @@ class _Flows:
         return np.asarray(gives + takes, np.int64)
 
 
-def _stream_bytes(plan: Plan) -> dict[tuple[int, int, str], int]:
+def _stream_bytes(routes: Routes) -> dict[tuple[int, int, str], int]:
     """(sender, group, dtype) -> bytes that each of its receivers gets; in the order of the streams."""
     alike: dict[tuple[int, str], list[str]] = {}
-    for name, rows in plan.transfers.items():
-        alike.setdefault((id(rows), plan.target.parameters[name].dtype), []).append(name)
+    for name, rows in routes.transfers.items():
+        alike.setdefault((id(rows), routes.target.parameters[name].dtype), []).append(name)
     total: dict[tuple[int, int, str], int] = {}
     for (_, dtype), names in alike.items():
-        rows = plan.transfers[names[0]]
-        pairs, where = np.unique(rows.sender * len(plan.groups) + rows.group, return_inverse=True)
+        rows = routes.transfers[names[0]]
+        pairs, where = np.unique(rows.sender * len(routes.groups) + rows.group, return_inverse=True)
         size = np.bincount(where.reshape(-1), rows.volume, len(pairs)).astype(np.int64) * ITEM_BYTES[dtype] * len(names)
         for pair, nbytes in zip(pairs.tolist(), size.tolist(), strict=True):
-            sender, group = divmod(pair, len(plan.groups))
-            if plan.groups[group] != (sender,):
+            sender, group = divmod(pair, len(routes.groups))
+            if routes.groups[group] != (sender,):
                 total[sender, group, dtype] = total.get((sender, group, dtype), 0) + nbytes
     return dict(sorted(total.items()))

@@ -18,7 +18,7 @@ from recipes.preference.dpo import dpo
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.model_specs import BUILT_IN
 from rlhf_dist.planner.plan import make_plan, searcher
-from rlhf_dist.planner.schedule import Graph, bound, simulate_steps, step_seconds
+from rlhf_dist.planner.step_time import Graph, bound, simulate_steps, step_seconds
 from rlhf_dist.planner.work import make_problem
 from rlhf_dist.planner.workload import Lengths, Workload
 from tests.planner.questions import paper

@@ -40,7 +40,7 @@ class Transfers:
     stop: Ints
     sender: Ints
     group: Ints
-    """[n] index into `Plan.groups`."""
+    """[n] index into `Routes.groups`."""
 
     @cached_property
     def volume(self) -> Ints:
@@ -49,8 +49,8 @@ class Transfers:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """How `source` becomes `target`. Made by `make_plan`; the same in every process that makes it."""
+class Routes:
+    """How `source` becomes `target`. Made by `make_routes`; the same in every process that makes it."""
 
     source: Layout
     target: Layout
@@ -85,8 +85,8 @@ class Plan:
                 yield name, rows, mine[id(rows)]
 
 
-def make_plan(source: Layout, target: Layout, node: Sequence[int] | None = None) -> Plan:
-    """The plan; one already made for equal arguments is returned again.
+def make_routes(source: Layout, target: Layout, node: Sequence[int] | None = None) -> Routes:
+    """The routes; those already made for equal arguments are returned again.
 
     Ranks count over both sides: for separate worlds, `Layout.renumbered` puts the receivers behind the senders.
     node: [world] which machine each rank is on; None: all on one. Raises LayoutError naming parameter and boxes for
@@ -102,7 +102,7 @@ def make_plan(source: Layout, target: Layout, node: Sequence[int] | None = None)
 
 
 _PLANS_KEPT = 8
-_plans: dict[tuple[str, str, tuple[int, ...]], Plan] = {}
+_plans: dict[tuple[str, str, tuple[int, ...]], Routes] = {}
 
 
 def check_pair(source: Layout, target: Layout) -> None:
@@ -126,7 +126,7 @@ def check_pair(source: Layout, target: Layout) -> None:
 
 
 def lower_bound_bytes(source: Layout, target: Layout) -> Ints:
-    """[world] bytes a rank must receive whatever the plan: its target boxes less what it holds of them."""
+    """[world] bytes a rank must receive whatever the routes: its target boxes less what it holds of them."""
     bound = target.bytes_per_rank()
     held: dict[tuple[bytes, bytes], Ints] = {}
     for name, t in target.parameters.items():
@@ -169,7 +169,7 @@ class _Table:
     row: Ints
 
 
-def _make(source: Layout, target: Layout, node: Ints) -> Plan:
+def _make(source: Layout, target: Layout, node: Ints) -> Routes:
     check_pair(source, target)
     if len(node) != target.world:
         raise LayoutError(f"node must name a machine for each of {target.world} ranks, got {len(node)}")
@@ -194,11 +194,11 @@ def _make(source: Layout, target: Layout, node: Ints) -> Plan:
         received += came * t.item_bytes
         sent += went * t.item_bytes
     ordered = {name: transfers[name] for name in target.parameters}
-    return Plan(source, target, node, ordered, list(groups), received, sent)
+    return Routes(source, target, node, ordered, list(groups), received, sent)
 
 
 def _table(s: ParameterLayout, t: ParameterLayout, node: Ints, groups: dict[tuple[int, ...], int]) -> _Table:
-    """One row per (intersection, place the piece comes from); see `make_plan` for which place that is."""
+    """One row per (intersection, place the piece comes from); see `make_routes` for which place that is."""
     world, machines = len(node), int(node.max()) + 1
     first_s, set_s = s.distinct
     first_t, set_t = t.distinct

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from controller.commands import job_files as module
-from controller.commands.job_files import job_files
+from controller.submission import files as module
+from controller.submission.files import job_files
 from rlhf_dist.typed import ConfigError
 
 
