@@ -156,7 +156,7 @@ def test_errors_that_cannot_travel_are_shown_by_their_text(users: Any) -> None:
 
 
 def test_an_interrupt_in_an_actor_is_a_failure_and_in_a_local_run_the_users() -> None:
-    def interrupts() -> None:
+    def interrupts(row: str) -> None:
         raise KeyboardInterrupt
 
     worker = Worker()

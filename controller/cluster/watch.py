@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,18 @@ class Watch:
             time.sleep(10 * PAUSE_S if found is not None else PAUSE_S)
         return found
 
+    def gone(self, pool: Pool, rank: int, cause: str) -> Loss:
+        """A process that Ray says is gone, where nobody has seen how; or its node, where Ray says so of that."""
+        import ray
+
+        with suppress(Exception):  # the head may be gone too
+            dead = next((one for one in ray.nodes() if one["NodeID"] == pool.node_ids[rank] and not one["Alive"]), None)
+            if dead is not None:
+                address = dead["NodeManagerAddress"]
+                return Loss(kind="node", node=address, cause=f"node {address} is gone, or its network is cut")
+        node = self._addresses.get(pool.node_ids[rank], pool.node_ids[rank])
+        return Loss(kind="died", cause=cause, node=node, pool=pool.name, rank=rank, pid=pool.pids[rank])
+
     def doing(self, waited: Sequence[Waited]) -> str:
         """What those were at when they answered last, as text for a message: who waits, and who does not."""
         known = [self._known_of(one.pool, one.rank) for one in waited]
@@ -223,7 +236,7 @@ class Watch:
             one = asked[ref]
             one.ref = None
             if isinstance(answer, Beat):  # an error is a process that died, which its own call says
-                one.beat = answer
+                one.beat, one.state, one.stopped_from_s = answer, None, None  # what was seen of it is over
                 for pid, state in answer.seen.items():
                     self._saw(self._node(one), pid, state)
 

@@ -76,6 +76,8 @@ def error_of(failed: Sequence[FailedCall], watch: Watch | None) -> NodeError:
     if watch is not None:
         waited = [Waited(pool, rank, one.started_s) for one in _nodes(failed) for pool, rank in one.callees]
         loss = watch.first_cause(waited, died=first.failure.lost)
+        if loss is None and first.failure.lost and pool.node_ids:
+            loss = watch.gone(pool, rank, first.failure.text.removeprefix("its process "))
         if loss is not None:
             return lost(loss, _nodes(failed), watch)
     text = f"{_where(first.pending, rank)}: {explained(first.failure, pool.log(rank))}"
