@@ -24,32 +24,27 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-import pyarrow.parquet
-
+from benchmarks.chaos_machines import PLACED, launch_on_machines
 from benchmarks.chaos_run import Fault
-from controller.lifecycle.checkpoint import list_checkpoints
+from benchmarks.chaos_traces import MARK, alone, corrupt_newest, end_marked, left_behind, rows, weights
 from controller.record.metrics import read_metrics
 from rlhf_dist.testing.tiny_model import save_llama
+from tests.runs.machines import refusal
 
 LIMIT_S = 420.0
 """Longest that one run may take; it is then killed, and the fault counts as not recovered."""
 STEPS = 4
-MARK = "RLHF_CHAOS"
-"""Environment variable by which the processes of a run are found, whoever their parent is by then."""
 SETTINGS = (
     "task=none",
     "model.dtype=float32",
@@ -87,6 +82,8 @@ TABLE = (
     Fault(kind="kill driver", action="SIGKILL", pool="driver", op=UPDATE, step=2, says=""),
     Fault(kind="notice to driver", action="SIGTERM", pool="driver", op=UPDATE, step=2, says="preempted"),
     Fault(kind="full disk", action="file:40000", op=UPDATE, step=1, says="File too large|space"),
+    Fault(kind="cut network of a node", action="cut", op=UPDATE, step=2, nodes=2, says="node .* does not answer|gone"),
+    Fault(kind="kill of a node", action="power off", op=UPDATE, step=2, nodes=2, says="node .* does not answer|gone"),
     Fault(kind="corrupted checkpoint", action="SIGKILL", op=UPDATE, step=3, corrupts=True, says="signal 9"),
 )
 """Operations are those of GRPO: nodes of the graph, `host role` at the start."""
@@ -124,6 +121,9 @@ def main() -> int:
     parsed = parser.parse_args()
     words = parsed.only.split(",") if parsed.only else [""]
     table = [fault for fault in TABLE if any(word in fault.kind for word in words)]
+    if (why_not := refusal()) is not None:
+        table = [fault for fault in table if fault.nodes == 1]
+        print(f"no faults of nodes: {why_not}")
     place = Path(tempfile.mkdtemp(prefix="chaos-")) if parsed.keep is None else Path(parsed.keep).absolute()
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -163,7 +163,7 @@ class Chaos:
     def one(self, name: str, fault: Fault) -> Outcome:
         """Run with a fault, launch again where that ended the run, and compare."""
         outcome = Outcome(fault=fault)
-        code, said, left = self.launch(name, fault)
+        code, said, left = self.launch(name, fault, fault.nodes)
         events = self.events(name)
         outcome.said = next(
             (text for text in reversed(said.splitlines()) if text.startswith(("error", "preempted"))), ""
@@ -178,7 +178,7 @@ class Chaos:
         if code not in (0, None):
             if fault.corrupts:
                 corrupt_newest(self.place / "runs" / name)
-            again, said, left = self.launch(name, None)
+            again, said, left = self.launch(name, None, fault.nodes)
             outcome.left += left
             outcome.how = "resumed" if again == 0 else ""
             outcome.said += "" if again == 0 else f" | again: {said.strip().splitlines()[-1] if said.strip() else ''}"
@@ -187,22 +187,24 @@ class Chaos:
             self.compare(name, outcome)
         return outcome
 
-    def launch(self, name: str, fault: Fault | None) -> tuple[int | None, str, list[str]]:
+    def launch(self, name: str, fault: Fault | None, nodes: int = 1) -> tuple[int | None, str, list[str]]:
         """A run: its exit code (None: it did not end and was killed), what it printed, and what it left behind."""
         mark, spec = secrets.token_hex(8), self.place / f"{name}.json"
         events, output = self.place / f"{name}.events", self.place / f"{name}.out"
-        arguments = ["run", "grpo", *self.settings, f"name={name}"]
+        arguments = ["run", "grpo", *self.settings, f"name={name}", *(PLACED if nodes > 1 else ())]
         spec.write_text(
             json.dumps(
                 {"arguments": arguments, "events": str(events), "fault": None if fault is None else asdict(fault)}
             )
         )
+        if nodes > 1:
+            code, said = launch_on_machines(spec, events, output, "" if fault is None else fault.action)
+            return code, said, []  # what is left of a machine ends with it
         own = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))  # short: Ray's sockets are below it
         (own / "tmp").mkdir()
         (own / "shm").mkdir()
         environment = {**os.environ, MARK: mark, "TMPDIR": str(own / "tmp"), "RAY_TMPDIR": str(own / "ray")}
         environment["RAY_raylet_start_wait_time_s"] = "120"
-        before = set(os.listdir("/dev/shm"))
         with output.open("a") as printed:
             began = printed.tell()
             process = subprocess.Popen(
@@ -218,7 +220,7 @@ class Chaos:
                 code = None
         with events.open("a") as file:
             file.write(json.dumps({"event": "gone", "at": time.time()}) + "\n")
-        left = self.left_behind(mark, own, before)
+        left = left_behind(mark, own)
         end_marked(mark)
         shutil.rmtree(own, ignore_errors=True)
         return code, output.read_text()[began:], left
@@ -233,17 +235,6 @@ class Chaos:
                 break
         return found
 
-    @staticmethod
-    def left_behind(mark: str, own: Path, before: set[str]) -> list[str]:
-        """Processes, shared memory and temporary files of a run that is over; Ray's own logs are no such files."""
-        deadline = time.monotonic() + 20
-        while marked(mark) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        processes = [f"process {' '.join(one.cmdline()[:3])}" for one in marked(mark)]
-        shared = list((own / "shm").iterdir()) if alone(own) else []
-        files = [entry for entry in (own / "tmp").iterdir() if entry.name != "ray"]
-        return processes + [f"file {entry.name}" for entry in (*shared, *files)]
-
     def compare(self, name: str, outcome: Outcome) -> None:
         """Weights and rows against the undisturbed run."""
         mine, twin = self.place / "runs" / name, self.place / "runs/twin"
@@ -254,54 +245,6 @@ class Chaos:
             have, want = rows(mine, step), rows(twin, step)
             outcome.rows_lost += sum((want - have).values())
             outcome.rows_doubled += sum((have - want).values())
-
-
-def alone(own: Path) -> list[str]:
-    """What gives a run a /dev/shm of its own; nothing where that is not allowed."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        return []
-    mount = f'mount --bind {own / "shm"} /dev/shm && exec "$@"'
-    return ["unshare", "--mount", "sh", "-c", mount, "sh"]
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Processes of a run, whoever their parent is, with what they started."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found[process.pid] = process
-                found |= {one.pid: one for one in process.children(recursive=True)}
-    return list(found.values())
-
-
-def end_marked(mark: str) -> None:
-    """Kill what a run has left: the next fault must find an idle machine."""
-    for process in marked(mark):
-        with suppress(psutil.Error):
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-
-
-def corrupt_newest(folder: Path) -> None:
-    """Cut the largest file of the newest checkpoint in half."""
-    newest = list_checkpoints(folder / "checkpoints")[-1].folder
-    largest = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """The exported model's files."""
-    return {file.name: file.read_bytes() for file in sorted((folder / "models/actor").glob("*.safetensors"))}
-
-
-def rows(folder: Path, step: int) -> Counter[tuple[str, str]]:
-    """(prompt, response) of a step's rows, from its dump."""
-    found: Counter[tuple[str, str]] = Counter()
-    for file in (folder / "rollouts").glob(f"step_{step:06d}.parquet"):
-        table = pyarrow.parquet.read_table(file).to_pydict()
-        found.update(zip(map(str, table["prompt"]), map(str, table["response"]), strict=True))
-    return found
 
 
 def _random(table: Sequence[Fault], seconds: float, seed: int) -> Iterator[Fault]:
