@@ -52,32 +52,32 @@ def test_nobody_is_blamed_while_all_answer_or_are_seen_to_run() -> None:
 
 
 def test_a_stopped_rank_is_blamed_and_not_the_one_that_waits_for_it() -> None:
-    loss = decide([rank(0), rank(1, STOPPED, silent_s=9, stopped_s=STOPPED_S)], {"a": RUNS})
-    assert loss is not None and (loss.kind, loss.pool, loss.rank, loss.pid) == ("stopped", "main", 1, 101)
-    assert "pool main, rank 1, pid 101 on node a) is stopped (SIGSTOP" in loss.text
-    assert loss.text.endswith("waiting for it: main 0 in all_gather")
+    cause = decide([rank(0), rank(1, STOPPED, silent_s=9, stopped_s=STOPPED_S)], {"a": RUNS})
+    assert cause is not None and (cause.kind, cause.pool, cause.rank, cause.pid) == ("stopped", "main", 1, 101)
+    assert "pool main, rank 1, pid 101 on node a) is stopped (SIGSTOP" in cause.text
+    assert cause.text.endswith("waiting for it: main 0 in all_gather")
 
 
 def test_the_first_death_is_the_cause_of_the_others() -> None:
-    loss = decide([rank(0, killed(20.0, 6)), rank(1, killed(10.0)), rank(2)], {"a": RUNS})
-    assert loss is not None and (loss.kind, loss.rank) == ("died", 1)
-    assert "was killed by signal 9 (SIGKILL)" in loss.text
+    cause = decide([rank(0, killed(20.0, 6)), rank(1, killed(10.0)), rank(2)], {"a": RUNS})
+    assert cause is not None and (cause.kind, cause.rank) == ("died", 1)
+    assert "was killed by signal 9 (SIGKILL)" in cause.text
 
 
 def test_a_raylet_that_went_first_took_its_processes_with_it() -> None:
     dead = [rank(0, killed(11.0, 1 << 8)), rank(1, killed(12.0, 1 << 8))]
-    loss = decide(dead, {"a": killed(10.0)})
-    assert loss is not None and loss.kind == "node"
-    assert loss.text == "Ray's raylet on node a was killed by signal 9 (SIGKILL)"
+    cause = decide(dead, {"a": killed(10.0)})
+    assert cause is not None and cause.kind == "node"
+    assert cause.text == "Ray's raylet on node a was killed by signal 9 (SIGKILL)"
     later = decide(dead, {"a": killed(30.0)})
     assert later is not None and (later.kind, later.rank) == ("died", 0)
 
 
 def test_a_node_of_which_nobody_answers_is_blamed_as_a_whole() -> None:
     cut = [rank(1, None, node="b", silent_s=SILENT_S), rank(2, None, node="b", silent_s=SILENT_S)]
-    loss = decide([rank(0), *cut], {})
-    assert loss is not None and (loss.kind, loss.node) == ("node", "b")
-    assert "does not answer: it is gone or its network is cut (its 2 processes: main 1, main 2)" in loss.text
+    cause = decide([rank(0), *cut], {})
+    assert cause is not None and (cause.kind, cause.node) == ("node", "b")
+    assert "does not answer: it is gone or its network is cut (its 2 processes: main 1, main 2)" in cause.text
     alone = decide([rank(0), cut[0], rank(2, None, node="b")], {})
     assert alone is not None and (alone.kind, alone.rank) == ("silent", 1), "a neighbour on the node answers"
 

@@ -32,11 +32,11 @@ Kind = Literal["died", "stopped", "silent", "node", "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class FirstCause:
     """What is lost to the run, the first cause of whatever failed since."""
 
     kind: Kind
-    cause: str
+    how: str
     """`was killed by signal 9 (SIGKILL)`."""
     node: str
     """Address of the node it was on, or of Ray's head."""
@@ -51,9 +51,9 @@ class Loss:
     def text(self) -> str:
         """One line: what is lost, why, who waits."""
         if self.kind in ("node", "head"):
-            what = self.cause
+            what = self.how
         else:
-            what = f"its process (pool {self.pool}, rank {self.rank}, pid {self.pid} on node {self.node}) {self.cause}"
+            what = f"its process (pool {self.pool}, rank {self.rank}, pid {self.pid} on node {self.node}) {self.how}"
         more = len(self.waiting) - MOST_NAMED
         said = ", ".join(self.waiting[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
         return what + (f"; waiting for it: {said}" if said else "")
@@ -86,7 +86,9 @@ class Seen:
         return f"{self.pool} {self.rank} {'in' if doing.waits else 'at'} {doing.place or doing.op}"
 
 
-def decide(seen: Sequence[Seen], raylets: Mapping[str, ProcessState], *, stopped_s: float = STOPPED_S) -> Loss | None:
+def decide(
+    seen: Sequence[Seen], raylets: Mapping[str, ProcessState], *, stopped_s: float = STOPPED_S
+) -> FirstCause | None:
     """The first cause among the processes of some calls; None: nothing to blame (yet).
 
     raylets: node -> how Ray's process there stands, where that is known.
@@ -97,7 +99,7 @@ def decide(seen: Sequence[Seen], raylets: Mapping[str, ProcessState], *, stopped
     dead = [one for one in seen if one.state is not None and not one.state.alive]
     for node, state in raylets.items():
         if not state.alive and all(state.ended_at <= _ended(one) for one in dead):
-            return Loss(kind="node", node=node, cause=f"Ray's raylet on node {node} {state.text}", waiting=waiting)
+            return FirstCause(kind="node", node=node, how=f"Ray's raylet on node {node} {state.text}", waiting=waiting)
     if dead:
         first = min(dead, key=_ended)
         return _of(first, "died", first.state.text if first.state else "", waiting)
@@ -112,7 +114,7 @@ def decide(seen: Sequence[Seen], raylets: Mapping[str, ProcessState], *, stopped
             count = f"its {len(there)} processes" if len(there) > 1 else "its process"
             names = ", ".join(f"{one.pool} {one.rank}" for one in there[:MOST_NAMED])
             said = f"node {first.node} does not answer: it is gone or its network is cut ({count}: {names})"
-            return Loss(kind="node", node=first.node, cause=said, waiting=waiting)
+            return FirstCause(kind="node", node=first.node, how=said, waiting=waiting)
         return _of(first, "silent", f"has not answered for {first.silent_s:.0f} s", waiting)
     return None
 
@@ -121,5 +123,5 @@ def _ended(one: Seen) -> float:
     return one.state.ended_at if one.state is not None else 0.0
 
 
-def _of(one: Seen, kind: Kind, cause: str, waiting: tuple[str, ...]) -> Loss:
-    return Loss(kind=kind, cause=cause, node=one.node, pool=one.pool, rank=one.rank, pid=one.pid, waiting=waiting)
+def _of(one: Seen, kind: Kind, how: str, waiting: tuple[str, ...]) -> FirstCause:
+    return FirstCause(kind=kind, how=how, node=one.node, pool=one.pool, rank=one.rank, pid=one.pid, waiting=waiting)

@@ -3,7 +3,7 @@
     runner ── look(waited), once a second ──> a call has lasted ASK_AFTER_S?
                  │                              └─ every EVERY_S: beat ──> each process of it, none waited for
                  │   silent ones ── beat(about=pids) ──> a neighbour on their node; the controller sees its own node
-                 └─> blame.decide ──> Loss, or None
+                 └─> blame.decide ──> FirstCause, or None
     runner ── first_cause(waited), when a call has failed ──> the same, asked at once, until all have answered
 
 Nothing is asked while calls are short. A round costs the controller one small actor call a rank (docs/adr/116).
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from controller.cluster.blame import MOST_NAMED, SILENT_S, Loss, Seen, decide
+from controller.cluster.blame import MOST_NAMED, SILENT_S, FirstCause, Seen, decide
 from controller.cluster.failure_text import shown
 from controller.cluster.head import HeadWatch
 from controller.cluster.pool import BEATS, Pool
@@ -128,10 +128,10 @@ class Watch:
         self._known.clear()
         self._exits.forget()
 
-    def look(self, waited: Sequence[Waited]) -> Loss | None:
+    def look(self, waited: Sequence[Waited]) -> FirstCause | None:
         """What is lost among the processes that are waited for; returns at once, to be called again and again."""
         if self._head is not None and (said := self._head.lost):
-            return Loss(kind="head", cause=said, node=self._head.address)
+            return FirstCause(kind="head", how=said, node=self._head.address)
         now = self._clock()
         late = [one for one in waited if now - one.since_s > ASK_AFTER_S]
         if not late:
@@ -147,21 +147,21 @@ class Watch:
         self._see(known, silent)
         return self._decided(known)
 
-    def first_cause(self, waited: Sequence[Waited], *, died: bool) -> Loss | None:
+    def first_cause(self, waited: Sequence[Waited], *, died: bool) -> FirstCause | None:
         """What was lost first, once a call has failed because a process died, or said that it lost another; None: all
         of them answer. Takes SILENT_S at most, less where something is found. died: Ray says that one of them did."""
         if self._head is not None and (said := self._head.lost):
-            return Loss(kind="head", cause=said, node=self._head.address)
+            return FirstCause(kind="head", how=said, node=self._head.address)
         known = [self._known_of(one.pool, one.rank) for one in waited]
         began = self._clock()
         for one in known:
             if one.ref is None:
                 self._ask(one)
-        found: Loss | None = None
+        found: FirstCause | None = None
         while (now := self._clock()) - began < SILENT_S + LATE_S:
             self._collect()
             self._see(known, [one for one in known if one.ref is not None])
-            # A first loss is not yet the first cause: what died before it may be seen a moment later.
+            # What is found first need not have been first: what died before it may be seen a moment later.
             before, found = found, self._decided(known, stopped_s=0.0)
             if found is not None and (before is not None or found.kind != "died"):
                 return found
@@ -170,7 +170,7 @@ class Watch:
             time.sleep(10 * PAUSE_S if found is not None else PAUSE_S)
         return found
 
-    def gone(self, pool: Pool, rank: int, cause: str) -> Loss:
+    def gone(self, pool: Pool, rank: int, how: str) -> FirstCause:
         """A process that Ray says is gone, where nobody has seen how; or its node, where Ray says so of that."""
         import ray
 
@@ -178,9 +178,9 @@ class Watch:
             dead = next((one for one in ray.nodes() if one["NodeID"] == pool.node_ids[rank] and not one["Alive"]), None)
             if dead is not None:
                 address = dead["NodeManagerAddress"]
-                return Loss(kind="node", node=address, cause=f"node {address} is gone, or its network is cut")
+                return FirstCause(kind="node", node=address, how=f"node {address} is gone, or its network is cut")
         node = self._addresses.get(pool.node_ids[rank], pool.node_ids[rank])
-        return Loss(kind="died", cause=cause, node=node, pool=pool.name, rank=rank, pid=pool.pids[rank])
+        return FirstCause(kind="died", how=how, node=node, pool=pool.name, rank=rank, pid=pool.pids[rank])
 
     def doing(self, waited: Sequence[Waited]) -> str:
         """What those were at when they answered last, as text for a message: who waits, and who does not."""
@@ -263,7 +263,7 @@ class Watch:
             elif one.stopped_from_s is None:
                 one.stopped_from_s = self._clock()
 
-    def _decided(self, known: Sequence[_Known], **limits: float) -> Loss | None:
+    def _decided(self, known: Sequence[_Known], **limits: float) -> FirstCause | None:
         now = self._clock()
         everyone = {id(one): one for one in known}
         for node in {self._node(one) for one in known}:  # who else is on a node says whether it is the node

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from controller.cluster.blame import Loss
+from controller.cluster.blame import FirstCause
 from controller.cluster.failure_text import explained, logs_of, shown
 from controller.cluster.pool import Pool
 from controller.cluster.watch import Waited, Watch
@@ -28,14 +28,14 @@ class WorkerLost(NodeError):
     node: Node | None = None
     """What was under way."""
     step: int = 0
-    loss: Loss | None = None
+    cause: FirstCause | None = None
     """The first cause: process, node, signal; None: not known beyond what the text says."""
 
     @classmethod
-    def at(cls, pending: CalledNode, text: str, loss: Loss | None = None) -> WorkerLost:
+    def at(cls, pending: CalledNode, text: str, cause: FirstCause | None = None) -> WorkerLost:
         """Of a node under way."""
         made = cls(text)
-        made.node, made.step, made.loss = pending.node, pending.step, loss
+        made.node, made.step, made.cause = pending.node, pending.step, cause
         return made
 
 
@@ -75,24 +75,24 @@ def error_of(failed: Sequence[FailedCall], watch: Watch | None) -> NodeError:
         return NodeError(f"{_where(first.pending, rank)}: {explained(first.failure, pool.log(rank))}")
     if watch is not None:
         waited = [Waited(pool, rank, one.started_s) for one in _nodes(failed) for pool, rank in one.callees]
-        loss = watch.first_cause(waited, died=first.failure.lost)
-        if loss is None and first.failure.lost and pool.node_ids:
-            loss = watch.gone(pool, rank, first.failure.text.removeprefix("its process "))
-        if loss is not None:
-            return lost(loss, _nodes(failed), watch)
+        cause = watch.first_cause(waited, died=first.failure.lost)
+        if cause is None and first.failure.lost and pool.node_ids:
+            cause = watch.gone(pool, rank, first.failure.text.removeprefix("its process "))
+        if cause is not None:
+            return lost(cause, _nodes(failed), watch)
     text = f"{_where(first.pending, rank)}: {explained(first.failure, pool.log(rank))}"
     return WorkerLost.at(first.pending, text)
 
 
-def lost(loss: Loss, pendings: Sequence[CalledNode], watch: Watch) -> WorkerLost:
+def lost(cause: FirstCause, pendings: Sequence[CalledNode], watch: Watch) -> WorkerLost:
     """The error for a process, a node or Ray's head that is lost while these nodes run."""
-    of = next((one for one in pendings if _callee(one, loss) is not None), pendings[0])
-    pool = _callee(of, loss)
-    log = pool.log(loss.rank) if pool is not None else None
-    where = _where(of, loss.rank) if pool is not None else _where(of)
-    stacks = watch.write_stacks(of.waited, f"stacks-step-{of.step}") if loss.waiting else ""
+    of = next((one for one in pendings if _callee(one, cause) is not None), pendings[0])
+    pool = _callee(of, cause)
+    log = pool.log(cause.rank) if pool is not None else None
+    where = _where(of, cause.rank) if pool is not None else _where(of)
+    stacks = watch.write_stacks(of.waited, f"stacks-step-{of.step}") if cause.waiting else ""
     see = f"; see its log {shown(log)}" if log else ""
-    return WorkerLost.at(of, f"{where}: {loss.text}{see}{stacks}", loss)
+    return WorkerLost.at(of, f"{where}: {cause.text}{see}{stacks}", cause)
 
 
 def overdue(pending: CalledNode, limit_s: float, watch: Watch | None) -> WorkerLost:
@@ -115,11 +115,11 @@ def _where(pending: CalledNode, rank: int | None = None) -> str:
     return f"{pending.node.name} (step {pending.step}{line}) failed{on}"
 
 
-def _callee(pending: CalledNode, loss: Loss) -> Pool | None:
+def _callee(pending: CalledNode, cause: FirstCause) -> Pool | None:
     """The pool of the lost process, where this node has called it."""
-    if not loss.pool:
+    if not cause.pool:
         return None
-    return next((pool for pool, rank in pending.callees if (pool.name, rank) == (loss.pool, loss.rank)), None)
+    return next((pool for pool, rank in pending.callees if (pool.name, rank) == (cause.pool, cause.rank)), None)
 
 
 def _nodes(failed: Sequence[FailedCall]) -> list[CalledNode]:

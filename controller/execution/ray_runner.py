@@ -213,8 +213,8 @@ class RayRunner:
                 raise self._first_of(failed)
             if self._watch is not None and time.perf_counter() - self._looked_s > LOOK_S:
                 self._looked_s = time.perf_counter()
-                if loss := self._watch.look([one for pending in self._pending for one in pending.waited]):
-                    raise lost(loss, self._pending, self._watch)
+                if cause := self._watch.look([one for pending in self._pending for one in pending.waited]):
+                    raise lost(cause, self._pending, self._watch)
 
     def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
         """Keep the replies that come within `timeout_s`; returns what came instead of one."""

@@ -187,6 +187,9 @@ class _Run:
         self.notices.running = True
         try:
             self._steps(first_step)
+            self._finish_checkpoint(wait=True)
+            if self.notices.look():
+                raise Preempted(self.notices.asked)
         except Preempted as notice:
             self._make_room(notice)
         except BaseException:
@@ -194,7 +197,6 @@ class _Run:
             raise
         finally:
             self.notices.running = False
-        self._finish_checkpoint(wait=True)
         self._export()
 
     def _steps(self, first_step: int) -> None:

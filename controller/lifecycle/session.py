@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from controller.cluster.blame import Loss
+from controller.cluster.blame import FirstCause
 from controller.cluster.failure_text import explained, logs_of
 from controller.cluster.pool import SIGNALS, ClusterError, Pool, machines
 from controller.cluster.replies import Replies
@@ -325,14 +325,14 @@ def _waited(ranks: Iterable[tuple[WorkerGroup, int]], since_s: float) -> list[Wa
     return list({(group.pool.name, rank): Waited(group.pool, rank, since_s) for group, rank in ranks}.values())
 
 
-def _check_lost(loss: Loss | None, starting: Collection[tuple[WorkerGroup, int]]) -> None:
+def _check_lost(cause: FirstCause | None, starting: Collection[tuple[WorkerGroup, int]]) -> None:
     """Raises ClusterError for a process that was lost while it started."""
-    if loss is None:
+    if cause is None:
         return
-    at = next((one for one in starting if (one[0].pool.name, one[1]) == (loss.pool, loss.rank)), None)
-    who = "a worker" if at is None else f"{at[0].role}, rank {loss.rank},"
-    log = at[0].pool.log(loss.rank) if at is not None else None
-    raise ClusterError(f"{who} could not start: {loss.text}{logs_of([log]) if log else ''}")
+    at = next((one for one in starting if (one[0].pool.name, one[1]) == (cause.pool, cause.rank)), None)
+    who = "a worker" if at is None else f"{at[0].role}, rank {cause.rank},"
+    log = at[0].pool.log(cause.rank) if at is not None else None
+    raise ClusterError(f"{who} could not start: {cause.text}{logs_of([log]) if log else ''}")
 
 
 def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:

@@ -134,6 +134,6 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
             r"(was killed by signal 9 \(SIGKILL\)|ended, how is not known).*; see its log \S+main-1.log",
         ) as caught:
             run(launch, display)
-    loss = caught.value.loss
-    assert loss is not None and (loss.kind, loss.pool, loss.rank, loss.pid) == ("died", "main", 1, pids["main"][1])
+    cause = caught.value.cause
+    assert cause is not None and (cause.kind, cause.pool, cause.rank, cause.pid) == ("died", "main", 1, pids["main"][1])
     assert time.monotonic() - started < 120
