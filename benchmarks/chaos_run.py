@@ -10,7 +10,6 @@ each with its time.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import re
@@ -90,7 +89,6 @@ class Injector(threading.Thread):
         """Do it, and note when."""
         while (pid := self._victim()) is None:
             time.sleep(POLL_S)
-        faulthandler.dump_traceback_later(40, file=sys.stdout)  # TEMP
         note(self.events, "fault", pid=pid, **asdict(self.fault))
         if self.fault.nodes > 1:
             return  # who reads the events acts
