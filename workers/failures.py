@@ -19,14 +19,12 @@ import traceback
 from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import rlhf_dist
 from rlhf_dist.failure import Failure, Frame, text_of
 from rlhf_dist.wire import Call
-
-if TYPE_CHECKING:
-    from workers.heartbeat import Activity
+from workers.heartbeat import Activity
 
 P = ParamSpec("P")
 R = TypeVar("R")

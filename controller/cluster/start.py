@@ -105,7 +105,7 @@ class Cluster:
                 include_dashboard=False,
                 **options,
             )
-        self._reaper.tell(str(ray._private.worker._global_node.get_session_dir_path()))
+        self._reaper.tell(_session_folder())
         aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
         self.about = f"in a Ray cluster of its own{aside}"
 
@@ -319,6 +319,14 @@ class Cluster:
                 log = self._logs(pool, len(found))[rank] if self.log_folder else None
                 raise ClusterError(f"pool {pool!r}, rank {rank}, did not start: {explained(answer, log)}")
         return found
+
+
+def _session_folder() -> str:
+    """Of the cluster that this process has started."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return str(node.get_session_dir_path())
 
 
 def worker_actor(kind: type) -> Any:
