@@ -170,10 +170,10 @@ class Chaos:
         )
         outcome.left = left
         outcome.happened = "fault" in events
-        ended = events.get("ends", events.get("gone"))
+        ended = events.get("said") if code == 0 else events.get("ends", events.get("gone"))
         if outcome.happened and ended is not None:
             outcome.notice_s = round(ended - events["fault"], 1)
-        outcome.named = not fault.says or re.search(fault.says, outcome.said, re.IGNORECASE) is not None
+        outcome.named = not fault.says or re.search(fault.says, said, re.IGNORECASE) is not None
         outcome.how = "itself" if code == 0 else ""
         if code not in (0, None):
             if fault.corrupts:
@@ -218,6 +218,9 @@ class Chaos:
                 code: int | None = process.wait(LIMIT_S)
             except subprocess.TimeoutExpired:
                 code = None
+            except BaseException:
+                end_marked(mark)
+                raise
         with events.open("a") as file:
             file.write(json.dumps({"event": "gone", "at": time.time()}) + "\n")
         left = left_behind(mark, own)
@@ -226,11 +229,12 @@ class Chaos:
         return code, output.read_text()[began:], left
 
     def events(self, name: str) -> dict[str, float]:
-        """What happened -> when, of the first launch."""
+        """What happened -> when, of the first launch; `said`: the first note after the fault."""
         found: dict[str, float] = {}
         for text in (self.place / f"{name}.events").read_text().splitlines():
             event = json.loads(text)
-            found.setdefault(event["event"], event["at"])
+            what = "said" if event["event"] == "note" and "fault" in found else event["event"]
+            found.setdefault(what, event["at"])
             if event["event"] == "gone":
                 break
         return found

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ import controller.cluster.start
 from controller.cluster.pool import BEATS
 from controller.cluster.start import Cluster
 from controller.commands.cli import main as cli
+from controller.record.display import Display
 
 POLL_S = 0.005
 """Between two looks at what the target is at: operations of a tiny model last some 50 ms."""
@@ -143,10 +145,21 @@ def note(events: Path, what: str, **more: Any) -> None:
         os.fsync(file.fileno())
 
 
+def noting(say: Callable[[Any, str], None], events: Path) -> Callable[[Any, str], None]:
+    """What a run says of itself, with the time: a run that recovers does not end."""
+
+    def say_and_note(display: Any, text: str) -> None:
+        note(events, "note", text=text)
+        say(display, text)
+
+    return say_and_note
+
+
 def main(file: str) -> int:
     """Run a spec; returns the command's exit code."""
     spec = Spec(**json.loads(Path(file).read_text()))
     events = Path(spec.events)
+    Display.note = noting(Display.note, events)  # type: ignore[method-assign]
     controller.cluster.start.Cluster = Seen  # type: ignore[misc]  # so that the injector reaches its processes
     if spec.fault is not None:
         Injector(Fault(**spec.fault), events).start()
