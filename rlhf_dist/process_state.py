@@ -8,6 +8,7 @@ a pidfd (Linux 6.15 and later) or looks while the process is still a zombie. Els
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -178,10 +179,13 @@ def _status(pid: int, pidfd: int) -> int | None:
             return int(fields[49])
         if letter in ("", "X") and sys.platform == "linux":
             info = bytearray(struct.pack("Q56x", _INFO_EXIT))
-            with suppress(OSError):
+            try:
                 fcntl.ioctl(pidfd, _GET_INFO, info)
                 if struct.unpack_from("Q", info)[0] & _INFO_EXIT:
                     return int(struct.unpack_from("i", info, 60)[0])
+            except OSError as error:
+                if error.errno in (errno.ENOTTY, errno.EINVAL):  # an older kernel
+                    return None
         if time.monotonic() > deadline:
             return None
         time.sleep(0.01)
