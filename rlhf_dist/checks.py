@@ -17,7 +17,9 @@ from rlhf_dist.config import ModelConfig, RewardConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
+from rlhf_dist.dataflow.token_makers import reads_others_tokens
 from rlhf_dist.engine_checks import check_engines
+from rlhf_dist.generation_checks import check_generation, check_templates
 from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
@@ -70,12 +72,14 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     check_outputs(launch, shapes)
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
+    check_generation(launch, pools)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)
     _check_mini_batches(launch)
     if cluster is None or _has_tokenizers(launch):
         _check_vocabularies(launch)
+        check_templates(launch)
         sources = _check_sources(launch)
     else:
         sources = ["not read: a model has no tokenizer here"]
@@ -220,8 +224,8 @@ def _divisors(shape: ModelShape, slots: int) -> list[int]:
 
 
 def _check_lengths(launch: Launch, shapes: dict[str, ModelShape]) -> None:
-    tokens, key = max_row_tokens(launch)
     for role, shape in shapes.items():
+        tokens, key = max_row_tokens(launch, role)
         if shape.max_tokens is not None and tokens > shape.max_tokens:
             raise ConfigError(
                 f"{key} = {tokens} tokens, but the model of {role!r} "
@@ -229,9 +233,13 @@ def _check_lengths(launch: Launch, shapes: dict[str, ModelShape]) -> None:
             )
 
 
-def max_row_tokens(launch: Launch) -> tuple[int, str]:
-    """Longest prompt and response together, tokens, and the settings that say so."""
-    generation = {f"{role}.rollout": generation_of(launch, role) for role in launch.roles}
+def max_row_tokens(launch: Launch, of: str | None = None) -> tuple[int, str]:
+    """Longest prompt and response together, tokens, and the settings that say so.
+
+    of: for that role; what another one is asked by templates alone, it does not see.
+    """
+    seen = [role for role in launch.roles if of in (None, role) or reads_others_tokens(launch.dataflow, role)]
+    generation = {f"{role}.rollout": generation_of(launch, role) for role in seen}
     limits = {
         where: (rollout.max_prompt_tokens, rollout.max_response_tokens)
         for where, rollout in generation.items()
@@ -351,7 +359,8 @@ def _check_vocabularies(launch: Launch) -> None:
     models = {role: model for role, settings in launch.used_roles.items() if (model := settings.model) is not None}
     base = tokenizer_role(launch)
     for role, model in models.items():
-        if base is not None and role != base and model.init == "pretrained":
+        reads = reads_others_tokens(launch.dataflow, role)  # one that is asked by templates may have words of its own
+        if base is not None and role != base and reads and model.init == "pretrained":
             check_vocabulary(model.path, f"{role}.model.path", models[base].path, f"{base}.model.path")
 
 

@@ -7,7 +7,7 @@ stops at the constructor of what it configures; nothing deeper reads it, nothing
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 MISSING: Any = "???"
 """Value of a setting that somebody must give."""
@@ -192,9 +192,9 @@ class RewardConfig:
     """Most memory of the process that calls the function, with all that it starts."""
     concurrency: int = 16
     """Calls of an `async def` function under way at one time, in each of placement.host_processes."""
-    failed_reward: float | None = None
-    """Reward of a row whose call raised, hung or ended its process; such rows are counted (`failed_rows`). None: the
-    run ends, naming function and row."""
+    failed_reward: float | Literal["missing"] | None = None
+    """Of a row whose call raised, hung or ended its process, counted as `failed_rows`: missing, which is in no baseline
+    and not trained on; or a reward. None: the run ends, naming function and row."""
     model: ModelConfig | None = None
     """A sequence-classification folder with one label. None: use `function`."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -370,6 +370,13 @@ class OutputConfig:
     """Steps between checkpoints, and one after the last step; 0 for the last one only, null for none at all."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted once a new one is complete; 0 keeps all."""
+    store: str | None = None
+    """Where checkpoints are copied to while the run goes on, and a resumed run finds them: a URL of any file system
+    that fsspec knows, e.g. s3://bucket/prefix (extra `s3`), file:///mnt/backup; the run's name is added. None: none."""
+    store_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that file system, e.g. {endpoint_url: "http://host:9000"}; no secrets, config.yaml keeps them."""
+    store_retry_s: float = 600.0
+    """Longest that a copy which fails is tried again, with waits that double; then it is said and the run goes on."""
     save_model: bool = True
     """Write the trained models as Hugging Face folders when the run ends."""
     evaluate_every: int = 0
@@ -398,8 +405,11 @@ class RunConfig:
     seed: int = 0
     """Of everything random: data order, initial heads, sampling."""
     resume: str = "never"
-    """`never` (an earlier run of this name is an error), `auto` (continue from its last checkpoint; a run without one
-    is kept under another name), `overwrite` (delete it)."""
+    """`never` (an earlier run of this name is an error), `auto` (continue from its newest good checkpoint; a run
+    without one is kept under another name), `step_N` (from that one), `overwrite` (delete it)."""
+    resume_changes: tuple[str, ...] = ()
+    """Settings that may be others than a checkpoint was made with, e.g. [actor.optimizer.lr, data.*]; what decides
+    what a step sees is compared, and a change of another is refused."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rows in."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)

@@ -76,6 +76,13 @@ def user_folders() -> list[str]:
     return list(dict.fromkeys(str(file.parent) for file in _loaded))
 
 
+def files_with(path: Path) -> list[Path]:
+    """A Python file and what was imported from its folder by users' files, as far as it is loaded."""
+    file = path.expanduser().resolve()
+    beside = sorted(other for other, (_, _, home) in _siblings.items() if home == file.parent and other != file)
+    return [file, *(beside if file in _loaded else ())]
+
+
 def pickle_by_value_with(register: Callable[[ModuleType], object]) -> None:
     """Have `register` called for every file, those loaded before and after.
 

@@ -20,6 +20,8 @@ from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, He
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
+from rlhf_dist.parsers import Parser, columns_of
+from rlhf_dist.prompt_template import Template
 from rlhf_dist.schema import SEQUENCE, TRAINABLE
 from rlhf_dist.weights import Weights
 
@@ -110,6 +112,24 @@ def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{kwargs['prefix']}_{what}" for what in ("ids", "log_probs", "log_rest"))
 
 
+def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    template, prefix = kwargs.get("template"), kwargs.get("prefix")
+    asked = ("prompt_ids",) if template is None else template.columns
+    return asked if prefix is None else tuple(dict.fromkeys((*asked, prefix)))
+
+
+def _answered_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    template, parser, prefix = kwargs.get("template"), kwargs.get("parser"), kwargs.get("prefix")
+    prompt = ("prompt_ids", "prompt") if template is not None else ("prompt_ids",) if prefix is not None else ()
+    return (*prompt, *_GENERATED, *(() if parser is None else columns_of(parser)))
+
+
+_GENERATED = (
+    *("response_ids", "response_mask", "response", "raw_response", "finished"),
+    *("rollout_log_probs", "policy_version"),
+)
+
+
 class Role(Protocol):
     """Base of every kind of role."""
 
@@ -143,18 +163,36 @@ class LanguageModel(OfTrunk, Protocol):
     settings: ClassVar[type] = LanguageModelConfig
 
     @op(
-        reads=("prompt_ids",),
-        writes=(
-            *("response_ids", "response_mask", "response", "raw_response", "finished"),
-            *("rollout_log_probs", "policy_version"),
-        ),
+        reads=_asked_columns,
+        writes=_answered_columns,
         rows="expand",
         weights_read="rollout",
         dispatch=ALL_MICRO_ROWS,
         mesh="rollout",
     )
-    def generate_sequences(self, prompts: Batch, *, n: int = 1, greedy: bool = False) -> Batch:
-        """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along."""
+    def generate_sequences(
+        self,
+        prompts: Batch,
+        *,
+        n: int = 1,
+        greedy: bool = False,
+        template: Template | None = None,
+        parser: Parser | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        prefix: str | None = None,
+        mixture: tuple[LanguageModel, float] | None = None,
+    ) -> Batch:
+        """`n` responses to every prompt, copies of a prompt adjacent, all its columns carried along.
+
+        template: the prompt is made of each row's columns, for this role's tokenizer and chat template. parser: the
+        response's text becomes columns, too. temperature, top_p, top_k, max_tokens: in place of the role's settings;
+        stop: texts that end a response. prefix: a column of text or token ids that each response goes on from; it
+        becomes a part of the prompt. mixture: (role, share): tokens are drawn from pi^(1 - share) role^share.
+        """
         ...
 
     @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")

@@ -22,6 +22,8 @@ class Sampling:
     """Most likely tokens kept; 0 for all."""
     max_tokens: int = 64
     """A response is cut here."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; the first that is drawn, and what stands behind it, is left out of its text."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -34,6 +36,8 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop needs texts that are not empty, got {self.stop!r}")
 
 
 def seed_of(*parts: int | str) -> int:

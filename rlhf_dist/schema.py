@@ -73,7 +73,7 @@ COLUMNS: dict[str, ColumnSpec] = {
     "top_log_probs": _spec("[B, T, K]", "float32", "log-probs of top_ids, nats"),
     "top_log_rest": _spec("[B, T]", "float32", "log of the probability of all tokens but top_ids, nats"),
     # Rewards, advantages.
-    "rewards": _spec("[B]", "float32", "terminal reward of the trajectory"),
+    "rewards": _spec("[B]", "float32", "terminal reward of the trajectory; missing where it failed"),
     "token_rewards": _spec("[B, T]", "float32", "reward received after each token; sums to the return at gamma 1"),
     "advantages": _spec("[B, T]", "float32", "A(s_t, y_t) in reward units (or normalised, as the recipe says)"),
     "returns": _spec("[B, T]", "float32", "target of the critic at s_t, in reward units"),

@@ -39,6 +39,8 @@ ALLOWED: dict[tuple[type, str], tuple[str | None, ...]] = {
     (config.RunConfig, "resume"): ("never", "auto", "overwrite"),
 }
 """Fields that are one of a few words."""
+NUMBERED: dict[tuple[type, str], str] = {(config.RunConfig, "resume"): "step_"}
+"""Fields that may be this word with a number behind it as well."""
 
 
 class ConfigError(ValueError):
@@ -293,9 +295,10 @@ def _plain_value(value: Any) -> Any:
 
 def _check_allowed(cls: type, name: str, value: Any, key: str) -> None:
     for base in cls.__mro__:
-        allowed = ALLOWED.get((base, name))
-        if allowed and value not in allowed:
-            raise ConfigError(f"{key} must be one of {_list(allowed)}, got {value!r}")
+        allowed, word = ALLOWED.get((base, name)), NUMBERED.get((base, name))
+        if not allowed or value in allowed or (word and re.fullmatch(rf"{word}\d+", value)):
+            continue
+        raise ConfigError(f"{key} must be one of {_list([*allowed, *([f'{word}N'] if word else [])])}, got {value!r}")
 
 
 def _missing(key: str) -> str:

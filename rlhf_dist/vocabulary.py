@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from rlhf_dist import transforms
 from rlhf_dist.algorithms import losses
 from rlhf_dist.algorithms.loss import LossFunction
 from rlhf_dist.dataflow.host import HostOp
-from rlhf_dist.roles import KINDS, Columns, ops_of
+from rlhf_dist.dataflow.op_settings import defaults
+from rlhf_dist.roles import KINDS, Columns, OpSpec, ops_of
 from rlhf_dist.weights import Weights, weight_ops_of
 
 _ROWS = {"keep": "", "drop": ", fewer rows", "derive": ", rows made of those"}
@@ -20,12 +22,12 @@ _ROWS = {"keep": "", "drop": ", fewer rows", "derive": ", rows made of those"}
 def describe_ops() -> str:
     """Tables of role ops, host ops and losses: what is called, what it reads and writes, what it is."""
     role_ops = [
-        (f"{interface.__name__}.{name}", f"{_columns(spec.reads)} -> {_columns(spec.writes)}", getattr(interface, name))
+        (f"{interface.__name__}.{name}", _touched(spec, getattr(interface, name)), getattr(interface, name))
         for interface in KINDS
         for name, spec in ops_of(interface).items()
     ]
     host_ops = [
-        (name, f"{_reads(op)} -> {_columns(op.writes)}{_ROWS[op.rows]}", op)
+        (name, f"{_reads(op)} -> {_columns(op.writes, defaults(op.function))}{_ROWS[op.rows]}", op)
         for name, op in _public(transforms)
         if isinstance(op, HostOp)
     ]
@@ -49,18 +51,23 @@ def _public(module: ModuleType) -> list[tuple[str, Any]]:
     return [(name, getattr(module, name)) for name in module.__all__]
 
 
-def _columns(columns: Columns) -> str:
-    # A function says which columns for each call: with the defaults where it needs no setting.
+def _touched(spec: OpSpec, function: Any) -> str:
+    settings = defaults(function)
+    return f"{_columns(spec.reads, settings)} -> {_columns(spec.writes, settings)}"
+
+
+def _columns(columns: Columns, settings: Mapping[str, Any]) -> str:
+    # A function says which columns for each call: with the defaults where it needs no other setting.
     try:
-        names = columns({}) if callable(columns) else columns
+        names = columns(settings) if callable(columns) else columns
     except KeyError:
         return "what its loss reads"
     return ", ".join(names) or "nothing"
 
 
 def _reads(op: HostOp[Any, Any]) -> str:
-    several = not callable(op.reads) and len(op.read_of({})) > 1
-    return " | ".join(map(_columns, op.read_of({}))) if several else _columns(cast(Columns, op.reads))
+    settings = defaults(op.function)
+    return " | ".join(_columns(names, settings) for names in op.read_of(settings))
 
 
 def _settings(loss: LossFunction[Any]) -> str:

@@ -156,6 +156,8 @@ class WorkerContext:
     """Longest a weight sync may take."""
     frozen_folders: Mapping[str, str] = field(default_factory=dict)
     """Role that is never trained -> the folder that its model is in."""
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Role with a model, and source -> the folder of the tokenizer that makes its token ids."""
     heads: tuple[Head, ...] = ()
     """Heads of the role's own."""
     memory: Any = None

@@ -217,7 +217,7 @@ def test_settings_can_be_pickled() -> None:
         ("data.train.shuffle=3", "data.train.shuffle must be true or false, got 3"),
         ("actor.optimizer=3", "actor.optimizer is a section"),
         ("actor.optimizer.betas=[0.1]", "actor.optimizer.betas must have 2 entries, got 1"),
-        ("resume=sometimes", "resume must be one of never, auto, overwrite, got 'sometimes'"),
+        ("resume=sometimes", "resume must be one of never, auto, overwrite, step_N, got 'sometimes'"),
         ("actor.engine.name=megatron", "actor.engine.name must be one of fsdp, deepspeed, got 'megatron'"),
         ("actor.rollout.dtype=float16", "actor.rollout.dtype must be one of auto, float32, bfloat16, got 'float16'"),
         ("actor.model.init=zeros", "actor.model.init must be one of pretrained, random, got 'zeros'"),

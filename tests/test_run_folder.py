@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from controller.lifecycle.run_folder import LOCK, Beginning, claim_folder, find_beginning
+from controller.lifecycle.folder_lock import LOCK
+from controller.lifecycle.manifest import Manifest
+from controller.lifecycle.run_folder import Beginning, claim_folder, find_beginning
 from rlhf_dist.compose import Launch, compose
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_llama
@@ -36,8 +38,8 @@ def start(tmp_path: Path, model: Path) -> Start:
 def claimed(launch: Launch) -> tuple[Beginning, list[str]]:
     notes: list[str] = []
     beginning = find_beginning(launch)
-    with claim_folder(launch, notes.append) as (folder, first):
-        assert (folder, first) == (beginning.folder, beginning.first_step)
+    with claim_folder(launch, notes.append) as claim:
+        assert (claim.folder, claim.first_step) == (beginning.folder, beginning.first_step)
     return beginning, notes
 
 
@@ -57,8 +59,8 @@ def finish_steps(folder: Path, model: Path, *, checkpoint: int = 0, steps: int =
         role = folder / f"checkpoints/step_{checkpoint}/actor/hf"
         role.mkdir(parents=True)
         (role / "config.json").write_text((model / "config.json").read_text())
-        manifest = {"step": checkpoint, "recipe": "sft", "roles": ["actor"], "numbers": {}, "files": {}}
-        (role.parents[1] / "manifest.json").write_text(json.dumps(manifest))
+        manifest = Manifest(step=checkpoint, recipe="sft", roles=("actor",), numbers={}, files={})
+        (role.parents[1] / "manifest.json").write_text(manifest.text())
     if steps:
         (folder / "summary.json").write_text(json.dumps({"steps": steps}))
 

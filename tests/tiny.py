@@ -5,11 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rlhf_dist.testing.tiny_model import VOCABULARY, llama_config, save_llama, save_model, save_tokenizer
 
-__all__ = ["VOCABULARY", "llama_config", "save_classifier", "save_llama", "save_qwen3", "save_tokenizer"]
+__all__ = [
+    "VOCABULARY",
+    "llama_config",
+    "save_classifier",
+    "save_judge",
+    "save_llama",
+    "save_qwen3",
+    "save_tokenizer",
+]
 
 
 def save_qwen3(folder: Path, *, seed: int = 0) -> Path:
@@ -24,5 +38,26 @@ def save_classifier(folder: Path, *, seed: int = 0) -> Path:
     config.num_labels = 1
     torch.manual_seed(seed)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_judge(folder: Path, *, says: str = "12 ", bias: float = 8.0) -> Path:
+    """A random Phi that says little else than the characters of `says`: its logits have a bias. Returns the folder."""
+    config = PhiConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = PhiForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.bias[[VOCABULARY[character] for character in says]] += bias
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -70,12 +70,12 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
             self.generation = RolloutWorker(context, config, 0 if trained else None, axes=axes)
             self.sync = ColocatedSync(self.engine, self.generation.engine, config.rollout, context)
 
-    def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
-        """`n` responses a prompt."""
+    def generate_sequences(self, batch: Batch, call: Call, **settings: Any) -> OpResult:
+        """`n` responses a prompt; settings: see `RolloutWorker.generate_sequences`."""
         assert self.generation is not None, "the recipe was planned without generation in this pool"
         if self.sync.dropped:  # what is generated now, in an evaluation, was not in the plan of a step
             self._sync_weights()
-        return self.generation.generate_sequences(batch, call, n=n, greedy=greedy)
+        return self.generation.generate_sequences(batch, call, **settings)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs and entropy under the training engine."""

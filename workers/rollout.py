@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +15,21 @@ from numpy.typing import NDArray
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import LanguageModelConfig
 from rlhf_dist.metrics import Largest, Mean, Metrics
+from rlhf_dist.parsers import Parser, parsed_columns
 from rlhf_dist.placement.roles import rollout_of
+from rlhf_dist.prompt_template import Template
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
+from workers.asked import Asked, Asker
 from workers.build_engines import new_generation_engine
-from workers.engines.generation.interface import Response, StaleWeights
+from workers.engines.generation.interface import Ends, GenerationEngine, Response, StaleWeights
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
 
 NOTHING = Batch({}, 0)
+NO_RESPONSE = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,7 @@ class RolloutWorker:
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.asker = Asker(config.model.path, context)
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
         self.name, self.memory = rollout_of(context.role.removesuffix(rollout_of(""))), arbiter_of(context)
@@ -73,27 +80,31 @@ class RolloutWorker:
         """Stop generating after the token at hand, if something is generated; called from another thread."""
         self._stop.set()
 
-    def generate_sequences(self, batch: Batch, call: Call, *, n: int = 1, greedy: bool = False) -> OpResult:
-        """`n` responses to each prompt. What is drawn depends on (run seed, step, node, row, copy) only."""
+    def generate_sequences(
+        self,
+        batch: Batch,
+        call: Call,
+        *,
+        n: int = 1,
+        greedy: bool = False,
+        template: Template | None = None,
+        decode: Mapping[str, str] = MappingProxyType({}),
+        prefix: str | None = None,
+        parser: Parser | None = None,
+        mixture: tuple[str, float] | None = None,
+        **sampled: Any,
+    ) -> OpResult:
+        """`n` responses to each prompt. What is drawn depends on (run seed, step, node, row, copy) only.
+
+        decode: token column of the template -> whose tokenizer made it. sampled: as in the role's interface.
+        """
         self._stop.clear()
-        self.memory.turn(generating(self.name))
-        # Weights that this step has trained already are ahead of its number.
-        staleness = 0 if self.max_staleness is None else max(0, call.step - self.weights_step)
-        if staleness > (self.max_staleness or 0):
-            raise StaleWeights(
-                f"weights may be {self.max_staleness} updates behind (placement.max_staleness), they are {staleness}; "
-                "the controller must sync first"
-            )
-        rollout = self.config.rollout
-        sampling = Sampling(
-            n=n,
-            greedy=greedy,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=rollout.max_response_tokens,
-        )
-        prompts = [batch["prompt_ids"].row(row) for row in range(batch.num_rows)]
+        sampling = self._sampling(n, greedy, **sampled)
+        lender = None if mixture is None else self._lender(mixture[0])
+        self.memory.turn(generating(self.name) if lender is None else self.memory.add_mixture(self.name, lender.name))
+        staleness = self._staleness(call.step)
+        asked = self.asker.ask(batch, template, decode, prefix)
+        fits = self._fits(asked, drops=parser is not None)
         seeds = [
             seed_of(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)
         ]
@@ -103,12 +114,14 @@ class RolloutWorker:
         if begun is not None:  # staleness is that of the policy that drew the first token
             old = np.array([len(versions) > 0 for versions in begun.versions], dtype=bool)
             drawn, behind = begun.versions, np.where(old, begun.staleness, behind)
-        responses = self.engine.generate(
-            prompts,
+        responses = self._drawn(
+            asked.prompts,
+            np.flatnonzero(fits),
             sampling,
             seeds,
             begun=None if begun is None else begun.responses,
             stop=self._stop.is_set if self._interrupts else None,
+            mixture=None if lender is None or mixture is None else (lender.engine, mixture[1]),
         )
         version = np.int32(self.engine.weights_version)
         versions = [
@@ -119,13 +132,18 @@ class RolloutWorker:
             self._begun[call.node, call.step] = _Begun(responses, versions, behind)
             return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
-        columns = response_columns(responses, versions)
-        # One by one: the tokenizer's batch of no rows is one empty text, and a rank may have no rows.
-        for name, skips in (("response", True), ("raw_response", False)):
-            texts = [self.tokenizer.decode(r.token_ids, skip_special_tokens=skips) for r in responses]
-            columns[name] = Column.strings(texts)
+        columns = {**response_columns(responses, versions), **asked_columns(asked, parent, template, prefix)}
+        columns |= self._texts(responses, sampling)
+        metrics: Metrics = {}
+        if parser is not None:
+            found, unparsed = parsed_columns(parser, _whole_answers(asked, parent, columns["response"]))
+            columns |= found
+            metrics = {
+                "unparsed": Mean(float(unparsed), float(len(parent))),
+                "prompts_too_long": Mean(float((~fits).sum()), 0),
+            }
         lengths = columns["response_ids"].lengths
-        tokens = batch["prompt_ids"].lengths[parent] + lengths
+        tokens = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)[parent] + lengths
         rows = float(len(responses))
         return OpResult(
             columns=Batch(columns, len(responses)),
@@ -140,7 +158,103 @@ class RolloutWorker:
                 "sequence_tokens": Mean(float(tokens.sum()), 0),
                 "staleness": Mean(float(behind.sum()), rows),
                 **({"continued": Mean(float(sum(len(v) > 0 and v[0] != v[-1] for v in versions)), 0)} if begun else {}),
+                **metrics,
             },
+        )
+
+    def _sampling(self, n: int, greedy: bool, *, stop: Sequence[str] = (), **sampled: float | None) -> Sampling:
+        """The role's own settings, and what the call says in their place."""
+        rollout = self.config.rollout
+        own: dict[str, Any] = {
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "max_tokens": rollout.max_response_tokens,
+        }
+        whole = {"top_k": int, "max_tokens": int}  # a state's number is not
+        own |= {name: whole.get(name, float)(value) for name, value in sampled.items() if value is not None}
+        return Sampling(n=n, greedy=greedy, stop=tuple(stop), **own)
+
+    def _texts(self, responses: Sequence[Response], sampling: Sampling) -> dict[str, Column]:
+        # One by one: the tokenizer's batch of no rows is one empty text, and a rank may have no rows.
+        plain, raw = (
+            [self.tokenizer.decode(one.token_ids, skip_special_tokens=skips) for one in responses]
+            for skips in (True, False)
+        )
+        return {
+            "response": Column.strings([before_stop(text, sampling.stop) for text in plain]),
+            "raw_response": Column.strings(raw),
+        }
+
+    def _staleness(self, step: int) -> int:
+        """Updates that the weights are behind `step`. Raises StaleWeights where that is more than they may be."""
+        # Weights that this step has trained already are ahead of its number.
+        staleness = 0 if self.max_staleness is None else max(0, step - self.weights_step)
+        if staleness > (self.max_staleness or 0):
+            raise StaleWeights(
+                f"weights may be {self.max_staleness} updates behind (placement.max_staleness), they are {staleness}; "
+                "the controller must sync first"
+            )
+        return staleness
+
+    def _lender(self, role: str) -> RolloutWorker:
+        """Whose logits are mixed with these: the worker of this process that generates for `role`."""
+        for name in (rollout_of(role), role):
+            worker = self.context.peers.get(name)
+            found = worker if isinstance(worker, RolloutWorker) else getattr(worker, "generation", None)
+            if isinstance(found, RolloutWorker):
+                return found
+        raise ValueError(f"{self.name} mixes its logits with {role!r}, which does not generate in this process")
+
+    def _fits(self, asked: Asked, *, drops: bool) -> NDArray[np.bool_]:
+        """[B] prompts that generation takes. drops: others are not asked, and count as not parsed; else a ValueError
+        names the first."""
+        limit = self.config.rollout.max_prompt_tokens
+        lengths = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)
+        fits = lengths <= limit
+        if asked.texts is not None and not drops and not fits.all():
+            row = int(np.flatnonzero(~fits)[0])
+            key = f"{self.name}.max_prompt_tokens"
+            raise ValueError(
+                f"the template makes a prompt of {lengths[row]} tokens of row {row}, and {key} is {limit}; set {key}="
+                f"{lengths.max()} or shorten what it writes"
+            )
+        return fits
+
+    def _drawn(
+        self,
+        prompts: Sequence[NDArray[np.int32]],
+        rows: NDArray[np.int64],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        begun: Sequence[Response] | None,
+        stop: Callable[[], bool] | None,
+        mixture: tuple[GenerationEngine, float] | None,
+    ) -> list[Response]:
+        """Responses to all prompts; those that are not among `rows` get an empty one."""
+        places = (rows[:, None] * sampling.n + np.arange(sampling.n)).ravel().tolist()
+        responses = [NO_RESPONSE] * len(seeds)
+        found = self.engine.generate(
+            [prompts[row] for row in rows],
+            sampling,
+            [seeds[place] for place in places],
+            begun=None if begun is None else [begun[place] for place in places],
+            stop=stop,
+            ends=self._ends(sampling.stop),
+            mixture=mixture,
+        )
+        for place, response in zip(places, found, strict=True):
+            responses[place] = response
+        return responses
+
+    def _ends(self, texts: Sequence[str]) -> Ends | None:
+        """Ends a response that says one of `texts`. A token has at least one byte, and a text may begin inside one."""
+        if not texts:
+            return None
+        last = max(len(text.encode()) for text in texts) + 4
+        return Ends(
+            last, lambda ids: any(text in self.tokenizer.decode(ids, skip_special_tokens=True) for text in texts)
         )
 
     def connect(self, bridge: Bridge) -> None:
@@ -171,6 +285,31 @@ def sync_metrics(report: SyncReport) -> Metrics:
         "sync_bytes": Mean(float(report.bytes_received), 0),
         "sync_parameters": Mean(float(report.parameters), 0),
     }
+
+
+def asked_columns(
+    asked: Asked, parent: NDArray[np.int64], template: Template | None, prefix: str | None
+) -> dict[str, Column]:
+    """The columns of prompts that generation has made itself, of each response's."""
+    if template is None and prefix is None:
+        return {}
+    columns = {"prompt_ids": Column.ragged(asked.prompts, dtype=np.int32).take(parent)}
+    if asked.texts is not None:
+        columns["prompt"] = Column.strings(asked.texts).take(parent)
+    return columns
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops`."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _whole_answers(asked: Asked, parent: NDArray[np.int64], response: Column) -> list[str]:
+    """What each response says, behind the beginning that it was given."""
+    texts: list[str] = response.rows()
+    if asked.answers is None:
+        return texts
+    return [asked.answers[row] + text for row, text in zip(parent, texts, strict=True)]
 
 
 def response_columns(responses: Sequence[Response], versions: Sequence[NDArray[np.int32]]) -> dict[str, Column]:

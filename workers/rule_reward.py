@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_dist.batch import Batch
+from rlhf_dist.missing import MISSING
 from rlhf_dist.rewards.child import Limits
 from rlhf_dist.rewards.load import LoadedReward
 from rlhf_dist.rewards.process import ScoringProcess
@@ -14,10 +15,11 @@ class RuleRewardWorker:
     """One CPU process scoring its share of the rows. Implements `rlhf_dist.roles.Reward`."""
 
     def __init__(
-        self, context: WorkerContext, function: LoadedReward, limits: Limits, failed_reward: float | None
+        self, context: WorkerContext, function: LoadedReward, limits: Limits, failed_reward: float | str | None
     ) -> None:
-        """`failed_reward`: of a row whose call failed; None: that is an error naming function and row."""
-        self.function, self.failed_reward = function, failed_reward
+        """`failed_reward`: of a row whose call failed, "missing" for none; None: that is an error naming the row."""
+        self.function = function
+        self.failed_reward = float(MISSING) if isinstance(failed_reward, str) else failed_reward
         self.process = ScoringProcess(function, limits, context.role)
 
     def compute_reward(self, batch: Batch, call: Call) -> OpResult:

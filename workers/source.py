@@ -40,16 +40,19 @@ class SourceWorker:
             first_group=first_group,
         )
 
-    def next_batch(self, batch: Batch, call: Call, *, rows: int, position: int | None = None) -> OpResult:
+    def next_batch(
+        self, batch: Batch, call: Call, *, rows: int, shift: int = 0, position: int | None = None
+    ) -> OpResult:
         """The rows of step `call.step`; with rows = 0 every row once, whatever the step.
 
-        position: where the rows begin among all that the run draws, and rows = 0 is none, for a source that is not
-        drawn as often in every step.
+        shift: see `PromptSource.emit`. position: where the rows begin among all that the run draws, and rows = 0 is
+        none, for a source that is not drawn as often in every step.
         """
         if position is not None:
             emitted = self.source.take(position + np.arange(rows))
         else:
-            emitted = self.source.emit(call.step, rows) if rows else self.source.every()
+            emitted = self.source.emit(call.step, rows, shift) if rows else self.source.every()
+        drawn = (call.step + 1) * rows + shift if position is None else position + rows
         tokens = emitted["prompt_ids"].lengths
         if "response_ids" in emitted:
             tokens = tokens + emitted["response_ids"].lengths
@@ -61,7 +64,7 @@ class SourceWorker:
             "prompts_heldout": counts.heldout,
             "responses_cut": counts.cut,
             "answers_missing": counts.without_answer,
-            **(self.source.epochs((call.step + 1) * rows if position is None else position + rows) if rows else {}),
+            **(self.source.epochs(drawn) if rows else {}),
         }
         if "response_mask" in emitted:
             metrics["trained_tokens"] = emitted["response_mask"].values.sum(dtype=np.int64)

@@ -28,6 +28,7 @@ from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
+from controller.cluster.store_room import remark_on_room
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
@@ -95,6 +96,7 @@ class Cluster:
             self.about = f"in the Ray cluster at {address}"
             self._check_size(address)
             return
+        remark = remark_on_room(self.config.object_store_bytes)
         self._own, self._set_aside, self._reaper = True, prepare_own(), Reaper()
         with self._reaper.marking():
             self._init(
@@ -107,7 +109,7 @@ class Cluster:
             )
         self._reaper.tell(_session_folder())
         aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
-        self.about = f"in a Ray cluster of its own{aside}"
+        self.about = f"in a Ray cluster of its own{aside}{f'; {remark}' if remark else ''}"
 
     def _init(self, failing: str, **options: Any) -> None:
         # Ray puts its own debugger into the environment: in this process breakpoint() stays what it was.

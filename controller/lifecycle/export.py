@@ -5,12 +5,16 @@ It runs in a process of its own: what reads checkpoints belongs to the workers, 
 
 from __future__ import annotations
 
+import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from controller.lifecycle.checkpoint import Checkpoint, check_files, list_checkpoints
+from controller.lifecycle.checkpoint import Checkpoint, checked, find_checkpoints
+from rlhf_dist.durable_files import sync
 from rlhf_dist.typed import ConfigError
+from rlhf_dist.weights_files import stored_weights
 
 EXPORTER = "workers.engines.files.export"
 TIMEOUT_S = 3600.0
@@ -29,7 +33,6 @@ def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapt
     chosen = role or found.roles[0]
     if chosen not in found.roles:
         raise ConfigError(f"{found.folder} has no role {chosen!r}; it has {', '.join(found.roles)}")
-    check_files(found)
     target = Path(out)
     if target.exists():
         raise ConfigError(f"{target} is there already; choose another folder, or remove it")
@@ -43,13 +46,41 @@ def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapt
     return target
 
 
+class ExportIncomplete(Exception):
+    """What a model's export should hold is not seen here."""
+
+
+def check_exported(folder: Path, role: str) -> None:
+    """Flush an exported model to the disk. Raises ExportIncomplete where a weight file is missing or cut here."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        json.loads((folder / "config.json").read_bytes())
+        for name in set(json.loads(index.read_bytes())["weight_map"].values()):
+            (folder / name).stat()
+        stored_weights(folder)  # reads each header, which says how long its file is
+        sync([*(path for path in folder.rglob("*")), folder])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOENT:
+            raise
+        raise ExportIncomplete(
+            f"the exported model of {role} is not complete in {folder} ({error}); put output.root on a file system "
+            f"that all nodes share, or export the last checkpoint with `rlhf-dist export`"
+        ) from error
+
+
 def _find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's folder, or the last one of a run's folder."""
+    """The checkpoint at `path`: a step's folder, or the newest good one of a run's folder."""
     for root, name in ((path.parent, path.name), (path / "checkpoints", None), (path, None)):
-        complete = list_checkpoints(root)
-        chosen = [one for one in complete if name is None or one.folder.name == name]
-        if chosen:
-            return chosen[-1]
+        damaged = []
+        for one in reversed([one for one in find_checkpoints(root) if name is None or one.folder.name == name]):
+            good = checked(one, read=None)
+            if isinstance(good, Checkpoint):
+                return good
+            damaged.append(good)
+        if damaged:
+            raise ConfigError(
+                f"{root}: damaged: {', '.join(map(str, damaged))}; copy the files again, or use an older one"
+            )
     raise ConfigError(
         f"no complete checkpoint at {path}; give runs/NAME or runs/NAME/checkpoints/step_N (a run writes one with "
         f"output.checkpoint_every=N)"

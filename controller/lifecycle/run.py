@@ -13,8 +13,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,19 +22,24 @@ from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.lifecycle.checkpoint import PendingCheckpoint, begin_checkpoint, list_checkpoints, load_checkpoint
+from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin_checkpoint, load_checkpoint
+from controller.lifecycle.checkpoint_store import store_of
+from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
+from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.preemption import Notices, Preempted
-from controller.lifecycle.run_folder import claim_folder
+from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_warnings import StepWarnings
+from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
+from rlhf_dist.durable_files import sync, write_durably
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
@@ -84,8 +89,10 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
     through once every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
-    with claim_folder(launch, display.note) as (folder, first_step):
-        return _run_in(folder, first_step, launch, display, eager, local)
+    with claim_folder(launch, display.note) as beginning:
+        launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
+        with said_of_disk(beginning.folder):
+            return _run_in(beginning, launch, display, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:
@@ -94,9 +101,8 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(
-    folder: Path, first_step: int, launch: Launch, display: StepDisplay, eager: bool, local: bool
-) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+    folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
     progress = _Progress()
@@ -104,7 +110,12 @@ def _run_in(
     display.phase("this process" if local else "Ray")
     notices = Notices(launch.run.output.notice_file, launch.run.output.notice_s)
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
-    with cluster, notices.heard(), MetricsWriter(folder, first_step, tracker, display.note) as writer:
+    with (
+        ExitStack() as leaving,
+        cluster,
+        notices.heard(),
+        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+    ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
                 launch = settled_on_cluster(launch, display.note)
@@ -112,7 +123,13 @@ def _run_in(
             counts = f"{slots_needed(launch)} slots and {cluster.host_processes} host processes"
             display.phase(f"processes: {counts}, {cluster.about}")
         session = start_session(launch, cluster, display.phase)
-        _Run(launch, session, folder, writer, display, progress, eager, cluster.metrics, notices).execute(first_step)
+        uploads = _uploads(launch, display.note)
+        if uploads is not None:
+            leaving.enter_context(uploads)
+            if beginning.checkpoint is not None:
+                uploads.add_missing(beginning.checkpoint)
+        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads, notices)
+        run_of.execute()
     summary = {
         "name": launch.run.name,
         "folder": str(folder),
@@ -128,6 +145,8 @@ def _run_in(
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
     }
+    if uploads is not None:
+        summary["store"] = {"place": uploads.place, "steps": uploads.done, "failed": uploads.failed}
     if progress.timeline is not None:
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
@@ -137,20 +156,32 @@ def _run_in(
     return summary
 
 
+def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
+    output = launch.run.output
+    store = store_of(output, launch.run.name)
+    if store is None:
+        return None
+    return Uploads(store, keep=output.keep_checkpoints, retry_s=output.store_retry_s, tell=tell)
+
+
 class _Run:
     def __init__(
         self,
         launch: Launch,
         session: Session,
-        folder: Path,
+        beginning: Beginning,
         writer: MetricsWriter,
         display: StepDisplay,
         progress: _Progress,
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
+        uploads: Uploads | None,
         notices: Notices,
     ) -> None:
-        self.launch, self.session, self.folder = launch, session, folder
+        folder = beginning.folder
+        self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
+        self.settings, self.sources = beginning.settings, beginning.sources
+        session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
         output = launch.run.output
         self.dataflow = insert_rollout_dump(
@@ -162,18 +193,22 @@ class _Run:
         numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
         self.notices, self.done = notices, 0
+        self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
+        """Step of the last complete checkpoint."""
         self.runner = session.runner(None if eager else self.dataflow, numbers, check=notices.check)
         self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
-        self.store_metrics = store_metrics
+        self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
 
-    def execute(self, first_step: int) -> None:
-        run = self.launch.run
-        if first_step:
+    def execute(self) -> None:
+        """From its start, or from a checkpoint, to its end."""
+        run, first_step = self.launch.run, 0
+        if self.checkpoint is not None:
             self.display.phase("checkpoint")
-            self._resume(first_step)
+            self._resume(self.checkpoint)
+            first_step = self.checkpoint.step
         if self.launch.dataflow.generating:
             self.display.phase("first weight sync")
         self.session.sync(first_step)
@@ -304,8 +339,10 @@ class _Run:
             self.folder / "checkpoints",
             step=done,
             recipe=self.launch.recipe.name,
-            roles=self.session.model_roles,
+            ranks={role: self.session.groups[role].pool.size for role in self.session.model_roles},
             numbers=self.runner.numbers,
+            settings=self.settings,
+            sources=self.sources,
             save_role=lambda role, path: self.session.call_role(role, "save", done, limit_s=limit_s, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
@@ -314,16 +351,14 @@ class _Run:
 
     def _make_room(self, notice: Preempted) -> None:
         """Save what is done, where no step under way has changed it yet, and end. Raises Preempted."""
-        last = max((one.step for one in list_checkpoints(self.folder / "checkpoints")), default=0)
-        last = self.done if self.pending is not None and self.pending.step == self.done else last
-        none = self.launch.run.output.checkpoint_every is None
-        if last < self.done and not none and self._is_settled:
+        last = self.saved if self.pending is None else self.pending.step
+        if last < self.done and self.launch.run.output.checkpoint_every is not None and self._is_settled:
             try:
                 self._checkpoint(self.done, limit_s=max(self.notices.left_s, 1.0))
-                last = self.done
             except Exception as error:  # without it the last one stands, which is said below
                 self.display.note(f"no checkpoint after {self.done} steps: {error}")
         self._keep_pending()
+        last = self.saved
         saved = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
         lost = "" if last == self.done else f", {self.done - last} steps after it are lost"
         raise Preempted(f"{notice} after {self.done} steps; {saved}{lost}; go on with resume=auto") from notice
@@ -352,11 +387,14 @@ class _Run:
         ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
-            self.pending.finish()
-            self.pending = None
+            uploads = self.uploads
+            complete = self.pending.finish() if uploads is None else self.pending.finish(uploads.in_use)
+            if uploads is not None:
+                uploads.add(complete)
+            self.saved, self.pending = step, None
 
-    def _resume(self, step: int) -> None:
-        checkpoint = next(c for c in list_checkpoints(self.folder / "checkpoints") if c.step == step)
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        step = checkpoint.step
         load_checkpoint(
             checkpoint,
             roles=self.session.model_roles,
@@ -376,12 +414,12 @@ class _Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
+            check_exported(partial, role)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync([target.parent])
             self.display.note(f"wrote {target}")
 
 
 def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2))
-    partial.replace(path)
+    write_durably(path, json.dumps(data, indent=2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,7 +25,7 @@ from controller.execution.ray_runner import RayRunner
 from controller.execution.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import PoolConfig, SourceConfig
-from rlhf_dist.data.of_launch import tokenizer_of
+from rlhf_dist.data.of_launch import tokenizer_of, tokenizers
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
@@ -77,6 +77,8 @@ class Session:
     cluster: Processes
     groups: dict[str, WorkerGroup]
     states: dict[str, State]
+    shifts: Mapping[str, int] = field(default_factory=dict)
+    """Source parameter -> see `PromptSource.emit`."""
 
     def runner(
         self,
@@ -93,7 +95,10 @@ class Session:
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
-        default = {name: {"rows": self.launch.source_rows(name)} for name in self.launch.recipe.sources}
+        default = {
+            name: {"rows": self.launch.source_rows(name), "shift": self.shifts.get(name, 0)}
+            for name in self.launch.recipe.sources
+        }
         return RayRunner(
             dataflow,
             groups,
@@ -268,6 +273,7 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
     context = {
         "seed": launch.run.seed,
         "frozen_folders": frozen_folders(launch),
+        "tokenizers": tokenizers(launch),
         "heads": getattr(launch.recipe.roles.get(group.role), "heads", ()),
         "sums_weights": group.role in {node.role for node in launch.dataflow if node.op in ("mix_from", "merge_from")},
         "total_steps": launch.run.steps,

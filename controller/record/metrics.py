@@ -36,7 +36,8 @@ class MetricsWriter:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / NAME
-        _drop_lines(self._path, first_step)
+        if faulty := _drop_lines(self._path, first_step):
+            tell(f"{self._path}: {faulty} faulty or cut lines of the earlier run are left out")
         self._file = self._path.open("a", encoding="utf-8")
         board = Outbox("tensorboard", lambda: TensorBoard(self._folder / "tensorboard", first_step), self._folder, tell)
         self._trackers = [board] if tracker is None else [board, tracker]
@@ -78,26 +79,29 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """All lines of a run's `metrics.jsonl`, in order; a last line that was cut is left out."""
+    """All lines of a run's `metrics.jsonl`, in order; one that was cut is left out."""
     path = Path(folder) / NAME
-    rows = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [_parsed(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     return [row for row in rows if row is not None]
 
 
-def _drop_lines(path: Path, first_step: int) -> None:
+def _drop_lines(path: Path, first_step: int) -> int:
+    """Keep the lines of steps before `first_step`; returns how many are no lines of metrics."""
     if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if (row := _parsed(line)) is not None and row["step"] < first_step]
+        return 0
+    lines = path.read_bytes().splitlines()
+    rows = [_parsed(line) for line in lines]
+    kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] < first_step]
     # Written beside and moved: a crash here leaves the old file whole.
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    beside.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(beside, path)
+    return rows.count(None)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

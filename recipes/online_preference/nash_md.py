@@ -1,12 +1,15 @@
-"""Nash learning from human feedback against an average of earlier policies (Munos et al. 2023, arXiv 2312.00886).
+"""Nash learning from human feedback (Munos et al. 2023, arXiv 2312.00886): a game against a tamer self.
 
     advantage(y) = P(y > y') - 1/2 - tau log pi(y) / pi_ref(y)          y ~ pi, y' ~ the opponent
 
-The opponent is the exponential moving average of the policy's weights (Nash-EMA-PG); Nash-MD-PG would sample from the
-geometric mixture of policy and reference token by token. P is a sigmoid of the difference of rewards.
+    mixture   pi(y_t)^(1 - beta) pi_ref(y_t)^beta, drawn token by token: Nash-MD-PG
+    average   the exponential moving average of the policy's weights: Nash-EMA-PG
+
+P is a sigmoid of the difference of rewards.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,14 +24,18 @@ from rlhf_dist.roles import Actor, Opponent, Prompts, Reference, Reward
 
 @dataclass(frozen=True, kw_only=True)
 class NashMD:
-    """Settings of Nash-EMA-PG."""
+    """Settings of Nash-MD-PG."""
 
     samples_per_prompt: int = 1
     """Responses to each prompt."""
+    opponent: Literal["mixture", "average"] = "mixture"
+    """Who the other response is of."""
+    mixture: float = 0.125
+    """beta, the reference's share in the mixture (the paper's best, of 0.125 to 1)."""
     kl_coef: float = 0.02
     """tau, the price of the log-ratio to the reference."""
     average: float = 0.01
-    """Share of the policy in the opponent's weights, a step."""
+    """Share of the policy in an average opponent's weights, a step."""
     scale: float = 1.0
     """Rewards are divided by it before the sigmoid."""
 
@@ -50,11 +57,17 @@ def win_advantage(batch: Batch, *, kl_coef: float, scale: float) -> HostResult:
 def nash_md(
     prompts: Prompts, actor: Actor, opponent: Opponent, reference: Reference, reward: Reward, cfg: NashMD
 ) -> None:
-    """A game against oneself as one was."""
-    theirs = reward.compute_reward(opponent.generate_sequences(prompts))
+    """A game against oneself, closer to the reference or as one was."""
+    mixed = cfg.opponent == "mixture"
+    if mixed:
+        theirs = actor.generate_sequences(prompts, mixture=(reference, cfg.mixture))
+    else:
+        theirs = opponent.generate_sequences(prompts)
+    theirs = reward.compute_reward(theirs)
     batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
     batch = batch.join(theirs, their_rewards="rewards")
     batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
     batch = win_advantage(batch, kl_coef=cfg.kl_coef, scale=cfg.scale)
     actor.update_actor(batch, loss=policy_gradient())
-    opponent.mix_from(actor, tau=cfg.average)
+    if not mixed:
+        opponent.mix_from(actor, tau=cfg.average)

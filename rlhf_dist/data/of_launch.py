@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.config import DataConfig, SourceConfig
 from rlhf_dist.data.source import PromptSource
+from rlhf_dist.dataflow.token_makers import reads_others_tokens
 
 if TYPE_CHECKING:
     from rlhf_dist.compose import Launch
@@ -23,10 +24,21 @@ def tokenizer_of(launch: Launch) -> str | None:
 
 
 def tokenizer_role(launch: Launch) -> str | None:
-    """Whose tokenizer the sources use: a role's that generates, else the first's with a model."""
-    generating = launch.dataflow.generating
-    roles = sorted(launch.used_roles.items(), key=lambda role: role[0] not in generating)
-    return next((name for name, settings in roles if settings.model is not None), None)
+    """Whose tokenizer the sources use: of the roles with a model that are given token ids, one that generates, else
+    the first."""
+    generating, dataflow = launch.dataflow.generating, launch.dataflow
+    models = [name for name, settings in launch.used_roles.items() if settings.model is not None]
+    return min(models, key=lambda role: (not reads_others_tokens(dataflow, role), role not in generating), default=None)
+
+
+def tokenizers(launch: Launch) -> dict[str, str]:
+    """Role with a model, and source -> the model folder whose tokenizer makes its token ids."""
+    models = {name: model for name, settings in launch.used_roles.items() if (model := settings.model) is not None}
+    base = tokenizer_of(launch)
+    return {
+        **{role: str(Path(model.path).expanduser().resolve()) for role, model in models.items()},
+        **({} if base is None else dict.fromkeys(launch.recipe.sources, base)),
+    }
 
 
 def open_source(

@@ -1,6 +1,6 @@
 """Sources: rows for step s are a pure function of (config, seed, s), so a run resumes without any state of theirs.
 
-    position   s * rows + i                      i-th row of step s
+    position   s * rows + shift + i              i-th row of step s; shift: 0 unless a resumed run has other rows
     draw       position, or its part's own count of them where a mixture has weights (mixture.py)
     epoch      draw // size                      a new order each epoch, drawn from (seed, epoch[, part])
     row        order[epoch][draw % size]
@@ -98,15 +98,15 @@ class PromptSource:
         """Where an item was read."""
         return str(self._places.row(item * self.rows_per_item))
 
-    def emit(self, step: int, rows: int) -> Batch:
+    def emit(self, step: int, rows: int, shift: int = 0) -> Batch:
         """The `rows` items of step `step` (twice as many rows for preferences: chosen, rejected, chosen, ...).
 
-        group_id is step * rows + i, the same for both rows of a pair. The same `rows` must be used for all
-        steps of a run. Raises ValueError for a negative step or rows < 1.
+        group_id is step * rows + shift + i, the same for both rows of a pair. A run that goes on with other `rows` goes
+        on at the row where it stopped, which `shift` sees to. Raises ValueError for a negative step or rows < 1.
         """
         if step < 0 or rows < 1:
             raise ValueError(f"a source emits rows >= 1 for a step >= 0, got step {step} and {rows} rows")
-        position = step * rows + np.arange(rows, dtype=np.int64)
+        position = step * rows + shift + np.arange(rows, dtype=np.int64)
         return self.take(position)
 
     def take(self, position: IntArray) -> Batch:

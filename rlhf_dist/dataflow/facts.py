@@ -69,7 +69,7 @@ def nodes_on_own_rows(dataflow: Dataflow, role: str) -> frozenset[str]:
         for node in dataflow
         if node.role == role
         and drawn_by(dataflow, node) == {role}
-        and not any(one.kind == "state" and one.rows == "new" for one in _makers(dataflow, node))  # of earlier steps
+        and not any(_of_another_policy(one) for one in _makers(dataflow, node))
     )
 
 
@@ -80,8 +80,9 @@ def speaker_of(dataflow: Dataflow, role: str) -> str | None:
     that generate, where it sees rows of files) the first, one that learns before one that does not.
     """
     own = dataflow.facts[role]
-    if own.generates or own.trained:
-        return role if own.generates else None
+    draws = any(_draws(node, role) for node in dataflow)  # one that lends its logits to another's draws nothing
+    if draws or own.trained:
+        return role if draws else None
     drew = {one for node in dataflow if node.role == role for one in drawn_by(dataflow, node)}
     speakers = [one for one in dataflow.generating if one in drew or not drew]
     return min(speakers, key=lambda one: not dataflow.facts[one].trained, default=None)
@@ -104,6 +105,12 @@ def _computes(node: Node, role: str) -> bool:
         return False  # it brings generation what was computed
     runs = node.kind == "op" and node.role == role and rollout not in node.weights_read
     return runs or train in node.weights_read or train in node.weights_written
+
+
+def _of_another_policy(node: Node) -> bool:
+    """Whether its rows are of earlier steps, or drawn otherwise than the role's settings say."""
+    asked = node.rows == "expand" and any(node.kwargs.get(key) is not None for key in ("temperature", "mixture"))
+    return asked or node.kind == "state" and node.rows == "new"
 
 
 def _draws(node: Node, role: str) -> bool:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from rlhf_dist.dataflow.generation_calls import generation_settings
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.op_settings import (
     check_heads,
@@ -69,7 +70,8 @@ class RoleHandle:
         if "loss" in settings:
             self._check_loss(spec, where, settings["loss"])
         check_heads(line, where, settings, self._interface)
-        return self._record(spec, where, [(batch, self._reads(spec, batch, settings))], settings)
+        settings, lenders = generation_settings(line, where, batch, settings)
+        return self._record(spec, where, [(batch, self._reads(spec, batch, settings))], settings, lenders)
 
     def _update(
         self, spec: OpSpec, where: str, terms: list[tuple[TracedBatch, Any, Any]], kwargs: dict[str, Any]
@@ -93,8 +95,14 @@ class RoleHandle:
         return (*needed, *(name for name in more if name in batch.origins and name not in needed))
 
     def _record(
-        self, spec: OpSpec, where: str, batches: list[tuple[TracedBatch, tuple[str, ...]]], settings: Mapping[str, Any]
+        self,
+        spec: OpSpec,
+        where: str,
+        batches: list[tuple[TracedBatch, tuple[str, ...]]],
+        settings: Mapping[str, Any],
+        lenders: tuple[str, ...] = (),
     ) -> TracedBatch:
+        """lenders: other roles whose generation weights it reads."""
         return batches[0][0]._record(
             name=where,
             role=self._role,
@@ -105,7 +113,7 @@ class RoleHandle:
             rows=spec.rows,
             kwargs=settings,
             spec=spec,
-            weights_read=(f"{self._role}.{spec.weights_read}",) if spec.weights_read else (),
+            weights_read=tuple(f"{role}.{spec.weights_read}" for role in (self._role, *lenders) if spec.weights_read),
             weights_written=(f"{self._role}.{spec.weights_written}",) if spec.weights_written else (),
             names=spec.names,
         )

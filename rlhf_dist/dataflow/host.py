@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args
 
 from rlhf_dist.batch import Batch, IntArray
-from rlhf_dist.dataflow.op_settings import RANDOM
+from rlhf_dist.dataflow.op_settings import RANDOM, defaults
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.roles import Columns
 
@@ -82,8 +82,8 @@ class HostOp(Generic[P, R]):
     rows: HostRows
     least_group: int = 1
     """Fewest rows of one group that the op can tell anything from; a recipe that gives it fewer is refused."""
-    copies: int = 1
-    """rows="derive": most rows made of each, for row counts before a run."""
+    copies: int | Callable[[Mapping[str, Any]], int] = 1
+    """rows="derive": most rows made of each, for row counts before a run, or a function of the keyword arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Batch) and hasattr(args[0], "apply_host_op"):
@@ -112,6 +112,10 @@ class HostOp(Generic[P, R]):
         """What a shard must hold whole, for these arguments."""
         return self.scope(kwargs) if callable(self.scope) else self.scope
 
+    def copies_for(self, kwargs: Mapping[str, Any]) -> int:
+        """Most rows made of each, for these arguments."""
+        return self.copies({**defaults(self.function), **kwargs}) if callable(self.copies) else self.copies
+
     @property
     def draws(self) -> bool:
         """Whether it takes a random generator, seeded by the run's seed, the step and the node."""
@@ -125,14 +129,14 @@ def host_op(
     scope: Scope | Callable[[Mapping[str, Any]], Scope] = "rows",
     rows: HostRows = "keep",
     least_group: int = 1,
-    copies: int = 1,
+    copies: int | Callable[[Mapping[str, Any]], int] = 1,
 ) -> Callable[[Callable[P, R]], HostOp[P, R]]:
     """Declare a pure function `(batch, **settings) -> Batch | HostResult` as a host op.
 
     reads, writes: column names, or a function of the keyword arguments where they depend on them; a tuple of tuples
-    where the function takes several batches. scope may be a function, too. rows: with `drop` it returns a `HostResult`
-    with `keep`, with `derive` one with `parent` (and at most `copies` rows of each). least_group: fewest rows of a
-    group that the op makes sense for. A function that has a parameter `rng` is given a generator, and needs
+    where the function takes several batches. scope and copies may be functions, too. rows: with `drop` it returns a
+    `HostResult` with `keep`, with `derive` one with `parent` (and at most `copies` rows of each). least_group: fewest
+    rows of a group that the op makes sense for. A function that has a parameter `rng` is given a generator, and needs
     scope="batch": what it draws must not depend on how rows are cut.
 
     Raises ValueError for a declaration that cannot be.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_dist.dataflow.graph import Dataflow, GraphError, Node
+from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.schema import COLUMNS, ROW_IDS, SEQUENCE
 
@@ -37,11 +38,15 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
         elif node.kind == "concat" or "terms" in node.kwargs:
             found[node.name] = _together(dataflow, node, found)
         else:
-            copies = node.kwargs.get("n", 1) if node.rows == "expand" else getattr(node.spec, "copies", 1)
+            copies = node.kwargs.get("n", 1) if node.rows == "expand" else _copies(node)
             rows = before[0].rows * (copies if node.rows in ("expand", "derive") else 1)
             exact = before[0].exact and node.rows not in ("drop", "derive")
             found[node.name] = replace(before[0], rows=rows, exact=exact)
     return found
+
+
+def _copies(node: Node) -> int:
+    return node.spec.copies_for(node.kwargs) if isinstance(node.spec, HostOp) else 1
 
 
 def _refilled(dataflow: Dataflow, node: Node, found: Mapping[str, Amount]) -> Amount:

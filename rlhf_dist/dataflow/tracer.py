@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.dataflow.graph import ColumnOrigin, GraphError, Input, Node
+from rlhf_dist.dataflow.op_settings import defaults
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.roles import ops_of
 from rlhf_dist.schema import COLUMNS, ROW_IDS
@@ -77,7 +78,7 @@ class Tracer:
             f"{role}.{spec.name}"
             for role, interface in self.recipe.roles.items()
             for spec in ops_of(interface).values()
-            if not callable(spec.writes) and name in spec.writes
+            if name in spec.columns(spec.writes, defaults(getattr(interface, spec.name)))
         ]
         meaning = f" ({COLUMNS[name].meaning})" if name in COLUMNS else ""
         hint = f"; {' or '.join(writers)} would write it" if writers else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.placement.roles import rollout_of
@@ -32,7 +32,8 @@ def _phases(node: Node, placed: Mapping[str, str], bases: Mapping[str, str]) -> 
         apart = [(placed[rollout], f"{rollout}.sync")] if rollout in placed else []
         return [(placed[role], f"{role}.sync"), *apart]
     if rollout in node.weights_read:
-        return [(placed.get(rollout, placed[role]), f"{role}.generate")]
+        roles = [state.removesuffix(".rollout") for state in node.weights_read if state.endswith(".rollout")]
+        return [(placed.get(rollout, placed[role]), generation_phase(roles))]
     use = "update" if f"{role}.train" in node.weights_written else "forward"
     return [(placed[role], f"{bases.get(role, role)}.{use}")]
 
@@ -44,6 +45,11 @@ def _weight_phases(node: Node, placed: Mapping[str, str]) -> list[tuple[str, str
     pools = [dict.fromkeys((placed[sender], placed[node.role])) for sender in node.senders]
     moved = [(pool, way) for way, both in zip(ways, pools, strict=True) for pool in both]
     return [*moved, (placed[node.role], f"{node.role}.write")]
+
+
+def generation_phase(roles: Iterable[str]) -> str:
+    """The phase in which the first of `roles` generates, from a mixture where there are others."""
+    return f"{'+'.join(roles)}.generate"
 
 
 def way_of(source: str, target: str) -> str:

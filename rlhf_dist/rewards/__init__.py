@@ -3,6 +3,7 @@
 Libraries are imported on first use.
 """
 
+from rlhf_dist.rewards.code import CodeTests, code_solved, code_tests
 from rlhf_dist.rewards.exact_match import exact_match
 from rlhf_dist.rewards.load import load_function, load_reward
 from rlhf_dist.rewards.math_verify import math_verify
@@ -12,8 +13,11 @@ from rlhf_dist.rewards.share_of_digits import share_of_digits
 from rlhf_dist.rewards.signature import adapt
 
 __all__ = [
+    "CodeTests",
     "RewardFunctionError",
     "adapt",
+    "code_solved",
+    "code_tests",
     "exact_match",
     "load_function",
     "load_reward",

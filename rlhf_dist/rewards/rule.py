@@ -18,6 +18,7 @@ import numpy as np
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult
 from rlhf_dist.metrics import Mean, reward_metrics
+from rlhf_dist.missing import is_missing
 from rlhf_dist.rewards.calls import NOT_CALLED, Calls, Outcome, Scores, short
 from rlhf_dist.rewards.signature import Signature, signature_of
 from rlhf_dist.schema import COLUMNS
@@ -59,7 +60,8 @@ def arguments(signature: Signature, batch: Batch) -> dict[str, list[Any]]:
 def reward_columns(name: str, batch: Batch, outcomes: Sequence[Outcome], failed: float | None = None) -> HostResult:
     """The `rewards` column [B] of the function called `name`, with mean scores as metrics.
 
-    `failed`: the reward of rows without scores, which are counted; None: they raise RewardFunctionError.
+    `failed`: the reward of rows without scores, which are counted (`missing.MISSING` for none); None: they raise
+    RewardFunctionError.
     """
     failures = [(row, outcome) for row, outcome in enumerate(outcomes) if isinstance(outcome, str)]
     if failures and failed is None:
@@ -82,7 +84,8 @@ def reward_columns(name: str, batch: Batch, outcomes: Sequence[Outcome], failed:
         for score, value in outcome.items():
             scored.setdefault(score, []).append(value)
     column = Column(np.asarray(rewards, dtype=np.float32))
-    metrics = reward_metrics(column.values)
+    known = column.values[~is_missing(column.values)]
+    metrics = reward_metrics(known) if len(known) else {}
     for score, values in scored.items():
         if score != "reward":
             metrics[f"score/{score}"] = Mean(math.fsum(values), len(values))

@@ -3,25 +3,32 @@
 from rlhf_dist.transforms.cut_responses import mask_cut_responses, penalise_cut_responses
 from rlhf_dist.transforms.gae import gae
 from rlhf_dist.transforms.grpo_advantage import grpo_advantage
+from rlhf_dist.transforms.judging import both_orders, list_scores, listed, verdict_means, win_rates
 from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
 from rlhf_dist.transforms.remax_advantage import remax_advantage
 from rlhf_dist.transforms.rloo_advantage import rloo_advantage
-from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, keep_best_and_worst
+from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, drop_missing, keep_best_and_worst
 from rlhf_dist.transforms.shape_rewards import clip_rewards, whiten_rewards
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
     "best_of_group",
+    "both_orders",
     "clip_rewards",
     "drop_equal_groups",
+    "drop_missing",
     "gae",
     "grpo_advantage",
     "keep_best_and_worst",
     "lagrangian_advantage",
+    "list_scores",
+    "listed",
     "mask_cut_responses",
     "penalise_cut_responses",
     "remax_advantage",
     "rloo_advantage",
+    "verdict_means",
     "whiten",
     "whiten_rewards",
+    "win_rates",
 ]

@@ -8,21 +8,29 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_dist.algorithms.kl import KlEstimator, named_kl
-from rlhf_dist.algorithms.ragged import FloatArray, row_of_token, sum_rows
+from rlhf_dist.algorithms.ragged import FloatArray, last_counted, row_of_token, spread, sum_rows
 from rlhf_dist.algorithms.shaping import kl_penalty
-from rlhf_dist.batch import Batch, IntArray
+from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.metrics import Mean
+from rlhf_dist.missing import is_missing
 
 
-def numbers(batch: Batch, name: str) -> FloatArray:
-    """The column's values as float32: [B] or flat [N].
+def numbers(batch: Batch, name: str, *, missing: bool = False) -> FloatArray:
+    """The column's values as float32: [B] or flat [N]. `missing`: rewards that are missing are fine, and stay so.
 
     Raises ValueError naming the column and the rows where a value is NaN, or infinite as float32.
     """
     column = batch[name]
     with np.errstate(over="ignore"):  # said below, with the rows
         values = np.asarray(column.values, dtype=np.float32)
-    finite = np.isfinite(values)
+    finite, unknown = np.isfinite(values), is_missing(values)
+    if missing:
+        finite |= unknown
+    elif unknown.any():
+        raise ValueError(
+            f"column {name!r} has missing rewards ({unknown.sum()} of {batch.num_rows} rows), which this op does not "
+            f"take; leave them out before it: batch = drop_missing(batch)"
+        )
     if not finite.all():
         where = np.flatnonzero(~finite)
         rows = np.unique(where if column.offsets is None else row_of_token(column.offsets)[where])
@@ -32,6 +40,28 @@ def numbers(batch: Batch, name: str) -> FloatArray:
             f"{batch.num_rows} rows (row {shown}); look at the op that wrote {name!r}"
         )
     return values
+
+
+def present_rows(*rewards: FloatArray) -> IntArray:
+    """Rows that have every one of the rewards [B]."""
+    found: IntArray = np.flatnonzero(~np.any([is_missing(column) for column in rewards], axis=0))
+    return found
+
+
+def without_missing(batch: Batch, present: IntArray) -> Column:
+    """response_mask without any token of rows that are not `present`: no loss, and no place in its divisor."""
+    mask, offsets = mask_and_offsets(batch)
+    known = np.zeros(batch.num_rows, dtype=mask.dtype)
+    known[present] = 1
+    return Column((mask * np.repeat(known, np.diff(offsets))).astype(mask.dtype), offsets)
+
+
+def row_advantages(batch: Batch, advantages: FloatArray, present: IntArray) -> Batch:
+    """One advantage a row [B] at each of its tokens, and the mask without rows that are not `present`."""
+    mask = without_missing(batch, present)
+    assert mask.offsets is not None, "it is ragged"
+    spread_out = Column(spread(advantages, mask.offsets, mask.values), mask.offsets)
+    return Batch({"advantages": spread_out, "response_mask": mask}, batch.num_rows)
 
 
 def tokens(batch: Batch, name: str) -> FloatArray:
@@ -56,9 +86,10 @@ def mask_and_offsets(batch: Batch) -> tuple[npt.NDArray[Any], IntArray]:
     return mask.values, mask.offsets
 
 
-def groups(batch: Batch) -> IntArray:
-    """[B] in 0..G-1: which group a row belongs to, groups in order of group_id."""
-    return np.unique(batch["group_id"].values, return_inverse=True)[1].astype(np.int64)
+def groups(batch: Batch, rows: IntArray | None = None) -> IntArray:
+    """[B] in 0..G-1: which group a row (each of `rows`) belongs to, groups in order of group_id."""
+    named = batch["group_id"].values if rows is None else batch["group_id"].values[rows]
+    return np.unique(named, return_inverse=True)[1].astype(np.int64)
 
 
 def penalty_and_metrics(
@@ -84,7 +115,7 @@ def penalised_rewards(
     """[B] rewards - kl_coef * KL estimate, summed over counted tokens (k1: log pi(y) - log pi_ref(y)), and metrics."""
     penalty, metrics = penalty_and_metrics(batch, kl_coef, estimator, cap)
     _, offsets = mask_and_offsets(batch)
-    return (numbers(batch, "rewards") + sum_rows(penalty, offsets)).astype(np.float32), metrics
+    return (numbers(batch, "rewards", missing=True) + sum_rows(penalty, offsets)).astype(np.float32), metrics
 
 
 def mean_of(values: npt.NDArray[Any]) -> Mean:
@@ -92,7 +123,25 @@ def mean_of(values: npt.NDArray[Any]) -> Mean:
     return Mean(float(np.sum(values, dtype=np.float64)), float(len(values)))
 
 
-def group_metrics(equal: npt.NDArray[np.bool_]) -> dict[str, Mean]:
-    """`zero_variance_groups`: share of the groups [G] whose rewards are all equal, and how many groups there are."""
+def group_metrics(equal: npt.NDArray[np.bool_], group: IntArray) -> dict[str, Mean]:
+    """How many groups [G] there are, the share whose rewards are all equal (`zero_variance_groups`), and the share of
+    one row (`singleton_groups`), which is among them. `group` [B]: of each row."""
     size = float(len(equal))
-    return {"groups": Mean(size, 0), "zero_variance_groups": Mean(float(equal.sum()), size)}
+    alone = float((np.bincount(group, minlength=len(equal)) == 1).sum())
+    return {
+        "groups": Mean(size, 0),
+        "zero_variance_groups": Mean(float(equal.sum()), size),
+        "singleton_groups": Mean(alone, size),
+    }
+
+
+def row_metrics(batch: Batch, present: IntArray) -> dict[str, Mean]:
+    """`reward` over the rows that have one (left out where none has), and how many rows have none (`missing_rewards`)
+    or no token that counts (`rows_without_tokens`)."""
+    rewards = batch["rewards"].values[present]
+    mask, offsets = mask_and_offsets(batch)
+    return {
+        **({"reward": mean_of(rewards)} if len(rewards) else {}),
+        "missing_rewards": Mean(float(batch.num_rows - len(present)), 0),
+        "rows_without_tokens": Mean(float((last_counted(offsets, mask) < 0).sum()), 0),
+    }

@@ -25,7 +25,7 @@ def penalise_cut_responses(batch: Batch, *, penalty: float) -> HostResult:
     if not penalty >= 0:
         raise ValueError(f"the penalty of a cut response must be >= 0, got {penalty}")
     cut = batch["finished"].values == 0
-    rewards = numbers(batch, "rewards") - np.float32(penalty) * cut
+    rewards = numbers(batch, "rewards", missing=True) - np.float32(penalty) * cut
     return HostResult(
         columns=Batch({"rewards": Column(rewards.astype(np.float32))}, batch.num_rows),
         metrics={"penalised": Mean(float(cut.sum()), float(len(cut)))},

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rlhf_dist.algorithms.advantages.gae import gae as gae_formula
 from rlhf_dist.algorithms.kl import KlEstimator
-from rlhf_dist.algorithms.ragged import last_counted
 from rlhf_dist.algorithms.shaping import place_terminal
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult, host_op
-from rlhf_dist.metrics import Mean
-from rlhf_dist.transforms.columns import mask_and_offsets, mean_of, numbers, penalty_and_metrics, tokens
+from rlhf_dist.missing import is_missing
+from rlhf_dist.transforms.columns import (
+    mask_and_offsets,
+    mean_of,
+    numbers,
+    penalty_and_metrics,
+    present_rows,
+    row_metrics,
+    tokens,
+    without_missing,
+)
 from rlhf_dist.transforms.reads import with_kl
 
 
@@ -21,7 +31,7 @@ def _reads(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return (*base, "token_rewards") if arguments.get("dense", False) else base
 
 
-@host_op(reads=_reads, writes=("advantages", "returns"), scope="rows")
+@host_op(reads=_reads, writes=("advantages", "returns", "response_mask"), scope="rows")
 def gae(
     batch: Batch,
     *,
@@ -36,23 +46,26 @@ def gae(
 
     The reward after token t is -kl_coef * the KL estimate (k1: old_log_probs - ref_log_probs), plus `rewards` at the
     row's last counted token, plus `token_rewards` when `dense`. Rows without a counted token are left without
-    advantages, and counted. Raises ValueError where a column holds NaN or infinity.
+    advantages, and counted; so are rows whose reward is missing, and none of their tokens counts any more. Raises
+    ValueError where a column holds NaN or infinity.
     """
-    mask, offsets = mask_and_offsets(batch)
+    _, offsets = mask_and_offsets(batch)
+    given, values = numbers(batch, "rewards", missing=True), tokens(batch, "values")
+    present = present_rows(given)
+    known = without_missing(batch, present)
+    mask, rewards = known.values, np.where(is_missing(given), np.float32(0), given)
     counted = mask > 0
-    rewards, values = numbers(batch, "rewards"), tokens(batch, "values")
     token_rewards = place_terminal(rewards, offsets, mask)
     penalty, metrics = penalty_and_metrics(batch, kl_coef, kl_estimator, kl_cap)
     token_rewards += penalty
     if dense:
         token_rewards += tokens(batch, "token_rewards")
     advantages, returns = gae_formula(token_rewards, values, offsets, mask, gamma, lam)
+    metrics |= row_metrics(batch, present)
     metrics |= {
-        "reward": mean_of(rewards),
         "advantage": mean_of(advantages[counted]),
         "return": mean_of(returns[counted]),
         "value_before": mean_of(values[counted]),
-        "rows_without_tokens": Mean(float((last_counted(offsets, mask) < 0).sum()), 0),
     }
-    columns = {"advantages": Column(advantages, offsets), "returns": Column(returns, offsets)}
+    columns = {"advantages": Column(advantages, offsets), "returns": Column(returns, offsets), "response_mask": known}
     return HostResult(columns=Batch(columns, batch.num_rows), metrics={**metrics})

@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.online_preference.nash_md import win_advantage
+from recipes.online_preference.self_rewarding import ADDITIVE, SelfRewarding
+from recipes.policy_gradient.adaptive_kl import AdaptiveKL, KlCoefficient
 from recipes.policy_gradient.chord import expert_nll, mu_at
 from recipes.policy_gradient.dapo import soft_overlong_punishment
 from recipes.policy_gradient.fine_grained_rlhf import rewards_of_segments
 from recipes.policy_gradient.greso import GRESO, History
 from recipes.policy_gradient.ma_rlhf import segment_gae
+from recipes.policy_gradient.oreal import copy_and_avoid, outcome_cross_entropy, right_and_wrong
 from recipes.policy_gradient.pf_ppo import filtered
 from recipes.policy_gradient.reward_ensemble import combined
 from recipes.preference.hypo import kl_of_samples
 from recipes.preference.kto import kl_of, kto_loss, mismatched
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.parsers import Number
+from rlhf_dist.prompt_template import Template
 from rlhf_dist.transforms import gae
 
 
@@ -172,3 +178,72 @@ def test_each_model_scores_the_ends_of_its_own_segments() -> None:
     np.testing.assert_allclose(result.columns["token_rewards"].values, [0, 2, 3, 4, 10, 12])
     assert result.columns["rewards"].values.tolist() == [0, 0]
     assert result.metrics["facts"].value == pytest.approx((30 + 50 + 60) / 3)
+
+
+def test_oreal_copies_what_is_right_and_avoids_what_is_wrong_where_the_token_reward_is_sure() -> None:
+    # Right, w = ln 3: sigma = 3/4, w+ = 1/2; w = -1: w+ = 0.    Wrong, w = -ln 3: w- = 1/2, A = -1/2; w = 1: w- = 0.
+    columns = {
+        "label": [1.0, -1.0],
+        "values": [log(3), -1.0, -log(3), 1.0],
+        "advantages": [0.5, 0.5, -0.5, -0.5],
+        "ref_log_probs": [-1.0, -1.0, -1.0, -2.0],
+    }
+    rows = micro_batch(columns, [2, 2])
+    said = ModelOutput(log_probs=torch.tensor([-2.0, -1.0, -1.0, -1.0]))
+    value, metrics = copy_and_avoid(0.5, 0.1)(said, rows)
+    kl = [exp(1) - 2, 0, 0, exp(-1)]  # exp(d) - 1 - d with d = 1, 0, 0, -1
+    np.testing.assert_allclose(metrics["ref_kl_k3"], kl, rtol=1e-6)
+    # -1/2 * -2 = 1; 0; -eta A w- log pi = -0.5 * -0.5 * 0.5 * -1 = -0.125: a lower log pi makes it lower; 0
+    np.testing.assert_allclose(value, np.array([1, 0, -0.125, 0]) + 0.1 * np.array(kl), rtol=1e-5, atol=1e-7)
+
+
+def test_oreals_token_reward_is_right_about_the_mean_of_its_tokens() -> None:
+    rows = micro_batch({"label": [1.0, -1.0]}, [2, 1])
+    value, metrics = outcome_cross_entropy()(ModelOutput(values=torch.tensor([1.0, 3.0, 0.5])), rows)
+    np.testing.assert_allclose(value, [log(1 + exp(-2)), log(1 + exp(0.5))], rtol=1e-6)
+    assert metrics["accuracy"].tolist() == [1, 0]
+
+
+def test_oreal_keeps_one_right_and_one_wrong_row_of_mixed_groups() -> None:
+    rewards = np.array([1, 0, 1, 0, 0, 1], np.float32)
+    batch = Batch({"rewards": Column(rewards), "group_id": Column(np.array([7, 7, 7, 8, 8, 9]))})
+    made = right_and_wrong(batch, solved=1.0, rng=np.random.default_rng(0))
+    assert made.keep is not None and made.keep[0] in (0, 1, 2) and sorted(rewards[made.keep]) == [0, 1]
+    assert made.columns["label"].values.tolist() == [1 if rewards[row] else -1 for row in made.keep]
+    assert made.metrics["mixed_groups"].value == pytest.approx(1 / 3)
+
+
+def test_the_kl_coefficient_follows_the_kl_of_a_response() -> None:
+    # KL of the rows: 2 + 4 nats and 0, the masked token not counted: 3 a row; e = 3 / 2.5 - 1 = 0.2, then 2.
+    batch = Batch(
+        {
+            "old_log_probs": ragged([-1, -1, 5], [-1]),
+            "ref_log_probs": ragged([-3, -5, 0], [-1]),
+            "response_mask": ragged([1, 1, 0], [1], dtype="uint8"),
+        }
+    )
+    state = KlCoefficient()
+    for target, coef in ((2.5, 0.2 * 1.02), (1.0, 0.2 * 1.02), (6.0, 0.2 * 0.98)):
+        numbers, metrics = state.follow(state.initial(AdaptiveKL()), batch, target=target, gain=0.1)
+        assert numbers["coef"] == pytest.approx(coef) and metrics["kl"].value == pytest.approx(3)
+
+
+def test_nash_mds_advantage_is_the_win_less_a_half_and_the_price_of_the_log_ratio() -> None:
+    # Rewards 1 and 0: P = s(1); sum of log ratios 1 + 2.
+    batch = Batch(
+        {
+            "rewards": Column(np.float32([1])),
+            "their_rewards": Column(np.float32([0])),
+            "old_log_probs": ragged([-1, -1]),
+            "ref_log_probs": ragged([-2, -3]),
+            "response_mask": ragged([1, 1], dtype="uint8"),
+        }
+    )
+    result = win_advantage(batch, kl_coef=0.1, scale=1.0)
+    np.testing.assert_allclose(result.columns["advantages"].values, [1 / (1 + exp(-1)) - 0.5 - 0.3] * 2, rtol=1e-6)
+
+
+def test_the_additive_prompt_asks_for_what_its_parser_reads() -> None:
+    assert Template(ADDITIVE).columns == ("prompt", "response")
+    settings = SelfRewarding()
+    assert Number(settings.marker, low=0, high=5)("It is relevant and clear.\nScore: 4") == {"score": 4.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_a_graph_with_states_is_the_run_line_by_line(file: Path) -> None:
     assert [row["buffer/size"] for row in metrics] == [4.0, 6.0, 6.0]
 
 
-def test_a_resumed_run_remembers_and_local_is_ray(
+def test_a_resumed_run_remembers_on_any_number_of_ranks_and_local_is_ray(
     launch: Callable[..., Any], file: Path, data: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "few.jsonl"
@@ -95,14 +96,18 @@ def test_a_resumed_run_remembers_and_local_is_ray(
     ray = ("placement.pools.main.slots=1", "actor.rollout.engine=transformers", "placement.host_processes=2")
     launch(str(file), *settings, "steps=4", local=True, root=tmp_path / "whole")
     launch(str(file), *settings, *ray, "steps=2", root=tmp_path / "ray")
+    shutil.copytree(tmp_path / "ray", tmp_path / "two")
     launch(str(file), *settings, *ray, "steps=4", "resume=auto", root=tmp_path / "ray")
-    ours, theirs = (read_metrics(tmp_path / root / "states") for root in ("whole", "ray"))
+    two = ("placement.pools.main.slots=2", *ray[1:])
+    launch(str(file), *settings, *two, "steps=4", "resume=auto", root=tmp_path / "two")
+    ours, theirs, others = (read_metrics(tmp_path / root / "states") for root in ("whole", "ray", "two"))
     # Six prompts, four a step: the second step has the two that are left and two of a new epoch, one of them the same.
     assert [row["seen/kept"] for row in ours] == [4.0, 3.0, 0.0, 0.0]
     for key in ("seen/kept", "seen/total", "buffer/size", "buffer/sampled"):
-        assert [row[key] for row in ours] == [row[key] for row in theirs], key
-    first, second = (weights(tmp_path / root / "states/models/actor") for root in ("whole", "ray"))
+        assert [row[key] for row in ours] == [row[key] for row in theirs] == [row[key] for row in others], key
+    first, second, third = (weights(tmp_path / root / "states/models/actor") for root in ("whole", "ray", "two"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(np.allclose(first[name], third[name], atol=1e-5) for name in first), "sums of two ranks round otherwise"
 
 
 def test_what_an_op_lets_go_of_is_gone(file: Path) -> None:

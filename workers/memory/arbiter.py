@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from rlhf_dist.device_ledger import Ledger, Moves, Part, Phase, leaves_at
 from rlhf_dist.metrics import Largest, Mean, Metrics
+from rlhf_dist.placement.phases import generation_phase
 from rlhf_dist.wire import WorkerContext
 from workers.engines.generation.interface import GenerationEngine
 from workers.engines.training.interface import TrainingEngine, Use
@@ -113,6 +114,15 @@ class Arbiter:
                 transient={"buckets": self._largest([buckets])[0]},
             )
         )
+
+    def add_mixture(self, name: str, lender: str) -> str:
+        """Enter the phase in which `name` draws from a mixture with `lender`'s logits, both `ROLE.rollout`; its name.
+        Raises DeviceTooSmall."""
+        phase = generating(name, lender)
+        if self.limited and phase not in self.ledger.phases:
+            needs = [self.ledger.phases[generating(one)].needs for one in (name, lender)]
+            self._enter(Phase(name=phase, needs=frozenset().union(*needs)))
+        return phase
 
     # --- turns -----------------------------------------------------------------------------------------
     def make_room(self) -> None:
@@ -214,9 +224,9 @@ def new_arbiter(device: str, device_bytes: int | None, phases: Sequence[str], po
     return Arbiter(torch.device(device), device_bytes, phases, f"placement.pools.{pool}.device_bytes")
 
 
-def generating(rollout: str) -> str:
-    """The phase in which `ROLE.rollout` generates: `ROLE.generate`."""
-    return f"{rollout.removesuffix('.rollout')}.generate"
+def generating(*rollouts: str) -> str:
+    """The phase in which `ROLE.rollout` generates, `ROLE.generate`; `A+B.generate` where A draws from a mixture."""
+    return generation_phase(rollout.removesuffix(".rollout") for rollout in rollouts)
 
 
 def arbiter_of(context: WorkerContext) -> Arbiter:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -31,10 +32,16 @@ from torch.distributed._shard.sharded_tensor import Shard as FlatShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from rlhf_dist.durable_files import crc_of, sync, write_durably
+from rlhf_dist.failure import text_of
 
 SAVE_TIMEOUT_S = 3600.0
 """Longest a background save may take before its collectives give up."""
+FRESH_S = 4.0
+"""What a network file system may take to show a file that another node has just written."""
 
 HF_FILES = (
     *("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -108,15 +115,27 @@ class CheckpointWriter:
         return self._pending
 
     def _finish(self, written: Future[Any], folder: Path, card: ModelCard, config: Any, source: Path) -> None:
-        written.result(SAVE_TIMEOUT_S)
+        """Raises BrokenCheckpoint on every rank where one does not read what another wrote."""
+        with _plain(folder):
+            written.result(SAVE_TIMEOUT_S)
         mine = sorted(folder.glob(f"shard-{self._rank + 1:05d}-*.safetensors"))
-        sums = {file.name: crc_of(file) for file in mine}
-        (folder / f"crc-{self._rank + 1:05d}.json").write_text(json.dumps(sums))
+        sync(mine)
+        sums = {file.name: (file.stat().st_size, crc_of(file)) for file in mine}
+        write_durably(folder / sums_name(self._rank), json.dumps(sums))
         if self._rank == 0:
             config.save_pretrained(folder / "hf")
             copy_tokenizer(source, folder / "hf")
-            (folder / "model.json").write_text(json.dumps(asdict(card), indent=1))
+            write_durably(folder / "model.json", json.dumps(asdict(card), indent=1))
         dist.barrier(group=self._group)
+        # Another rank, where it can on another node, reads it all back: what only its writer sees is not kept.
+        ranks = dist.get_world_size(self._group)
+        read = folder / sums_name((self._rank + ranks // 2) % ranks)
+        _raise_first(_damage(read, FRESH_S) if ranks > 1 else None, folder, self._group)
+
+
+def sums_name(rank: int) -> str:
+    """The file in which a rank says what it wrote: name -> bytes and CRC-32."""
+    return f"crc-{rank + 1:05d}.json"
 
 
 def load(folder: Path, state: State, card: ModelCard, group: dist.ProcessGroup) -> ModelCard:
@@ -130,17 +149,33 @@ def load(folder: Path, state: State, card: ModelCard, group: dist.ProcessGroup) 
     if problem is None:
         files = sorted(folder.glob("crc-*.json"))[dist.get_rank(group) :: dist.get_world_size(group)]
         problem = next((text for file in files if (text := _damage(file))), None)
-    problems: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    if found := next(filter(None, problems), None):
-        raise BrokenCheckpoint(f"{folder}: {found}")
+    _raise_first(problem, folder, group)
     read_state(folder, state, group)
     return saved
 
 
+def _raise_first(problem: str | None, folder: Path, group: dist.ProcessGroup) -> None:
+    """Raise BrokenCheckpoint on every rank if one has a problem. Collective."""
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    if found := next(filter(None, problems), None):
+        raise BrokenCheckpoint(f"{folder}: {found}")
+
+
 def read_state(folder: Path, state: State, group: dist.ProcessGroup) -> None:
     """Read the tensors of `state` in place, from files that `load` has seen. Collective."""
-    state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    with _plain(folder):
+        state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+
+
+@contextmanager
+def _plain(folder: Path) -> Iterator[None]:
+    """What the library raises is no Exception, with tracebacks of all ranks: raise the first rank's error alone."""
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items())
+        raise RuntimeError(f"{folder}, rank {rank}: {text_of(error)}") from error
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -149,7 +184,7 @@ def read_card(folder: Path) -> ModelCard:
         raise FileNotFoundError(f"no checkpoint in {folder} (no model.json there)")
     try:
         return ModelCard(**json.loads((folder / "model.json").read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise BrokenCheckpoint(f"{folder}/model.json cannot be read ({error}); use an older checkpoint") from error
 
 
@@ -180,21 +215,26 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, target)
 
 
-def crc_of(file: Path) -> int:
-    """CRC-32 of a file, read in pieces of 16 MiB."""
-    total = 0
-    with file.open("rb") as stream:
-        while piece := stream.read(16 << 20):
-            total = zlib.crc32(piece, total)
-    return total
+def _damage(sums: Path, fresh_s: float = 0.0) -> str | None:
+    """What is wrong with a rank's files, as its `sums` say they are; files may take `fresh_s` to be seen."""
+    deadline = time.monotonic() + fresh_s
+    while (problem := _problem_of(sums)) is not None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return problem
 
 
-def _damage(sums: Path) -> str | None:
-    for name, expected in json.loads(sums.read_text()).items():
+def _problem_of(sums: Path) -> str | None:
+    try:
+        expected = {name: (size, crc) for name, (size, crc) in json.loads(sums.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{sums.name} is missing, cut or not a list of checksums; copy it again or use an older checkpoint"
+    for name, (size, crc) in expected.items():
         file = sums.with_name(name)
-        if not file.is_file():
-            return f"{name} is missing; copy it again or use an older checkpoint"
-        if crc_of(file) != expected:
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            return f"{name} {what}; copy it again or use an older checkpoint"
+        if crc_of(file) != crc:
             return f"{name} is not what was written (CRC-32 differs); copy it again or use an older checkpoint"
     return None
 

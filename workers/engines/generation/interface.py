@@ -59,6 +59,21 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """What ends a response beside its end-of-text tokens and its limit; asked after every token."""
+
+    last: int
+    """How many of the last tokens it looks at."""
+    says: Callable[[NDArray[np.int32]], bool]
+    """Whether these are an end; [T], T <= last."""
+
+    def after(self, before: NDArray[np.int32], more: Sequence[int]) -> bool:
+        """Whether a response of tokens `before` and `more` is at its end."""
+        here = np.asarray(more[-self.last :], dtype=np.int32)
+        return self.says(np.concatenate([before, here])[-self.last :])
+
+
+@dataclass(frozen=True)
 class SyncReport:
     """What one weight sync moved into this engine."""
 
@@ -111,6 +126,8 @@ class GenerationEngine(Protocol):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
+        ends: Ends | None = None,
+        mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """Draw sampling.n responses per prompt.
 
@@ -120,6 +137,8 @@ class GenerationEngine(Protocol):
         one call may share a stream. Returns len(prompts) * n responses, the n of one prompt together.
         stop: asked after every token; once it is true on any rank of the copy, all that is not done is returned
         as interrupted. begun: what such a call returned; interrupted responses go on where they were.
+        ends: what ends a response after any of its tokens, as finished.
+        mixture: another engine of this process and its share s: tokens are drawn from (1 - s) own + s other logits.
         Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
         """
         ...

@@ -28,6 +28,8 @@ from workers.engines.generation.interface import (
     BOTH,
     DROPPED,
     Bucket,
+    Ends,
+    GenerationEngine,
     Response,
     SleepPart,
     SyncedEngine,
@@ -78,10 +80,11 @@ class TransformersEngine(SyncedEngine):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
+        ends: Ends | None = None,
+        mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
-        model = self._running("generate")
-        self._require_weights()
+        models = [(self._ready(), 1.0)] if mixture is None else self._mixed(*mixture)
         check_request(
             prompts,
             sampling,
@@ -96,12 +99,13 @@ class TransformersEngine(SyncedEngine):
             here = left[start : start + _ROWS_AT_ONCE]
             before = [responses[row] for row in here]
             more = self._generate_rows(
-                model,
+                models,
                 [np.concatenate([rows[row], one.token_ids]) for row, one in zip(here, before, strict=True)],
                 sampling,
                 [resumed_seed(seeds[row], len(one.token_ids)) for row, one in zip(here, before, strict=True)],
                 [sampling.max_tokens - len(one.token_ids) for one in before],
                 stop,
+                None if ends is None else (ends, [one.token_ids for one in before]),
             )
             for row, one, rest in zip(here, before, more, strict=True):
                 responses[row] = continued(one, rest)
@@ -137,6 +141,23 @@ class TransformersEngine(SyncedEngine):
         if not self._held.here:
             raise RuntimeError(f"{call}() needs an engine that is awake; call wake() first")
         return self._model
+
+    def _ready(self) -> PreTrainedModel:
+        model = self._running("generate")
+        self._require_weights()
+        return model
+
+    def _mixed(self, other: GenerationEngine, share: float) -> list[tuple[PreTrainedModel, float]]:
+        """Both models, each with its share of the logits."""
+        if not isinstance(other, TransformersEngine):
+            raise ValueError(
+                f"logits are mixed by the transformers engine, and the other role's is a {type(other).__name__}"
+            )
+        models = [self._ready(), other._ready()]
+        mine, theirs = (model.config.get_text_config().vocab_size for model in models)
+        if mine != theirs:
+            raise ValueError(f"logits are mixed token by token, and the models have {mine} and {theirs} tokens")
+        return list(zip(models, (1 - share, share), strict=True))
 
     def _weights(self) -> dict[str, Tensor]:
         """What the model's files hold, by names in memory."""
@@ -202,18 +223,20 @@ class TransformersEngine(SyncedEngine):
 
     def _generate_rows(
         self,
-        model: PreTrainedModel,
+        models: Sequence[tuple[PreTrainedModel, float]],
         prompts: Sequence[NDArray[np.integer]],
         sampling: Sampling,
         seeds: Sequence[int],
         limits: Sequence[int],
         stop: Callable[[], bool] | None,
+        ends: tuple[Ends, Sequence[NDArray[np.int32]]] | None,
     ) -> list[Response]:
-        """limits: [B] most tokens of each row."""
+        """models: each with its share of the logits. limits: [B] most tokens of each row. ends: see `generate`, and [B]
+        the tokens that each response has already."""
         tokens, mask = self._left_padded(prompts)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         streams = [torch.Generator(self._device).manual_seed(stream_seed(seed)) for seed in seeds]
-        cache = DynamicCache(config=model.config)
+        caches = [DynamicCache(config=model.config) for model, _ in models]
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
         drawn: list[Tensor] = []  # one [B] per step
         log_probs: list[Tensor] = []
@@ -221,19 +244,26 @@ class TransformersEngine(SyncedEngine):
         most = torch.tensor(limits, device=self._device)
         finished = torch.zeros_like(ended)
         while not bool(ended.all()) and not (stop is not None and stop()):
-            logits = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            token, log_prob = _draw(logits.float(), sampling, streams)
+            said = [
+                model(
+                    input_ids=tokens,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+                for (model, _), cache in zip(models, caches, strict=True)
+            ]
+            shares = [share for _, share in models]
+            logits = said[0].float() if shares == [1.0] else _mixture(said, shares)
+            token, log_prob = _draw(logits, sampling, streams)
             drawn.append(token)
             log_probs.append(log_prob)
             lengths += ~ended
             finished |= ~ended & torch.isin(token, self._end_tokens)
+            if ends is not None:
+                finished |= self._ended_by(*ends, drawn, ended)
             ended |= finished | (lengths >= most)
             tokens, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
@@ -250,6 +280,17 @@ class TransformersEngine(SyncedEngine):
             )
             for row, length in enumerate(lengths.tolist())
         ]
+
+    def _ended_by(
+        self, ends: Ends, before: Sequence[NDArray[np.int32]], drawn: Sequence[Tensor], ended: Tensor
+    ) -> Tensor:
+        """[B] which rows `ends` says are at their end; not asked of those that have `ended`."""
+        last = torch.stack(list(drawn[-ends.last :]), dim=1).tolist()
+        asked = [
+            not over and ends.after(earlier, more)
+            for over, earlier, more in zip(ended.tolist(), before, last, strict=True)
+        ]
+        return torch.tensor(asked, dtype=torch.bool, device=self._device)
 
     def _left_padded(self, prompts: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
         width = max(len(prompt) for prompt in prompts)
@@ -280,6 +321,11 @@ _NO_CACHE = (
     "rollout.engine=transformers cannot generate with {}: its tokens do not follow from a cache of keys and values; "
     "set rollout.engine=vllm"
 )
+
+
+def _mixture(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """[B, V] sum of share * logits in float32: the geometric mixture of the distributions, before it is normalised."""
+    return sum((share * one.float() for one, share in zip(logits, shares, strict=True)), torch.zeros(()))
 
 
 def _draw(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

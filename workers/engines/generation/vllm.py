@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from workers.engines.generation.interface import (
     BOTH,
     DROPPED,
     Bucket,
+    Ends,
+    GenerationEngine,
     Response,
     SleepPart,
     SyncedEngine,
@@ -141,8 +144,12 @@ class VllmEngine(SyncedEngine):
         *,
         begun: Sequence[Response] | None = None,
         stop: Callable[[], bool] | None = None,
+        ends: Ends | None = None,
+        mixture: tuple[GenerationEngine, float] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
+        if mixture is not None:
+            raise ValueError("vLLM draws from one model; set rollout.engine=transformers for a mixture of logits")
         engine = self._running("generate")
         self._require_weights()
         rollout = self._rollout
@@ -154,7 +161,7 @@ class VllmEngine(SyncedEngine):
             max_response_tokens=rollout.max_response_tokens,
         )
         params = self._sampling_params(sampling)
-        if stop is not None:  # what has been drawn so far must be at hand at any time
+        if stop is not None or ends is not None:  # what has been drawn so far must be at hand at any time
             params.output_kind = RequestOutputKind.CUMULATIVE
         places: dict[str, int] = {}
         responses: list[Response] = list(begun or [_NOTHING_DRAWN] * len(seeds))
@@ -170,6 +177,7 @@ class VllmEngine(SyncedEngine):
             engine.add_request(request_id, {"type": "token", "prompt_token_ids": tokens}, own)
             places[request_id] = place
         latest: dict[str, Any] = {}
+        ended: set[str] = set()
         with torch.random.fork_rng(devices=self._random_devices):
             if stop is not None and seeds:
                 before_all = sum(len(response.token_ids) for response in responses)
@@ -177,11 +185,17 @@ class VllmEngine(SyncedEngine):
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     latest[output.request_id] = output.outputs[0]
+                    if ends is not None and _at_its_end(responses[places[output.request_id]], output, ends):
+                        ended.add(output.request_id)
+                        engine.abort_request([output.request_id])
                 if stop is not None and engine.has_unfinished_requests() and self._anyone(stop()):
                     engine.abort_request(list(places))
         for request_id, place in places.items():
             if request_id in latest:
-                responses[place] = continued(responses[place], _response(latest[request_id]))
+                drawn_now = _response(latest[request_id])
+                if request_id in ended:
+                    drawn_now = replace(drawn_now, finished=True, interrupted=False)
+                responses[place] = continued(responses[place], drawn_now)
         assert stop is not None or not any(r.interrupted for r in responses), "vLLM left requests without an output"
         return responses
 
@@ -415,6 +429,12 @@ def _executor_class(name: str, rank: int, device: torch.device) -> type[Executor
             return f"tcp://default-group:{name}", rank, device.index or 0
 
     return InDefaultGroup
+
+
+def _at_its_end(before: Response, output: Any, ends: Ends) -> bool:
+    """Whether `ends` says so of a request's tokens, those drawn `before` included; not asked where it ended itself."""
+    completion = output.outputs[0]
+    return completion.finish_reason != "stop" and ends.after(before.token_ids, completion.token_ids)
 
 
 def _response(completion: Any) -> Response:

@@ -1,0 +1,118 @@
+"""What a call of `generate_sequences` says beside n: template, parser, sampling, mixture; checked while traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_dist.dataflow.graph import GraphError
+from rlhf_dist.dataflow.state_value import StateValue
+from rlhf_dist.dataflow.token_makers import makers
+from rlhf_dist.parsers import columns_of
+from rlhf_dist.prompt_template import Template
+from rlhf_dist.roles import LanguageModel
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.schema import COLUMNS
+
+if TYPE_CHECKING:
+    from rlhf_dist.dataflow.traced_batch import TracedBatch
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "stop")
+"""Settings of the role's `rollout` section that a call may replace, and texts that end a response."""
+
+
+def generation_settings(
+    line: str, where: str, batch: TracedBatch, settings: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings as workers take them, and the roles whose generation weights the call reads besides its own.
+
+    Adds `decode`, whose tokenizer each token column of the template belongs to, and puts a role's name in its place.
+    Raises GraphError with the recipe's line for what cannot be meant.
+    """
+    if "template" not in settings:  # an op of the user's own
+        return settings, ()
+    template, parser = settings["template"], settings["parser"]
+    if template is not None:
+        settings = {**settings, "decode": _decoders(line, where, batch, template)}
+    if parser is not None:
+        try:
+            columns_of(parser)
+        except ValueError as error:
+            raise GraphError(f"{line}: {where}: {error}") from error
+    if settings["prefix"] is not None:
+        _check_prefix(line, where, batch, settings["prefix"])
+    _check_sampling(line, where, settings)
+    if settings["mixture"] is None:
+        return settings, ()
+    role, share = _mixed_with(line, where, settings["mixture"])
+    return {**settings, "mixture": (role, share)}, (role,)
+
+
+def _decoders(line: str, where: str, batch: TracedBatch, template: Any) -> dict[str, str]:
+    """Token column of the template -> role or source whose tokenizer made it."""
+    if not isinstance(template, Template):
+        raise GraphError(
+            f"{line}: {where} got template={template!r}; it takes a Template of rlhf_dist.prompt_template, such as "
+            "Template('Is this right? {response}')"
+        )
+    found: dict[str, str] = {}
+    nodes = {node.name: node for node in batch.tracer.nodes}
+    for name in template.columns:
+        origin = batch.origins.get(name)
+        made_by = makers(nodes, origin) if origin is not None else frozenset()
+        if len(made_by) > 1:
+            raise GraphError(
+                f"{line}: {where} is to write {{{name}}}, token ids that {' and '.join(sorted(made_by))} made, each "
+                "with a tokenizer of its own; put their texts into the template: {response}"
+            )
+        if made_by:
+            found[name] = next(iter(made_by))
+        elif name in COLUMNS and COLUMNS[name].shape != "[B]":
+            raise GraphError(
+                f"{line}: {where} is to write {{{name}}} into its template, which is {COLUMNS[name].shape} "
+                f"({COLUMNS[name].meaning}); a field is a text, one number a row, or token ids"
+            )
+    return found
+
+
+def _check_prefix(line: str, where: str, batch: TracedBatch, prefix: Any) -> None:
+    if not isinstance(prefix, str):
+        raise GraphError(
+            f"{line}: {where} got prefix={prefix!r}; it is the name of a column, whose text or token ids each response "
+            "goes on from"
+        )
+    if prefix not in batch.origins:
+        return  # said as for any column that is read
+    if prefix in COLUMNS and COLUMNS[prefix].dtype not in ("text", "int32"):
+        raise GraphError(
+            f"{line}: {where} cannot go on from {prefix!r} ({COLUMNS[prefix].meaning}); a prefix is text or token ids"
+        )
+
+
+def _check_sampling(line: str, where: str, settings: Mapping[str, Any]) -> None:
+    if isinstance(settings["stop"], str) or not isinstance(settings["stop"], Sequence):
+        raise GraphError(f"{line}: {where} needs stop, a tuple of texts, got {settings['stop']!r}; write stop=('###',)")
+    given = {key: settings[key] for key in SAMPLING if settings[key] is not None}
+    known = {key: value.first if isinstance(value, StateValue) else value for key, value in given.items()}
+    try:
+        Sampling(**{**known, "stop": tuple(known["stop"])})
+    except (ValueError, TypeError) as error:
+        raise GraphError(f"{line}: {where}: {error}") from error
+
+
+def _mixed_with(line: str, where: str, mixture: Any) -> tuple[str, Any]:
+    """(role, share) of a mixture."""
+    pair = mixture if isinstance(mixture, tuple) and len(mixture) == 2 else (None, None)
+    named = pair[0].weight_role() if hasattr(type(pair[0]), "weight_role") else None
+    if named is None or LanguageModel not in named.interface.__mro__:
+        raise GraphError(
+            f"{line}: {where} got mixture={mixture!r}; it is (role, share), another language model of the recipe and "
+            "its share of the logits: mixture=(reference, 0.125)"
+        )
+    share = pair[1]
+    known = share.first if isinstance(share, StateValue) else share
+    if isinstance(known, bool) or not isinstance(known, int | float) or not 0 <= known <= 1:
+        raise GraphError(f"{line}: {where} mixes with a share in [0, 1] of {named.name!r}, got {share!r}")
+    if named.name == where.partition(".")[0]:
+        raise GraphError(f"{line}: {where} mixes {named.name!r} with itself, which changes nothing; name another role")
+    return named.name, share

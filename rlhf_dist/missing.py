@@ -1,0 +1,26 @@
+"""A reward that is not known, in a column of numbers: a NaN of its own, which is told from one that arithmetic made.
+
+A row's reward is missing where its function failed and the settings let the run go on (`failed_reward: missing`). What
+is computed from it is missing, too (processors carry a NaN's bits through sums and products); it enters no baseline,
+mean or comparison, and the row is not trained on. Any other NaN stays an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_BITS = 0x7FC04D53
+_SIGN = 0x80000000
+MISSING: np.float32 = np.array([_BITS], dtype=np.uint32).view(np.float32)[0]
+"""The reward of a row that has none."""
+
+
+def is_missing(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """[N]: which values are missing, whatever their sign."""
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    found: npt.NDArray[np.bool_] = (bits & ~np.uint32(_SIGN)) == np.uint32(_BITS)
+    return found
