@@ -1,4 +1,4 @@
-"""Ends the Ray that a driver started once the driver is gone, however it went: `python -m controller.cluster.reaper`.
+"""Ends the Ray that a driver started once the driver is gone, however it went; run as a file, it is that process.
 
     driver ── pipe ──> reaper (a session of its own)
       gone: the pipe closes ──> everything that bears the driver's mark, with all it started, is killed
@@ -34,7 +34,7 @@ class Reaper:
     def __init__(self) -> None:
         self._mark = secrets.token_hex(16)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "controller.cluster.reaper", self._mark],
+            [sys.executable, "-P", __file__, self._mark],  # -P: nothing that lies here or there is imported by mistake
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # what a terminal or a scheduler sends to the driver's group is not for it
@@ -59,7 +59,8 @@ class Reaper:
     def end(self) -> None:
         """Kill what is left, and the reaper is gone too."""
         assert self._process.stdin is not None, "it is a pipe"
-        self._process.stdin.close()
+        with suppress(OSError):
+            self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(LIMIT_S)
 
