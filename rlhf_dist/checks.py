@@ -98,6 +98,8 @@ def _check_numbers(launch: Launch) -> None:
         "placement.host_processes": (run.placement.host_processes, 1),
         "placement.slots": (run.placement.slots, 0),
         "ray.object_store_bytes": (run.ray.object_store_bytes, 80 << 20),  # Ray's own lower limit is about 75 MiB.
+        **{f"recovery.{name}": (value, 0) for name, value in vars(run.recovery).items()},
+        "recovery.window_steps": (run.recovery.window_steps, 1),
         **{f"output.{name}": (value, 0) for name, value in vars(run.output).items() if type(value) is int},
         **{f"placement.pools.{name}.slots": (pool.slots, 0) for name, pool in run.placement.pools.items()},
         **{f"placement.pools.{name}.nodes": (pool.nodes, 0) for name, pool in run.placement.pools.items()},

@@ -361,6 +361,24 @@ class RayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """What a run does when a process, a node or a connection fails; failures of data and code always end it."""
+
+    retries: int = 3
+    """Recoveries in any `window_steps` steps before the run ends; 0: the first failure ends it, for `resume=auto`."""
+    window_steps: int = 100
+    """Steps that `retries` counts in."""
+    backoff_s: float = 5.0
+    """Wait before the second recovery at one step; it doubles with each further one. The first begins at once."""
+    settle_s: float = 120.0
+    """Longest wait for the processes that live to end what they are at; those that do not are rebuilt as well."""
+    memory_every: int = 0
+    """Steps between copies of what every rank has learned, kept in the memory of another node where there is one: a run
+    goes back to the newest copy or checkpoint. 0: none. Takes 12 bytes a trained parameter (float32 weights and both
+    moments), twice while one is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """What the run leaves behind."""
 
@@ -376,7 +394,8 @@ class OutputConfig:
     store_options: dict[str, Any] = field(default_factory=dict)
     """Options of that file system, e.g. {endpoint_url: "http://host:9000"}; no secrets, config.yaml keeps them."""
     store_retry_s: float = 600.0
-    """Longest that a copy which fails is tried again, with waits that double; then it is said and the run goes on."""
+    """Longest that a copy which fails is tried again, with waits that double, and that a run which has ended waits for
+    the next file; then it is said."""
     save_model: bool = True
     """Write the trained models as Hugging Face folders when the run ends."""
     evaluate_every: int = 0
@@ -416,5 +435,7 @@ class RunConfig:
     """Where roles run."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The cluster."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What happens when a part of it fails."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Files out."""

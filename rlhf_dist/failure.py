@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 MOST_TEXT = 4000
 """Characters of an error's own text; some carry a whole compiler's output. The worker's log has all of it."""
+
+
+class FailureKind(StrEnum):
+    """What kind of failure it is, which says whether trying again can help. Said once, where it is raised: by an
+    exception's `failure_kind`, or by what the worker knows of a library's exception."""
+
+    INFRASTRUCTURE = "infrastructure"
+    """A process, node or connection: the step is replayed."""
+    DATA = "data"
+    """A row that cannot be what the data says it is: it would be so again."""
+    CODE = "code"
+    """A reward, recipe, loss or library raised: it would do so again."""
+    OUT_OF_MEMORY = "out of memory"
+    """The rows that a role took at once do not fit: fewer may."""
+    NUMERICS = "numerics"
+    """Not finite, or not what it must be: it would be so again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +47,13 @@ class Failure:
     """It says that another rank is gone or does not come, so the cause is to be looked for there."""
     at_s: float = 0.0
     """When it was raised, in seconds since the epoch by its node's clock; 0 where that is not known."""
+
+    kind: FailureKind = FailureKind.CODE
+    """Of a process that is lost: infrastructure, whatever it says here."""
+
+    def __post_init__(self) -> None:
+        if self.lost:
+            object.__setattr__(self, "kind", FailureKind.INFRASTRUCTURE)
 
     @property
     def secondary(self) -> bool:

@@ -18,6 +18,16 @@ GATE, ROOM = Path(__file__), Path(__file__).with_name("__init__.py")
 alone, so that others do not go in again and again before it."""
 
 
+@pytest.fixture(scope="session")
+def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and what a run of four steps left, to copy (`local_runs.py`)."""
+    from tests.local_runs import run_four_steps  # imports torch
+
+    root = tmp_path_factory.mktemp("four_steps")
+    run_four_steps(root)
+    return root
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW_FOLDERS:

@@ -24,9 +24,7 @@ from controller.lifecycle.manifest import NAME
 from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
-from tests.test_damaged_checkpoints import four_steps, launched, run_local
-
-__all__ = ["four_steps"]
+from tests.local_runs import launched, run_local
 
 
 class Faulty(MemoryFileSystem):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from controller.cluster.local import local_launch
 from controller.commands.cli import main
 from controller.lifecycle.checkpoint import (
     Checkpoint,
@@ -22,13 +19,10 @@ from controller.lifecycle.checkpoint import (
     find_checkpoints,
 )
 from controller.lifecycle.export import ExportIncomplete, check_exported, export
-from controller.lifecycle.run import run
 from controller.lifecycle.run_folder import claim_folder, find_beginning
-from controller.record.display import Display
 from controller.record.metrics import read_metrics
-from rlhf_dist.compose import Launch, compose
 from rlhf_dist.typed import ConfigError
-from tests.tiny import save_llama
+from tests.local_runs import launched, settings
 
 SHARD = "actor/shard-00001-model-00001-of-00001.safetensors"
 FILES = (
@@ -51,45 +45,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "gone": lambda file: file.unlink(),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
-
-
-def settings(root: Path, *overrides: str) -> list[str]:
-    base = [
-        f"model.path={root / 'model'}",
-        "model.dtype=float32",
-        "task=none",
-        f"data.train.path={root / 'data.jsonl'}",
-    ]
-    base += ["data.prompts_per_step=2", "name=x", f"output.root={root / 'runs'}", "output.checkpoint_every=2"]
-    return [*base, "output.rollouts_every=0", *overrides]
-
-
-@cache
-def _composed(model: Path, *overrides: str) -> Launch:
-    given = settings(model.parent, *overrides)
-    return local_launch(compose("sft", given), given)
-
-
-def launched(root: Path, *overrides: str) -> Launch:
-    launch = _composed((root / "model").resolve(), *overrides)
-    output = replace(launch.run.output, root=str(root / "runs"))
-    return replace(launch, run=replace(launch.run, output=output))
-
-
-def run_local(launch: Launch) -> None:
-    with Display("x", launch.run.steps, quiet=True) as display:
-        run(launch, display, eager=True, local=True)
-
-
-@pytest.fixture(scope="module")
-def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with checkpoints after two and four."""
-    root = tmp_path_factory.mktemp("four_steps")
-    save_llama(root / "model")
-    rows = [{"prompt": f"{n}+1=", "response": str(n + 1)} for n in range(16)]
-    (root / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run_local(launched(root, "steps=4"))
-    return root
 
 
 @pytest.fixture
@@ -161,10 +116,11 @@ def test_a_run_goes_on_from_the_good_one_to_the_same_weights(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_an_export_takes_the_newest_good_one_or_names_the_damage(root: Path, tmp_path: Path) -> None:
+def test_an_export_of_a_damaged_one_is_refused(root: Path, tmp_path: Path) -> None:
     _flip(root / "runs/x/checkpoints/step_4" / SHARD)
-    with pytest.raises(ConfigError, match=r"damaged: step_4 \(actor/shard.*CRC-32 differs"):
-        export(str(root / "runs/x/checkpoints/step_4"), str(tmp_path / "out"), None, None, False)
+    for given in ("checkpoints/step_4", "."):
+        with pytest.raises(ConfigError, match=r"the checkpoint is damaged: .*step_4 \(actor/shard.*CRC-32 differs"):
+            export(str(root / "runs/x" / given), str(tmp_path / "out"), None, None, False)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "gone"])
@@ -187,7 +143,7 @@ def test_a_checkpoint_without_a_ranks_files_is_not_published(tmp_path: Path, uns
         (Path(folder) / unseen).unlink()
 
     pending = begin_checkpoint(tmp_path, step=3, recipe="sft", ranks={"actor": 2}, numbers={}, save_role=save, keep=1)
-    with pytest.raises(CheckpointIncomplete, match=r"rank 1 of actor wrote is not seen.*output.root must be on a file"):
+    with pytest.raises(CheckpointIncomplete, match=r"rank 1 of actor wrote is not seen.*put output.root on a file sys"):
         pending.finish()
     assert find_checkpoints(tmp_path) == []
 

@@ -15,9 +15,8 @@ from controller.lifecycle.folder_lock import LOCK
 from controller.lifecycle.run_folder import find_beginning
 from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
-from tests.test_damaged_checkpoints import four_steps, launched, run_local
+from tests.local_runs import launched, run_local
 
-__all__ = ["four_steps"]
 Disk = Callable[[str], Path]
 
 

@@ -65,6 +65,22 @@ def test_tensorboard_reads_the_events_and_forgets_what_was_redone(tmp_path: Path
     assert [(event.step, event.value) for event in events.Scalars("actor/loss")] == [(0, 0), (1, 1), (2, 2), (3, 30)]
 
 
+def test_steps_that_are_run_again_are_there_once_and_trackers_hear_of_them_once(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(4):
+            writer.write_evaluation(step, {"heldout/reward": 0.1})
+            writer.write(step, {"actor/loss": float(step)})
+        writer.rewind(2)
+        for step in range(2, 5):
+            writer.write(step, {"actor/loss": 10.0 + step})
+    assert [(row["step"], "kind" in row, row.get("actor/loss")) for row in read_metrics(tmp_path)] == [
+        (0, True, None), (0, False, 0), (1, True, None), (1, False, 1), (2, True, None),
+        (2, False, 12), (3, False, 13), (4, False, 14),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("actor/loss")] == [0, 1, 2, 3, 4]
+
+
 def test_without_a_terminal_there_is_a_line_a_step() -> None:
     console = Console(file=io.StringIO(), width=100)
     with Display("demo", 3, console=console) as display:

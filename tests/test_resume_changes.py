@@ -20,7 +20,7 @@ from rlhf_dist.compose import Launch, compose
 from rlhf_dist.config import SourceConfig
 from rlhf_dist.data.source import PromptSource
 from rlhf_dist.typed import ConfigError
-from tests.test_damaged_checkpoints import launched, run_local
+from tests.local_runs import launched, run_local
 from tests.tiny import save_llama
 
 RECIPE = """

@@ -1,7 +1,7 @@
 """An exception in a worker as plain text for the controller, the user's own lines of it, and the rest in the log.
 
     op raises ──> whole traceback ──> stderr, which is the worker's log file
-              └─> Failure(text, frames of the user's files, log) ──> the controller's message
+              └─> Failure(kind, text, frames of the user's files) ──> the controller: try again, or say it
 
 Exceptions themselves never travel: a user's class may not unpickle, and its text must be read all the same.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import rlhf_dist
-from rlhf_dist.failure import Failure, Frame, text_of
+from rlhf_dist.failure import Failure, FailureKind, Frame, text_of
 from rlhf_dist.wire import Call
 from workers.heartbeat import Activity
 
@@ -90,7 +90,14 @@ def _operation(method: str, args: tuple[Any, ...]) -> tuple[str, int | None]:
 
 def failure_of(error: BaseException) -> Failure:
     """What the controller is told of `error`."""
-    return Failure(lost=False, text=text_of(error), frames=_frames(error), of_peer=_is_of_peer(error), at_s=time.time())
+    return Failure(
+        lost=False,
+        text=text_of(error),
+        frames=_frames(error),
+        kind=kind_of(error),
+        of_peer=_is_of_peer(error),
+        at_s=time.time(),
+    )
 
 
 def _is_of_peer(error: BaseException) -> bool:
@@ -98,6 +105,48 @@ def _is_of_peer(error: BaseException) -> bool:
     if type(error).__name__ in OF_PEERS:
         return True
     return isinstance(error, RuntimeError) and re.search(OF_PEERS_TEXT, str(error)) is not None
+
+
+KINDS = {
+    **dict.fromkeys(("OutOfMemoryError", "MemoryError"), FailureKind.OUT_OF_MEMORY),
+    # torch.distributed, and a Ray object whose owner died: RayError's own classes never leave `ray.get` otherwise.
+    **dict.fromkeys(("DistError", "RayError", "ConnectionError"), FailureKind.INFRASTRUCTURE),
+    **dict.fromkeys(("UnicodeError", "JSONDecodeError", "ArrowInvalid"), FailureKind.DATA),
+}
+"""Of libraries' exceptions, by the name of a class that they are or descend from: none of them need be imported."""
+BY_TEXT = (
+    # gloo raises plain RuntimeErrors that name its own file; the CPU allocator one that names itself.
+    ("gloo/", FailureKind.INFRASTRUCTURE),
+    ("Gloo connectFullMesh failed", FailureKind.INFRASTRUCTURE),
+    ("NCCL error", FailureKind.INFRASTRUCTURE),
+    ("DefaultCPUAllocator: can't allocate memory", FailureKind.OUT_OF_MEMORY),
+)
+"""Of libraries' exceptions that have no class of their own."""
+
+
+def kind_of(error: BaseException) -> FailureKind:
+    """The kind of the outermost exception that has one, of those it was raised from.
+
+    A user's own line that fails on a connection or a text is code: what it talks to is not of this run.
+    """
+    at: BaseException | None = error
+    seen: list[BaseException] = []
+    while at is not None and at not in seen:
+        if (kind := _own_kind(at)) is not None:
+            users = any(is_users(frame.file) for frame in _frames(at))
+            return FailureKind.CODE if users and kind in (FailureKind.INFRASTRUCTURE, FailureKind.DATA) else kind
+        seen.append(at)
+        at = at.__cause__
+    return FailureKind.CODE
+
+
+def _own_kind(error: BaseException) -> FailureKind | None:
+    if (said := getattr(error, "failure_kind", None)) is not None:
+        return FailureKind(said)
+    by_name = next((KINDS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in KINDS), None)
+    if by_name is not None or not isinstance(error, RuntimeError):
+        return by_name
+    return next((kind for part, kind in BY_TEXT if part in str(error)), None)
 
 
 def _frames(error: BaseException) -> tuple[Frame, ...]:

@@ -12,6 +12,7 @@ from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 from rlhf_dist.algorithms.ragged import FloatArray
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import LanguageModelConfig
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
@@ -31,6 +32,8 @@ RATIO_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 
 class OffPolicy(RuntimeError):
     """On-policy rows were not sampled by the policy that is trained."""
+
+    failure_kind = FailureKind.NUMERICS
 
 
 class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
@@ -144,6 +147,11 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
         """Stop generating, if something is generated here; called from another thread."""
         if self.generation is not None:
             self.generation.interrupt()
+
+    def abandon(self) -> None:
+        """See `RolloutWorker.abandon`."""
+        if self.generation is not None:
+            self.generation.abandon()
 
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""

@@ -11,6 +11,8 @@ Ray calls, one at a time, in the controller's order
   relay                the same call for several ranks of this machine, in their name to the controller
   interrupt            runs beside another call: generation stops early, and is called again
   beat                 beside all others: what this process is at, and how its neighbours stand (heartbeat.py)
+  abandon              the step is given up: what was kept to go on with is forgotten
+  copy_state, put_back what a rank holds of a role that learns, to and from the memory of another node
 
 What is raised in any of them comes back as a `Failure` (failures.py), never as an exception.
 """
@@ -250,6 +252,31 @@ class WorkerProcess:
     def interrupt(self, role: str) -> None:
         """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
         self._roles[role].interrupt()
+
+    @reported
+    def abandon(self) -> None:
+        """Forget what is half done of a step that is given up. Comes after all calls before it: its answer says that
+        this process is there, and at nothing."""
+        for worker in self._roles.values():
+            if hasattr(worker, "abandon"):
+                worker.abandon()
+
+    @reported
+    def copy_state(self, role: str, steps_done: int, keeper: Any, timeout_s: float) -> int:
+        """Give `keeper`, a process on another node where there is one, a copy of what this rank holds of `role`; its
+        bytes."""
+        import ray
+
+        copy = self._roles[role].engine.copy_state()
+        ray.get(keeper.keep.remote(steps_done, role, self.rank, copy), timeout=timeout_s)
+        return int(copy.nbytes)
+
+    @reported
+    def put_back(self, role: str, steps_done: int, keeper: Any, timeout_s: float) -> None:
+        """Take it back from there."""
+        import ray
+
+        self._roles[role].put_back(ray.get(keeper.give.remote(steps_done, role, self.rank), timeout=timeout_s))
 
     @reported
     def run_host_op(self, op: HostOp[Any, Any], call: Call) -> Reply:

@@ -14,6 +14,7 @@ from rlhf_dist.config import OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics, combine
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.files.checkpoint import SAVE_TIMEOUT_S
+from workers.engines.files.rank_state import RankState
 from workers.engines.training.interface import NonFiniteLoss, Term, TrainingEngine
 from workers.memory.arbiter import arbiter_of
 from workers.weight_sets import NOTHING, WeightSets
@@ -117,7 +118,14 @@ class TrainedRole(WeightSets):
     def load(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
         """Restore this role's checkpoint; a generation engine gets it at the next reshard."""
         self.engine.load(Path(folder))
+        # Its process may have trained further: weights that are loaded need not differ from those synced last.
+        self.moved = self.rewritten = False
         return OpResult(columns=NOTHING)
+
+    def put_back(self, copy: RankState) -> None:
+        """The same from a copy in memory."""
+        self.engine.put_back(copy)
+        self.moved = self.rewritten = False
 
     def export(self, batch: Batch, call: Call, *, folder: str) -> OpResult:
         """Write a Hugging Face folder."""

@@ -125,11 +125,8 @@ class Local:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in self.pools.values():
-            for process in pool.processes:
-                with suppress(Exception):
-                    process.worker.close()
-        self.pools.clear()
+        for name in list(self.pools):
+            self.end_pool(name)
 
     def metrics(self) -> dict[str, float]:
         """There is no object store to watch."""
@@ -146,6 +143,20 @@ class Local:
             raise ClusterError(f"this process could not be a worker: {device.text}")
         self.pools[name] = Pool(name, (process,), devices=(device,), pids=(os.getpid(),))
         return self.pools[name]
+
+    def end_pool(self, name: str) -> None:
+        """Free what a pool's workers hold."""
+        pool = self.pools.pop(name, None)
+        for process in pool.processes if pool else ():
+            with suppress(Exception):
+                process.worker.close()
+
+    def keeper(self, node_id: str) -> Any:
+        """There is no other process to keep anything. Raises ClusterError."""
+        raise ClusterError("a local run has no other process to keep copies; recovery.memory_every needs a cluster")
+
+    def end_keepers(self) -> None:
+        """There are none."""
 
     def add_host_pool(self) -> Pool:
         """This process, for what needs no device."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+from rlhf_dist.failure import FailureKind
 
 SIGNALS = "signals"
 """Concurrency group of calls that must not wait for the call under way."""
@@ -21,6 +23,20 @@ BEATS = "beats"
 
 class ClusterError(RuntimeError):
     """The cluster cannot give what the placement asks for."""
+
+    kind = FailureKind.INFRASTRUCTURE
+    """Of the failure, as it was classified where it was raised."""
+
+    def of(self, kind: FailureKind) -> Self:
+        """This error, with the kind of what made it."""
+        self.kind = kind
+        return self
+
+
+class NoRoom(ClusterError):
+    """Slots were not free within the wait for them."""
+
+    kind = FailureKind.CODE  # of the placement: asking again would wait again
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Every wait is bounded. A request that cannot be met says what is missing on whic
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import time
@@ -20,11 +21,11 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, Pool
+from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, NoRoom, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
@@ -39,6 +40,7 @@ from rlhf_dist.placement.roles import HOST_POOL
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 """What tells glibc to keep freed memory."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
+KEEPER_PATH = ("workers.keeper", "Keeper")
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Cluster:
     """Finds which of its processes is lost."""
     _groups: dict[str, Any] = field(default_factory=dict)
     """Pool -> its placement group."""
+    _keepers: dict[str, Any] = field(default_factory=dict)
+    """Node -> its process that keeps copies of what ranks on another hold."""
     _started: bool = False
     _own: bool = False
     """Nobody else's: its ranks may use all cores."""
@@ -215,6 +219,24 @@ class Cluster:
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
 
+    def keeper(self, node_id: str) -> Any:
+        """A process on the next node of the pools' (on the same, where there is one) that keeps copies for this one."""
+        nodes = list(dict.fromkeys(node for pool in self.pools.values() for node in pool.node_ids))
+        where = nodes[(nodes.index(node_id) + 1) % len(nodes)]
+        if where not in self._keepers:
+            module, name = KEEPER_PATH
+            pinned = NodeAffinitySchedulingStrategy(node_id=where, soft=False)
+            kind = ray.remote(getattr(importlib.import_module(module), name))
+            self._keepers[where] = kind.options(num_cpus=0, scheduling_strategy=pinned).remote()
+        return self._keepers[where]
+
+    def end_keepers(self) -> None:
+        """End those processes."""
+        for keeper in self._keepers.values():
+            with contextlib.suppress(Exception):
+                ray.kill(keeper)
+        self._keepers.clear()
+
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
         head_lost = self.watch.head_lost
@@ -237,6 +259,7 @@ class Cluster:
         for process in processes:
             with contextlib.suppress(Exception):
                 ray.kill(process)
+        self.end_keepers()
         for group in list(self._groups.values()):
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
@@ -264,7 +287,7 @@ class Cluster:
         self._groups[name] = group
         deadline = time.monotonic() + self.config.ready_timeout_s
         if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
-            raise ClusterError(
+            raise NoRoom(
                 f"pool {name!r} needs {len(bundles)} {'nodes with' if strategy == 'STRICT_SPREAD' else 'slots of'} "
                 f"{_resources(bundles[0])}, not free within "
                 f"{self.config.ready_timeout_s:g} s; the nodes have free: {_free_resources()}. "
@@ -278,8 +301,6 @@ class Cluster:
         return tuple(str((self.log_folder / f"{pool}-{rank}.log").resolve()) for rank in range(count))
 
     def _start(self, pool: str, count: int, group: Any, gpus: int, per_bundle: int = 1) -> list[Any]:
-        import importlib
-
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
         logs = self._logs(pool, count)

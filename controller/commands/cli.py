@@ -112,7 +112,7 @@ def _prepared(
         launch, plan = prepared(
             arguments.recipe, arguments.overrides, arguments.config, local=local, eager=eager, cluster=cluster
         )
-        return launch, plan, find_beginning(launch)
+        return launch, plan, find_beginning(launch, elsewhere=cluster is not None)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -8,23 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from controller.cluster.blame import FirstCause
 from controller.cluster.failure_text import explained, logs_of, shown
 from controller.cluster.pool import Pool
 from controller.cluster.watch import Waited, Watch
 from rlhf_dist.dataflow.graph import Node
-from rlhf_dist.failure import Failure
+from rlhf_dist.failure import Failure, FailureKind
 
 
 class NodeError(RuntimeError):
     """A node failed; the message says which, where in the recipe, at which step, on which rank, and why."""
 
+    kind = FailureKind.CODE
+    """Of the failure, as it was classified where it was raised."""
+    role = ""
+    """Whose engine had the rows cut into micro-batches; empty for generation and what is no op of a role."""
+    pools: tuple[str, ...] = ()
+    """Where it was at work."""
+
+    def of(self, kind: FailureKind, pending: CalledNode) -> Self:
+        """This error, with what is known of it."""
+        node = pending.node
+        self.kind, self.role = kind, node.role if node.kind == "op" and node.rows != "expand" else ""
+        self.pools = tuple(dict.fromkeys(pool.name for pool, _ in pending.callees))
+        return self
+
 
 class WorkerLost(NodeError):
     """A worker process died or stopped answering: an infrastructure failure, not a data failure."""
 
+    kind = FailureKind.INFRASTRUCTURE
     node: Node | None = None
     """What was under way."""
     step: int = 0
@@ -36,7 +51,7 @@ class WorkerLost(NodeError):
         """Of a node under way."""
         made = cls(text)
         made.node, made.step, made.cause = pending.node, pending.step, cause
-        return made
+        return made.of(FailureKind.INFRASTRUCTURE, pending)
 
 
 class CalledNode(Protocol):
@@ -72,7 +87,8 @@ def error_of(failed: Sequence[FailedCall], watch: Watch | None) -> NodeError:
     first = min(failed, key=lambda one: (one.failure.secondary, not one.failure.lost, one.failure.at_s))
     pool, rank = first.process
     if not first.failure.secondary:
-        return NodeError(f"{_where(first.pending, rank)}: {explained(first.failure, pool.log(rank))}")
+        text = f"{_where(first.pending, rank)}: {explained(first.failure, pool.log(rank))}"
+        return NodeError(text).of(first.failure.kind, first.pending)
     if watch is not None:
         waited = [Waited(pool, rank, one.started_s) for one in _nodes(failed) for pool, rank in one.callees]
         cause = watch.first_cause(waited, died=first.failure.lost)

@@ -28,7 +28,7 @@ from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_g
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.state_value import resolved, states_read
-from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
@@ -128,9 +128,9 @@ class RayRunner:
         self._replies, self._watch, self._check = replies or RayReplies(), watch, check
         self.newest = -1
         """Latest step of which anything has been launched."""
-        self._changes: set[int] = set()
         self._looked_s = 0.0
         self._pending: list[_Pending] = []
+        self._writing: list[tuple[Node, int]] = []
         self._cut_short: dict[tuple[str, int], _Pending] = {}
         self._next_host = 0
 
@@ -157,13 +157,13 @@ class RayRunner:
     @property
     def changing(self) -> bool:
         """Whether a step under way has begun to change weights, states, or how far a source is drawn."""
-        return bool(self._changes)
+        return bool(self._writing)
 
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""
         self.newest = max(self.newest, step)
         if node.weights_written:
-            self._changes.add(step)
+            self._writing.append((node, step))
         again = self._cut_short.pop((node.name, step), None)
         if again is not None:
             self._launch_again(again)
@@ -252,8 +252,14 @@ class RayRunner:
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
-        self._changes.discard(step)
         self.outputs.end_step(step)
+        self._writing = [(node, at) for node, at in self._writing if at > step]
+
+    @property
+    def written(self) -> set[str]:
+        """States (`actor.train`, `kl.state`, `prompts.drawn`) that nodes of steps which have not ended have written, or
+        may have: everything else is as the last step that ended has left it."""
+        return {state for node, _ in self._writing for state in node.weights_written}
 
     def held_state(self, name: str) -> HeldState:
         """What is held of a state now."""
@@ -262,7 +268,7 @@ class RayRunner:
     def restore_state(self, name: str, held: HeldState) -> None:
         """Go on from what `held_state` gave, or a checkpoint."""
         self.numbers[name], self._held[name] = dict(held.numbers), held.ref
-        self._first.pop(name, None)
+        self._first[name] = dict(held.first)
 
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
@@ -481,7 +487,7 @@ class RayRunner:
                 batch, metrics = first_groups(batches, node.kwargs["groups"])
                 _check_refilled(node, batches, batch)
         except RowsError as error:
-            raise NodeError(f"{node.line}: {error}") from error
+            raise NodeError(f"{node.line}: {error}").of(FailureKind.DATA, pending) from error
         return NodeOutput(batch=batch, metrics=metrics, seconds=0.0, nbytes=0)
 
 

@@ -103,6 +103,11 @@ class Clock:
                 self._push(replace(one, ended_s=self.now_s, interrupted=True))
                 return
 
+    @property
+    def next_end_s(self) -> float:
+        """When `wait` returns."""
+        return self._running[0][0]
+
     def wait(self) -> list[Finished]:
         """See Runner: the clock moves to the next end."""
         self.now_s, _, one = heapq.heappop(self._running)

@@ -69,18 +69,18 @@ def check_exported(folder: Path, role: str) -> None:
 
 
 def _find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's folder, or the newest good one of a run's folder."""
+    """The checkpoint at `path`: a step's folder, or the newest of a run's; an older one is never taken unasked."""
     for root, name in ((path.parent, path.name), (path / "checkpoints", None), (path, None)):
-        damaged = []
-        for one in reversed([one for one in find_checkpoints(root) if name is None or one.folder.name == name]):
-            good = checked(one, read=None)
-            if isinstance(good, Checkpoint):
-                return good
-            damaged.append(good)
-        if damaged:
-            raise ConfigError(
-                f"{root}: damaged: {', '.join(map(str, damaged))}; copy the files again, or use an older one"
-            )
+        found = [one for one in find_checkpoints(root) if name is None or one.folder.name == name]
+        if not found:
+            continue
+        newest = checked(found[-1], read=None)
+        if isinstance(newest, Checkpoint):
+            return newest
+        raise ConfigError(
+            f"the checkpoint is damaged: {newest.folder} ({newest.problem}); copy the files again, or give the folder "
+            f"of an older one"
+        )
     raise ConfigError(
         f"no complete checkpoint at {path}; give runs/NAME or runs/NAME/checkpoints/step_N (a run writes one with "
         f"output.checkpoint_every=N)"

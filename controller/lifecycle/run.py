@@ -1,10 +1,11 @@
 """A run from start to summary: folder, cluster, first sync, evaluation, steps, checkpoints, export, clean-up.
 
 prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
-                                                                     |
-                                  on every finished step: metrics.jsonl, TensorBoard, display
-                                  at barriers: checkpoint, evaluation
-                                  a notice: checkpoint, Preempted (preemption.py)
+                                     ^                               |
+                                     |            on every finished step: metrics.jsonl, TensorBoard, display
+                                     |            at barriers: checkpoint, evaluation
+                                     +-- recovery, from a failure anywhere after the start (recovering.py)
+                                     notice: checkpoint, Preempted (preemption.py)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,17 +21,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
+from controller.cluster.pool import ClusterError
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.lifecycle.checkpoint import Checkpoint, PendingCheckpoint, begin_checkpoint, load_checkpoint
+from controller.execution.failed_calls import NodeError
+from controller.execution.ray_runner import RayRunner
+from controller.lifecycle.checkpoint import (
+    Checkpoint,
+    CheckpointIncomplete,
+    PendingCheckpoint,
+    begin_checkpoint,
+    checked,
+    find_checkpoints,
+    load_checkpoint,
+)
 from controller.lifecycle.checkpoint_store import store_of
 from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.preemption import Notices, Preempted
+from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import MetricsWriter
@@ -75,7 +89,9 @@ class _Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     timeline: Timeline | None = None
     warnings: StepWarnings = field(default_factory=StepWarnings)
+    recoveries: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    """That were run, those that were run again included."""
     tokens: float = 0.0
     seconds: float = 0.0
 
@@ -144,6 +160,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
         "evaluations": progress.evaluations,
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
+        **progress.recoveries,
     }
     if uploads is not None:
         summary["store"] = {"place": uploads.place, "steps": uploads.done, "failed": uploads.failed}
@@ -190,48 +207,78 @@ class _Run:
             rows=output.rollout_rows,
             every=output.rollouts_every,
         )
-        numbers = {name: state.initial(launch.algorithm) for name, state in session.states.items()}
-        # Line by line, anything may be looked at until the step ends, whoever else reads it.
         self.notices, self.done = notices, 0
         self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
         """Step of the last complete checkpoint."""
-        self.runner = session.runner(None if eager else self.dataflow, numbers, check=notices.check)
-        self.progress.timeline = Timeline(self.dataflow, self.runner.pools_of)
+        self.runner = self._new_runner()
+        # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
+        self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
+        self.recoveries = Recoveries(session, display.phase)
         self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
         self.pending: PendingCheckpoint | None = None
+        self.began = self.furthest = 0
+        """Steps done when this launch began, and at most until now."""
+        self.end: StepEnd | None = None
+        """Of the last step that ended."""
+        self.kept_at: int | None = None
+        """Steps done of the last checkpoint that was begun or restored."""
+        self.copied: dict[str, float] = {}
+        """What a copy in memory cost since the last step."""
+        self.recovered_s: list[float] = []
+        """Seconds of recoveries since the last step."""
+
+    def _new_runner(self) -> RayRunner:
+        numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
+        # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        return self.session.runner(None if self.eager else self.dataflow, numbers, check=self.notices.check)
 
     def execute(self) -> None:
         """From its start, or from a checkpoint, to its end."""
-        run, first_step = self.launch.run, 0
-        if self.checkpoint is not None:
-            self.display.phase("checkpoint")
-            self._resume(self.checkpoint)
-            first_step = self.checkpoint.step
-        if self.launch.dataflow.generating:
-            self.display.phase("first weight sync")
-        self.session.sync(first_step)
-        if first_step < run.steps:
-            if self.evaluation.possible:
-                self.display.phase("evaluation")
-            self._evaluate(first_step)
-            self.display.phase("first step")
-        self.closed_s = time.perf_counter()
-        self.done = first_step
-        self.notices.running = True
+        first_step = 0 if self.checkpoint is None else self.checkpoint.step
+        done = self.began = self.furthest = first_step
         try:
-            self._steps(first_step)
-            self._finish_checkpoint(wait=True)
-            if self.notices.look():
-                raise Preempted(self.notices.asked)
+            try:
+                self._begin(first_step)
+            except RECOVERABLE as error:
+                done = self._recover(error)
+            while True:
+                try:
+                    self._go_on(done)
+                    return
+                except RECOVERABLE as error:
+                    done = self._recover(error)
         except Preempted as notice:
             self._make_room(notice)
         except BaseException:
             self._keep_pending()
             raise
-        finally:
-            self.notices.running = False
+
+    def _begin(self, first_step: int) -> None:
+        if self.checkpoint is not None:
+            self.display.phase("checkpoint")
+            self._restore(self.checkpoint)
+            self.display.note(f"resumed after {first_step} steps from {self.checkpoint.folder}")
+        if self.launch.dataflow.generating:
+            self.display.phase("first weight sync")
+        self.session.sync(first_step)
+
+    def _go_on(self, done: int) -> None:
+        """From `done` steps done to the end; nothing is under way."""
+        self._remember_end(done)
+        if done == self.began < self.launch.run.steps and self.evaluation.possible:
+            self.display.phase("evaluation")
+        self._at_barrier(done)
+        if done == self.began < self.launch.run.steps:
+            self.display.phase("first step")
+        self.closed_s = time.perf_counter()
+        self.done, self.notices.running = done, True
+        self._steps(done)
+        self._finish_checkpoint(wait=True)
+        if self.notices.look():
+            raise Preempted(self.notices.asked)
+        self.notices.running = False
         self._export()
 
     def _steps(self, first_step: int) -> None:
@@ -262,6 +309,11 @@ class _Run:
         metrics = report.metrics
         tokens = self._tokens(metrics)
         metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
+        metrics |= self.copied
+        self.copied = {}
+        if self.recovered_s:
+            metrics |= {"recoveries": float(len(self.recovered_s)), "recovery_s": sum(self.recovered_s)}
+            self.recovered_s = []
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
         self.display.step(report.step, metrics, report.seconds)
@@ -269,15 +321,11 @@ class _Run:
             self.display.note(said)
         done = report.step + 1
         self.done = done
+        self.furthest = max(self.furthest, done)
+        self._remember_end(done)
         self._finish_checkpoint(wait=False)
-        asked = self.notices.look()
-        if self._evaluates_after(report.step) and not asked:
-            with self._paused("evaluation"):
-                self._evaluate(done)
-        if self._checkpoints_after(report.step) or (self.notices.wants_checkpoint and self._is_settled):
-            with self._paused("checkpoint"):
-                self._checkpoint(done)
-        if asked and self._is_settled:
+        self._at_barrier(done)
+        if self.notices.look() and self._is_settled:
             raise Preempted(self.notices.asked)
         self.closed_s = time.perf_counter()
 
@@ -305,6 +353,20 @@ class _Run:
         self.progress.timeline.paused.append((what, started, time.perf_counter()))
 
     # --- barriers ------------------------------------------------------------------------------------
+    def _at_barrier(self, done: int) -> None:
+        """Evaluate and save what is due after `done` steps and has not been done before a recovery."""
+        due = self._evaluates_after(done - 1) if done > self.began else self.began < self.launch.run.steps
+        if due and not self.notices.look() and all(one["step"] != done for one in self.progress.evaluations):
+            with self._paused("evaluation"):
+                self._evaluate(done)
+        if self._copies_after(done - 1) or done == self.began:
+            with self._paused("copy in memory"):
+                self._copy(done)
+        asked = self.notices.wants_checkpoint and self._is_settled
+        if done > self.began and (asked or self._checkpoints_after(done - 1)) and self.kept_at != done:
+            with self._paused("checkpoint"):
+                self._checkpoint(done)
+
     def _evaluates_after(self, step: int) -> bool:
         every, done = self.launch.run.output.evaluate_every, step + 1
         return self.evaluation.possible and (done == self.launch.run.steps or bool(every and done % every == 0))
@@ -313,9 +375,13 @@ class _Run:
         every, done = self.launch.run.output.checkpoint_every, step + 1
         return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
 
+    def _copies_after(self, step: int) -> bool:
+        every = self.launch.run.recovery.memory_every
+        return bool(every) and (step + 1) % every == 0
+
     def _is_barrier(self, step: int) -> bool:
         asked = self.notices.look() or self.notices.wants_checkpoint
-        return asked or self._evaluates_after(step) or self._checkpoints_after(step)
+        return asked or self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
         metrics = self.evaluation.run(done, self.runner.numbers)
@@ -331,10 +397,21 @@ class _Run:
         """Whether weights, states and sources are those after `done` steps: no later step has touched them."""
         return self.runner.newest < self.done or not (self.dataflow.staleness or self.runner.changing)
 
+    def _copy(self, done: int) -> None:
+        """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
+        if not self.launch.run.recovery.memory_every or not self.launch.run.recovery.retries:
+            return
+        assert self.end is not None and self.end.done == done, "the step has just ended"
+        try:
+            self.copied = self.recoveries.copies.make(self.end)
+        except ClusterError as error:  # Of a rank that is gone the next node tells; a copy alone ends nothing.
+            self.display.note(f"no copy in memory after {done} steps: {error}")
+
     def _checkpoint(self, done: int, limit_s: float | None = None) -> None:
         """limit_s: longest that each role may take to copy what is saved, where that is not ray.call_timeout_s."""
         self.notices.wants_checkpoint = False
         self._finish_checkpoint(wait=True, limit_s=limit_s)
+        self.kept_at = done
         self.pending = begin_checkpoint(
             self.folder / "checkpoints",
             step=done,
@@ -387,23 +464,107 @@ class _Run:
         ]
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
-            uploads = self.uploads
-            complete = self.pending.finish() if uploads is None else self.pending.finish(uploads.in_use)
-            if uploads is not None:
-                uploads.add(complete)
+            self._publish(self.pending)
             self.saved, self.pending = step, None
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        step = checkpoint.step
+    def _publish(self, pending: PendingCheckpoint) -> None:
+        uploads = self.uploads
+        complete = pending.finish() if uploads is None else pending.finish(uploads.in_use)
+        if uploads is not None:
+            uploads.add(complete)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Have all roles, states and sources go on from a checkpoint."""
         load_checkpoint(
             checkpoint,
             roles=self.session.model_roles,
-            load_role=lambda role, path: self.session.call_role(role, "load", step, folder=path),
+            load_role=lambda role, path: self.session.call_role(role, "load", checkpoint.step, folder=path),
         )
         self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
         for folder in sorted((checkpoint.folder / STATES).glob("*")):
             self.runner.restore_state(folder.name, self.session.load_state(folder))
-        self.display.note(f"resumed after {step} steps from {checkpoint.folder}")
+        self.kept_at = checkpoint.step
+
+    # --- recovery ------------------------------------------------------------------------------------
+    def _remember_end(self, done: int) -> None:
+        held = {name: self.runner.held_state(name) for name in self.runner.numbers}
+        self.end = StepEnd(done=done, states=held, written=frozenset(self.runner.written))
+
+    def _recover(self, error: NodeError | ClusterError) -> int:
+        """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
+        the last attempt, where the run must end."""
+        started = time.perf_counter()
+        while True:
+            self.recoveries.admit(error, self.furthest)
+            try:
+                return self._recovered(error, started)
+            except RECOVERABLE as again:
+                again.__context__ = error
+                error = again
+
+    def _recovered(self, error: Exception, started: float) -> int:
+        recoveries, written = self.recoveries, self.runner.written
+        dead = recoveries.survey(error)
+        self._save_pending(dead)
+        done, source, state = recoveries.newest(self.end, written, self._last_checkpoint)
+        if done < self.began:
+            raise with_reason(
+                error, f"the checkpoint after {self.began} steps, which this run began from, is not there any more"
+            )
+        rebuilt = recoveries.rebuild()
+        self.runner = self._new_runner()
+        if source != "processes":
+            self.end = None  # What the processes hold is no more that of the last step.
+        if source == "memory":
+            recoveries.copies.put_back()
+        if isinstance(state, StepEnd):
+            for name, held in state.states.items():
+                self.runner.restore_state(name, held)
+        elif state is not None:
+            self._restore(state)
+        recoveries.synced(done)
+        self._rewind(done)
+        what, seconds = shortened(str(error)), time.perf_counter() - started
+        made = Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
+        recoveries.done.append(made)
+        self.recovered_s.append(seconds)
+        self.progress.recoveries = recoveries.summary()
+        self.display.note(str(made))
+        return done
+
+    def _last_checkpoint(self) -> Checkpoint | None:
+        """The newest that is what was written."""
+        for found in reversed(find_checkpoints(self.folder / "checkpoints")):
+            if found.step <= self.furthest:
+                one = checked(found, read=None)
+                if isinstance(one, Checkpoint):
+                    return one
+                self.display.note(f"damaged and left out: {one}")
+        return None
+
+    def _save_pending(self, dead: Collection[str]) -> None:
+        """Finish the checkpoint under way, which may be the newest state there is; without those who wrote it, it is
+        lost, and those who live end their writing before its folder is used again."""
+        if self.pending is None:
+            return
+        alive = [role for role in self.pending.roles if self.session.groups[role].pool.name not in dead]
+        whole = len(alive) == len(self.pending.roles)
+        try:
+            for role in alive:
+                self.session.call_role(role, "saved", self.pending.step, wait=True, limit_s=PENDING_S)
+            if whole:
+                self._publish(self.pending)
+        except (NodeError, CheckpointIncomplete) as error:
+            whole = False
+            self.display.note(f"the checkpoint after {self.pending.step} steps is lost: {error}")
+        if not whole:
+            self.kept_at = None
+        self.pending = None
+
+    def _rewind(self, done: int) -> None:
+        """Take back what was said of steps that are run again."""
+        self.writer.rewind(done)
+        self.progress.evaluations = [one for one in self.progress.evaluations if one["step"] <= done]
 
     def _export(self) -> None:
         if not self.launch.run.output.save_model:

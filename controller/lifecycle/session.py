@@ -29,7 +29,7 @@ from rlhf_dist.data.of_launch import tokenizer_of, tokenizers
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
-from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
@@ -67,6 +67,22 @@ class Processes(Protocol):
     def add_host_pool(self) -> Pool:
         """CPU processes for sources, rules and host ops."""
         ...
+
+    def end_pool(self, name: str) -> None:
+        """End a pool's processes, whatever they are at, and give back its slots."""
+        ...
+
+    def keeper(self, node_id: str) -> Any:
+        """Who keeps copies of what ranks on that node hold."""
+        ...
+
+    def end_keepers(self) -> None:
+        """End all of those; the next `keeper` starts new ones."""
+        ...
+
+
+_Starting = tuple[WorkerGroup, list[Any]]
+"""A group, and the references to what its ranks answer."""
 
 
 @dataclass
@@ -150,8 +166,58 @@ class Session:
         (answer,) = self.cluster.replies.get([getattr(process, method).remote(*arguments)], timeout_s)
         failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
         if isinstance(failure, Failure):
-            raise ClusterError(f"{method.replace('_', ' ')} {arguments[-1]}: {explained(failure, None)}")
+            text = f"{method.replace('_', ' ')} {arguments[-1]}: {explained(failure, None)}"
+            raise ClusterError(text).of(failure.kind)
         return answer
+
+    # --- pools -------------------------------------------------------------------------------------------
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """Names of all pools that the launch uses, the host pool first."""
+        placed = pools_of_roles(self.launch).values()
+        return (HOST_POOL, *(name for name in self.launch.run.placement.pools if name in placed))
+
+    def start(self, names: Collection[str], phase: Callable[[str], None]) -> None:
+        """Start the processes of these pools and the workers they host, and connect them to each other and to the
+        pools that are there. Raises ClusterError when something does not come up."""
+        launch, run, replies = self.launch, self.launch.run, self.cluster.replies
+        pools = {
+            name: self.cluster.add_host_pool()
+            if name == HOST_POOL
+            else self.cluster.add_pool(name, resolved(run.placement, name))
+            for name in self.pools
+            if name in names
+        }
+        if placed_pools := {name: pool for name, pool in pools.items() if pool.node_ids}:  # none in a local run
+            placed = pools_of_roles(launch)
+            check_files_are_shared(launch, _folder(launch), placed, placed_pools, replies, run.ray.ready_timeout_s)
+        starting: list[_Starting] = []
+        if HOST_POOL in pools:
+            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]))
+        starting += _host_roles(launch, pools)
+        self.groups |= {group.role: group for group, _ in starting}
+        _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
+        self._connect(names, phase)
+
+    def _connect(self, names: Collection[str], phase: Callable[[str], None]) -> None:
+        """Have roles that give each other weights meet, where a process of `names` is one of them."""
+        groups, cluster, timeout_s = self.groups, self.cluster, self.launch.run.ray.call_timeout_s
+        for role in self.launch.dataflow.generating:
+            apart = groups.get(rollout_of(role))
+            if apart is not None and {groups[role].pool.name, apart.pool.name} & set(names):
+                phase(f"{role}: connecting {groups[role].pool.name} and {apart.pool.name}")
+                _connect(groups[role], apart, cluster, timeout_s)
+        for (source, target), staged in self.launch.dataflow.ways.items():
+            if {groups[source].pool.name, groups[target].pool.name} & set(names):
+                phase(f"{target}: planning how weights come from {source}")
+                _connect_weights(groups[source], groups[target], staged, cluster, timeout_s)
+
+    def rebuild(self, names: Collection[str], phase: Callable[[str], None]) -> None:
+        """End these pools and start them anew, wherever there is room; the others keep their processes. Raises NoRoom,
+        or ClusterError when something does not come up."""
+        for name in names:
+            self.cluster.end_pool(name)
+        self.start(names, phase)
 
     @property
     def model_roles(self) -> list[str]:
@@ -161,45 +227,38 @@ class Session:
 
 def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], None]) -> Session:
     """Start pools and role workers; `phase` hears what begins. Raises ClusterError when something does not come up."""
-    run = launch.run
-    placed = pools_of_roles(launch)
-    pools = {HOST_POOL: cluster.add_host_pool()}
-    pools |= {
-        name: cluster.add_pool(name, resolved(run.placement, name))
-        for name in run.placement.pools
-        if name in placed.values()
-    }
-    if placed_pools := {name: pool for name, pool in pools.items() if pool.node_ids}:  # none in a local run
-        check_files_are_shared(launch, _folder(launch), placed, placed_pools, cluster.replies, run.ray.ready_timeout_s)
-    groups: dict[str, WorkerGroup] = {}
-    states = {name: kind() for name, kind in launch.recipe.states.items()}
-    first_host = Pool(HOST_POOL, pools[HOST_POOL].processes[:1])
-    tokenizer = tokenizer_of(launch)
+    session = Session(launch, cluster, {}, {name: kind() for name, kind in launch.recipe.states.items()})
+    session.start(session.pools, phase)
+    return session
+
+
+def _host_sources(launch: Launch, first_host: Pool) -> list[_Starting]:
+    run, tokenizer = launch.run, tokenizer_of(launch)
     if tokenizer is None:
         raise ClusterError("no role has a model, so there is no tokenizer for the source")
-    starting: list[tuple[WorkerGroup, list[Any]]] = []
+    starting: list[_Starting] = []
     for k, name in enumerate(launch.recipe.sources):
-        groups[name] = WorkerGroup(name, first_host)
+        group = WorkerGroup(name, first_host)
         own = {"heldout": run.data.heldout, "fields": launch.recipe.source_fields(name), "first_group": k << GROUP_BITS}
-        starting.append((groups[name], _host_source(launch, groups[name], launch.source(name), tokenizer, **own)))
+        starting.append((group, _host_source(launch, group, launch.source(name), tokenizer, **own)))
     if run.data.heldout is not None:
-        groups[HELDOUT] = WorkerGroup(HELDOUT, first_host)
-        starting.append((groups[HELDOUT], _host_source(launch, groups[HELDOUT], run.data.heldout, tokenizer)))
+        group = WorkerGroup(HELDOUT, first_host)
+        starting.append((group, _host_source(launch, group, run.data.heldout, tokenizer)))
+    return starting
+
+
+def _host_roles(launch: Launch, pools: Mapping[str, Pool]) -> list[_Starting]:
+    """Have the processes of these pools build the workers of the roles placed there."""
+    starting: list[_Starting] = []
+    placed = pools_of_roles(launch)
     # What learns first: a frozen role may share the base of one with adapters.
     for name in sorted(placed, key=lambda name: not launch.dataflow.facts[name.split(".")[0]].trained):
-        pool = pools[placed[name]]
-        groups[name] = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
-        worker, settings = worker_of(launch, name)
-        starting.append((groups[name], _host_role(launch, groups[name], worker, settings)))
-    _await_roles(starting, cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
-    for role in launch.dataflow.generating:
-        if rollout_of(role) in groups:
-            phase(f"{role}: connecting {groups[role].pool.name} and {groups[rollout_of(role)].pool.name}")
-            _connect(groups[role], groups[rollout_of(role)], cluster, run.ray.call_timeout_s)
-    for (source, target), staged in launch.dataflow.ways.items():
-        phase(f"{target}: planning how weights come from {source}")
-        _connect_weights(groups[source], groups[target], staged, cluster, run.ray.call_timeout_s)
-    return Session(launch, cluster, groups, states)
+        if placed[name] in pools:
+            pool = pools[placed[name]]
+            group = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
+            worker, settings = worker_of(launch, name)
+            starting.append((group, _host_role(launch, group, worker, settings)))
+    return starting
 
 
 def pools_of_roles(launch: Launch) -> dict[str, str]:
@@ -291,7 +350,7 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
 
 
 def _await_roles(
-    starting: list[tuple[WorkerGroup, list[Any]]],
+    starting: list[_Starting],
     cluster: Processes,
     timeout_s: float,
     phase: Callable[[str], None] = lambda text: None,
@@ -338,13 +397,15 @@ def _check_lost(cause: FirstCause | None, starting: Collection[tuple[WorkerGroup
     at = next((one for one in starting if (one[0].pool.name, one[1]) == (cause.pool, cause.rank)), None)
     who = "a worker" if at is None else f"{at[0].role}, rank {cause.rank},"
     log = at[0].pool.log(cause.rank) if at is not None else None
-    raise ClusterError(f"{who} could not start: {cause.text}{logs_of([log]) if log else ''}")
+    text = f"{who} could not start: {cause.text}{logs_of([log]) if log else ''}"
+    raise ClusterError(text).of(FailureKind.INFRASTRUCTURE)
 
 
 def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
     """What the worker has to say. Raises ClusterError if it did not start."""
     if isinstance(answer, Failure):
-        raise ClusterError(f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}")
+        text = f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}"
+        raise ClusterError(text).of(answer.kind)
     return tuple(answer or ())
 
 

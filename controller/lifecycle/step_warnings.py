@@ -17,9 +17,14 @@ class StepWarnings:
         self.steps = 0
         """Steps that taught nothing so far."""
         self._in_a_row = 0
+        self._seen = -1
 
     def of(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """What to say after step `step` (from 0), given its metrics by `NODE/NAME`; None for nothing."""
+        """What to say after step `step` (from 0), given its metrics by `NODE/NAME`; None for nothing, and for a step
+        that is run again."""
+        if step <= self._seen:
+            return None
+        self._seen = step
         said = nothing_learned(metrics)
         if said is None:
             self._in_a_row = 0

@@ -38,6 +38,7 @@ class Uploads:
         self._closed = threading.Event()
         self._dropped: list[Path] = []
         self._told = False
+        self._progress_s = time.monotonic()
         self.done: list[int] = []
         """Steps whose checkpoints have arrived."""
         self.failed: list[int] = []
@@ -79,14 +80,15 @@ class Uploads:
         self.close(None if kind is None else INTERRUPTED_S)
 
     def close(self, wait_s: float | None = None) -> None:
-        """Wait for what is on its way: `wait_s` at most, or as long as it is tried."""
+        """Wait for what is on its way: `wait_s` at most, or as long as the next file arrives in time."""
         deadline = None if wait_s is None else time.monotonic() + wait_s
         with self._changed:
             left = self._waiting or self._moving
             if left is not None:
                 self._tell(f"waiting for the checkpoint after {left.step} steps to reach {self._store.place}")
             while self._waiting or self._moving:
-                rest = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+                until = self._progress_s + self._retry_s + LONGEST_WAIT_S if deadline is None else deadline
+                rest = min(1.0, until - time.monotonic())
                 if rest <= 0:
                     break
                 self._changed.wait(rest)
@@ -116,7 +118,7 @@ class Uploads:
 
     def _upload(self, checkpoint: Checkpoint) -> None:
         deadline = time.monotonic() + self._retry_s
-        self._told = False
+        self._told, self._progress_s = False, time.monotonic()
         try:
             self._store.put(checkpoint, lambda part: self._retried(part, checkpoint.step, deadline))
         except StoreError as error:
@@ -135,7 +137,9 @@ class Uploads:
         wait_s = FIRST_WAIT_S
         while True:
             try:
-                return part()
+                part()
+                self._progress_s = time.monotonic()
+                return
             except Exception as error:  # whatever the library raises
                 if self._closed.is_set() or time.monotonic() + wait_s > deadline:
                     raise

@@ -41,6 +41,8 @@ class MetricsWriter:
         self._file = self._path.open("a", encoding="utf-8")
         board = Outbox("tensorboard", lambda: TensorBoard(self._folder / "tensorboard", first_step), self._folder, tell)
         self._trackers = [board] if tracker is None else [board, tracker]
+        self._told: dict[str, int] = {}
+        """Kind of line -> the last step that trackers were told of."""
 
     def write(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float] | None = None) -> None:
         """One step; `node_seconds` becomes `time_s/NODE`.
@@ -53,6 +55,13 @@ class MetricsWriter:
         """An evaluation after `steps_done` steps; its line has `"kind": "evaluation"`."""
         self._write(steps_done, metrics, {"kind": "evaluation"})
 
+    def rewind(self, steps_done: int) -> None:
+        """Forget what comes after `steps_done` steps, which will be run again: no step is there twice. Trackers keep
+        what they were told first."""
+        self._file.close()
+        _drop_lines(self._path, steps_done, evaluations_to=steps_done)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def _write(self, step: int, metrics: Mapping[str, float], marks: Mapping[str, str]) -> None:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         row: dict[str, Any] = {"step": step, **marks, **{name: finite.get(name) for name in metrics}}
@@ -60,8 +69,11 @@ class MetricsWriter:
             row["nonfinite_metrics"] = len(metrics) - len(finite)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.log(step, finite)
+        told = self._told.setdefault(marks.get("kind", ""), step - 1)
+        if step > told:
+            self._told[marks.get("kind", "")] = step
+            for tracker in self._trackers:
+                tracker.log(step, finite)
 
     def close(self, wait_s: float | None = None) -> None:
         """Flush and close all, as `Outbox.close`; calling it again does nothing."""
@@ -85,13 +97,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
-def _drop_lines(path: Path, first_step: int) -> int:
-    """Keep the lines of steps before `first_step`; returns how many are no lines of metrics."""
+def _drop_lines(path: Path, first_step: int, evaluations_to: int = -1) -> int:
+    """Keep the lines of steps before `first_step`, and of evaluations after at most `evaluations_to` steps; returns how
+    many are no lines of metrics."""
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines()
     rows = [_parsed(line) for line in lines]
-    kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] < first_step]
+    kept = [
+        line
+        for line, row in zip(lines, rows, strict=True)
+        if row is not None and (row["step"] < first_step or ("kind" in row and row["step"] <= evaluations_to))
+    ]
     # Written beside and moved: a crash here leaves the old file whole.
     beside = path.with_suffix(".tmp")
     beside.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -20,6 +20,9 @@ def for_people(summary: Mapping[str, Any]) -> dict[str, object]:
         "time": f"{summary['wall_s']:.4g} s in all, {summary['step_s']:.3g} s a step, "
         f"{summary['tokens_per_s']:,.0f} tokens/s",
     }
+    if recoveries := summary.get("recoveries"):
+        pools = ", ".join(sorted({pool for one in recoveries for pool in one["pools"]}))
+        rows["recoveries"] = f"{len(recoveries)} in {summary['recovery_s']:.4g} s, of {pools}"
     first, last = summary.get("first") or {}, summary.get("last") or {}
     for label, name in key_metrics(last):
         if name != "tokens_per_s" and name in first:

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.metrics import Mean, reward_metrics
 from rlhf_dist.missing import is_missing
 from rlhf_dist.rewards.calls import NOT_CALLED, Calls, Outcome, Scores, short
@@ -29,6 +30,8 @@ FIELDS = "fields"
 
 class RewardFunctionError(RuntimeError):
     """A reward function failed, or returned what is no finite number. Never turned into a reward of 0 unasked."""
+
+    failure_kind = FailureKind.CODE
 
 
 def rule_rewards(function: Any, batch: Batch) -> HostResult:

@@ -8,13 +8,21 @@ from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
 from rlhf_dist.transforms.remax_advantage import remax_advantage
 from rlhf_dist.transforms.rloo_advantage import rloo_advantage
 from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, drop_missing, keep_best_and_worst
-from rlhf_dist.transforms.shape_rewards import clip_rewards, whiten_rewards
+from rlhf_dist.transforms.shape_rewards import (
+    clip_rewards,
+    combine_rewards,
+    penalise_overlong,
+    rewards_against_reference,
+    whiten_rewards,
+    whiten_rewards_by_prompt,
+)
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
     "best_of_group",
     "both_orders",
     "clip_rewards",
+    "combine_rewards",
     "drop_equal_groups",
     "drop_missing",
     "gae",
@@ -25,10 +33,13 @@ __all__ = [
     "listed",
     "mask_cut_responses",
     "penalise_cut_responses",
+    "penalise_overlong",
     "remax_advantage",
+    "rewards_against_reference",
     "rloo_advantage",
     "verdict_means",
     "whiten",
     "whiten_rewards",
+    "whiten_rewards_by_prompt",
     "win_rates",
 ]

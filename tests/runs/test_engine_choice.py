@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from controller.commands.cli import main
-from controller.execution.ray_runner import NodeError
+from controller.execution.failed_calls import NodeError
 from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
 from tests.runs.test_recipes import ROLLOUT, TRANSFORMERS, finite, weights
@@ -96,8 +96,6 @@ def test_export_writes_what_the_run_exported_and_names_what_is_wrong(
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(["export", run, str(tmp_path / "x")]) == 2
     assert "the checkpoint is damaged" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="the checkpoint is damaged"):
-        launch("sft", "resume=auto", "steps=3", "actor.engine=deepspeed")
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(launch: Launch, tied: Path) -> None:

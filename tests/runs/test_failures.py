@@ -14,7 +14,7 @@ import pytest
 
 from controller.cluster.pool import ClusterError
 from controller.cluster.start import Cluster
-from controller.execution.ray_runner import NodeError, WorkerLost
+from controller.execution.failed_calls import NodeError, WorkerLost
 from controller.lifecycle.run import run
 from controller.record.display import Display
 from rlhf_dist.compose import compose
@@ -109,6 +109,7 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
             "data.prompts_per_step=4",
             "steps=1000",
             "placement.pools.main.slots=2",
+            "recovery.retries=0",
         ],
     )
 

@@ -52,7 +52,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "pf_ppo": ("algorithm.samples_per_prompt=3", "algorithm.replayed=2", "algorithm.keep=best_random"),
     "reward_ensemble": ("algorithm.samples_per_prompt=2",),
     "salsa": ("second.model.path={other}", "algorithm.mini_batches=1"),
-    "self_rewarding": (*ASKED, "algorithm.iteration=1"),
+    "self_rewarding": (*ASKED, "algorithm.iteration=1", "actor.rollout.max_prompt_tokens=256"),
     "two_teachers": ("first.model.path={other}", "algorithm.top_k=5"),
     "xpo": ("reference.model.path={other}",),
 }

@@ -23,6 +23,10 @@ from workers.process import WorkerProcess
 
 ENTRY = json.loads(answer_json("chain_sum", {"answer": "3", "question": "1 + 2 =", "metadata": {}}))
 SHIPPED = {
+    "rlhf_dist.rewards:code_tests": ('["assert f() == 3"]', "def f(): return 3", "def f(): return 4"),
+    "rlhf_dist.rewards:code_solved": ("assert f() == 3", "def f(): return 3", "no code"),
+    "rlhf_dist.rewards:json_match": ("[1, 2]", "[1,2]", "[2,1]"),
+    "rlhf_dist.rewards:valid_json": ("", "{}", "{"),
     "rlhf_dist.rewards:exact_match": ("3", "3", "4"),
     "rlhf_dist.rewards:math_verify": ("$3$", "It is $\\frac{6}{2}$", "$4$"),
     "rlhf_dist.rewards:reasoning_gym": (json.dumps(ENTRY), "It is 3", "It is nothing"),
@@ -76,7 +80,8 @@ def test_every_shipped_reward_works_in_a_worker(spec: str, process: Any) -> None
 
 def test_no_shipped_reward_is_left_out() -> None:
     functions = {name for name in rewards.__all__ if f"rlhf_dist.rewards:{name}" in SHIPPED}
-    assert set(rewards.__all__) - functions == {
+    makers = {"CodeTests", "has_format", "in_length", "regex_match", "weighted"}
+    assert set(rewards.__all__) - functions - makers == {
         "RewardFunctionError", "adapt", "load_function", "load_reward", "rule_rewards"
     }  # fmt: skip
 

@@ -26,7 +26,13 @@ class Stopping(Display):
 def test_a_stopped_run_keeps_its_pending_checkpoint_and_continues(
     cluster: None, launch: Callable[..., dict[str, Any]], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = ["task=none", f"model.path={model}", f"data.train.path={data}", f"output.root={tmp_path}"]
+    settings = [
+        "task=none",
+        f"model.path={model}",
+        "model.dtype=float32",
+        f"data.train.path={data}",
+        f"output.root={tmp_path}",
+    ]
     stopped = compose("sft", [*settings, "data.prompts_per_step=4", "steps=100", "output.checkpoint_every=2"])
     with pytest.raises(KeyboardInterrupt), Stopping("sft", 100, quiet=True) as display:
         run(stopped, display)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from controller.cluster.pool import Pool
@@ -16,6 +17,9 @@ class WarmCluster(Cluster):
     def __init__(self) -> None:
         super().__init__(RayConfig(), slots=12, host_processes=1)
         self.idle: list[Pool] = []
+        self._count = itertools.count()
+        self._slots: dict[object, str] = {}
+        """First process of a pool -> the name its slots are kept under."""
 
     def __exit__(self, *error: object) -> None:
         self.idle += self.pools.values()
@@ -34,8 +38,14 @@ class WarmCluster(Cluster):
 
     def _kept(self, pool: Pool) -> Pool:
         """Its slots are given back in the end, whatever other pools of its name there are until then."""
-        self._groups[f"kept {len(self._groups)}"] = self._groups.pop(pool.name)
+        kept = self._slots[pool.processes[0]] = f"kept {next(self._count)}"
+        self._groups[kept] = self._groups.pop(pool.name)
         return pool
+
+    def end_pool(self, name: str) -> None:
+        if name in self.pools:
+            self._groups[name] = self._groups.pop(self._slots.pop(self.pools[name].processes[0]))
+        super().end_pool(name)
 
     def _again(self, name: str, size: int, host: bool) -> Pool | None:
         found = next((one for one in self.idle if one.size == size and (one.name == HOST_POOL) == host), None)

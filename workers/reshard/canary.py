@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import RolloutConfig
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.sampling import Sampling
 from workers.engines.generation.interface import GenerationEngine
 from workers.engines.training.interface import TrainingEngine
@@ -23,6 +24,8 @@ _TOKENS = 8
 
 class CanaryDied(RuntimeError):
     """The generation engine's log-probs are not the trainer's, though every checksum matched; raised on all ranks."""
+
+    failure_kind = FailureKind.NUMERICS
 
 
 def send_canary(

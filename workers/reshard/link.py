@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BroadcastOptions
 
+from rlhf_dist.failure import FailureKind
 from workers.reshard import connect
 from workers.reshard.watch import SILENCE_S, Trouble, Watch
 
@@ -45,6 +46,8 @@ _LONGEST_STORE_PAUSE_S = 0.05
 
 class SyncStopped(RuntimeError):
     """A weight sync that did not come to its end: a peer died, stalled or failed. The next call starts afresh."""
+
+    failure_kind = FailureKind.INFRASTRUCTURE
 
     def __init__(self, phase: str, rank: int, peers: Sequence[int], what: str, cause: str) -> None:
         self.phase, self.rank, self.peers, self.what, self.cause = phase, rank, tuple(peers), what, cause

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.reshard.checksum import box_checksum, word_bytes
 from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.rounds import RankRounds, rounds_of
@@ -32,6 +33,8 @@ from workers.reshard.link import Link, SyncStopped
 
 class SyncFailed(RuntimeError):
     """What arrived is not what was sent, or the ranks do not agree; raised on every rank of the sync."""
+
+    failure_kind = FailureKind.NUMERICS
 
 
 @dataclass(frozen=True)

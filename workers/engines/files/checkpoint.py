@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from rlhf_dist.durable_files import crc_of, sync, write_durably
-from rlhf_dist.failure import text_of
+from rlhf_dist.failure import FailureKind, text_of
 
 SAVE_TIMEOUT_S = 3600.0
 """Longest a background save may take before its collectives give up."""
@@ -54,6 +54,8 @@ State = Mapping[str, Tensor | ShardedTensor]
 
 class BrokenCheckpoint(RuntimeError):
     """A checkpoint that is not what was written, or of another model."""
+
+    failure_kind = FailureKind.DATA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def room_for(state: State, *, optimizer: bool, version: int) -> WeightSet:
 def copy_state(source: State, target: State) -> None:
     """Copy every tensor of `target` from that of `source`, this rank's part."""
     for key, tensor in target.items():
-        for mine, theirs in zip(_local(tensor), _local(source[key]), strict=True):
+        for mine, theirs in zip(local_parts(tensor), local_parts(source[key]), strict=True):
             mine.copy_(theirs)
 
 
@@ -58,7 +58,8 @@ def sets_of_card(told: Mapping[str, Mapping[str, Any]], state: State) -> dict[st
     }
 
 
-def _local(tensor: Any) -> Iterator[Tensor]:
+def local_parts(tensor: Any) -> Iterator[Tensor]:
+    """This rank's parts of a tensor of a state, by reference."""
     if isinstance(tensor, ShardedTensor):
         yield from (shard.tensor for shard in tensor.local_shards())
     else:

@@ -26,6 +26,7 @@ from workers.engines.files import checkpoint
 from workers.engines.files.checkpoint import CheckpointWriter, ModelCard
 from workers.engines.files.export import FILE_BYTES, write_model
 from workers.engines.files.file_tensors import file_tensors, kept_buffers, parameters_of
+from workers.engines.files.rank_state import RankState, copied, put_back
 from workers.engines.files.weight_set import WeightSet, copy_state, room_for, sets_of_card
 from workers.engines.model.models import RoleModel
 from workers.engines.movable import Movable
@@ -156,10 +157,7 @@ class EngineWeights(ABC):
     def save(self, folder: Path) -> Future[None]:
         """See `TrainingEngine.save`."""
         self.before_use("update" if self._optimizer_config is not None else "forward")
-        state = dict(self._with_buffers())
-        for name, kept in self._sets.items():
-            state |= kept.of_checkpoint(name)
-        return self._writer.save(folder, state, self._card(), self._module.hf.config, self._folder)
+        return self._writer.save(folder, self._whole_state(), self._card(), self._module.hf.config, self._folder)
 
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
@@ -171,6 +169,26 @@ class EngineWeights(ABC):
             checkpoint.read_state(folder, kept.of_checkpoint(name), self._mesh.world)
         self.version = saved.version
         self._loaded()
+
+    def copy_state(self) -> RankState:
+        """See `TrainingEngine.copy_state`."""
+        self.before_use("update" if self._optimizer_config is not None else "forward")
+        return copied(self._whole_state(), self.version, self._card().sets)
+
+    def put_back(self, copy: RankState) -> None:
+        """See `TrainingEngine.put_back`."""
+        self.before_use("update" if self._optimizer_config is not None else "write")
+        self._sets = sets_of_card(copy.sets, self._with_buffers())
+        put_back(copy, self._whole_state())
+        self.version = copy.version
+        self._loaded()
+
+    def _whole_state(self) -> checkpoint.State:
+        """With the named sets."""
+        state = dict(self._with_buffers())
+        for name, kept in self._sets.items():
+            state |= kept.of_checkpoint(name)
+        return state
 
     def weights_written(self) -> None:
         """See `TrainingEngine.weights_written`."""

@@ -19,10 +19,12 @@ from torch import Tensor
 from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.algorithms.outputs import Output
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.failure import FailureKind
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.reshard.layout import Layout
 from rlhf_dist.reshard.shards import Shards
 from workers.engines.added.lora import Adapter
+from workers.engines.files.rank_state import RankState
 from workers.engines.movable import Movable
 
 Term = tuple[float, Loss, Batch]
@@ -40,6 +42,8 @@ Use = Literal["forward", "update", "write"]
 
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient that is NaN or infinite; raised on all ranks before any weight has changed."""
+
+    failure_kind = FailureKind.NUMERICS
 
     def __init__(self, loss: str, step: int, groups: tuple[int, ...]) -> None:
         super().__init__(loss, step, groups)
@@ -153,6 +157,14 @@ class TrainingEngine(Protocol):
 
     def restore_weights(self, name: str) -> None:
         """The reverse, with all that was kept. Raises KeyError for a name that was never saved."""
+        ...
+
+    def copy_state(self) -> RankState:
+        """A copy of what a checkpoint holds of this rank, in host memory."""
+        ...
+
+    def put_back(self, copy: RankState) -> None:
+        """Go on from a copy of this rank, of as many. Raises BrokenCopy."""
         ...
 
     def device_parts(self) -> Mapping[DevicePart, Movable]:
