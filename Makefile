@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes gpu-evidence models-table clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,9 @@ models-table: install  ## try every model family at tiny size: docs/models.md, a
 
 bench-executor: install  ## schedules against their bounds, data plane, controller at 1,024 ranks: one JSON line
 	$(BIN)/python -m benchmarks.executor
+
+chaos: install  ## faults of every kind, each against an undisturbed run (about 20 minutes): one JSON line
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 bench-recovery: install  ## throughput with a fault every 50 steps at 1,024 ranks, on a simulated clock: one JSON line
 	$(BIN)/python -m benchmarks.recovery

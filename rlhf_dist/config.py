@@ -407,6 +407,11 @@ class OutputConfig:
     """Steps between Parquet dumps of sampled rollouts; 0 for none."""
     rollout_rows: int = 16
     """Rows in such a dump."""
+    notice_file: PathText | None = None
+    """When this file appears the run saves, and ends with exit code 75, as on SIGTERM; null: what the environment's
+    RLHF_DIST_NOTICE_FILE says, or none."""
+    notice_s: float = 25.0
+    """From such a notice to the end: the step under way has half of it."""
     tracker: str = "none"
     """`wandb` or `mlflow` beside metrics.jsonl and TensorBoard (extra `tracking`); both stay in the run's folder."""
 

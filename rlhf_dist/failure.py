@@ -43,12 +43,22 @@ class Failure:
     text: str
     frames: tuple[Frame, ...] = ()
     """Of the user's own files, outermost first."""
+    of_peer: bool = False
+    """It says that another rank is gone or does not come, so the cause is to be looked for there."""
+    at_s: float = 0.0
+    """When it was raised, in seconds since the epoch by its node's clock; 0 where that is not known."""
+
     kind: FailureKind = FailureKind.CODE
     """Of a process that is lost: infrastructure, whatever it says here."""
 
     def __post_init__(self) -> None:
         if self.lost:
             object.__setattr__(self, "kind", FailureKind.INFRASTRUCTURE)
+
+    @property
+    def secondary(self) -> bool:
+        """Whether something else may have come first: another process's end, or this one's."""
+        return self.lost or self.of_peer
 
 
 def text_of(error: BaseException) -> str:

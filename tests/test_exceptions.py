@@ -23,6 +23,7 @@ from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.python_files import load_file
 from rlhf_dist.wire import Call
 from workers.failures import failure_of, is_users, reported
+from workers.heartbeat import Activity
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf_dist", "workers", "controller", "recipes", "benchmarks")
@@ -47,7 +48,8 @@ def exception_classes() -> list[tuple[str, str]]:
 def an_instance(kind: type[BaseException]) -> BaseException:
     """One made with realistic arguments, by the annotations of its constructor."""
     values: dict[Any, Any] = {int: 7, str: "some text", float: 0.5, bool: True}
-    if kind.__init__ in (Exception.__init__, BaseException.__init__, ValueError.__init__, RuntimeError.__init__):
+    builtin = (Exception, BaseException, KeyboardInterrupt, ValueError, RuntimeError)
+    if kind.__init__ in [one.__init__ for one in builtin]:
         return kind("first line\nsecond line")
     hints = typing.get_type_hints(kind.__init__)
     arguments: dict[str, Any] = {}
@@ -109,6 +111,9 @@ def leaves(row):
 
 
 class Worker:
+    def __init__(self) -> None:
+        self.activity, self.is_actor = Activity(), True
+
     @reported
     def call(self, function: Any) -> Any:
         return function("nope")
@@ -148,6 +153,23 @@ def test_errors_that_cannot_travel_are_shown_by_their_text(users: Any) -> None:
     assert failed(users.leaves).text == "SystemExit: 3"
     assert failed(users.mute).text == "Mute (its text cannot be made: RuntimeError)"
     assert len(text_of(ValueError("x" * 10**6))) < 5000
+
+
+def test_an_interrupt_in_an_actor_is_a_failure_and_in_a_local_run_the_users() -> None:
+    def interrupts(row: str) -> None:
+        raise KeyboardInterrupt
+
+    worker = Worker()
+    assert worker.call(interrupts).text == "KeyboardInterrupt"
+    worker.is_actor = False
+    with pytest.raises(KeyboardInterrupt):
+        worker.call(interrupts)
+
+
+def test_a_failure_says_whether_it_is_about_another_rank() -> None:
+    closed = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]")
+    assert failure_of(closed).secondary and not failure_of(ValueError("Connection closed by peer")).secondary
+    assert not failure_of(RuntimeError("a user's own")).secondary
 
 
 def test_without_lines_of_the_user_a_bug_shows_its_place_and_an_error_of_ours_its_text(

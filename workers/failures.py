@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import re
 import site
 import sys
 import sysconfig
@@ -18,15 +19,29 @@ import traceback
 from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import rlhf_dist
 from rlhf_dist.failure import Failure, FailureKind, Frame, text_of
+from rlhf_dist.wire import Call
+from workers.heartbeat import Activity
 
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S")
+S = TypeVar("S", bound="Reporting")
 
+
+class Reporting(Protocol):
+    """A worker process, as far as its failures go."""
+
+    activity: Activity
+    is_actor: bool
+
+
+OF_PEERS = ("SyncStopped", "DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
+"""Exceptions of weight syncs and of torch.distributed."""
+OF_PEERS_TEXT = r"gloo/|NCCL (error|operation)|Connection (closed|reset) by peer|Timed out waiting \d+ms"
+"""What a collective's RuntimeError says that has lost a peer."""
 OURS = tuple(f"{Path(rlhf_dist.__file__).parents[1] / name}/" for name in ("rlhf_dist", "workers", "controller"))
 LIBRARIES = tuple(
     f"{Path(folder)}/"
@@ -41,16 +56,22 @@ LIBRARIES = tuple(
 def reported(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R | Failure]:
     """A method of a worker process that returns a Failure for whatever is raised in it.
 
-    SystemExit too: a library or a reward that calls `sys.exit` does not end the worker without a word.
+    SystemExit too: a library or a reward that calls `sys.exit` does not end the worker without a word. So does a
+    KeyboardInterrupt in an actor, where no terminal sends one; in a local run it is the user's.
+
+    The method is noted as what the process is at (heartbeat.py).
     """
 
     @functools.wraps(method)
     def attempt(self: S, *args: P.args, **kwargs: P.kwargs) -> R | Failure:
         try:
-            return method(self, *args, **kwargs)
+            with self.activity.noted(*_operation(method.__name__, args)):
+                return method(self, *args, **kwargs)
         except BdbQuit:  # `q` at a breakpoint, in a local run
             raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a worker's failure is the controller's message
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - it is the controller's message
+            if isinstance(error, KeyboardInterrupt) and not self.is_actor:
+                raise
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {method.__name__} failed", file=sys.stderr)
             traceback.print_exception(error)
             sys.stderr.flush()
@@ -59,9 +80,31 @@ def reported(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
     return cast(Callable[Concatenate[S, P], R | Failure], attempt)
 
 
+def _operation(method: str, args: tuple[Any, ...]) -> tuple[str, int | None]:
+    """A call of a process as people name it, and its step: `actor.update_actor`, 3; `host role actor`, None."""
+    call = next((one for one in args if isinstance(one, Call)), None)
+    if call is not None:
+        return call.node, call.step
+    return " ".join([method.replace("_", " "), *(one for one in args[:1] if isinstance(one, str))]), None
+
+
 def failure_of(error: BaseException) -> Failure:
     """What the controller is told of `error`."""
-    return Failure(lost=False, text=text_of(error), frames=_frames(error), kind=kind_of(error))
+    return Failure(
+        lost=False,
+        text=text_of(error),
+        frames=_frames(error),
+        kind=kind_of(error),
+        of_peer=_is_of_peer(error),
+        at_s=time.time(),
+    )
+
+
+def _is_of_peer(error: BaseException) -> bool:
+    """Whether it says that another rank is gone, or does not come: that one's end may be the first cause."""
+    if type(error).__name__ in OF_PEERS:
+        return True
+    return isinstance(error, RuntimeError) and re.search(OF_PEERS_TEXT, str(error)) is not None
 
 
 KINDS = {

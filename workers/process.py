@@ -9,7 +9,8 @@ Ray calls, one at a time, in the controller's order
   call                 Call -> pull rows -> worker.op(batch, call, **settings) -> store -> Reply
   run_host_op          the same for a pure function
   relay                the same call for several ranks of this machine, in their name to the controller
-  interrupt            the one call that runs beside another: generation stops early, and is called again
+  interrupt            runs beside another call: generation stops early, and is called again
+  beat                 beside all others: what this process is at, and how its neighbours stand (heartbeat.py)
   abandon              the step is given up: what was kept to go on with is forgotten
   copy_state, put_back what a rank holds of a role that learns, to and from the memory of another node
 
@@ -18,6 +19,7 @@ What is raised in any of them comes back as a `Failure` (failures.py), never as 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import inspect
 import logging
@@ -35,10 +37,12 @@ from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
 from rlhf_dist.dataflow.op_settings import RANDOM
 from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.heartbeat import Beat
 from rlhf_dist.sampling import seed_of
 from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
 from workers.failures import refuse_breakpoint, reported
+from workers.heartbeat import Activity
 from workers.states import check_values, held_state, read_state, values_of, write_state
 from workers.store import RayStore, Store
 
@@ -63,17 +67,19 @@ class WorkerProcess:
         relative to, where this node has it: the controller's."""
         self.pool, self.rank, self.world = pool, rank, world
         self.store: Store = store or RayStore()
-        self._is_actor = store is None
+        self.is_actor = store is None
         self.device = "cpu"
         self._joined = False
         self._memory: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
         self._phase = ""
+        self.activity = Activity()
         if store is None:
             sys.breakpointhook = refuse_breakpoint
         if log_file:
             _redirect_output(Path(log_file))
+            faulthandler.enable()  # to the log: where it was at a SIGSEGV, SIGABRT, SIGBUS, SIGFPE or SIGILL
         if folder is not None and os.path.isdir(folder):
             os.chdir(folder)
 
@@ -82,6 +88,14 @@ class WorkerProcess:
         import ray
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def watch(self, pids: Sequence[int]) -> None:
+        """Processes of this machine whose end this one is to see."""
+        self.activity.watch(pids)
+
+    def beat(self, about: Sequence[int] = (), stacks: bool = False) -> Beat:
+        """What this process is at; about: neighbours (pids) to look at. Called in a concurrency group of its own."""
+        return self.activity.beat(about, stacks)
 
     @reported
     def open_port(self) -> tuple[str, int]:
@@ -170,7 +184,7 @@ class WorkerProcess:
 
     def _address(self) -> str:
         """Of this machine, as Ray knows it; a process that is no actor meets nobody else's."""
-        if not self._is_actor:
+        if not self.is_actor:
             return "127.0.0.1"
         import ray
 
@@ -178,7 +192,7 @@ class WorkerProcess:
 
     def _device_index(self) -> int | None:
         """Of the GPU that Ray assigned; the first where there is no Ray to ask."""
-        if not self._is_actor:
+        if not self.is_actor:
             return 0
         import ray
 

@@ -112,6 +112,8 @@ class Local:
     """Of collectives."""
     pools: dict[str, Pool] = field(default_factory=dict)
     replies: LocalReplies = field(default_factory=LocalReplies)
+    watch: None = None
+    """There is no other process to watch."""
 
     def __enter__(self) -> Local:
         for name, value in ENVIRONMENT.items():

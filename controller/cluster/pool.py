@@ -17,6 +17,8 @@ SIGNALS = "signals"
 """Concurrency group of calls that must not wait for the call under way."""
 RELAYS = "relays"
 """Concurrency group of calls for other processes."""
+BEATS = "beats"
+"""Concurrency group of questions what a process is at, which waits for nothing."""
 
 
 class ClusterError(RuntimeError):

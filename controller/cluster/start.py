@@ -25,11 +25,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import RELAYS, SIGNALS, ClusterError, NoRoom, Pool
+from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, NoRoom, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
+from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
 from controller.cluster.store_room import remark_on_room
 from controller.cluster.user_files import send_user_files_by_value
+from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
@@ -55,6 +57,8 @@ class Cluster:
     """Which cluster it is, once entered."""
     replies: RayReplies = field(default_factory=RayReplies)
     """How calls to its processes are waited for."""
+    watch: Watch = field(init=False)
+    """Finds which of its processes is lost."""
     _groups: dict[str, Any] = field(default_factory=dict)
     """Pool -> its placement group."""
     _keepers: dict[str, Any] = field(default_factory=dict)
@@ -62,9 +66,14 @@ class Cluster:
     _started: bool = False
     _own: bool = False
     """Nobody else's: its ranks may use all cores."""
+    _reaper: Reaper | None = None
+    """Ends a cluster of its own, should this process be killed."""
     _store: ObjectStore | None = None
     _set_aside: str | None = None
     """RAY_ADDRESS, while a cluster of its own runs."""
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.replies, self.log_folder)
 
     def __enter__(self) -> Cluster:
         send_user_files_by_value()
@@ -92,15 +101,17 @@ class Cluster:
             self._check_size(address)
             return
         remark = remark_on_room(self.config.object_store_bytes)
-        self._own, self._set_aside = True, prepare_own()
-        self._init(
-            "could not start a cluster on this machine",
-            address="local",
-            num_cpus=self.slots + self.host_processes + 1,
-            object_store_memory=self.config.object_store_bytes,
-            include_dashboard=False,
-            **options,
-        )
+        self._own, self._set_aside, self._reaper = True, prepare_own(), Reaper()
+        with self._reaper.marking():
+            self._init(
+                "could not start a cluster on this machine",
+                address="local",
+                num_cpus=self.slots + self.host_processes + 1,
+                object_store_memory=self.config.object_store_bytes,
+                include_dashboard=False,
+                **options,
+            )
+        self._reaper.tell(_session_folder())
         aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
         self.about = f"in a Ray cluster of its own{aside}{f'; {remark}' if remark else ''}"
 
@@ -109,8 +120,11 @@ class Cluster:
         debugger = os.environ.get("PYTHONBREAKPOINT")
         try:
             ray.init(**options)
-        except Exception as error:
+        except BaseException as error:
             self._restore_address()
+            self._reap()
+            if not isinstance(error, Exception):
+                raise
             raise ClusterError(f"Ray {failing}: {text_of(error)}") from error
         finally:
             os.environ.pop("PYTHONBREAKPOINT", None)
@@ -176,6 +190,7 @@ class Cluster:
             self._logs(name, len(processes)),
         )
         self.pools[name] = made
+        self.watch.add(made)
         return made
 
     def metrics(self) -> dict[str, float]:
@@ -190,11 +205,13 @@ class Cluster:
         pids, nodes = tuple(pid for pid, _ in whereabouts), tuple(node for _, node in whereabouts)
         made = Pool(HOST_POOL, tuple(processes), node_ids=nodes, pids=pids, logs=self._logs(HOST_POOL, len(processes)))
         self.pools[HOST_POOL] = made
+        self.watch.add(made)
         return made
 
     def end_pool(self, name: str) -> None:
         """End one pool's processes at once, whatever they are at, and free its slots; also one that is starting."""
         pool, group = self.pools.pop(name, None), self._groups.pop(name, None)
+        self.watch.remove(name)
         for process in pool.processes if pool else ():
             with contextlib.suppress(Exception):
                 ray.kill(process)
@@ -222,8 +239,20 @@ class Cluster:
 
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
-        if not ray.is_initialized():
-            return
+        head_lost = self.watch.head_lost
+        self.watch.close()
+        if head_lost:  # whatever is asked of it waits for a minute, after which Ray ends this process
+            self._reap()
+        elif ray.is_initialized():
+            self._end_processes(grace_s)
+        self.pools.clear()
+        self._groups.clear()
+        if self._started and ray.is_initialized():
+            ray.shutdown()
+        self._reap()
+        self._restore_address()
+
+    def _end_processes(self, grace_s: float) -> None:
         processes = [process for pool in self.pools.values() for process in pool.processes]
         with contextlib.suppress(Exception):
             ray.wait([p.close.remote() for p in processes], num_returns=len(processes), timeout=grace_s)
@@ -234,11 +263,11 @@ class Cluster:
         for group in list(self._groups.values()):
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
-        self.pools.clear()
-        self._groups.clear()
-        if self._started:
-            ray.shutdown()
-        self._restore_address()
+
+    def _reap(self) -> None:
+        reaper, self._reaper = self._reaper, None
+        if reaper is not None:
+            reaper.end()
 
     def _gpus_per_slot(self, pool: PoolConfig) -> int:
         if pool.device == "cpu":
@@ -315,9 +344,17 @@ class Cluster:
         return found
 
 
+def _session_folder() -> str:
+    """Of the cluster that this process has started."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return str(node.get_session_dir_path())
+
+
 def worker_actor(kind: type) -> Any:
-    """A worker process class as Ray actor: one thread that works, one for signals, one that relays."""
-    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1}}
+    """A worker process class as Ray actor: a thread that works, one for signals, one that relays, one that answers."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, BEATS: 1}}
     return ray.remote(**threads)(kind)
 
 

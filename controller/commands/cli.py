@@ -35,9 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rlhf-dist graph ppo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, BdbQuit):  # Ctrl-C, or `q` at a breakpoint
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, BdbQuit) as stop:  # Ctrl-C, or `q` at a breakpoint
+        from controller.lifecycle.preemption import EXIT_CODE, Preempted
+
+        preempted = isinstance(stop, Preempted)
+        print(f"preempted: {stop}" if preempted else "interrupted", file=sys.stderr)
+        return EXIT_CODE if preempted else 130
     except Exception as error:
         if parsed.traceback or os.environ.get("RLHF_DIST_TRACEBACK", "0") not in ("", "0"):
             raise

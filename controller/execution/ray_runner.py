@@ -2,6 +2,7 @@
 
     launch   inputs by reference (outputs.py) -> cut into shards -> a Call for every rank
     wait     replies as they come -> shards of a streamed node sent on -> all there: collect -> outputs
+                a failure, or a process that is lost -> its first cause (failed_calls.py) -> NodeError, WorkerLost
 
 A weight transfer between pools is one node with two groups: the ranks that send and the ranks that
 receive are called together. A streamed node (a rule reward) gets the rows of each rank of its source as
@@ -11,17 +12,18 @@ soon as that rank has replied, while the other ranks still generate.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from controller.cluster.failure_text import explained, logs_of
 from controller.cluster.pool import RELAYS, SIGNALS, Pool
 from controller.cluster.replies import RayReplies, Replies
+from controller.cluster.watch import Waited, Watch
 from controller.execution.batch_ref import BatchRef, merge_stored
 from controller.execution.executor import Finished
+from controller.execution.failed_calls import FailedCall, NodeError, error_of, lost, overdue
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
@@ -37,30 +39,10 @@ INDEX_ONLY = ("join", "concat", "refill")
 WHOLE = Shards(parts=(np.empty(0, np.int64),), answering=(0,), part_of_answer=(0,))
 """Of a node without a batch."""
 NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
-
-
-class NodeError(RuntimeError):
-    """A node failed; the message says which, where in the recipe, at which step, on which rank, and why."""
-
-    kind = FailureKind.CODE
-    """Of the failure, as it was classified where it was raised."""
-    role = ""
-    """Whose engine had the rows cut into micro-batches; empty for generation and what is no op of a role."""
-    pools: tuple[str, ...] = ()
-    """Where it was at work."""
-
-    def of(self, kind: FailureKind, pending: _Pending) -> Self:
-        """This error, with what is known of it."""
-        node = pending.node
-        self.kind, self.role = kind, node.role if node.kind == "op" and node.rows != "expand" else ""
-        self.pools = tuple(dict.fromkeys(pool.name for pool, _ in pending.callees))
-        return self
-
-
-class WorkerLost(NodeError):
-    """A worker process died or stopped answering: an infrastructure failure, not a data failure."""
-
-    kind = FailureKind.INFRASTRUCTURE
+LOOK_S = 1.0
+"""Between two looks for processes that are lost."""
+PEERS_S = 2.0
+"""A rank that says it lost another one is followed by that one's own word within so long, where it has one."""
 
 
 @dataclass(eq=False)
@@ -90,6 +72,14 @@ class _Pending:
         return self.batches[0] if self.batches else None
 
     @property
+    def waited(self) -> list[Waited]:
+        """The processes that it waits for."""
+        if not self.refs:
+            return []
+        left = [callee for call, callee in enumerate(self.callees) if call not in self.replies]
+        return [Waited(pool, rank, self.started_s) for pool, rank in left]
+
+    @property
     def complete(self) -> bool:
         return self.source is None and len(self.replies) == self.ranks
 
@@ -115,9 +105,13 @@ class RayRunner:
         interrupts: bool = False,
         beside: bool = False,
         replies: Replies | None = None,
+        watch: Watch | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
-        stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something."""
+        stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something. watch:
+        finds the process that is lost; None: there is none to lose. check: called every second while something is
+        waited for; what it raises ends the wait."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {
@@ -131,7 +125,10 @@ class RayRunner:
         self.source_kwargs = source_kwargs or {}
         self.outputs = Outputs(dataflow)
         self._interrupts, self._beside = interrupts, beside
-        self._replies = replies or RayReplies()
+        self._replies, self._watch, self._check = replies or RayReplies(), watch, check
+        self.newest = -1
+        """Latest step of which anything has been launched."""
+        self._looked_s = 0.0
         self._pending: list[_Pending] = []
         self._writing: list[tuple[Node, int]] = []
         self._cut_short: dict[tuple[str, int], _Pending] = {}
@@ -157,8 +154,14 @@ class RayRunner:
             and all(origin.node == source.name for origin in target.inputs[0].columns.values())
         )
 
+    @property
+    def changing(self) -> bool:
+        """Whether a step under way has begun to change weights, states, or how far a source is drawn."""
+        return bool(self._writing)
+
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""
+        self.newest = max(self.newest, step)
         if node.weights_written:
             self._writing.append((node, step))
         again = self._cut_short.pop((node.name, step), None)
@@ -200,16 +203,52 @@ class RayRunner:
                 self._pending = [pending for pending in self._pending if pending not in complete]
                 return [self._finish(pending) for pending in complete]
             self._check_deadlines()
+            if self._check is not None:
+                self._check()
             waiting = {
                 ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
             }
-            ready = self._replies.ready(list(waiting), 1.0)
             # A rank that failed must not be waited for behind ranks that wait for it.
-            for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
-                pending, ranks = waiting[ref]
-                replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
-                for rank, reply in replies.items():
-                    pending.replies[rank] = _checked(reply, pending, rank)
+            if failed := self._take(waiting, 1.0):
+                raise self._first_of(failed)
+            if self._watch is not None and time.perf_counter() - self._looked_s > LOOK_S:
+                self._looked_s = time.perf_counter()
+                if cause := self._watch.look([one for pending in self._pending for one in pending.waited]):
+                    raise lost(cause, self._pending, self._watch)
+
+    def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
+        """Keep the replies that come within `timeout_s`; returns what came instead of one."""
+        ready = self._replies.ready(list(waiting), timeout_s)
+        failed = []
+        for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
+            pending, ranks = waiting[ref]
+            replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
+            for rank, reply in replies.items():
+                if isinstance(reply, Reply):
+                    pending.replies[rank] = reply
+                else:
+                    failure = reply if isinstance(reply, Failure) else failure_of_call(reply)
+                    failed.append(FailedCall(pending, rank, failure))
+        return failed
+
+    def _first_of(self, failed: list[FailedCall]) -> NodeError:
+        """The error for the first cause: ranks that lost a peer fail too, and may say so before it does."""
+        answered = [(one.pending, one.call) for one in failed]
+        deadline = time.perf_counter() + PEERS_S
+        while all(one.failure.secondary for one in failed) and (left := deadline - time.perf_counter()) > 0:
+            waiting = {
+                ref: (p, ranks)
+                for p in self._pending
+                if any(one.pending is p for one in failed)
+                for ranks, ref in p.refs.items()
+                if not any(rank in p.replies or (p, rank) in answered for rank in ranks)
+            }
+            if not waiting:
+                break
+            more = self._take(waiting, left)
+            answered += [(one.pending, one.call) for one in more]
+            failed = failed + more
+        return error_of(failed, self._watch)
 
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
@@ -390,13 +429,7 @@ class RayRunner:
         now = time.perf_counter()
         for pending in self._pending:
             if pending.refs and now - pending.started_s > self.call_timeout_s:
-                silent = [callee for rank, callee in enumerate(pending.callees) if rank not in pending.replies]
-                logs = [log for pool, rank in silent if (log := pool.log(rank))]
-                raise WorkerLost(
-                    f"{pending.node.name} (step {pending.step}, {pending.node.line}) did not finish within "
-                    f"ray.call_timeout_s={self.call_timeout_s:g} s; no reply of rank "
-                    f"{', '.join(str(rank) for _, rank in silent)}{logs_of(logs)}"
-                ).of(FailureKind.INFRASTRUCTURE, pending)
+                raise overdue(pending, self.call_timeout_s, self._watch)
 
     # --- outputs -----------------------------------------------------------------------------------------
     def _finish(self, pending: _Pending) -> Finished:
@@ -456,17 +489,6 @@ class RayRunner:
         except RowsError as error:
             raise NodeError(f"{node.line}: {error}").of(FailureKind.DATA, pending) from error
         return NodeOutput(batch=batch, metrics=metrics, seconds=0.0, nbytes=0)
-
-
-def _checked(reply: Reply | Failure | Exception, pending: _Pending, call: int) -> Reply:
-    """The reply; raises NodeError or WorkerLost, naming the node, for what is none."""
-    if isinstance(reply, Reply):
-        return reply
-    failure = reply if isinstance(reply, Failure) else failure_of_call(reply)
-    node, (pool, rank) = pending.node, pending.callees[call]
-    where = f"{node.name} (step {pending.step}{f', {node.line}' if node.line else ''}) failed on rank {rank}"
-    error = WorkerLost if failure.lost else NodeError
-    raise error(f"{where}: {explained(failure, pool.log(rank))}").of(failure.kind, pending)
 
 
 def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ class Evaluation:
     It needs held-out rows, and who scores them: the role called `reward`, or the only one that gives rewards.
     """
 
-    def __init__(self, session: Session, rollouts: Path | None = None) -> None:
+    def __init__(self, session: Session, rollouts: Path | None = None, check: Callable[[], None] | None = None) -> None:
         """rollouts: the folder that gets all responses after N steps, in heldout/step_N.parquet (heldout/ROLE/... of
-        several roles); None keeps none."""
-        self._session = session
+        several roles); None keeps none. check: see RayRunner."""
+        self._session, self._check = session, check
         players, scorer = _players(session.launch), _scorer(session.launch)
         self.possible = HELDOUT in session.groups and bool(players) and scorer is not None
         self._dataflows: dict[str, Dataflow] = {}
@@ -47,7 +47,7 @@ class Evaluation:
         found: dict[str, float] = {}
         for prefix, dataflow in self._dataflows.items():
             reports: list[StepReport] = []
-            runner = self._session.runner(dataflow, numbers, prompts=HELDOUT)
+            runner = self._session.runner(dataflow, numbers, check=self._check, prompts=HELDOUT)
             run_steps(dataflow, runner, start=step, stop=step + 1, on_step=reports.append)
             metrics = reports[0].metrics.items()
             found |= {f"{prefix}/{name.split('/', 1)[1]}": v for name, v in metrics if not name.startswith("prompts/")}

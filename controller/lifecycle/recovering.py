@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controller.cluster.pool import SIGNALS, ClusterError, NoRoom
-from controller.execution.ray_runner import NodeError
+from controller.execution.failed_calls import NodeError
 from controller.lifecycle.checkpoint import Checkpoint
 from controller.lifecycle.memory_copies import MemoryCopies
 from controller.lifecycle.session import Session

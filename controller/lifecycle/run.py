@@ -5,6 +5,7 @@ prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> 
                                      |            on every finished step: metrics.jsonl, TensorBoard, display
                                      |            at barriers: checkpoint, evaluation
                                      +-- recovery, from a failure anywhere after the start (recovering.py)
+                                     notice: checkpoint, Preempted (preemption.py)
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
 from controller.cluster.pool import ClusterError
-from controller.cluster.termination import terminate_as_interrupt
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.execution.ray_runner import NodeError, RayRunner
+from controller.execution.failed_calls import NodeError
+from controller.execution.ray_runner import RayRunner
 from controller.lifecycle.checkpoint import (
     Checkpoint,
     CheckpointIncomplete,
@@ -39,6 +40,7 @@ from controller.lifecycle.disk_space import said_of_disk
 from controller.lifecycle.evaluation import Evaluation
 from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
+from controller.lifecycle.preemption import Notices, Preempted
 from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
@@ -100,8 +102,8 @@ def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: boo
 
     eager: line by line. local: in this process, for a launch that `local_launch` made.
 
-    Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt passes through once
-    every process that was started has ended.
+    Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt, and Preempted which is one, pass
+    through once every process that was started has ended.
     """
     launch = with_steps_of_epochs(launch)
     with claim_folder(launch, display.note) as beginning:
@@ -123,11 +125,12 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
+    notices = Notices(launch.run.output.notice_file, launch.run.output.notice_s)
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
     with (
         ExitStack() as leaving,
         cluster,
-        terminate_as_interrupt(),
+        notices.heard(),
         MetricsWriter(folder, first_step, tracker, display.note) as writer,
     ):
         if not isinstance(cluster, Local):
@@ -142,7 +145,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
             leaving.enter_context(uploads)
             if beginning.checkpoint is not None:
                 uploads.add_missing(beginning.checkpoint)
-        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads)
+        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads, notices)
         run_of.execute()
     summary = {
         "name": launch.run.name,
@@ -191,6 +194,7 @@ class _Run:
         eager: bool,
         store_metrics: Callable[[], dict[str, float]],
         uploads: Uploads | None,
+        notices: Notices,
     ) -> None:
         folder = beginning.folder
         self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
@@ -204,11 +208,14 @@ class _Run:
             rows=output.rollout_rows,
             every=output.rollouts_every,
         )
+        self.notices, self.done = notices, 0
+        self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
+        """Step of the last complete checkpoint."""
         self.runner = self._new_runner()
         # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
         self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
         self.graph_file = GraphFile(folder, self.dataflow)
-        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
+        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
         self.recoveries = Recoveries(session, display.phase)
         self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
@@ -227,7 +234,7 @@ class _Run:
     def _new_runner(self) -> RayRunner:
         numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
-        return self.session.runner(None if self.eager else self.dataflow, numbers)
+        return self.session.runner(None if self.eager else self.dataflow, numbers, check=self.notices.check)
 
     def execute(self) -> None:
         """From its start, or from a checkpoint, to its end."""
@@ -244,6 +251,8 @@ class _Run:
                     return
                 except RECOVERABLE as error:
                     done = self._recover(error)
+        except Preempted as notice:
+            self._make_room(notice)
         except BaseException:
             self._keep_pending()
             raise
@@ -266,8 +275,12 @@ class _Run:
         if done == self.began < self.launch.run.steps:
             self.display.phase("first step")
         self.closed_s = time.perf_counter()
+        self.done, self.notices.running = done, True
         self._steps(done)
         self._finish_checkpoint(wait=True)
+        if self.notices.look():
+            raise Preempted(self.notices.asked)
+        self.notices.running = False
         self._export()
 
     def _steps(self, first_step: int) -> None:
@@ -311,10 +324,13 @@ class _Run:
         if said := self.progress.warnings.of(report.step, metrics):
             self.display.note(said)
         done = report.step + 1
+        self.done = done
         self.furthest = max(self.furthest, done)
         self._remember_end(done)
         self._finish_checkpoint(wait=False)
         self._at_barrier(done)
+        if self.notices.look() and self._is_settled:
+            raise Preempted(self.notices.asked)
         self.closed_s = time.perf_counter()
 
     def _tokens(self, metrics: Mapping[str, float]) -> float:
@@ -344,13 +360,14 @@ class _Run:
     def _at_barrier(self, done: int) -> None:
         """Evaluate and save what is due after `done` steps and has not been done before a recovery."""
         due = self._evaluates_after(done - 1) if done > self.began else self.began < self.launch.run.steps
-        if due and all(one["step"] != done for one in self.progress.evaluations):
+        if due and not self.notices.look() and all(one["step"] != done for one in self.progress.evaluations):
             with self._paused("evaluation"):
                 self._evaluate(done)
         if self._copies_after(done - 1) or done == self.began:
             with self._paused("copy in memory"):
                 self._copy(done)
-        if done > self.began and self._checkpoints_after(done - 1) and self.kept_at != done:
+        asked = self.notices.wants_checkpoint and self._is_settled
+        if done > self.began and (asked or self._checkpoints_after(done - 1)) and self.kept_at != done:
             with self._paused("checkpoint"):
                 self._checkpoint(done)
 
@@ -367,7 +384,8 @@ class _Run:
         return bool(every) and (step + 1) % every == 0
 
     def _is_barrier(self, step: int) -> bool:
-        return self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
+        asked = self.notices.look() or self.notices.wants_checkpoint
+        return asked or self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
         metrics = self.evaluation.run(done, self.runner.numbers)
@@ -377,6 +395,11 @@ class _Run:
             of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}
             said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
             self.display.note(f"held-out reward after {done} steps: {said}")
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether weights, states and sources are those after `done` steps: no later step has touched them."""
+        return self.runner.newest < self.done or not (self.dataflow.staleness or self.runner.changing)
 
     def _copy(self, done: int) -> None:
         """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
@@ -388,8 +411,10 @@ class _Run:
         except ClusterError as error:  # Of a rank that is gone the next node tells; a copy alone ends nothing.
             self.display.note(f"no copy in memory after {done} steps: {error}")
 
-    def _checkpoint(self, done: int) -> None:
-        self._finish_checkpoint(wait=True)
+    def _checkpoint(self, done: int, limit_s: float | None = None) -> None:
+        """limit_s: longest that each role may take to copy what is saved, where that is not ray.call_timeout_s."""
+        self.notices.wants_checkpoint = False
+        self._finish_checkpoint(wait=True, limit_s=limit_s)
         self.kept_at = done
         self.pending = begin_checkpoint(
             self.folder / "checkpoints",
@@ -399,15 +424,29 @@ class _Run:
             numbers=self.runner.numbers,
             settings=self.settings,
             sources=self.sources,
-            save_role=lambda role, path: self.session.call_role(role, "save", done, folder=path),
+            save_role=lambda role, path: self.session.call_role(role, "save", done, limit_s=limit_s, folder=path),
             keep=self.launch.run.output.keep_checkpoints,
         )
         for name in self.session.states:
             self.session.save_state(self.runner.held_state(name), self.pending.partial / STATES / name)
 
+    def _make_room(self, notice: Preempted) -> None:
+        """Save what is done, where no step under way has changed it yet, and end. Raises Preempted."""
+        last = self.saved if self.pending is None else self.pending.step
+        if last < self.done and self.launch.run.output.checkpoint_every is not None and self._is_settled:
+            try:
+                self._checkpoint(self.done, limit_s=max(self.notices.left_s, 1.0))
+            except Exception as error:  # without it the last one stands, which is said below
+                self.display.note(f"no checkpoint after {self.done} steps: {error}")
+        self._keep_pending()
+        last = self.saved
+        saved = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
+        lost = "" if last == self.done else f", {self.done - last} steps after it are lost"
+        raise Preempted(f"{notice} after {self.done} steps; {saved}{lost}; go on with resume=auto") from notice
+
     def _keep_pending(self) -> None:
         """The run ends early: what was copied for a checkpoint is written to its end, unless that takes too long."""
-        if self.pending is None:
+        if self.pending is None or self.notices.at_once:
             return
         step, deadline = self.pending.step, time.monotonic() + PENDING_S
         self.display.note(f"the checkpoint after {step} steps is being written (interrupt again to leave without it)")
@@ -430,7 +469,7 @@ class _Run:
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
             self._publish(self.pending)
-            self.pending = None
+            self.saved, self.pending = step, None
 
     def _publish(self, pending: PendingCheckpoint) -> None:
         uploads = self.uploads

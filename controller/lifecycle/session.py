@@ -9,15 +9,17 @@ Rule rewards and sources live on the host pool's CPU processes; everything with 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from controller.cluster.blame import FirstCause
 from controller.cluster.failure_text import explained, logs_of
 from controller.cluster.pool import SIGNALS, ClusterError, Pool, machines
 from controller.cluster.replies import Replies
 from controller.cluster.shared_files import check_files_are_shared
+from controller.cluster.watch import Waited, Watch
 from controller.execution.executor import Finished
 from controller.execution.ray_runner import RayRunner
 from controller.execution.worker_group import WorkerGroup
@@ -27,7 +29,7 @@ from rlhf_dist.data.of_launch import tokenizer_of, tokenizers
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
-from rlhf_dist.failure import Failure, failure_of_call
+from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
@@ -51,6 +53,11 @@ class Processes(Protocol):
     @property
     def replies(self) -> Replies:
         """How calls to them are waited for."""
+        ...
+
+    @property
+    def watch(self) -> Watch | None:
+        """What finds the process that is lost, where there are several."""
         ...
 
     def add_pool(self, name: str, pool: PoolConfig) -> Pool:
@@ -96,10 +103,11 @@ class Session:
         *,
         beside: bool = False,
         limit_s: float | None = None,
+        check: Callable[[], None] | None = None,
         **sources: str,
     ) -> RayRunner:
         """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
-        beside: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
+        beside, check: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -119,6 +127,8 @@ class Session:
             interrupts=run.placement.interrupt,
             beside=beside,
             replies=self.cluster.replies,
+            watch=self.cluster.watch,
+            check=check,
         )
 
     def call_role(
@@ -186,21 +196,21 @@ class Session:
             starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]))
         starting += _host_roles(launch, pools)
         self.groups |= {group.role: group for group, _ in starting}
-        _await_roles(starting, replies, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
+        _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
         self._connect(names, phase)
 
     def _connect(self, names: Collection[str], phase: Callable[[str], None]) -> None:
         """Have roles that give each other weights meet, where a process of `names` is one of them."""
-        groups, replies, timeout_s = self.groups, self.cluster.replies, self.launch.run.ray.call_timeout_s
+        groups, cluster, timeout_s = self.groups, self.cluster, self.launch.run.ray.call_timeout_s
         for role in self.launch.dataflow.generating:
             apart = groups.get(rollout_of(role))
             if apart is not None and {groups[role].pool.name, apart.pool.name} & set(names):
                 phase(f"{role}: connecting {groups[role].pool.name} and {apart.pool.name}")
-                _connect(groups[role], apart, replies, timeout_s)
+                _connect(groups[role], apart, cluster, timeout_s)
         for (source, target), staged in self.launch.dataflow.ways.items():
             if {groups[source].pool.name, groups[target].pool.name} & set(names):
                 phase(f"{target}: planning how weights come from {source}")
-                _connect_weights(groups[source], groups[target], staged, replies, timeout_s)
+                _connect_weights(groups[source], groups[target], staged, cluster, timeout_s)
 
     def rebuild(self, names: Collection[str], phase: Callable[[str], None]) -> None:
         """End these pools and start them anew, wherever there is room; the others keep their processes. Raises NoRoom,
@@ -261,26 +271,28 @@ def slots_needed(launch: Launch) -> int:
     return sum(pool_size(launch.run.placement, name) for name in set(pools_of_roles(launch).values()) - {HOST_POOL})
 
 
-def _connect(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> None:
+def _connect(sending: WorkerGroup, receiving: WorkerGroup, cluster: Processes, timeout_s: float) -> None:
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
-    bridge = _bridge(sending, receiving, replies, timeout_s)
+    bridge = _bridge(sending, receiving, cluster.replies, timeout_s)
     joining = [
         (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
         for group in (sending, receiving)
     ]
-    _await_roles(joining, replies, timeout_s)
+    _await_roles(joining, cluster, timeout_s)
 
 
-def _connect_weights(source: WorkerGroup, target: WorkerGroup, staged: int, replies: Replies, timeout_s: float) -> None:
+def _connect_weights(
+    source: WorkerGroup, target: WorkerGroup, staged: int, cluster: Processes, timeout_s: float
+) -> None:
     """Have all ranks of two roles plan how weights go from one to the other; staged: see `Dataflow.ways`."""
     apart = source.pool.name != target.pool.name
-    bridge = _bridge(source, target, replies, timeout_s) if apart else None
+    bridge = _bridge(source, target, cluster.replies, timeout_s) if apart else None
     way = (source.role, target.role, bridge, staged)
     joining = [
         (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
         for group in ((source, target) if apart else (target,))
     ]
-    _await_roles(joining, replies, timeout_s)
+    _await_roles(joining, cluster, timeout_s)
 
 
 def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, timeout_s: float) -> Bridge:
@@ -339,12 +351,13 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
 
 def _await_roles(
     starting: list[_Starting],
-    replies: Replies,
+    cluster: Processes,
     timeout_s: float,
     phase: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Wait until every rank of every group has answered, `timeout_s` at most for the next; `phase` hears what the
-    first rank of each pool is at. Raises ClusterError for the first that failed."""
+    first rank of each pool is at. Raises ClusterError for the first that failed, or is lost."""
+    replies, watch, began = cluster.replies, cluster.watch, time.perf_counter()
     rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in enumerate(refs)}
     left, answered_s = list(rank_of), time.monotonic()
     phases = _Phases(phase, replies)
@@ -355,9 +368,15 @@ def _await_roles(
         for ref in ready:
             answered_s = time.monotonic()
             group, rank = rank_of[ref]
-            remarks = _check_started(replies.get([ref], 60.0)[0], group, rank)
+            answer: Any = replies.get([ref], 60.0)[0]
+            failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
+            if isinstance(failure, Failure) and failure.secondary and watch is not None:
+                _check_lost(watch.first_cause(_waited(rank_of.values(), began), died=failure.lost), rank_of.values())
+            remarks = _check_started(failure, group, rank)
             for remark in remarks if rank == 0 else ():
                 phase(f"{group.role}: {remark}")
+        if watch is not None:
+            _check_lost(watch.look(_waited((rank_of[ref] for ref in left), began)), rank_of.values())
         if left and time.monotonic() - answered_s > timeout_s:
             missing = sorted({rank_of[ref][0].role for ref in left})
             logs = [log for ref in left if (log := rank_of[ref][0].pool.log(rank_of[ref][1]))]
@@ -366,12 +385,27 @@ def _await_roles(
             )
 
 
+def _waited(ranks: Iterable[tuple[WorkerGroup, int]], since_s: float) -> list[Waited]:
+    """The processes, each once: several roles may start in one."""
+    return list({(group.pool.name, rank): Waited(group.pool, rank, since_s) for group, rank in ranks}.values())
+
+
+def _check_lost(cause: FirstCause | None, starting: Collection[tuple[WorkerGroup, int]]) -> None:
+    """Raises ClusterError for a process that was lost while it started."""
+    if cause is None:
+        return
+    at = next((one for one in starting if (one[0].pool.name, one[1]) == (cause.pool, cause.rank)), None)
+    who = "a worker" if at is None else f"{at[0].role}, rank {cause.rank},"
+    log = at[0].pool.log(cause.rank) if at is not None else None
+    text = f"{who} could not start: {cause.text}{logs_of([log]) if log else ''}"
+    raise ClusterError(text).of(FailureKind.INFRASTRUCTURE)
+
+
 def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
     """What the worker has to say. Raises ClusterError if it did not start."""
-    failure = failure_of_call(answer) if isinstance(answer, Exception) else answer
-    if isinstance(failure, Failure):
-        text = f"{group.role}, rank {rank}, could not start: {explained(failure, group.pool.log(rank))}"
-        raise ClusterError(text).of(failure.kind)
+    if isinstance(answer, Failure):
+        text = f"{group.role}, rank {rank}, could not start: {explained(answer, group.pool.log(rank))}"
+        raise ClusterError(text).of(answer.kind)
     return tuple(answer or ())
 
 

@@ -87,7 +87,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(INTERRUPTED_S if kind is KeyboardInterrupt else None)
+        self.close(INTERRUPTED_S if kind is not None and issubclass(kind, KeyboardInterrupt) else None)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -99,22 +99,30 @@ class Machines:
         """Undo `hide`."""
         self.run(machine, "umount", str(path)).check_returncode()
 
+    def cut(self, machine: int) -> None:
+        """Pull its cable: no packet goes or comes, and nobody is told."""
+        self._bridged("set", f"port{machine}", "down")
+
+    def power_off(self, machine: int) -> None:
+        """End it and all its processes at once."""
+        self._machines[machine].kill()
+
+    def _bridged(self, *command: str) -> None:
+        subprocess.run(["nsenter", f"--target={self._switch.pid}", "--net", "ip", "link", *command], check=True)
+
     def _start(self) -> None:
         switch = self._begin(["unshare", "--net", "--kill-child", "sh", "-c", "echo up; cat; echo over"], "switch")
         self._await(switch, "up", "switch")
-        bridged = ["nsenter", f"--target={switch.pid}", "--net", "ip", "link"]
-        for command in (["add", "bridge", "type", "bridge"], ["set", "bridge", "up"]):
-            subprocess.run([*bridged, *command], check=True)
+        self._switch = switch
+        self._bridged("add", "bridge", "type", "bridge")
+        self._bridged("set", "bridge", "up")
         for machine in range(len(self._cpus)):
             self._machines.append(self._boot(machine))
         for machine, process in enumerate(self._machines):
             self._await(process, "up", f"machine {machine}")
             cable = f"port{machine}"
-            for command in (
-                ["add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid)],
-                ["set", cable, "master", "bridge", "up"],
-            ):
-                subprocess.run([*bridged, *command], check=True)
+            self._bridged("add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
+            self._bridged("set", cable, "master", "bridge", "up")
         self._plug_in(0)
         self._await(self._machines[0], "ready", "machine 0")
         for machine in range(1, len(self._cpus)):

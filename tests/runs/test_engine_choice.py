@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from controller.commands.cli import main
-from controller.execution.ray_runner import NodeError
+from controller.execution.failed_calls import NodeError
 from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
 from tests.runs.test_recipes import ROLLOUT, TRANSFORMERS, finite, weights

@@ -14,7 +14,7 @@ import pytest
 
 from controller.cluster.pool import ClusterError
 from controller.cluster.start import Cluster
-from controller.execution.ray_runner import NodeError, WorkerLost
+from controller.execution.failed_calls import NodeError, WorkerLost
 from controller.lifecycle.run import run
 from controller.record.display import Display
 from rlhf_dist.compose import compose
@@ -130,7 +130,11 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
     with pytest.MonkeyPatch.context() as patch, Killer("x", 1000, quiet=True) as display:
         patch.setattr(Cluster, "add_pool", remembering)
         with pytest.raises(
-            WorkerLost, match=r"\(step \d+, .*\) failed on rank \d: its process died .*; see its log \S+main-1.log"
-        ):
+            WorkerLost,
+            match=r"\(step \d+, .*\) failed on rank 1: its process \(pool main, rank 1, pid \d+ on node \S+\) "
+            r"(was killed by signal 9 \(SIGKILL\)|ended, how is not known).*; see its log \S+main-1.log",
+        ) as caught:
             run(launch, display)
+    cause = caught.value.cause
+    assert cause is not None and (cause.kind, cause.pool, cause.rank, cause.pid) == ("died", "main", 1, pids["main"][1])
     assert time.monotonic() - started < 120

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run within 10 s and leaves no process and no shared-memory file behind."""
+"""Ctrl-C and a scheduler's SIGTERM end a run within 10 s and leave no process and no shared-memory file behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from controller.lifecycle.preemption import EXIT_CODE
 
 CLI = str(Path(sys.executable).with_name("rlhf-dist"))
 
@@ -46,7 +48,7 @@ def test_an_interrupted_run_ends_quickly_and_leaves_nothing(
         assert len(family) > 3, "Ray and the workers are children of the run"
         started = time.monotonic()
         running.send_signal(number)
-        assert running.wait(timeout=30) == 130
+        assert running.wait(timeout=30) == (EXIT_CODE if number == signal.SIGTERM else 130)
         assert time.monotonic() - started < 10
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive, f"left behind: {[process.cmdline() for process in alive if process.is_running()]}"

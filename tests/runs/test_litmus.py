@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.recipe_files import load_recipe
-from rlhf_dist.roles import LanguageModel, Reward
+from rlhf_dist.roles import LanguageModel, Reward, base_of
 from tests.tiny import save_classifier, save_judge, save_llama
 
 Launch = Callable[..., dict[str, Any]]
@@ -64,9 +64,9 @@ def small(recipe: str, data: Path) -> list[str]:
     loaded = load_recipe(recipe)
     settings = [f"data.sources.{name}.path={data}" for name in list(loaded.sources)[1:]]
     for role, kind in loaded.roles.items():
-        if issubclass(kind, LanguageModel):
+        if base_of(kind) is LanguageModel:
             settings += [f"{role}.rollout.engine=transformers", f"{role}.rollout.max_response_tokens=8"]
-        settings.append(f"{role}.function={DIGITS}" if issubclass(kind, Reward) else f"{role}.optimizer.lr=1e-3")
+        settings.append(f"{role}.function={DIGITS}" if base_of(kind) is Reward else f"{role}.optimizer.lr=1e-3")
     return settings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controller.execution.ray_runner import NodeError
+from controller.execution.failed_calls import NodeError
 from tests.runs.test_recipes import weights
 
 RECIPE = """

@@ -131,7 +131,7 @@ def test_interrupted_responses_go_on_with_the_new_weights(
 
 
 def test_an_on_policy_run_whose_ratio_is_not_one_is_an_error(launch_warm: Launch) -> None:
-    from controller.execution.ray_runner import NodeError
+    from controller.execution.failed_calls import NodeError
 
     with pytest.raises(NodeError, match=r"actor.compute_log_prob .*must be 1 on-policy, its mean error is"):
         launch_warm("ppo", *TINY, f"reward.function={REWARD}", "actor.rollout.ratio_tolerance=1e-12")

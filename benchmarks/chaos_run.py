@@ -1,0 +1,173 @@
+"""One run of the chaos harness, with a fault or without: `python -m benchmarks.chaos_run SPEC.json`.
+
+    run() in the main thread                          Injector, in a thread of its own
+      cluster, pools, steps  <── beat ── the target ──  is it at the operation that the fault waits for?
+                             ── signal ──────────────>  SIGKILL, SIGSTOP, ... from outside
+
+Nothing in the product knows of it: what a process is at comes from its heartbeat. What happened goes to a file,
+each with its time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import controller.cluster.start
+from controller.cluster.pool import BEATS
+from controller.cluster.start import Cluster
+from controller.commands.cli import main as cli
+from controller.record.display import Display
+
+POLL_S = 0.005
+"""Between two looks at what the target is at: operations of a tiny model last some 50 ms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What happens to which process, and when."""
+
+    kind: str
+    """Of the table in benchmarks/chaos.py."""
+    action: str
+    """A signal (`SIGKILL`); `limit:BYTES`: no more memory than that (RLIMIT_AS); `file:BYTES`: no longer file."""
+    pool: str = "main"
+    """Of the process; or `driver`, `raylet`, `gcs`, `agent`."""
+    rank: int = 1
+    op: str = ""
+    """A pattern of the operation that it must be at; empty: at once."""
+    step: int = 0
+    """Not before this step."""
+    says: str = ""
+    """A pattern of what the run must say."""
+    nodes: int = 1
+    """2: each rank has a machine of its own, and the action is one of chaos_machines.py."""
+    corrupts: bool = False
+    """Before the second launch the newest checkpoint is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A run of the harness."""
+
+    arguments: list[str]
+    """Of the command `rlhf-dist`."""
+    events: str
+    """File of what happened."""
+    fault: dict[str, Any] | None = None
+
+
+class Seen(Cluster):
+    """A cluster that the injector can reach."""
+
+    made: Seen | None = None
+
+    def __enter__(self) -> Seen:
+        Seen.made = self
+        super().__enter__()
+        return self
+
+
+class Injector(threading.Thread):
+    """Waits for the moment of a fault, and does it."""
+
+    def __init__(self, fault: Fault, events: Path) -> None:
+        super().__init__(name="injector", daemon=True)
+        self.fault, self.events = fault, events
+
+    def run(self) -> None:
+        """Do it, and note when."""
+        while (pid := self._victim()) is None:
+            time.sleep(POLL_S)
+        note(self.events, "fault", pid=pid, **asdict(self.fault))
+        if self.fault.nodes > 1:
+            return  # who reads the events acts
+        what, _, count = self.fault.action.partition(":")
+        if what == "limit":
+            limit = psutil.Process(pid).memory_info().vms + int(count)
+            psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
+        elif what == "file":
+            psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (int(count), int(count)))
+        else:
+            os.kill(pid, signal.Signals[self.fault.action])
+
+    def _victim(self) -> int | None:
+        """The process, once it is at what the fault waits for."""
+        cluster, fault = Seen.made, self.fault
+        named = fault.pool in ("driver", "raylet", "gcs", "agent")
+        pool = cluster.pools.get("main" if named else fault.pool) if cluster is not None else None
+        if pool is None:
+            return None
+        rank = 0 if named else fault.rank
+        if fault.op and not self._is_at(pool.processes[rank], fault):
+            return None
+        return named_process(fault.pool) if named else pool.pids[rank]
+
+    @staticmethod
+    def _is_at(process: Any, fault: Fault) -> bool:
+        import ray
+
+        with suppress(Exception):
+            beat = ray.get(process.beat.options(concurrency_group=BEATS).remote(), timeout=5.0)
+            return any(re.search(fault.op, one.op) and (one.step or 0) >= fault.step for one in beat.doing)
+        return False
+
+
+def named_process(name: str) -> int:
+    """This process, or one of the cluster that it has started."""
+    if name == "driver":
+        return os.getpid()
+    words = {"raylet": "/raylet/raylet", "gcs": "gcs_server", "agent": "agent"}[name]
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if words in " ".join(child.cmdline()[:4]):
+                return int(child.pid)
+    raise LookupError(f"this run has no process called {name}")
+
+
+def note(events: Path, what: str, **more: Any) -> None:
+    """Write down an event, on disk at once: this process may be killed next."""
+    with events.open("a") as file:
+        file.write(json.dumps({"event": what, "at": time.time(), **more}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def noting(say: Callable[[Any, str], None], events: Path) -> Callable[[Any, str], None]:
+    """What a run says of itself, with the time: a run that recovers does not end."""
+
+    def say_and_note(display: Any, text: str) -> None:
+        note(events, "note", text=text)
+        say(display, text)
+
+    return say_and_note
+
+
+def main(file: str) -> int:
+    """Run a spec; returns the command's exit code."""
+    spec = Spec(**json.loads(Path(file).read_text()))
+    events = Path(spec.events)
+    Display.note = noting(Display.note, events)  # type: ignore[method-assign]
+    controller.cluster.start.Cluster = Seen  # type: ignore[misc]  # so that the injector reaches its processes
+    if spec.fault is not None:
+        Injector(Fault(**spec.fault), events).start()
+    note(events, "begins")
+    code = cli(spec.arguments)
+    note(events, "ends", code=code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
