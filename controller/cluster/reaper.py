@@ -88,7 +88,7 @@ def reap(mark: str, session: str, limit_s: float = LIMIT_S) -> int:
 
 def _bears(process: psutil.Process, mark: str) -> bool:
     with suppress(psutil.Error, OSError):
-        return process.pid != os.getpid() and process.environ().get(MARK) == mark
+        return bool(process.pid != os.getpid() and process.environ().get(MARK) == mark)
     return False
 
 
