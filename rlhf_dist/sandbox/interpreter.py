@@ -47,6 +47,18 @@ class Interpreter:
         os.set_blocking(self._from, False)
         self._ready, self.again = False, True
 
+    @property
+    def ended(self) -> bool:
+        """Whether somebody has ended it."""
+        return self._process.poll() is not None
+
+    def inside(self) -> list[int]:
+        """Processes that the isolating program started: the first one of the sandbox, with which all others end."""
+        process = self._process.pid
+        with contextlib.suppress(OSError), open(f"/proc/{process}/task/{process}/children") as file:
+            return [int(number) for number in file.read().split()]
+        return []
+
     def wait_until_ready(self) -> None:
         """Raises SandboxError if it does not come up."""
         if not self._ready:
@@ -75,6 +87,9 @@ class Interpreter:
 
     def close(self) -> None:
         """End it and all that it started, and remove what it wrote."""
+        for inside in self.inside():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(inside, 9)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, 9)
         self._process.kill()

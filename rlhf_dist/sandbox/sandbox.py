@@ -53,7 +53,8 @@ class Sandbox:
         self.isolation, self.refusal = _chosen(isolation)
         self._ready: deque[Interpreter | SandboxError] = deque()
         self._changed = threading.Condition()
-        self._wanted, self._in_use, self._closed = 0, 0, False
+        self._wanted, self._closed = 0, False
+        self._in_use: set[Interpreter] = set()
         self._starter: threading.Thread | None = None
 
     def __enter__(self) -> Sandbox:
@@ -146,9 +147,11 @@ class Sandbox:
                 self._starter = threading.Thread(target=self._keep_ready, name="sandbox-starter", daemon=True)
                 self._starter.start()
             self._wanted += 1
+            self._drop_ended()
             self._changed.notify_all()
             while not self._ready and not self._closed:
                 self._changed.wait(IDLE_S)
+                self._drop_ended()
             self._wanted -= 1
             if self._closed:
                 raise SandboxError("the sandbox is closed")
@@ -156,14 +159,20 @@ class Sandbox:
             self._changed.notify_all()
             if isinstance(interpreter, SandboxError):
                 raise interpreter
-            self._in_use += 1
+            self._in_use.add(interpreter)
         try:
             yield interpreter
         finally:
             interpreter.close()
             with self._changed:
-                self._in_use -= 1
+                self._in_use.discard(interpreter)
                 self._changed.notify_all()
+
+    def _drop_ended(self) -> None:
+        """Those that somebody ended while they were waiting are replaced, and no program's failure."""
+        for one in [one for one in self._ready if isinstance(one, Interpreter) and one.ended]:
+            self._ready.remove(one)
+            one.close()
 
     def _keep_ready(self) -> None:
         """One thread starts all interpreters and outlives them: they end with the thread that made them."""

@@ -6,7 +6,7 @@ from rlhf_dist.sandbox import Limits, Sandbox
 from rlhf_dist.sandbox.isolation import tried
 
 LIMITS = Limits(
-    wall_s=10.0,
+    wall_s=5.0,
     cpu_s=1.0,
     memory_bytes=256 << 20,
     processes=8,

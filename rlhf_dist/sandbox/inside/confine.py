@@ -42,7 +42,7 @@ def confine(settings: dict[str, Any]) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     _drop_capabilities()
-    die_with_parent()  # said to the kernel before, and cleared by the change of user
+    die_with_parent()  # cleared by the change of user; a parent without a right to signal us is seen by its pipe's end
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     program = base64.b64decode(settings["filter"])
     _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(_Program(len(program) // INSTRUCTION_BYTES, program)))
