@@ -105,4 +105,4 @@ def _prepared(
         launch, plan = prepared(
             arguments.recipe, arguments.overrides, arguments.config, local=local, eager=eager, cluster=cluster
         )
-        return launch, plan, find_beginning(launch)
+        return launch, plan, find_beginning(launch, elsewhere=cluster is not None)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def are_stages(recipe: str) -> bool:
     """Whether what stands for a recipe on the command line is a file of stages."""
-    from rlhf_dist.recipe_files import STAGES
+    from rlhf_dist.recipe_files import STAGES, stages_of
 
-    return recipe.endswith(STAGES)
+    return stages_of(recipe).endswith(STAGES)
 
 
 def check_stages_command(arguments: argparse.Namespace, cluster: Cluster | None) -> int:
