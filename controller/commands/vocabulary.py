@@ -17,7 +17,7 @@ def register(commands: Commands) -> None:
     """`recipes`, `roles`, `columns` and `ops`."""
     recipes = commands.add(
         "recipes", _of(recipes_command), "list the recipes there are, by family, and what each needs",
-        "recipes", "recipes mine.py --search preference", "recipes --format json",
+        "recipes", "recipes mine.py --search preference", "recipes --family preference", "recipes --format json",
     )  # fmt: skip
     recipes.add_argument("files", metavar="FILE", nargs="*", help="files of your own to list, too")
     recipes.add_argument("--search", metavar="TEXT", help="only those with this in their name, text, roles or data")
