@@ -108,7 +108,7 @@ def win_rates(batch: Batch, verdicts: Batch, *, column: str = "choice", into: st
     # [pairs, 2]: the lower row first in the text, and the higher; what was said of whoever stands first.
     place = 2 * pair_of.ravel() + (ordered[0] > ordered[1])
     total, count = _sums(place[said], votes[said], 2 * pairs.shape[1])
-    judged = (count.reshape(-1, 2) > 0).all(axis=1)
+    judged: npt.NDArray[np.bool_] = count.reshape(-1, 2).min(axis=1, initial=np.inf) > 0
     first_wins = (total / np.maximum(count, 1)).reshape(-1, 2)[judged]
     win: Floats = (first_wins[:, 0] + 1 - first_wins[:, 1]) / 2
     agree = np.sign(first_wins[:, 0] - 0.5) == np.sign(0.5 - first_wins[:, 1])
@@ -117,7 +117,7 @@ def win_rates(batch: Batch, verdicts: Batch, *, column: str = "choice", into: st
     metrics = {
         "pairs_judged": mean_of(judged),
         "order_agreement": mean_of(agree),
-        "ties": mean_of(np.asarray(win == 0.5)),
+        "ties": mean_of(win == 0.5),
         "first_wins": mean_of(first_wins.ravel()),
     }
     return _judged(wins, played, into, metrics)
