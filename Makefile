@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-executor bench-recovery bench-planner chaos gpu-evidence models-table clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ bench-grpo: models/smollm2/config.json  ## GRPO on SmolLM2-135M-Instruct, end to
 bench-reshard: install  ## weight sync: 135M parameters, 4 ranks to TP=2 x DP=2, against gathering and broadcasting
 	$(BIN)/python -m benchmarks.reshard $(ARGS)
 
+bench-report: install  ## seconds to write and open the page of 1,000 steps and 100,000 rollouts
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
 bench-load: install  ## memory that a rank takes to start each engine, against its shard
 	$(BIN)/python -m benchmarks.load $(ARGS)
 
@@ -90,6 +93,9 @@ bench-recovery: install  ## throughput with a fault every 50 steps at 1,024 rank
 
 bench-planner: install  ## the placement search at 128 and 1,024 GPUs, and the paper's Algorithm 1: one JSON line
 	$(BIN)/python -m benchmarks.planner
+
+bench-episodes: install  ## 256 episodes with tools, against lock-step waves and the engine's own bound: one JSON line
+	$(BIN)/python -m benchmarks.episodes $(ARGS)
 
 clean:  ## remove caches and build output (not .venv, runs or models)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -152,9 +152,9 @@ def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
         names, (name, _) = list_recipes(), split_variant(spec)
         if name not in names:
             variants = [one for one in load_papers() if one.endswith(f"/{name}")]
-            message = unknown(name, names, "recipe")
             if variants:
-                message = f"unknown recipe {name}; did you mean {' or '.join(variants)}?"
+                raise ConfigError(f"unknown recipe {name}; did you mean {' or '.join(variants)}?")
+            message = unknown(name, names, "recipe")
             there = f" There is {', '.join(names)}." if "did you mean" in message else "."
             raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
         where, module = f"recipe {name}", _import_ours(names[name])

@@ -10,6 +10,7 @@ Reads may depend on the call: `update_actor(batch, loss=...)` reads what its los
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, He
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
+from rlhf_dist.environments import Environment, EpisodeLimits
 from rlhf_dist.parsers import Parser, columns_of
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.schema import SEQUENCE, TRAINABLE
+from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE
 from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,6 +56,8 @@ class OpSpec:
     streams: bool = False
     """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
     processes), it may be given the first finished rows of its input while the others are being made."""
+    loses: bool = False
+    """Rows that it makes may be fewer than it was asked for: some were lost on the way."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Column as the worker calls it -> as `writes` does, where they differ: one worker serves several kinds of role."""
 
@@ -74,6 +78,7 @@ def op(
     mesh: str = "train",
     outputs: tuple[str, ...] = (),
     streams: bool = False,
+    loses: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Declare a role's method as an op. Its positional arguments are batches, its keywords are settings."""
@@ -91,6 +96,7 @@ def op(
             mesh=mesh,
             outputs=outputs,
             streams=streams,
+            loses=loses,
             names=names or {},
         )
         return function
@@ -112,6 +118,26 @@ def _top_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{kwargs['prefix']}_{what}" for what in ("ids", "log_probs", "log_rest"))
 
 
+EPISODE_READS = ("prompt_ids", "prompt", "answer", "group_id")
+"""What every environment reads of a row."""
+
+
+def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    if "environment" not in kwargs:  # a list of ops wants to know what any reads
+        return EPISODE_READS
+    environment = kwargs["environment"]
+    if not isinstance(environment, Environment):
+        raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
+    if not inspect.iscoroutinefunction(environment.episode):
+        raise ValueError(f"{type(environment).__name__}.episode must be written with `async def`")
+    return tuple(dict.fromkeys((*EPISODE_READS, *environment.reads)))
+
+
+def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    rewards = ("rewards", "token_rewards") if getattr(kwargs.get("environment"), "rewards", True) else ()
+    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
+
+
 def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     template, prefix = kwargs.get("template"), kwargs.get("prefix")
     asked = ("prompt_ids",) if template is None else template.columns
@@ -121,13 +147,7 @@ def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
 def _answered_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     template, parser, prefix = kwargs.get("template"), kwargs.get("parser"), kwargs.get("prefix")
     prompt = ("prompt_ids", "prompt") if template is not None else ("prompt_ids",) if prefix is not None else ()
-    return (*prompt, *_GENERATED, *(() if parser is None else columns_of(parser)))
-
-
-_GENERATED = (
-    *("response_ids", "response_mask", "response", "raw_response", "finished"),
-    *("rollout_log_probs", "policy_version"),
-)
+    return (*prompt, *GENERATED, *(() if parser is None else columns_of(parser)))
 
 
 class Role(Protocol):
@@ -195,7 +215,30 @@ class LanguageModel(OfTrunk, Protocol):
         """
         ...
 
-    @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs",), weights_read="train")
+    @op(
+        reads=_episode_reads,
+        writes=_episode_writes,
+        optional=("source", "fields"),
+        rows="expand",
+        loses=True,
+        weights_read="rollout",
+        dispatch=ALL_MICRO_ROWS,
+        mesh="rollout",
+    )
+    def run_episodes(
+        self,
+        prompts: Batch,
+        *,
+        environment: Environment,
+        n: int = 1,
+        greedy: bool = False,
+        limits: EpisodeLimits | None = None,
+    ) -> Batch:
+        """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
+        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        ...
+
+    @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs", "turn"), weights_read="train")
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses, whoever wrote them, and the entropy before each token. Reports how far they are
         from those of sampling, where the batch has them."""
@@ -247,7 +290,7 @@ class Actor(LanguageModel, Protocol):
     @op(
         reads=SEQUENCE,
         writes=("old_log_probs", "entropy"),
-        optional=("rollout_log_probs",),
+        optional=("rollout_log_probs", "turn"),
         weights_read="train",
         names={"log_probs": "old_log_probs"},
     )

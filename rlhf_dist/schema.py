@@ -59,6 +59,11 @@ COLUMNS: dict[str, ColumnSpec] = {
     "finished": _spec("[B]", "uint8", "1 if the response ended itself, 0 if the token limit cut it"),
     "rollout_log_probs": _spec("[B, T]", "float32", "log pi(y_t) as the generation engine sampled it, nats"),
     "policy_version": _spec("[B, T]", "int32", "weight version that sampled each token (0 is the initial model)"),
+    # What episodes emit besides.
+    "turn": _spec("[B, T]", "int32", "which turn of the episode drew the token, from 0; -1 for what was said to it"),
+    "turns": _spec("[B]", "int32", "turns that the model had in the episode"),
+    "outcome": _spec("[B]", "text", "how the episode ended: finished, length, turns or policy_error"),
+    "transcript": _spec("[B]", "text", "the episode piece by piece, for people: a JSON list"),
     # What forward passes emit.
     "old_log_probs": _spec("[B, T]", "float32", "log pi_old(y_t) recomputed by the training engine, nats"),
     "log_probs": _spec("[B, T]", "float32", "log pi(y_t) under a language model, whoever wrote the response, nats"),
@@ -88,6 +93,12 @@ ROW_IDS: tuple[str, ...] = ("row_id", "parent_id")
 
 SEQUENCE: tuple[str, ...] = ("prompt_ids", "response_ids")
 """What a forward pass needs of a row."""
+
+GENERATED: tuple[str, ...] = (
+    *("response_ids", "response_mask", "response", "raw_response", "finished"),
+    *("rollout_log_probs", "policy_version"),
+)
+"""What generation writes of a row."""
 
 TRAINABLE: tuple[str, ...] = (*SEQUENCE, "response_mask", "group_id")
 """What every update reads besides what its loss asks for."""

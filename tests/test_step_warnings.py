@@ -37,3 +37,9 @@ def test_said_at_the_first_and_the_tenth_of_a_row_and_counted() -> None:
     assert warnings.of(25, FINE) is None
     again = warnings.of(26, EQUAL)
     assert again is not None and again.startswith("warning: step 27: ")
+
+
+def test_episodes_that_were_lost_are_the_reason_for_no_rows() -> None:
+    said = str(nothing_learned({"actor/optimizer_steps": 0, "actor/lost": 4}))
+    assert "actor lost 4 episodes (rlhf-dist rollouts RUN --lost)" in said
+    assert nothing_learned({"actor/optimizer_steps": 1, "actor/lost": 4}) is None

@@ -80,13 +80,21 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
             self._sync_weights()
         return self.generation.generate_sequences(batch, call, **settings)
 
+    def run_episodes(self, batch: Batch, call: Call, **settings: Any) -> OpResult:
+        """Episodes of an environment; settings: see `RolloutWorker.run_episodes`."""
+        assert self.generation is not None, "the recipe was planned without generation in this pool"
+        if self.sync.dropped:
+            self._sync_weights()
+        return self.generation.run_episodes(batch, call, **settings)
+
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs and entropy under the training engine."""
         found = self.engine.forward(batch, ("log_probs", "entropy"), self.temperature, base=self.base)
-        entropy = found["entropy"].values
+        drawn = batch["turn"].values >= 0 if "turn" in batch else slice(None)  # of an episode, not what was said to it
+        entropy = found["entropy"].values[drawn]
         metrics: Metrics = {"entropy": Mean(float(entropy.sum(dtype=np.float64)), float(len(entropy)))}
         if "rollout_log_probs" in batch:
-            metrics |= _mismatch(found["log_probs"].values, batch["rollout_log_probs"].values)
+            metrics |= _mismatch(found["log_probs"].values[drawn], batch["rollout_log_probs"].values[drawn])
             self._check_ratio(metrics, call)
         return OpResult(columns=Batch(found, batch.num_rows), metrics=metrics)
 

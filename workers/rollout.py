@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Event
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import LanguageModelConfig
-from rlhf_dist.metrics import Largest, Mean, Metrics
+from rlhf_dist.environments import Environment, EpisodeLimits
+from rlhf_dist.metrics import Largest, Mean, Metrics, reward_metrics
 from rlhf_dist.parsers import Parser, parsed_columns
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.prompt_template import Template
@@ -23,13 +25,16 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker
 from workers.build_engines import new_generation_engine
-from workers.engines.generation.interface import Ends, GenerationEngine, Response, StaleWeights
+from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
+from workers.episodes.play import Episode
+from workers.episodes.rows import episode_columns, episode_metrics, log_lost
+from workers.episodes.run import run_episodes
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
 
 NOTHING = Batch({}, 0)
-NO_RESPONSE = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False)
+NO_RESPONSE = replace(NOTHING_DRAWN, interrupted=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +42,6 @@ class _Begun:
     """Generation that was interrupted."""
 
     responses: list[Response]
-    versions: list[NDArray[np.int32]]
-    """[T] of each response: the weights that drew each token."""
     staleness: NDArray[np.int64]
     """[B] updates they were behind."""
 
@@ -62,7 +65,7 @@ class RolloutWorker:
         from transformers import AutoTokenizer
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
         self.asker = Asker(config.model.path, context)
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
@@ -113,11 +116,10 @@ class RolloutWorker:
             seed_of(call.seed, call.step, call.node, int(row), copy) for row in call.row_index for copy in range(n)
         ]
         begun = self._begun.pop((call.node, call.step), None)
-        drawn: Sequence[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(seeds)
         behind = np.full(len(seeds), staleness)
         if begun is not None:  # staleness is that of the policy that drew the first token
-            old = np.array([len(versions) > 0 for versions in begun.versions], dtype=bool)
-            drawn, behind = begun.versions, np.where(old, begun.staleness, behind)
+            old = np.array([len(response.token_ids) > 0 for response in begun.responses], dtype=bool)
+            behind = np.where(old, begun.staleness, behind)
         responses = self._drawn(
             asked.prompts,
             np.flatnonzero(fits),
@@ -127,16 +129,11 @@ class RolloutWorker:
             stop=self._stop.is_set if self._interrupts else None,
             mixture=None if lender is None or mixture is None else (lender.engine, mixture[1]),
         )
-        version = np.int32(self.engine.weights_version)
-        versions = [
-            np.concatenate([earlier, np.full(len(response.token_ids) - len(earlier), version)])
-            for response, earlier in zip(responses, drawn, strict=True)
-        ]
         if any(response.interrupted for response in responses):
-            self._begun[call.node, call.step] = _Begun(responses, versions, behind)
+            self._begun[call.node, call.step] = _Begun(responses, behind)
             return OpResult(columns=NOTHING, interrupted=True)
         parent = np.repeat(np.arange(batch.num_rows), n)
-        columns = {**response_columns(responses, versions), **asked_columns(asked, parent, template, prefix)}
+        columns = {**response_columns(responses), **asked_columns(asked, parent, template, prefix)}
         columns |= self._texts(responses, sampling)
         metrics: Metrics = {}
         if parser is not None:
@@ -147,7 +144,8 @@ class RolloutWorker:
                 "prompts_too_long": Mean(float((~fits).sum()), 0),
             }
         if begun is not None:
-            metrics["continued"] = Mean(float(sum(len(v) > 0 and v[0] != v[-1] for v in versions)), 0)
+            continued = sum(len(r.versions) > 0 and r.versions[0] != r.versions[-1] for r in responses)
+            metrics["continued"] = Mean(float(continued), 0)
         prompt_tokens = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)[parent]
         tokens = prompt_tokens + columns["response_ids"].lengths
         return OpResult(
@@ -254,6 +252,59 @@ class RolloutWorker:
             last, lambda ids: any(text in self.tokenizer.decode(ids, skip_special_tokens=True) for text in texts)
         )
 
+    def run_episodes(
+        self,
+        batch: Batch,
+        call: Call,
+        *,
+        environment: Environment,
+        n: int = 1,
+        greedy: bool = False,
+        limits: EpisodeLimits | None = None,
+    ) -> OpResult:
+        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over."""
+        assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
+        self.memory.turn(generating(self.name))
+        staleness, rollout = self._staleness(call.step), self.config.rollout
+        episodes = run_episodes(
+            self.engine,
+            self.config.model.path,
+            batch,
+            call,
+            environment,
+            limits or EpisodeLimits(),
+            self._sampling(n, greedy),
+            rollout.max_prompt_tokens,
+        )
+        self._log(episodes, batch, call, n)
+        kept = np.array([at for at, episode in enumerate(episodes) if episode.trains], dtype=np.int64)
+        columns = episode_columns([episodes[at] for at in kept], rewards=environment.rewards)
+        lengths = columns["response_ids"].lengths
+        tokens = columns["prompt_ids"].lengths + lengths
+        rows, trained = float(len(kept)), float(columns["response_mask"].values.sum())
+        metrics: Metrics = {
+            **episode_metrics(episodes),
+            "response_tokens": Mean(float(lengths.sum()), rows),
+            "drawn_tokens": Mean(trained, rows),
+            "longest_response": Largest(float(lengths.max(initial=0))),
+            "finished": Mean(float(columns["finished"].values.sum()), rows),
+            "rows": Mean(rows, 0),
+            "sequence_tokens": Mean(float(tokens.sum()), 0),
+            "staleness": Mean(staleness * rows, rows),
+        }
+        if environment.rewards:
+            metrics |= reward_metrics(columns["rewards"].values)
+        return OpResult(columns=Batch(columns, len(kept)), parent=kept // n, tokens=tokens, metrics=metrics)
+
+    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
+        groups = batch["group_id"].values
+        places = [
+            {"step": call.step, "node": call.node, "group_id": int(groups[at // n]), "copy": at % n}
+            for at in range(len(episodes))
+        ]
+        file = Path(self.context.folder) / "episodes" / f"lost_{self.name}_rank_{self.context.rank}.jsonl"
+        log_lost(list(zip(places, episodes, strict=True)), file)
+
     def connect(self, bridge: Bridge) -> None:
         """Meet the ranks that train, in a pool of their own; all of both pools do."""
         device = torch.device(self.context.device)
@@ -324,13 +375,13 @@ def _whole_answers(asked: Asked, parent: NDArray[np.int64], response: Column) ->
     return [asked.answers[row] + text for row, text in zip(parent, texts, strict=True)]
 
 
-def response_columns(responses: Sequence[Response], versions: Sequence[NDArray[np.int32]]) -> dict[str, Column]:
-    """The columns that generation writes, text aside; versions: [T] of each response."""
+def response_columns(responses: Sequence[Response]) -> dict[str, Column]:
+    """The columns that generation writes, text aside."""
     ids = Column.ragged([r.token_ids for r in responses], dtype=np.int32)
     return {
         "response_ids": ids,
         "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
         "rollout_log_probs": Column.ragged([r.log_probs for r in responses], dtype=np.float32),
         "finished": Column.dense([r.finished for r in responses], dtype=np.uint8),
-        "policy_version": Column.ragged(versions, dtype=np.int32),
+        "policy_version": Column.ragged([r.versions for r in responses], dtype=np.int32),
     }

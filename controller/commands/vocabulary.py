@@ -6,32 +6,48 @@ import argparse
 import json
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+
+from controller.commands.registry import Command, Commands, users_mistakes
 
 FORMATS = ("text", "json")
 RECIPE_FORMATS = (*FORMATS, "markdown")
 
 
-def add_vocabulary_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The commands' arguments."""
-    recipes = commands.add_parser(
-        "recipes", parents=[common], help="list the recipes there are, by family, and what each needs"
-    )
+def register(commands: Commands) -> None:
+    """`recipes`, `roles`, `columns` and `ops`."""
+    recipes = commands.add(
+        "recipes", _of(recipes_command), "list the recipes there are, by family, and what each needs",
+        "recipes", "recipes mine.py --search preference", "recipes --format json",
+    )  # fmt: skip
     recipes.add_argument("files", metavar="FILE", nargs="*", help="files of your own to list, too")
     recipes.add_argument("--search", metavar="TEXT", help="only those with this in their name, text, roles or data")
     recipes.add_argument("--family", metavar="NAME", help="only those of this family, such as preference")
     recipes.add_argument("--needs", metavar="CODE", help="only those that need this capability, such as PREF")
     recipes.add_argument("--missing", action="store_true", help="the catalogue's numbers that no recipe covers")
-    roles = commands.add_parser("roles", parents=[common], help="list kinds of roles, their ops and columns")
-    columns = commands.add_parser(
-        "columns", parents=[common], help="list columns; of a recipe: who writes and reads them"
+    roles = commands.add(
+        "roles", _of(roles_command), "list kinds of roles, their ops and columns", "roles --format json"
+    )
+    columns = commands.add(
+        "columns",
+        _of(columns_command),
+        "list columns; of a recipe: who writes and reads them",
+        "columns",
+        "columns ppo",
     )
     columns.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe's name, or path/to/file.py[:name]")
     columns.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. algorithm.kl_coef=0")
     recipes.add_argument("--format", choices=RECIPE_FORMATS, default="text")
     for parser in (roles, columns):
         parser.add_argument("--format", choices=FORMATS, default="text")
-    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
+    commands.add("ops", _of(ops_command), "list role ops, host ops and losses that recipes are made of", "ops")
+
+
+def _of(command: Command) -> Command:
+    def within(arguments: argparse.Namespace) -> int:
+        with users_mistakes():
+            return command(arguments)
+
+    return within
 
 
 def recipes_command(arguments: argparse.Namespace) -> int:

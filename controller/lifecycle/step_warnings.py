@@ -50,11 +50,19 @@ def nothing_learned(metrics: Mapping[str, float]) -> str | None:
         parts.append(f"the gradient of {', '.join(still)} is exactly 0")
     if idle:
         parts.append(f"{', '.join(idle)} made no optimizer step, since no rows were left")
+    if idle:
+        lost = [f"{node} lost {value:g} episodes (rlhf-dist rollouts RUN --lost)" for node, value in _lost(metrics)]
+        parts += lost
     if not parts:
         return None
     effect = "nothing is learnt in this step" if still or idle else "the rewards teach nothing in this step"
     where = "the rewards, and try other prompts, more samples a prompt or a higher temperature" if equal else "the rows"
     return f"{', and '.join(parts)}: {effect}; look at {where}"
+
+
+def _lost(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(node, episodes) where some were lost."""
+    return [(node, value) for node, value in _named(metrics, "lost") if value]
 
 
 def _named(metrics: Mapping[str, float], name: str) -> list[tuple[str, float]]:

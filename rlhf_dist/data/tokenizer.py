@@ -52,9 +52,9 @@ class TextTokenizer:
         """For each token of `encode([text])` the characters it stands for."""
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).offsets)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, special ones included."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, special_tokens: bool = True) -> str:
+        """The text of these tokens, with special ones or without."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special_tokens)
         return text
 
     def token(self, token_id: int) -> str:

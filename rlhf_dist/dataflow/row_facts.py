@@ -40,7 +40,7 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
         else:
             copies = node.kwargs.get("n", 1) if node.rows == "expand" else _copies(node)
             rows = before[0].rows * (copies if node.rows in ("expand", "derive") else 1)
-            exact = before[0].exact and node.rows not in ("drop", "derive")
+            exact = before[0].exact and node.rows not in ("drop", "derive") and not getattr(node.spec, "loses", False)
             found[node.name] = replace(before[0], rows=rows, exact=exact)
     return found
 

@@ -85,7 +85,7 @@ def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]
     """
     cluster, efficiency, _ = hardware_of(launch)
     problem = problem_of(launch)
-    space = runnable_space(cluster)
+    space = runnable_space(cluster, problem)
     strategies, _ = asked_strategies(launch, overrides)
     question = Question(
         name=launch.recipe.name,
@@ -103,15 +103,16 @@ def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]
     return sections
 
 
-def runnable_space(cluster: Cluster) -> Space:
+def runnable_space(cluster: Cluster, problem: Problem) -> Space:
     """Strategies that the engines of this system have: any other would make the prediction one of another run.
 
-    A host that is the device has nowhere to offload to.
+    A host that is the device has nowhere to offload to. Episodes are played where the whole model is.
     """
     return Space(
         offload=cluster.gpu.name != "CPU",
         plain_zero=True,
         reallocate=False,
+        generation_tensor=not any(work.name.split("#")[0].endswith(".run_episodes") for work in problem.nodes),
         generation_pipeline=False,
     )
 

@@ -116,7 +116,7 @@ def win_rates(batch: Batch, verdicts: Batch, *, column: str = "choice", into: st
     wins, played = _sums(np.concatenate([low, high]), np.concatenate([win, 1 - win]), batch.num_rows)
     metrics = {
         "pairs_judged": mean_of(judged),
-        "order_agreement": mean_of(agree),
+        "order_agreement": mean_of(np.asarray(agree)),
         "ties": mean_of(np.asarray(win == 0.5)),
         "first_wins": mean_of(first_wins.ravel()),
     }

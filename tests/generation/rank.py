@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,30 @@ def generate(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> 
         return f"{type(error).__name__}: {error}"
     assert all(r.token_ids.dtype == np.int32 and r.log_probs.dtype == np.float32 for r in responses)
     return [(r.token_ids.tolist(), r.log_probs.tolist(), r.finished) for r in responses]
+
+
+def by_request(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> tuple[Answers, list[int], str]:
+    """The same one by one, each added a step after the one before, the last first; what one that was aborted after
+    three steps had drawn; and what a sync meanwhile is told."""
+    from workers.engines.generation.interface import Request
+
+    one = replace(sampling, n=1)
+    rows = [np.array(prompt, dtype=np.int32) for prompt in prompts for _ in range(sampling.n)]
+    waiting = [Request(name=f"r{k}", token_ids=rows[k], sampling=one, seed=seeds[k]) for k in range(len(rows))]
+    _engine.add(replace(waiting[0], name="aborted"))
+    done: dict[str, Any] = {}
+    steps, so_far, refused = 0, [], ""
+    while len(done) < len(rows):
+        if waiting:
+            _engine.add(waiting.pop())
+        done |= dict(_engine.step())
+        steps += 1
+        if steps == 3:
+            refused = str(sync(9, 9).get("message", "it was taken"))
+            so_far = _engine.abort("aborted").token_ids.tolist()
+    found = [done[f"r{k}"] for k in range(len(rows))]
+    assert all(set(r.versions.tolist()) == {_engine.weights_version} for r in found)
+    return [(r.token_ids.tolist(), r.log_probs.tolist(), r.finished) for r in found], so_far, refused
 
 
 def random_launches(

@@ -109,6 +109,21 @@ def test_a_response_depends_on_its_seed_and_not_on_its_batch(engine: tuple[str, 
         assert tokens == together[place][0]
 
 
+def test_requests_come_and_go_and_each_is_drawn_as_if_it_were_alone(engine: tuple[str, Single]) -> None:
+    _, one = engine
+    one.sync(1, 1)
+    wave = one.generate(SHORT + LONG, SAMPLING, [*SEEDS, 17, 18, 19, 20])
+    answers, so_far, refused = one.by_request(SHORT + LONG, SAMPLING, [*SEEDS, 17, 18, 19, 20])
+    assert [(tokens, finished) for tokens, _, finished in answers] == [(t, finished) for t, _, finished in wave]
+    assert one.largest_difference(1, SHORT + LONG, answers, SAMPLING) < 1e-4
+    assert so_far == wave[0][0][:3], "the same request, let go of after three tokens"
+    assert "no requests in flight to take weights" in refused
+    after = one.generate(SHORT, SAMPLING, SEEDS)
+    assert [tokens for tokens, _, _ in after] == [tokens for tokens, _, _ in wave[: len(SEEDS)]], (
+        "nothing is left of it"
+    )
+
+
 def test_responses_end_with_the_end_token_or_at_the_limit(engine: tuple[str, Single]) -> None:
     _, one = engine
     one.sync(1, 1)

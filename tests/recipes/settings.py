@@ -167,6 +167,12 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "surrogates": lambda made: {"algorithm.samples_per_prompt": 4, "reward.function": MIXED},
     "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
     "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
+    "tool_grpo": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.samples_per_prompt": 6},
+        **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
+        **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
+    },
+    "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }

@@ -101,6 +101,21 @@ def test_gae_puts_kl_and_terminal_reward_where_they_belong() -> None:
     assert result.metrics["rows_without_tokens"].value == 1
 
 
+def test_rewards_of_turns_fall_where_they_are_and_their_sum_is_not_added_again() -> None:
+    mask = np.array([1, 1, 0, 1], dtype=np.uint8)
+    ids = np.array([0, 4])
+    batch = Batch(
+        {
+            "response_mask": Column(mask, ids),
+            "rewards": Column.dense([3.0], dtype=np.float32),
+            "values": Column(np.zeros(4, np.float32), ids),
+            "token_rewards": Column(np.array([0, 1, 0, 2], np.float32), ids),
+        }
+    )
+    result = as_result(gae(batch, gamma=1.0, lam=1.0, dense="alone"))
+    assert result.columns["returns"].values[mask == 1].tolist() == [3.0, 3.0, 2.0]
+
+
 def test_gae_adds_token_rewards_when_dense() -> None:
     batch = random_batch([3, 2])
     sparse = as_result(gae(batch, gamma=1.0, lam=1.0)).columns["returns"].values

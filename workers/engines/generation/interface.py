@@ -8,6 +8,9 @@
                                    WeightSyncError, on every rank of the            weights_version = version
                                    tensor-parallel group; generate refuses
 
+Responses are asked for one by one (`add`), all that are in flight get a token at each `step`, and `generate` is one
+wave of this: what is drawn for a request depends on its seed, never on what else is in flight.
+
 An engine starts without weights and refuses to generate (`StaleWeights`) until a sync completes; a sync
 that begins takes the old version away, so a stale or half-updated policy cannot be sampled from.
 """
@@ -15,7 +18,7 @@ that begins takes the old version away, so a stale or half-updated policy cannot
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -52,10 +55,31 @@ class Response:
     log_probs: NDArray[np.float32]
     """[T] log-probs of those tokens under softmax(logits / temperature) over the *full* vocabulary, whatever
     top_p, top_k or greedy say: what the trainer recomputes at the same temperature."""
+    versions: NDArray[np.int32]
+    """[T] version of the weights that drew each token."""
     finished: bool
     """Ended itself; False when cut at max_tokens."""
     interrupted: bool = False
     """Neither ended nor cut: generation was asked to stop, T may be 0, and the rest may be drawn later."""
+
+
+NOTHING_DRAWN = Response(
+    np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int32), finished=False, interrupted=True
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One response that is asked for."""
+
+    name: str
+    """Unique among those in flight."""
+    token_ids: NDArray[np.integer]
+    """[P] all tokens before it, P >= 1."""
+    sampling: Sampling
+    """Its n is 1."""
+    seed: int
+    """Of its random stream, in [0, 2^63)."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +165,22 @@ class GenerationEngine(Protocol):
         mixture: another engine of this process and its share s: tokens are drawn from (1 - s) own + s other logits.
         Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
         """
+        ...
+
+    def add(self, request: Request) -> None:
+        """Ask for one more response, whatever is in flight; weights stay as they are until none is.
+
+        Raises StaleWeights without verified weights, ValueError for a request that does not fit or a name in flight.
+        """
+        ...
+
+    def step(self) -> list[tuple[str, Response]]:
+        """One token for every request in flight, once the prompts of new ones are read (as many as there is room for;
+        the others wait). Returns those that are done, by name."""
+        ...
+
+    def abort(self, name: str) -> Response:
+        """Let go of a request in flight; what it had drawn, as interrupted."""
         ...
 
     def receive_weights(self, version: int, buckets: Iterator[Bucket], expected: Mapping[str, int]) -> SyncReport:
@@ -251,6 +291,7 @@ class SyncedEngine(ABC):
         """See GenerationEngine."""
         if version < 0:
             raise ValueError(f"version must be >= 0, got {version}")
+        self._require_idle("take weights")
         started = perf_counter()
         self.refuse(f"the sync of version {version} did not complete")
         self._began = True
@@ -288,6 +329,7 @@ class SyncedEngine(ABC):
 
     def receive_shards(self, sync: ShardSync) -> None:
         """See GenerationEngine."""
+        self._require_idle("take weights")
         self.refuse("the last weight sync did not complete")
         self._began = True
         self._version = sync(self._target_shards(), self._begin_shards, self._finish_shards)
@@ -307,6 +349,18 @@ class SyncedEngine(ABC):
     def _require_weights(self) -> None:
         if self._version < 0:
             raise StaleWeights(f"generation needs a verified version of the weights: {self._refusal}; sync first")
+
+    def _require_idle(self, what: str) -> None:
+        if self._in_flight:
+            raise RuntimeError(
+                f"an engine must have no requests in flight to {what}, it has {len(self._in_flight)} "
+                f"({next(iter(self._in_flight))!r} is the first); step until they are done, or abort them"
+            )
+
+    @property
+    @abstractmethod
+    def _in_flight(self) -> Collection[str]:
+        """Names of requests that were added and are not done."""
 
     @abstractmethod
     def _begin_install(self) -> None:
@@ -369,6 +423,24 @@ def check_request(
         )
 
 
+def check_added(request: Request, in_flight: Collection[str], *, max_tokens: int) -> None:
+    """Raise ValueError for a request that does not fit. max_tokens: prompt and response together, at most."""
+    sampling = request.sampling
+    if request.name in in_flight:
+        raise ValueError(f"requests in flight have names of their own, and {request.name!r} is in flight")
+    if sampling.n != 1:
+        raise ValueError(f"a request is for one response, got n={sampling.n}; add as many requests")
+    if sampling.stop:
+        raise ValueError(f"a request ends at end-of-text tokens and its limit, got stop={sampling.stop!r}")
+    if not 0 <= request.seed < 1 << 63:
+        raise ValueError(f"seeds must be in [0, 2^63), got {request.seed}")
+    if not 1 <= len(request.token_ids) <= max_tokens - sampling.max_tokens:
+        raise ValueError(
+            f"prompt and response must have at most {max_tokens} tokens (rollout.max_prompt_tokens + "
+            f"max_response_tokens), the prompt at least one; got {len(request.token_ids)} + {sampling.max_tokens}"
+        )
+
+
 def resumed_seed(seed: int, tokens: int) -> int:
     """The seed of a response that goes on after `tokens` tokens: the streams that drew those are gone."""
     return seed if tokens == 0 else (seed + tokens * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
@@ -381,6 +453,7 @@ def continued(before: Response | None, more: Response) -> Response:
     return Response(
         np.concatenate([before.token_ids, more.token_ids]),
         np.concatenate([before.log_probs, more.log_probs]),
+        np.concatenate([before.versions, more.versions]),
         more.finished,
         more.interrupted,
     )

@@ -1,13 +1,14 @@
 """Generation with transformers alone: the embedded fallback, one copy of the model per rank.
 
-A batch is padded on the left, so that its last column is every row's newest token; rows that ended are kept
-until the batch ends. Slower than vLLM (no paging, no continuous batching), and short enough to read.
+Rows are padded on the left, join while others are being drawn, and leave when they end (`cohort.py`). Slower than vLLM
+(no paging, a copy of the cache a token), and short enough to read.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,21 @@ from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 from workers.engines.files.file_tensors import file_tensors, kept_buffers, parameters_of
 from workers.engines.files.load import load
+from workers.engines.generation.cohort import Cohort, Row, joined
 from workers.engines.generation.interface import (
     BOTH,
     DROPPED,
+    NOTHING_DRAWN,
     Bucket,
     Ends,
     GenerationEngine,
+    Request,
     Response,
     SleepPart,
     SyncedEngine,
     Untraceable,
     WeightSyncError,
+    check_added,
     check_request,
     continued,
     resumed_seed,
@@ -43,7 +48,6 @@ from workers.engines.generation.interface import (
 from workers.engines.model.unseen import caps_scores
 from workers.engines.movable import Movable
 
-_NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _ROWS_AT_ONCE = 128
 """Responses generated together; bounds the KV cache and the logits."""
 
@@ -59,13 +63,16 @@ class TransformersEngine(SyncedEngine):
                 "use rollout.engine=vllm"
             )
         self._rollout, self._device = rollout, device
-        self._end_tokens = torch.tensor(end_token_ids(model_path), dtype=torch.int64, device=device)
+        self._end_tokens = frozenset(end_token_ids(model_path))
+        self._added: dict[str, Row] = {}
+        self._waiting: list[Row] = []
+        self._cohorts: list[Cohort] = []
         # Random weights, never generated with; the process's random streams are the trainer's.
         with torch.random.fork_rng():
-            config = AutoConfig.from_pretrained(model_path)
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
             # The library's sdpa leaves caps on scores out.
             attention = {"attn_implementation": "eager"} if caps_scores(config) else {}
-            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, **attention)
+            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, trust_remote_code=False, **attention)
         self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
         _check_cache(self._model, device)
         self._files = file_tensors(model, {name: tensor.shape for name, tensor in self._weights().items()})
@@ -92,24 +99,71 @@ class TransformersEngine(SyncedEngine):
             max_prompt_tokens=self._rollout.max_prompt_tokens,
             max_response_tokens=self._rollout.max_response_tokens,
         )
-        rows = [prompt for prompt in prompts for _ in range(sampling.n)]
-        responses: list[Response] = list(begun or [_NOTHING_DRAWN] * len(rows))
-        left = [row for row, response in enumerate(responses) if response.interrupted]
+        self._require_idle("generate")
+        contexts = [prompt for prompt in prompts for _ in range(sampling.n)]
+        responses: list[Response] = list(begun or [NOTHING_DRAWN] * len(contexts))
+        left = [at for at, response in enumerate(responses) if response.interrupted]
         for start in range(0, len(left), _ROWS_AT_ONCE):
             here = left[start : start + _ROWS_AT_ONCE]
-            before = [responses[row] for row in here]
-            more = self._generate_rows(
-                models,
-                [np.concatenate([rows[row], one.token_ids]) for row, one in zip(here, before, strict=True)],
-                sampling,
-                [resumed_seed(seeds[row], len(one.token_ids)) for row, one in zip(here, before, strict=True)],
-                [sampling.max_tokens - len(one.token_ids) for one in before],
-                stop,
-                None if ends is None else (ends, [one.token_ids for one in before]),
-            )
-            for row, one, rest in zip(here, before, more, strict=True):
-                responses[row] = continued(one, rest)
+            rows = []
+            for at in here:
+                before = responses[at].token_ids
+                context = np.concatenate([contexts[at], before])
+                seed = resumed_seed(seeds[at], len(before))
+                row = self._row(str(at), context, sampling, seed, sampling.max_tokens - len(before))
+                rows.append(replace(row, ends=ends, before=before))
+            cohort = self._cohort(models, rows)
+            while cohort.rows and not (stop is not None and stop()):
+                cohort.step()
+            for at, row in zip(here, rows, strict=True):
+                responses[at] = continued(responses[at], row.response(self._version))
         return responses
+
+    def add(self, request: Request) -> None:
+        """See GenerationEngine."""
+        self._running("add")
+        self._require_weights()
+        check_added(request, self._in_flight, max_tokens=self._max_tokens)
+        sampling = request.sampling
+        row = self._row(request.name, request.token_ids, sampling, request.seed, sampling.max_tokens)
+        self._added[request.name] = row
+        self._waiting.append(row)
+
+    def step(self) -> list[tuple[str, Response]]:
+        """See GenerationEngine."""
+        model = self._running("step")
+        room = _ROWS_AT_ONCE - sum(len(cohort.rows) for cohort in self._cohorts)
+        if new := self._waiting[: max(room, 0)]:
+            self._waiting = self._waiting[len(new) :]
+            self._cohorts.append(self._cohort([(model, 1.0)], new))
+        done = [row for cohort in self._cohorts for row in cohort.step()]
+        self._cohorts = joined(self._cohorts)
+        return [(row.name, self._added.pop(row.name).response(self._version)) for row in done]
+
+    def abort(self, name: str) -> Response:
+        """See GenerationEngine."""
+        row = self._added.pop(name)
+        so_far = row.response(self._version)
+        self._waiting = [one for one in self._waiting if one is not row]
+        for cohort in self._cohorts:
+            cohort.let_go([row])
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+        return so_far
+
+    @property
+    def _in_flight(self) -> Collection[str]:
+        return self._added
+
+    @property
+    def _max_tokens(self) -> int:
+        return self._rollout.max_prompt_tokens + self._rollout.max_response_tokens
+
+    def _row(self, name: str, context: NDArray[np.integer], sampling: Sampling, seed: int, limit: int) -> Row:
+        stream = torch.Generator(self._device).manual_seed(stream_seed(seed))
+        return Row(name, context, sampling, stream, limit)
+
+    def _cohort(self, models: Sequence[tuple[PreTrainedModel, float]], rows: Sequence[Row]) -> Cohort:
+        return Cohort(models, rows, self._end_tokens, _draw, self._device)
 
     def held_bytes(self) -> dict[SleepPart, int]:
         """See GenerationEngine. The cache lives inside `generate` only."""
@@ -132,6 +186,7 @@ class TransformersEngine(SyncedEngine):
     def close(self) -> None:
         """See GenerationEngine."""
         self._model = None
+        self._added, self._waiting, self._cohorts = {}, [], []
         self.refuse("the engine is closed")
         gc.collect()
 
@@ -221,86 +276,6 @@ class TransformersEngine(SyncedEngine):
     def _finish_shards(self, version: int) -> None:
         pass
 
-    def _generate_rows(
-        self,
-        models: Sequence[tuple[PreTrainedModel, float]],
-        prompts: Sequence[NDArray[np.integer]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        limits: Sequence[int],
-        stop: Callable[[], bool] | None,
-        ends: tuple[Ends, Sequence[NDArray[np.int32]]] | None,
-    ) -> list[Response]:
-        """models: each with its share of the logits. limits: [B] most tokens of each row. ends: see `generate`, and [B]
-        the tokens that each response has already."""
-        tokens, mask = self._left_padded(prompts)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        streams = [torch.Generator(self._device).manual_seed(stream_seed(seed)) for seed in seeds]
-        caches = [DynamicCache(config=model.config) for model, _ in models]
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
-        drawn: list[Tensor] = []  # one [B] per step
-        log_probs: list[Tensor] = []
-        lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self._device)
-        most = torch.tensor(limits, device=self._device)
-        finished = torch.zeros_like(ended)
-        while not bool(ended.all()) and not (stop is not None and stop()):
-            said = [
-                model(
-                    input_ids=tokens,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
-                for (model, _), cache in zip(models, caches, strict=True)
-            ]
-            shares = [share for _, share in models]
-            logits = said[0].float() if shares == [1.0] else _mixture(said, shares)
-            token, log_prob = _draw(logits, sampling, streams)
-            drawn.append(token)
-            log_probs.append(log_prob)
-            lengths += ~ended
-            finished |= ~ended & torch.isin(token, self._end_tokens)
-            if ends is not None:
-                finished |= self._ended_by(*ends, drawn, ended)
-            ended |= finished | (lengths >= most)
-            tokens, positions = token[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        if not drawn:
-            return [_NOTHING_DRAWN] * len(prompts)
-        all_tokens = torch.stack(drawn, dim=1).to(torch.int32).cpu().numpy()
-        all_log_probs = torch.stack(log_probs, dim=1).cpu().numpy()
-        return [
-            Response(
-                all_tokens[row, :length].copy(),
-                all_log_probs[row, :length].copy(),
-                finished=bool(finished[row]),
-                interrupted=not bool(ended[row]),
-            )
-            for row, length in enumerate(lengths.tolist())
-        ]
-
-    def _ended_by(
-        self, ends: Ends, before: Sequence[NDArray[np.int32]], drawn: Sequence[Tensor], ended: Tensor
-    ) -> Tensor:
-        """[B] which rows `ends` says are at their end; not asked of those that have `ended`."""
-        last = torch.stack(list(drawn[-ends.last :]), dim=1).tolist()
-        asked = [
-            not over and ends.after(earlier, more)
-            for over, earlier, more in zip(ended.tolist(), before, last, strict=True)
-        ]
-        return torch.tensor(asked, dtype=torch.bool, device=self._device)
-
-    def _left_padded(self, prompts: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
-        width = max(len(prompt) for prompt in prompts)
-        tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
-            mask[row, width - len(prompt) :] = 1
-        return tokens.to(self._device), mask.to(self._device)
-
 
 @torch.no_grad()
 def _check_cache(model: PreTrainedModel, device: torch.device) -> None:
@@ -321,11 +296,6 @@ _NO_CACHE = (
     "rollout.engine=transformers cannot generate with {}: its tokens do not follow from a cache of keys and values; "
     "set rollout.engine=vllm"
 )
-
-
-def _mixture(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """[B, V] sum of share * logits in float32: the geometric mixture of the distributions, before it is normalised."""
-    return sum((share * one.float() for one, share in zip(logits, shares, strict=True)), torch.zeros(()))
 
 
 def _draw(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

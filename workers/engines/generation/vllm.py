@@ -5,6 +5,7 @@ world of W ranks, tensor_parallel t:   W/t copies of the model (data parallel) o
 
 generate:  requests ──> LLMEngine.step() until none is left       every rank of a copy runs the same
            steps on the same requests; the only waits are vLLM's collectives inside the copy
+add, step: the same, requests coming and going as the caller says, alike on every rank of a copy
 sync:      invalidate ──> load bucket by bucket ──> pack ──> read back ──> prefix cache reset
 """
 
@@ -14,7 +15,7 @@ import copy
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -39,13 +40,16 @@ from workers.engines.files.load import fill_whole, load
 from workers.engines.generation.interface import (
     BOTH,
     DROPPED,
+    NOTHING_DRAWN,
     Bucket,
     Ends,
     GenerationEngine,
+    Request,
     Response,
     SleepPart,
     SyncedEngine,
     WeightSyncError,
+    check_added,
     check_request,
     continued,
     resumed_seed,
@@ -77,7 +81,6 @@ _MAX_REQUESTS = 1024
 """Requests in one scheduler step; the KV cache is the tighter limit."""
 _MAX_BATCHED_TOKENS = 8192
 """Prompt tokens in one scheduler step."""
-_NOTHING_DRAWN = Response(np.empty(0, np.int32), np.empty(0, np.float32), finished=False, interrupted=True)
 _CPU_BLOCK_TOKENS = 32
 """KV cache block on a CPU, tokens: vLLM's 128 would leave most of a short response's block empty."""
 
@@ -109,6 +112,7 @@ class VllmEngine(SyncedEngine):
         self._rollout = rollout
         self._end_tokens = end_token_ids(model_path)
         self._request_ids = count()
+        self._added: set[str] = set()
         self._tracing: vllm_trace.Tracing | None = None
         self._random_devices = [device] if device.type == "cuda" else []
         name = _shared_name()
@@ -160,11 +164,12 @@ class VllmEngine(SyncedEngine):
             max_prompt_tokens=rollout.max_prompt_tokens,
             max_response_tokens=rollout.max_response_tokens,
         )
+        self._require_idle("generate")
         params = self._sampling_params(sampling)
         if stop is not None or ends is not None:  # what has been drawn so far must be at hand at any time
             params.output_kind = RequestOutputKind.CUMULATIVE
         places: dict[str, int] = {}
-        responses: list[Response] = list(begun or [_NOTHING_DRAWN] * len(seeds))
+        responses: list[Response] = list(begun or [NOTHING_DRAWN] * len(seeds))
         for place, (seed, before) in enumerate(zip(seeds, responses, strict=True)):
             if not before.interrupted:
                 continue
@@ -192,12 +197,57 @@ class VllmEngine(SyncedEngine):
                     engine.abort_request(list(places))
         for request_id, place in places.items():
             if request_id in latest:
-                drawn_now = _response(latest[request_id])
+                drawn_now = self._response(latest[request_id])
                 if request_id in ended:
                     drawn_now = replace(drawn_now, finished=True, interrupted=False)
                 responses[place] = continued(responses[place], drawn_now)
         assert stop is not None or not any(r.interrupted for r in responses), "vLLM left requests without an output"
         return responses
+
+    def add(self, request: Request) -> None:
+        """See GenerationEngine."""
+        engine, rollout = self._running("generate"), self._rollout
+        self._require_weights()
+        most = rollout.max_prompt_tokens + rollout.max_response_tokens
+        check_added(request, self._added, max_tokens=most)
+        params = self._sampling_params(request.sampling)
+        params.seed = None if request.sampling.greedy else stream_seed(request.seed)
+        self._added.add(request.name)
+        engine.add_request(request.name, {"type": "token", "prompt_token_ids": request.token_ids.tolist()}, params)
+
+    def step(self) -> list[tuple[str, Response]]:
+        """See GenerationEngine."""
+        engine = self._running("generate")
+        with torch.random.fork_rng(devices=self._random_devices):
+            done = [(output.request_id, self._response(output.outputs[0])) for output in engine.step()]
+        self._added -= {name for name, _ in done}
+        return done
+
+    def abort(self, name: str) -> Response:
+        """See GenerationEngine."""
+        engine = self._running("generate")
+        self._added.remove(name)
+        # Outputs come when a request is done; what one has drawn before that, its state has.
+        state = engine.output_processor.request_states[engine.output_processor.external_req_ids[name][0]]
+        tokens = np.array(state.detokenizer.output_token_ids, dtype=np.int32)
+        log_probs = np.asarray(state.logprobs_processor.logprobs.logprobs, dtype=np.float32)
+        engine.abort_request([name])
+        return Response(tokens, log_probs[: len(tokens)], self._versions(len(tokens)), finished=False, interrupted=True)
+
+    @property
+    def _in_flight(self) -> Collection[str]:
+        return self._added
+
+    def _versions(self, tokens: int) -> NDArray[np.int32]:
+        return np.full(tokens, self._version, dtype=np.int32)
+
+    def _response(self, completion: Any) -> Response:
+        tokens = np.asarray(completion.token_ids, dtype=np.int32)
+        log_probs = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
+        assert len(tokens) == len(log_probs), f"{len(tokens)} tokens with {len(log_probs)} log-probs"
+        reason, versions = completion.finish_reason, self._versions(len(tokens))
+        interrupted = reason not in ("stop", "length")
+        return Response(tokens, log_probs, versions, finished=reason == "stop", interrupted=interrupted)
 
     def _anyone(self, wants: bool) -> bool:
         """Whether a rank of this copy wants to stop: all of them must do so after the same step."""
@@ -309,8 +359,7 @@ class VllmEngine(SyncedEngine):
         return {name: [w.view(parameters) for _, w in places] for name, places in self._tracing.boxes.items()}
 
     def _begin_shards(self) -> None:
-        if self._running("receive_shards").has_unfinished_requests():
-            raise RuntimeError("weights may only change between requests: some are still running")
+        self._running("receive_shards")
 
     def _finish_shards(self, version: int) -> None:
         assert self._tracing is not None, "trace() comes before receive_shards()"
@@ -381,6 +430,7 @@ def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device, 
     )
     return EngineArgs(
         model=model_path,
+        trust_remote_code=False,
         load_format="dummy",
         dtype=rollout.dtype,
         tensor_parallel_size=rollout.tensor_parallel,
@@ -435,11 +485,3 @@ def _at_its_end(before: Response, output: Any, ends: Ends) -> bool:
     """Whether `ends` says so of a request's tokens, those drawn `before` included; not asked where it ended itself."""
     completion = output.outputs[0]
     return completion.finish_reason != "stop" and ends.after(before.token_ids, completion.token_ids)
-
-
-def _response(completion: Any) -> Response:
-    tokens = np.asarray(completion.token_ids, dtype=np.int32)
-    log_probs = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
-    assert len(tokens) == len(log_probs), f"{len(tokens)} tokens with {len(log_probs)} log-probs"
-    reason = completion.finish_reason
-    return Response(tokens, log_probs, finished=reason == "stop", interrupted=reason not in ("stop", "length"))

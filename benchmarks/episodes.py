@@ -1,0 +1,185 @@
+"""256 episodes of 1 to 6 turns with tools that take a while (lognormal, 0.5 s in the mean), on a tiny model.
+
+    ours           an episode's next turn is drawn as soon as its tool has answered, beside whatever else is drawn
+    waves          the same episodes in lock-step: all turns of a round are drawn, then all tools are waited for
+    engine_bound   the same turns with tools that take no time: what the engine alone allows
+
+The three draw the same tokens, which is checked. One JSON line last.
+
+    make bench-episodes ARGS="--turn-tokens 32"
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import ModelConfig, RolloutConfig
+from rlhf_dist.data.conversation import Conversation
+from rlhf_dist.data.ends import end_token_ids
+from rlhf_dist.data.tokenizer import TextTokenizer
+from rlhf_dist.environments import Chat, Environment, EpisodeLimits, Row
+from rlhf_dist.sampling import Sampling, seed_of
+from rlhf_dist.testing.tiny_model import VOCABULARY, save_llama
+from rlhf_dist.wire import Call
+from workers.engines.generation.interface import GenerationEngine
+from workers.episodes.play import Episode
+from workers.episodes.run import run_episodes
+
+TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5
+SAID = "\nok:"
+
+
+def latencies_of(rng: np.random.Generator) -> list[float]:
+    """Seconds that each tool of an episode takes: one less than it has turns."""
+    turns = int(rng.integers(1, TURNS + 1))
+    return [float(value) for value in rng.lognormal(math.log(MEAN_S) - SIGMA**2 / 2, SIGMA, turns - 1)]
+
+
+class Tools(Environment):
+    """Turns with a tool between them; `slow` 0: it takes no time."""
+
+    def __init__(self, slow: float, turn_tokens: int) -> None:
+        self.slow, self.turn_tokens = slow, turn_tokens
+
+    async def episode(self, chat: Chat, row: Row) -> None:
+        """See Environment."""
+        latencies = latencies_of(chat.rng)
+        for latency in [*latencies, None]:
+            await chat.generate(max_tokens=self.turn_tokens)
+            if latency is not None:
+                await asyncio.sleep(self.slow * latency)
+                chat.say(SAID)
+        chat.reward(1.0)
+
+
+def main() -> None:
+    """Run the three and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
+    parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--turn-tokens", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
+        bench.ours(8, slow=0.0)  # what the first call alone costs
+        bound_s, bound = bench.ours(arguments.episodes, slow=0.0)
+        ours_s, ours = bench.ours(arguments.episodes, slow=1.0)
+        waves_s, waves = bench.waves(arguments.episodes)
+        bench.engine.close()
+    if waves != _turns(ours) or _turns(bound) != waves:
+        raise SystemExit("the three ways must draw the same tokens, and did not")
+    tokens = sum(len(turn) for turns in waves for turn in turns)
+    result = {
+        "engine": arguments.engine,
+        "episodes": arguments.episodes,
+        "turn_tokens": arguments.turn_tokens,
+        "tokens": tokens,
+        "ours": {
+            **_speed(tokens, ours_s),
+            "lost": sum(not episode.trains for episode in ours),
+            "outcomes": dict(Counter(episode.outcome for episode in ours)),
+        },
+        "waves": _speed(tokens, waves_s),
+        "engine_bound": _speed(tokens, bound_s),
+        "ours_over_waves": round(waves_s / ours_s, 2),
+    }
+    print(json.dumps(result))
+
+
+class Bench:
+    """An engine, and the ways to play episodes on it."""
+
+    def __init__(self, kind: str, model: Path, turn_tokens: int) -> None:
+        self.model, self.turn_tokens = model, turn_tokens
+        self.tokens = TURNS * (turn_tokens + len(SAID))
+        rollout = RolloutConfig(
+            engine=kind,
+            max_prompt_tokens=self.tokens + 8,
+            max_response_tokens=self.tokens,
+            kv_cache_bytes=256 << 20,
+        )
+        where: dict[str, Any] = {"rank": 0, "world": 1, "device": torch.device("cpu")}
+        self.engine: GenerationEngine
+        if kind == "vllm":
+            from workers.engines.generation.vllm import VllmEngine
+
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            self.engine = VllmEngine(model_path=str(model), rollout=rollout, **where)
+        else:
+            from workers.engines.generation.transformers import TransformersEngine
+
+            self.engine = TransformersEngine(model_path=str(model), rollout=rollout, **where)
+        self.engine.load(ModelConfig(path=str(model)), 0)
+
+    def ours(self, count: int, *, slow: float) -> tuple[float, list[Episode]]:
+        """Seconds, and the episodes; slow: factor on what tools take."""
+        batch, call = _rows(count)
+        limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count)
+        environment, sampling = Tools(slow, self.turn_tokens), Sampling(max_tokens=self.tokens)
+        started = time.perf_counter()
+        episodes = run_episodes(
+            self.engine, str(self.model), batch, call, environment, limits, sampling, self.tokens + 8
+        )
+        return time.perf_counter() - started, episodes
+
+    def waves(self, count: int) -> tuple[float, list[list[list[int]]]]:
+        """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""
+        batch, call = _rows(count)
+        tokenizer, ends = TextTokenizer(self.model), end_token_ids(self.model)
+        started = time.perf_counter()
+        prompts, texts = batch["prompt_ids"].rows(), batch["prompt"].rows()
+        talks = [Conversation(tokenizer, ids.tolist(), text, ends) for ids, text in zip(prompts, texts, strict=True)]
+        seeds = [f"{call.seed}/{call.step}/{call.node}/{row}/0" for row in call.row_index]
+        waits = [latencies_of(np.random.default_rng(seed_of(seed, "environment"))) for seed in seeds]
+        for turn in range(TURNS):
+            left = [at for at, wait in enumerate(waits) if len(wait) >= turn]
+            if not left:
+                break
+            contexts = [talks[at].context() for at in left]
+            drawn = self.engine.generate(
+                contexts, Sampling(max_tokens=self.turn_tokens), [seed_of(seeds[at], turn) for at in left]
+            )
+            for at, response in zip(left, drawn, strict=True):
+                talks[at].drew(response.token_ids, response.log_probs, response.versions)
+            going_on = [at for at in left if len(waits[at]) > turn]
+            time.sleep(max((waits[at][turn] for at in going_on), default=0.0))
+            for at in going_on:
+                talks[at].say("user", SAID)
+        return time.perf_counter() - started, [_drawn(talk) for talk in talks]
+
+
+def _rows(count: int) -> tuple[Batch, Call]:
+    texts = [f"{row}+1=" for row in range(count)]
+    ids = [[1, *(VOCABULARY[character] for character in text)] for text in texts]
+    columns = {"prompt_ids": Column.ragged(ids, np.int32), "prompt": Column.strings(texts)}
+    return Batch(columns), Call(num_rows=count, row_index=np.arange(count), step=0, node="bench", line="", seed=0)
+
+
+def _turns(episodes: list[Episode]) -> list[list[list[int]]]:
+    """The tokens of each turn of each episode."""
+    return [_drawn(episode.chat.conversation) for episode in episodes]
+
+
+def _drawn(talk: Conversation) -> list[list[int]]:
+    return [piece.token_ids.tolist() for piece in talk.pieces if piece.turn >= 0]
+
+
+def _speed(tokens: int, seconds: float) -> dict[str, float]:
+    return {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What a user writes for episodes of several turns: an `Environment`, and the `Chat` that it is given.
+
+    class Calculator(Environment):
+        async def episode(self, chat, row):
+            while True:
+                reply = await chat.generate(max_tokens=64)
+                calls = JsonCalls().calls(reply.text)
+                if not calls:
+                    break
+                for call in calls:
+                    chat.say(await chat.run(evaluate, call.arguments["expression"]), role="tool")
+            chat.reward(float(row.answer in reply.text))
+
+    batch = actor.run_episodes(prompts, environment=Calculator(), n=8, limits=EpisodeLimits(turns=4))
+
+The object travels to the workers by value and serves all their episodes at one time: what belongs to one episode is
+kept in local variables of `episode`, never on `self`.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeLimits:
+    """How far an episode may go. Tokens are limited by the role's `rollout.max_response_tokens`, for all turns
+    together."""
+
+    turns: int = 8
+    """Generations of one episode; one more ends it as `turns`."""
+    seconds: float = 120.0
+    """Longest that an episode may take from its start; then it ends as `deadline`."""
+    tool_seconds: float = 20.0
+    """Longest that a function called with `chat.run` may take, where the call does not say otherwise."""
+    concurrent: int = 256
+    """Episodes under way at one time, in each process that generates."""
+    retries: int = 2
+    """Times that an episode is started again after an infrastructure error."""
+    message_characters: int = 20_000
+    """Longest text that may be said at one time; a longer one is an environment error, never cut in silence."""
+
+    def __post_init__(self) -> None:
+        for name in ("turns", "seconds", "tool_seconds", "concurrent", "message_characters"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"EpisodeLimits.{name} must be > 0, got {getattr(self, name)}")
+        if self.retries < 0:
+            raise ValueError(f"EpisodeLimits.retries must be >= 0 (0: never again), got {self.retries}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the model wrote in one turn."""
+
+    text: str
+    """Without special tokens."""
+    raw: str
+    """With them."""
+    finished: bool
+    """Ended itself; False when cut at max_tokens."""
+    tokens: int
+
+
+class Row:
+    """The row of the batch that an episode is of: `row.prompt`, `row.answer`, `row.source`, `row.fields` (its other
+    fields in the data file, a dict), and what the environment's `reads` name."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        self._columns = dict(columns)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and pickle ask of every object
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._columns:
+            has = ", ".join(self._columns)
+            raise KeyError(f"the row has no {name!r}; it has {has}; name others in the environment's `reads`")
+        value = self._columns[name]
+        return json.loads(value) if name == "fields" else value
+
+
+class Chat(Protocol):
+    """One episode, as its environment sees it."""
+
+    row: Row
+    rng: np.random.Generator
+    """Random numbers that depend on (run seed, step, node, row, copy) only."""
+
+    def say(self, text: str, role: str = "user") -> None:
+        """Put a message (user, tool, system) behind what is there; the model reads it at the next `generate`.
+
+        What is said before the first generation is the prompt; where nothing is, the row's own prompt is. Raises
+        TypeError for what is no text, ValueError for a text longer than `EpisodeLimits.message_characters`.
+        """
+        ...
+
+    async def generate(self, *, max_tokens: int | None = None) -> Reply:
+        """Let the model write a turn, of `max_tokens` at most. A turn that was cut goes on where nothing is said
+        between.
+
+        The episode ends here, as `length` or `turns`, where its tokens or turns are used up.
+        """
+        ...
+
+    def reward(self, value: float) -> None:
+        """Reward the last turn: the number is added to what its last token has. Raises ValueError before the first
+        turn and for what is no finite number."""
+        ...
+
+    async def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
+        """Call a function that blocks, in a thread of its own. Raises what it raises, ToolTimeout after `seconds`."""
+        ...
+
+    def end(self) -> None:
+        """End the episode here, as `finished`."""
+        ...
+
+
+class Environment(ABC):
+    """See the module's docstring."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Columns that `row` has besides prompt, answer, source and fields."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """JSON schemas that the chat template is given, where `episode` says the prompt itself."""
+    template_args: Mapping[str, Any] = {}
+    """Arguments of the chat template beside messages and tools, as `data.train.template_args` has."""
+    rewards: ClassVar[bool] = True
+    """Whether episodes give rewards: one that finishes without any is an environment error. False: a reward role
+    does."""
+    unfinished_reward: float = 0.0
+    """Added where an episode ends as `length`, `turns` or `policy_error`; such rows are counted."""
+
+    @abstractmethod
+    async def episode(self, chat: Chat, row: Row) -> None:
+        """Play one episode. What it raises is classified in `outcomes.py`."""

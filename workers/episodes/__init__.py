@@ -1,0 +1,1 @@
+"""Episodes in the process that generates: users' environments beside the generation engine."""

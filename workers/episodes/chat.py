@@ -1,0 +1,179 @@
+"""One attempt at an episode: what the environment says and asks, within the limits, and what is recorded of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from rlhf_dist.data.conversation import Conversation
+from rlhf_dist.environments import EpisodeLimits, Reply, Row, ToolTimeout
+from rlhf_dist.environments.outcomes import Outcome
+from rlhf_dist.sampling import Sampling, seed_of
+from workers.engines.generation.interface import Request, Response
+
+T = TypeVar("T")
+Generate = Callable[[Request], Awaitable[Response]]
+"""Has the engine draw a response; a cancelled wait lets go of it."""
+
+
+class EpisodeEnded(BaseException):
+    """The episode is over; no `Exception`, so that code which catches those does not go on."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(outcome, detail)
+        self.outcome, self.detail = outcome, detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What an episode may use, and how its tokens are drawn."""
+
+    limits: EpisodeLimits
+    sampling: Sampling
+    """n is 1, max_tokens those of the whole row's response."""
+    prompt_tokens: int
+    """Most tokens of the prompt."""
+
+
+@dataclass(eq=False)
+class LiveChat:
+    """See `rlhf_dist.environments.Chat`."""
+
+    row: Row
+    rng: np.random.Generator
+    conversation: Conversation
+    budget: Budget
+    seed: str
+    """What every seed of the episode begins with."""
+    name: str
+    """Unique among all attempts at episodes: what its requests are called."""
+    generate_one: Generate
+    rewards: dict[int, float] = field(default_factory=dict)
+    """Turn -> its reward."""
+    ended: EpisodeEnded | None = None
+    """How the episode ended; it takes nothing more then."""
+    _generating: bool = False
+
+    def say(self, text: str, role: str = "user") -> None:
+        """See Chat."""
+        self._open()
+        most = self.budget.limits.message_characters
+        if not isinstance(text, str):
+            raise TypeError(f"chat.say() takes text, got {type(text).__name__}; write str(...) where that is meant")
+        if len(text) > most:
+            raise ValueError(
+                f"chat.say() takes at most {most} characters (EpisodeLimits.message_characters), got {len(text)}; cut "
+                "it where that is meant"
+            )
+        self.conversation.say(role, text)
+
+    async def generate(self, *, max_tokens: int | None = None) -> Reply:
+        """See Chat."""
+        self._open()
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ValueError(f"max_tokens must be a number >= 1, got {max_tokens!r}")
+        if self._generating:
+            raise RuntimeError("chat.generate() may be awaited once at a time: the next turn is behind this one")
+        talk, turn = self.conversation, self.conversation.turns
+        if turn >= self.budget.limits.turns:
+            self._end("turns", f"{turn} turns (EpisodeLimits.turns)")
+        tokens = talk.context()
+        if len(talk.prompt) > self.budget.prompt_tokens:
+            raise ValueError(
+                f"the prompt must have at most {self.budget.prompt_tokens} tokens (rollout.max_prompt_tokens), got "
+                f"{len(talk.prompt)}; say less before the first generation"
+            )
+        left = self.budget.sampling.max_tokens - talk.response_tokens
+        if left < 1:
+            self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
+        most = left if max_tokens is None else min(left, max_tokens)
+        request = Request(
+            name=f"{self.name}/{turn}",
+            token_ids=tokens,
+            sampling=replace(self.budget.sampling, max_tokens=most),
+            seed=seed_of(self.seed, turn),
+        )
+        self._generating = True
+        try:
+            response = await self.generate_one(request)
+        finally:
+            self._generating = False
+        text, raw = talk.drew(response.token_ids, response.log_probs, response.versions)
+        if not response.finished and len(response.token_ids) == left:
+            self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
+        return Reply(text=text, raw=raw, finished=response.finished, tokens=len(response.token_ids))
+
+    def reward(self, value: float) -> None:
+        """See Chat."""
+        self._open()
+        if isinstance(value, str) or not math.isfinite(float(value)):
+            raise ValueError(f"a reward must be a finite number, got {value!r}")
+        if not self.conversation.turns:
+            raise ValueError(
+                "chat.reward() is for a turn of the model, and it has had none; call chat.generate() first"
+            )
+        turn = self.conversation.turns - 1
+        self.rewards[turn] = self.rewards.get(turn, 0.0) + float(value)
+
+    async def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
+        """See Chat."""
+        self._open()
+        return await in_thread(function, arguments, self.budget.limits.tool_seconds if seconds is None else seconds)
+
+    def end(self) -> None:
+        """See Chat."""
+        self._open()
+        self._end("finished", "")
+
+    def _open(self) -> None:
+        if self.ended is not None:
+            raise self.ended
+
+    def _end(self, outcome: Outcome, detail: str) -> NoReturn:
+        self.ended = EpisodeEnded(outcome, detail)
+        raise self.ended
+
+
+async def in_thread(function: Callable[..., T], arguments: tuple[Any, ...], seconds: float) -> T:
+    """Call a function that blocks; raises what it raises, ToolTimeout after `seconds`.
+
+    The thread is its own and ends with the process: one that hangs is left behind, and holds nobody up.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def deliver(set_it: Callable[[Any], None], value: Any) -> None:
+        if not answer.done():
+            set_it(value)
+
+    def call() -> None:
+        try:
+            result, setter = function(*arguments), answer.set_result
+        except BaseException as error:  # noqa: BLE001 - whatever a tool raises is raised where it was called
+            kept = error if isinstance(error, Exception) else RuntimeError(f"the function raised {error!r}")
+            setter_of_errors = answer.set_exception
+            _tell(loop, deliver, setter_of_errors, kept)
+            return
+        _tell(loop, deliver, setter, result)
+
+    threading.Thread(target=call, daemon=True, name=f"tool-{getattr(function, '__name__', 'call')}").start()
+    try:
+        return await asyncio.wait_for(answer, seconds)
+    except TimeoutError as error:
+        if answer.done() and not answer.cancelled():  # the function's own
+            raise
+        name = getattr(function, "__name__", repr(function))
+        raise ToolTimeout(f"{name} did not return within {seconds:g} s") from error
+
+
+def _tell(loop: asyncio.AbstractEventLoop, deliver: Callable[..., None], *arguments: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(deliver, *arguments)
+    except RuntimeError:  # the loop is closed: the episode is long over
+        pass

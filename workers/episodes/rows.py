@@ -1,0 +1,131 @@
+"""Episodes as rows of an ordinary batch, and what is counted and logged of those that are none."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_dist.batch import Column
+from rlhf_dist.data.conversation import Conversation, Piece
+from rlhf_dist.environments.outcomes import OF_OTHERS, OF_POLICY
+from rlhf_dist.metrics import Largest, Mean, Metrics
+from workers.episodes.play import Episode
+
+_TYPES = {
+    "response_ids": np.int32,
+    "response_mask": np.uint8,
+    "rollout_log_probs": np.float32,
+    "policy_version": np.int32,
+    "turn": np.int32,
+    "token_rewards": np.float32,
+}
+
+
+def episode_columns(episodes: Sequence[Episode], *, rewards: bool) -> dict[str, Column]:
+    """The columns of these episodes, all of which train; rewards: theirs among them."""
+    talks = [episode.chat.conversation for episode in episodes]
+    tokens = [_token_columns(episode) for episode in episodes]
+    columns = {name: Column.ragged([row[name] for row in tokens], dtype) for name, dtype in _TYPES.items()}
+    columns["prompt_ids"] = Column.ragged([np.array(talk.prompt, np.int32) for talk in talks], np.int32)
+    texts = [_texts(talk, row["response_ids"].tolist()) for talk, row in zip(talks, tokens, strict=True)]
+    columns["response"] = Column.strings([text for text, _ in texts])
+    columns["raw_response"] = Column.strings([raw for _, raw in texts])
+    columns["finished"] = Column.dense([episode.outcome == "finished" for episode in episodes], dtype=np.uint8)
+    columns["outcome"] = Column.strings([episode.outcome for episode in episodes])
+    columns["turns"] = Column.dense([talk.turns for talk in talks], dtype=np.int32)
+    columns["transcript"] = Column.strings([json.dumps(transcript(episode)) for episode in episodes])
+    if rewards:
+        totals = [sum(episode.chat.rewards.values()) for episode in episodes]
+        columns["rewards"] = Column.dense(totals, dtype=np.float32)
+    else:
+        del columns["token_rewards"]
+    return columns
+
+
+def transcript(episode: Episode) -> list[dict[str, Any]]:
+    """The prompt and each piece of the response: text, tokens, whether it trains, its reward and version."""
+    talk, rewards = episode.chat.conversation, episode.chat.rewards
+    said: list[dict[str, Any]] = [
+        {"who": "prompt", "text": talk.tokenizer.decode(talk.prompt), "tokens": len(talk.prompt), "trains": False}
+    ]
+    for piece in _pieces(talk):
+        text = talk.tokenizer.decode(piece.token_ids.tolist())
+        entry = {"who": "model", "text": text, "tokens": len(piece.token_ids), "trains": piece.turn >= 0}
+        if piece.turn < 0:
+            entry["who"] = "environment"
+        else:
+            entry |= {"turn": piece.turn, "version": int(piece.versions[0]), "reward": rewards.get(piece.turn)}
+        said.append(entry)
+    return said
+
+
+def episode_metrics(episodes: Sequence[Episode]) -> Metrics:
+    """Counts of every outcome, and of what was lost, retried and not rewarded."""
+    outcomes = Counter(episode.outcome for episode in episodes)
+    kept = [episode for episode in episodes if episode.trains]
+    count = float(len(kept))
+    return {
+        "episodes": Mean(float(len(episodes)), 0),
+        "lost": Mean(float(len(episodes) - len(kept)), 0),
+        **{f"outcome_{name}": Mean(float(outcomes[name]), 0) for name in (*OF_POLICY, *OF_OTHERS)},
+        "retried": Mean(float(sum(episode.attempts - 1 for episode in episodes)), 0),
+        "unrewarded": Mean(float(sum(episode.unrewarded for episode in kept)), 0),
+        "turns": Mean(float(sum(episode.chat.conversation.turns for episode in kept)), count),
+        "episode_seconds": Mean(sum(episode.seconds for episode in episodes), float(len(episodes))),
+        "longest_episode_s": Largest(max((episode.seconds for episode in episodes), default=0.0)),
+    }
+
+
+def log_lost(episodes: Sequence[tuple[dict[str, Any], Episode]], file: Path) -> None:
+    """Append a line of JSON for each episode that is no row of the batch, with its row and turn; nothing if all are."""
+    lost = [(where, episode) for where, episode in episodes if not episode.trains]
+    if not lost:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for where, episode in lost:
+        turn = episode.chat.conversation.turns
+        print(f"episode lost: {where}, turn {turn}: {episode.outcome}: {episode.detail}", flush=True)
+        entry = {
+            **where,
+            "turn": turn,
+            "outcome": episode.outcome,
+            "detail": episode.detail,
+            "attempts": episode.attempts,
+            "traceback": episode.traceback,
+            "transcript": transcript(episode) if turn else [],
+        }
+        lines.append(json.dumps(entry) + "\n")
+    with file.open("a", encoding="utf-8") as out:  # each rank has a file of its own
+        out.write("".join(lines))
+
+
+def _pieces(talk: Conversation) -> list[Piece]:
+    """Up to the last turn: what was said behind it nobody has read."""
+    last = max((at for at, piece in enumerate(talk.pieces) if piece.turn >= 0), default=-1)
+    return talk.pieces[: last + 1]
+
+
+def _token_columns(episode: Episode) -> dict[str, Any]:
+    pieces = _pieces(episode.chat.conversation)
+    turn = np.concatenate([np.full(len(piece.token_ids), piece.turn, np.int32) for piece in pieces])
+    rewards = np.zeros(len(turn), np.float32)
+    for its_turn, value in episode.chat.rewards.items():
+        rewards[np.flatnonzero(turn == its_turn)[-1]] += value
+    return {
+        "response_ids": np.concatenate([piece.token_ids for piece in pieces]),
+        "response_mask": (turn >= 0).astype(np.uint8),
+        "rollout_log_probs": np.concatenate([piece.log_probs for piece in pieces]),
+        "policy_version": np.concatenate([piece.versions for piece in pieces]),
+        "turn": turn,
+        "token_rewards": rewards,
+    }
+
+
+def _texts(talk: Conversation, ids: list[int]) -> tuple[str, str]:
+    return talk.tokenizer.decode(ids, special_tokens=False), talk.tokenizer.decode(ids)
