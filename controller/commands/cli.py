@@ -3,9 +3,6 @@
 The commands are the modules beside this one (`registry.py`). Nothing heavy is imported before it is needed: `graph`,
 `check`, `data`, `config`, `recipes` and `plan` load none of torch, ray and vllm. `--traceback` (or
 RLHF_DIST_TRACEBACK=1) shows where an error was found.
-
-    0 done    1 the run or job failed    2 the command or the settings are wrong
-    75 preempted: start it again with resume=auto    130 interrupted
 """
 
 from __future__ import annotations
