@@ -67,7 +67,7 @@ def test_the_first_death_is_the_cause_of_the_others() -> None:
 def test_a_raylet_that_went_first_took_its_processes_with_it() -> None:
     dead = [rank(0, killed(11.0, 1 << 8)), rank(1, killed(12.0, 1 << 8))]
     cause = decide(dead, {"a": killed(10.0)})
-    assert cause is not None and cause.kind == "node"
+    assert cause is not None and cause.kind == "node" and cause.fatal
     assert cause.text == "Ray's raylet on node a was killed by signal 9 (SIGKILL)"
     later = decide(dead, {"a": killed(30.0)})
     assert later is not None and (later.kind, later.rank) == ("died", 0)

@@ -44,6 +44,8 @@ class FirstCause:
     """Of the process; empty where a whole node or Ray's head is lost."""
     rank: int = 0
     pid: int = 0
+    fatal: bool = False
+    """The controller cannot go on without it: Ray's head, or the raylet of its own node."""
     waiting: tuple[str, ...] = ()
     """Who waits for it: `main 0 in all_gather`."""
 
@@ -91,7 +93,7 @@ def decide(
 ) -> FirstCause | None:
     """The first cause among the processes of some calls; None: nothing to blame (yet).
 
-    raylets: node -> how Ray's process there stands, where that is known.
+    raylets: node -> how Ray's process there stands; of the controller's own node, if any.
     """
     waiting = tuple(
         one.name for one in seen if one.beat and not one.silent_s and (one.state is None or one.state.alive)
@@ -99,7 +101,8 @@ def decide(
     dead = [one for one in seen if one.state is not None and not one.state.alive]
     for node, state in raylets.items():
         if not state.alive and all(state.ended_at <= _ended(one) for one in dead):
-            return FirstCause(kind="node", node=node, how=f"Ray's raylet on node {node} {state.text}", waiting=waiting)
+            how = f"Ray's raylet on node {node} {state.text}"
+            return FirstCause(kind="node", node=node, how=how, fatal=True, waiting=waiting)
     if dead:
         first = min(dead, key=_ended)
         return _of(first, "died", first.state.text if first.state else "", waiting)

@@ -131,7 +131,7 @@ class Watch:
     def look(self, waited: Sequence[Waited]) -> FirstCause | None:
         """What is lost among the processes that are waited for; returns at once, to be called again and again."""
         if self._head is not None and (said := self._head.lost):
-            return FirstCause(kind="head", how=said, node=self._head.address)
+            return FirstCause(kind="head", how=said, node=self._head.address, fatal=True)
         now = self._clock()
         late = [one for one in waited if now - one.since_s > ASK_AFTER_S]
         if not late:
@@ -151,7 +151,7 @@ class Watch:
         """What was lost first, once a call has failed because a process died, or said that it lost another; None: all
         of them answer. Takes SILENT_S at most, less where something is found. died: Ray says that one of them did."""
         if self._head is not None and (said := self._head.lost):
-            return FirstCause(kind="head", how=said, node=self._head.address)
+            return FirstCause(kind="head", how=said, node=self._head.address, fatal=True)
         known = [self._known_of(one.pool, one.rank) for one in waited]
         began = self._clock()
         for one in known:

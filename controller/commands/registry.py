@@ -24,7 +24,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    the run, the job or a check failed
   2    the command or the settings are wrong; nothing was started
-  75   preempted: start it again with resume=auto
+  75   preempted: the run was asked to make room and has saved; start it again with resume=auto
   130  interrupted
 """
 BEGIN = """begin with:

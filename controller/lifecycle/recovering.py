@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controller.cluster.pool import SIGNALS, ClusterError, NoRoom
-from controller.execution.failed_calls import NodeError
+from controller.execution.failed_calls import NodeError, WorkerLost
 from controller.lifecycle.checkpoint import Checkpoint
 from controller.lifecycle.memory_copies import MemoryCopies
 from controller.lifecycle.session import Session
@@ -84,7 +84,8 @@ class Recoveries:
 
     def admit(self, error: NodeError | ClusterError, furthest: int) -> None:
         """Return once a recovery may begin, after the back-off; raises `error` where the run must end."""
-        if not self._session.launch.run.recovery.retries:
+        cause = error.cause if isinstance(error, WorkerLost) else None
+        if not self._session.launch.run.recovery.retries or (cause is not None and cause.fatal):
             raise error
         kind = self._kind(error)
         if kind is FailureKind.OUT_OF_MEMORY and isinstance(error, NodeError):

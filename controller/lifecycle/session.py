@@ -398,7 +398,8 @@ def _check_lost(cause: FirstCause | None, starting: Collection[tuple[WorkerGroup
     who = "a worker" if at is None else f"{at[0].role}, rank {cause.rank},"
     log = at[0].pool.log(cause.rank) if at is not None else None
     text = f"{who} could not start: {cause.text}{logs_of([log]) if log else ''}"
-    raise ClusterError(text).of(FailureKind.INFRASTRUCTURE)
+    # Nothing is rebuilt without Ray's head: the run ends.
+    raise ClusterError(text).of(FailureKind.CODE if cause.fatal else FailureKind.INFRASTRUCTURE)
 
 
 def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:
