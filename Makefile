@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-executor bench-recovery bench-planner bench-episodes gpu-evidence models-table clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,9 @@ bench-grpo: models/smollm2/config.json  ## GRPO on SmolLM2-135M-Instruct, end to
 
 bench-reshard: install  ## weight sync: 135M parameters, 4 ranks to TP=2 x DP=2, against gathering and broadcasting
 	$(BIN)/python -m benchmarks.reshard $(ARGS)
+
+bench-report: install  ## seconds to write and open the page of 1,000 steps and 100,000 rollouts
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 bench-load: install  ## memory that a rank takes to start each engine, against its shard
 	$(BIN)/python -m benchmarks.load $(ARGS)

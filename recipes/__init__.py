@@ -7,10 +7,12 @@
     reward_models       what scores or compares responses
     distillation        a student that learns from the distributions of teachers
     constrained         several objectives at a time
-    reasoning           verifiable rewards with curricula, hints, selective rollouts        (none yet)
-    environments        episodes of several turns: tools, games
-    agents              search, writers of prompts                                          (none yet)
+    reasoning           verifiable rewards with curricula, hints, votes
+    agents              environments, tools, search, writers of prompts
+    evaluation          measurements; nothing learns
+    systems             whole pipelines, as files of stages
 
 A family is a package whose docstring says what it holds. A recipe has the usual settings; what differs stands in a
-YAML file beside it. `_name.py` is no recipe: what the recipes of a family share.
+YAML file beside it. `PAPERS` says what it is made from, and which rows of settings on it are other papers: `dpo/ipo`.
+`_name.py` is no recipe: what the recipes of a family share.
 """

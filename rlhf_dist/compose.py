@@ -43,7 +43,15 @@ from rlhf_dist.machine_settings import Choice
 from rlhf_dist.overrides import apply_setting, check_key, first_line, read_overrides
 from rlhf_dist.placement.file import AUTO, apply_placement, asked_placement, read_placement
 from rlhf_dist.placement.roles import pool_of_roles
-from rlhf_dist.recipe_files import family_of, file_of, list_recipes, load_recipe, parse_spec
+from rlhf_dist.recipe_files import (
+    family_of,
+    file_of,
+    list_recipes,
+    load_recipe,
+    parse_spec,
+    split_variant,
+    variant_settings,
+)
 from rlhf_dist.role_kinds import RoleConfig, kind_of
 from rlhf_dist.roles import Reward, base_of
 from rlhf_dist.settings_file import (
@@ -337,18 +345,23 @@ def _compose(
     planned: Mapping[str, Any],
     config: str | Sequence[Mapping[str, Any]] | None,
 ) -> DictConfig:
-    """Files, groups, the --config file or mappings, a plan and overrides, in this order; `${...}` not yet resolved."""
+    """Files, groups, a variant's settings, the --config file or mappings, a plan and overrides, in this order; `${...}`
+    not yet resolved."""
     keys = typed.keys(root)
 
     def options(group: str) -> list[str]:
         return option_names(group, spec)
 
+    usual, varied = read_layers([variant_settings(spec)], keys, options)
     groups, values = read_overrides(overrides, keys, options)
     if isinstance(config, str):
         chosen, settings = read_settings(config, keys, options)
     else:
         chosen, settings = read_layers(config or (), keys, options)
-    composed = _compose_files(file_of(spec), recipe, _schema(recipe, root), keys, {**chosen, **groups})
+    groups_there = {**usual, **chosen, **groups}
+    composed = _compose_files(spec, recipe, _schema(recipe, root), keys, groups_there)
+    for setting in without(varied, {**chosen, **groups}):
+        apply_setting(composed, setting)
     raw: Any = OmegaConf.to_container(composed, resolve=False)
     # First what only repeats what it follows, then what the command line decides: the first needs what is followed.
     settings = unless_followed(settings, raw)
@@ -365,12 +378,15 @@ def _conf() -> Path:
 
 
 def _compose_files(
-    file: Path, recipe: Recipe, schema: dict[str, Any], keys: Mapping[str, Any], groups: Mapping[str, str]
+    spec: str, recipe: Recipe, schema: dict[str, Any], keys: Mapping[str, Any], groups: Mapping[str, str]
 ) -> DictConfig:
-    """The primary config of the recipe in `file` with its groups, not yet resolved."""
+    """The primary config of the recipe `spec` with its groups, not yet resolved."""
+    file = file_of(spec)
     usual = USERS_GROUPS if family_of(file) is None else groups_of_ours(recipe)
     primary = read_primary(file.with_suffix(".yaml"), keys, usual)
     primary.setdefault("name", file.stem)
+    if (variant := split_variant(spec)[1]) is not None:
+        primary["name"] = f"{primary['name']}_{variant}"
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     store.store(name=PRIMARY, node=primary)

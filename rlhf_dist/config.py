@@ -192,6 +192,9 @@ class RewardConfig:
     """Most memory of the process that calls the function, with all that it starts."""
     concurrency: int = 16
     """Calls of an `async def` function under way at one time, in each of placement.host_processes."""
+    environment: tuple[str, ...] = ()
+    """Names of environment variables that the function's process gets, such as [JUDGE_API_KEY]; without, it has none of
+    the run's secrets."""
     failed_reward: float | Literal["missing"] | None = None
     """Of a row whose call raised, hung or ended its process, counted as `failed_rows`: missing, which is in no baseline
     and not trained on; or a reward. None: the run ends, naming function and row."""

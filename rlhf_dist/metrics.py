@@ -79,6 +79,31 @@ class Spread:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
+@dataclass(frozen=True)
+class ExplainedVariance:
+    """1 - Var(target - guess) / Var(target): 1 for a critic that is right, 0 for one that says a constant, below 0 for
+    one that is worse than that."""
+
+    missed: Spread
+    target: Spread
+
+    @classmethod
+    def of(cls, guess: npt.NDArray[Any], target: npt.NDArray[Any]) -> ExplainedVariance:
+        """Of one shard, both [N]."""
+        return cls(Spread.of(target.astype(np.float64) - guess), Spread.of(target))
+
+    def __add__(self, other: ExplainedVariance) -> ExplainedVariance:
+        return ExplainedVariance(self.missed + other.missed, self.target + other.target)
+
+    @property
+    def value(self) -> float:
+        """Targets that are all equal leave nothing to explain: 1 where the guess is right, else 0, as in scikit-learn's
+        `explained_variance_score`."""
+        if self.target.squares == 0.0:
+            return float(self.missed.squares == 0.0)
+        return 1.0 - self.missed.squares / self.target.squares
+
+
 Metrics = dict[str, Metric]
 
 

@@ -7,8 +7,9 @@
     Numbers("Scores:")                                      "Scores: 3, 1, 5"     numbers [3.0, 1.0, 5.0]
 
 A parser of one's own is any object with `columns` (name -> "number", "text" or "numbers") that is called with a text
-and returns a value for each, or None where it cannot. A response that could not be parsed has NaN, an empty text or no
-numbers, and 0 in the column `parsed`; it is never a 0 by itself, and the share of them is the metric `unparsed`.
+and returns a value for each, or None where it cannot. A response that could not be parsed has a number that is missing
+(`rlhf_dist.missing`), an empty text or no numbers, and 0 in the column `parsed`; it is never a 0 by itself, and the
+share of them is the metric `unparsed`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 
 from rlhf_dist.batch import Column
+from rlhf_dist.missing import MISSING
 
 Kind = Literal["number", "text", "numbers"]
 """One number a row, a text, or as many numbers as there are."""
@@ -188,7 +190,9 @@ def parsed_columns(parser: Parser, texts: list[str]) -> tuple[dict[str, Column],
     for name, kind in parser.columns.items():
         rows = [None if row is None else row[name] for row in values]
         if kind == "number":
-            columns[name] = Column.dense([math.nan if one is None else one for one in rows], dtype=np.float32)
+            numbers = np.array([0.0 if one is None else one for one in rows], dtype=np.float32)
+            numbers[[one is None for one in rows]] = MISSING
+            columns[name] = Column(numbers)
         elif kind == "text":
             columns[name] = Column.strings(["" if one is None else one for one in rows])
         else:

@@ -1,6 +1,8 @@
 """Finding recipes: our own by name, a user's by path.
 
     ppo                    the module recipes/FAMILY/ppo.py, whatever its family
+    dpo/ipo                that of dpo, under the settings of the variant ipo (catalogue.py)
+    tulu3                  the file of stages recipes/FAMILY/tulu3.yaml
     path/to/mine.py        a file anywhere with one @recipe
     path/to/mine.py:name   one of several
 
@@ -13,10 +15,12 @@ import ast
 import importlib
 import importlib.util
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from rlhf_dist.catalogue import Paper, papers_of
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.python_files import load_file
@@ -62,6 +66,49 @@ def list_recipes() -> dict[str, Path]:
     return found
 
 
+def list_stage_files() -> dict[str, Path]:
+    """Our files of stages: name -> file. A YAML beside a recipe is that recipe's, and no file of stages."""
+    files = sorted(recipes_folder().glob("*/*.yaml"), key=lambda path: path.stem)
+    return {path.stem: path for path in files if not path.with_suffix(".py").exists()}
+
+
+def stages_of(spec: str) -> str:
+    """The file of stages that `spec` names, if it is one of ours by name; else `spec` as it is."""
+    return str(list_stage_files()[spec]) if "/" not in spec and spec in list_stage_files() else spec
+
+
+def load_papers() -> dict[str, tuple[Paper, Path]]:
+    """All that our recipes and files of stages declare: the name to launch -> paper and file."""
+    found: dict[str, tuple[Paper, Path]] = {}
+    for name, file in list_recipes().items():
+        for key, paper in papers_of(_import_ours(file)).items():
+            found[name if key == name else f"{name}/{key}"] = paper, file
+    for name, file in list_stage_files().items():
+        declared = papers_of(_import_ours(file.parent / "__init__.py"))
+        if name in declared:
+            found[name] = declared[name], file
+    return found
+
+
+def split_variant(spec: str) -> tuple[str, str | None]:
+    """`dpo/ipo` -> (`dpo`, `ipo`); (`spec`, None) for anything that is no variant of one of our recipes."""
+    name, slash, variant = spec.partition("/")
+    return (name, variant) if slash and parse_spec(spec) is None and name in list_recipes() else (spec, None)
+
+
+def variant_settings(spec: str) -> Mapping[str, Any]:
+    """Settings of the variant that `spec` names; none for a recipe by itself. Raises ConfigError for one there is
+    not."""
+    name, variant = split_variant(spec)
+    if variant is None:
+        return {}
+    papers = papers_of(_import_ours(list_recipes()[name]))
+    if variant not in papers or variant == name:
+        others = [f"{name}/{key}" for key in papers if key != name]
+        raise ConfigError(f"{unknown(spec, others, 'variant')}; {name} has {', '.join(others) or 'none'}")
+    return papers[variant].settings
+
+
 def list_families() -> dict[str, str]:
     """Families of our recipes: name -> what it holds, the first line of its package."""
     packages = sorted(recipes_folder().glob("*/__init__.py"))
@@ -71,7 +118,7 @@ def list_families() -> dict[str, str]:
 def file_of(spec: str) -> Path:
     """The file of the recipe `spec`, which is one of ours or a user's."""
     file = parse_spec(spec)
-    return list_recipes()[spec] if file is None else file.path
+    return list_recipes()[split_variant(spec)[0]] if file is None else file.path
 
 
 def family_of(file: Path) -> str | None:
@@ -84,7 +131,7 @@ def load_recipe(spec: str) -> Recipe:
     """The recipe `spec` names. Raises ConfigError if there is none, or if its file cannot be loaded."""
     file = parse_spec(spec)
     where, found = _recipes_in(spec)
-    return _choose(found, where, file.name) if file else _choose(found, where, None, prefer=spec)
+    return _choose(found, where, file.name) if file else _choose(found, where, None, prefer=split_variant(spec)[0])
 
 
 def load_recipes(spec: str) -> list[Recipe]:
@@ -102,13 +149,15 @@ def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
     if file is not None:
         where, module = str(file.path), _load_users(file.path)
     else:
-        names = list_recipes()
-        if spec not in names:
-            message = unknown(spec, names, "recipe")
+        names, (name, _) = list_recipes(), split_variant(spec)
+        if name not in names:
+            variants = [one for one in load_papers() if one.endswith(f"/{name}")]
+            if variants:
+                raise ConfigError(f"unknown recipe {name}; did you mean {' or '.join(variants)}?")
+            message = unknown(name, names, "recipe")
             there = f" There is {', '.join(names)}." if "did you mean" in message else "."
             raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
-        inside = names[spec].relative_to(recipes_folder()).with_suffix("")
-        where, module = f"recipe {spec}", importlib.import_module(".".join((PACKAGE, *inside.parts)))
+        where, module = f"recipe {name}", _import_ours(names[name])
     found = {
         value.name: value
         for value in vars(module).values()
@@ -117,6 +166,13 @@ def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
     if not found:
         raise ConfigError(f"{where} has no function marked @recipe (from rlhf_dist.dataflow.recipe import recipe)")
     return where, found
+
+
+def _import_ours(file: Path) -> ModuleType:
+    """The module of one of our files, by its name below `recipes`."""
+    inside = file.relative_to(recipes_folder()).with_suffix("")
+    parts = inside.parts[:-1] if inside.name == "__init__" else inside.parts
+    return importlib.import_module(".".join((PACKAGE, *parts)))
 
 
 def _load_users(path: Path) -> ModuleType:

@@ -181,7 +181,12 @@ def _rule(config: RewardConfig, recipe_file: Path) -> dict[str, Any]:
     assert config.function is not None, "a rule is a function"
     return {
         "function": load_reward(config.function, recipe_file),
-        "limits": Limits(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes, concurrency=config.concurrency),
+        "limits": Limits(
+            timeout_s=config.timeout_s,
+            memory_bytes=config.memory_bytes,
+            concurrency=config.concurrency,
+            environment=tuple(config.environment),
+        ),
         "failed_reward": config.failed_reward,
     }
 

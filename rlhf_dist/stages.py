@@ -28,7 +28,7 @@ from typing import Any
 from rlhf_dist import typed
 from rlhf_dist.compose import root_type
 from rlhf_dist.overrides import GROUPS
-from rlhf_dist.recipe_files import load_recipe
+from rlhf_dist.recipe_files import load_recipe, stages_of
 from rlhf_dist.settings_file import load_mapping
 from rlhf_dist.typed import ConfigError
 
@@ -96,14 +96,15 @@ class Stages:
 
 
 def read_stages(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Stages:
-    """The stages in a YAML file, or in a mapping with `name` and `stages`, with `key=value` overrides.
+    """The stages in a YAML file (or one of ours, by its name), or in a mapping with `name` and `stages`, with
+    `key=value` overrides.
 
     Raises ConfigError for what no launch can be: an unknown recipe or setting, a reference to no earlier stage.
     """
     if isinstance(source, Mapping):
         where, content = "stages", dict(source)
     else:
-        file = Path(source).expanduser()
+        file = Path(stages_of(str(source))).expanduser()
         if not file.is_file():
             raise ConfigError(f"{source}: no such file of stages (looked for {file.resolve()})")
         where, content = str(source), {"name": file.stem, **load_mapping(file)}

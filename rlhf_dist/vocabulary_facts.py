@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from rlhf_dist.catalogue import ROWS, Paper
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.op_settings import defaults
 from rlhf_dist.dataflow.recipe import Recipe
-from rlhf_dist.recipe_files import family_of
+from rlhf_dist.recipe_files import family_of, list_recipes, list_stage_files, load_papers, load_recipes
 from rlhf_dist.roles import KINDS, Columns, ops_of
 from rlhf_dist.schema import COLUMNS
 from rlhf_dist.weights import weight_ops_of
@@ -40,6 +42,59 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         "roles": {name: kind.__name__ for name, kind in recipe.roles.items()},
         "states": {name: kind.__name__ for name, kind in recipe.states.items()},
     }
+
+
+def shelf_facts() -> list[dict[str, Any]]:
+    """All that can be launched by name: our recipes, their variants, our files of stages. As `recipe_facts`, and of the
+    paper: `title`, `year`, `arxiv`, `catalogue` (numbers of its rows), `status`, `needs`, `assumed`, `settings`."""
+    papers = load_papers()
+    found = []
+    for spec in list_recipes():
+        for recipe in load_recipes(spec):
+            own = spec if recipe.name == spec else recipe.name
+            facts = recipe_facts(recipe)
+            found.append({**facts, **_paper_facts(papers[own][0] if own in papers else None)})
+            variants = {name: paper for name, (paper, _) in papers.items() if name.startswith(f"{own}/")}
+            found += [{**facts, "name": name, **_paper_facts(paper)} for name, paper in variants.items()]
+    for name, file in list_stage_files().items():
+        found.append(
+            {
+                "name": name,
+                "family": file.parent.name,
+                "file": str(file),
+                "doc": _first_comment(file),
+                "sources": {},
+                "roles": {},
+                "states": {},
+                **_paper_facts(papers[name][0] if name in papers else None),
+            }
+        )
+    return found
+
+
+def missing_rows() -> list[int]:
+    """Numbers of the catalogue that no recipe covers yet."""
+    covered = {row for paper, _ in load_papers().values() for row in paper.rows}
+    return [row for row in ROWS if row not in covered]
+
+
+def _paper_facts(paper: Paper | None) -> dict[str, Any]:
+    if paper is None:
+        return {"title": None, "year": None, "arxiv": None, "catalogue": [], "status": None, "needs": [], "assumed": ""}
+    return {
+        "title": paper.title,
+        "year": paper.year,
+        "arxiv": paper.arxiv,
+        "catalogue": list(paper.rows),
+        "status": paper.status,
+        "needs": list(paper.needs),
+        "assumed": paper.assumed,
+        "settings": dict(paper.settings),
+    }
+
+
+def _first_comment(file: Path) -> str:
+    return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def role_facts() -> list[dict[str, Any]]:

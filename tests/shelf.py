@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from rlhf_dist.recipe_files import load_recipe
+from rlhf_dist.recipe_files import list_recipes, load_recipe
 from rlhf_dist.roles import Reward, base_of
+
+
+@cache
+def of_each_shape() -> list[str]:
+    """One recipe of each shape, the first by name: of those with as many sources of each kind and roles of each base.
+
+    What only depends on these is tried on them; tests/recipes runs every recipe.
+    """
+    found: dict[Any, str] = {}
+    for name in sorted(list_recipes()):
+        loaded = load_recipe(name)
+        roles = Counter(base_of(kind) for kind in loaded.roles.values())
+        found.setdefault((frozenset(Counter(kinds_of_sources(name).values()).items()), frozenset(roles.items())), name)
+    return sorted(found.values())
 
 
 def kinds_of_sources(recipe: str) -> dict[str, str]:

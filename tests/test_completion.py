@@ -48,7 +48,7 @@ def test_every_shell_gets_its_code(shell: str, capsys: pytest.CaptureFixture[str
     [
         (["rnu", "ppo"], "unknown command rnu; did you mean run?"),
         (["PPO"], "did you mean `rlhf-dist run ppo`?"),
-        (["frobnicate"], "there is export, run"),
+        (["frobnicate"], "there is data, demo"),
     ],
 )
 def test_a_command_that_does_not_exist_names_the_nearest(

@@ -15,12 +15,12 @@ from controller.cluster.machine import machine_of_nodes
 from rlhf_dist import machine as machine_module
 from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.checks import check_launch
-from rlhf_dist.compose import Launch, compose, list_recipes
+from rlhf_dist.compose import Launch, compose
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.hardware import parse_cluster
 from rlhf_dist.machine import Gpu, Machine, described_machine, local_machine, read_gpus, read_processor, visible
 from rlhf_dist.machine_settings import attention_on, device_of, dtype_on, gpu_share, slots_on
-from tests.shelf import questions_of, rows_of, rules_of
+from tests.shelf import of_each_shape, questions_of, rows_of, rules_of
 from tests.tiny import save_llama
 
 # Cut down to the lines that are read, and some beside them.
@@ -243,12 +243,22 @@ def test_a_described_cluster_says_nothing_of_processors() -> None:
 
 
 # --- one slot ----------------------------------------------------------------------------------------------
+FIELDS = ("reward", "score", "sign")
+"""Numbers that some recipes want of their rows."""
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and rows of each form beside it."""
     folder = save_llama(tmp_path_factory.mktemp("tiny"), hidden=128)
     rows = {
-        "examples": {"prompt": "1+1=", "response": "2", "desirable": 1},
+        "examples": {
+            "prompt": "1+1=",
+            "response": "2",
+            "desirable": 1,
+            **dict.fromkeys(FIELDS, 1.0),
+            "ratings": [1] * 5,
+        },
         "preferences": {"prompt": "1", "chosen": "2", "rejected": "3"},
     }
     for name, row in {"prompts": {"prompt": "1+1=", "answer": "2"}, **rows}.items():
@@ -256,7 +266,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", sorted(list_recipes()))
+@pytest.mark.parametrize("recipe", of_each_shape())
 @pytest.mark.parametrize("machine", [cpu(EPYC_MILAN, cores=1), gpus(H100)], ids=["core", "GPU"])
 def test_every_recipe_starts_with_the_one_slot_there_is(recipe: str, machine: Machine, tiny: Path) -> None:
     settings = [f"model.path={tiny}", "task=none", "data.prompts_per_step=4", *rows_of(recipe, tiny), *rules_of(recipe)]

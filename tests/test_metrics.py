@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.metrics import Largest, Mean, Spread, combine, reward_metrics
+from rlhf_dist.metrics import ExplainedVariance, Largest, Mean, Spread, combine, reward_metrics
 
 
 @settings(max_examples=40, deadline=None)
@@ -26,3 +26,13 @@ def test_by_hand() -> None:
     assert (Spread.of(np.array([1.0, 3.0])) + Spread.of(np.array([5.0]))).value == pytest.approx((8 / 3) ** 0.5)
     assert combine([{"longest": Largest(4)}, {"longest": Largest(9)}, {"longest": Largest(0)}])["longest"].value == 9
     assert combine([{"share": Mean(1, 2)}, {"share": Mean(0, 6)}])["share"].value == 0.125
+
+
+def test_explained_variance_of_shards_is_that_of_all() -> None:
+    guess, target = np.array([0.0, 1.0, 2.0, 2.0]), np.array([0.0, 1.0, 3.0, 4.0])
+    # target - guess = 0 0 1 2: variance 0.6875; target: variance 2.5.
+    assert ExplainedVariance.of(guess, target).value == pytest.approx(1 - 0.6875 / 2.5)
+    parts = [ExplainedVariance.of(guess[:1], target[:1]), ExplainedVariance.of(guess[1:], target[1:])]
+    assert (parts[0] + parts[1]).value == pytest.approx(1 - 0.6875 / 2.5)
+    assert ExplainedVariance.of(np.zeros(3), np.ones(3)).value == 1.0, "a constant offset explains a constant"
+    assert ExplainedVariance.of(np.arange(3.0), np.ones(3)).value == 0.0

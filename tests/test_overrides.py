@@ -11,10 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist import typed
-from rlhf_dist.compose import Launch, compose, compose_dataflow, list_recipes, load_recipe, root_type
+from rlhf_dist.compose import Launch, compose, compose_dataflow, load_recipe, root_type
 from rlhf_dist.config import LanguageModelConfig, PathText
+from rlhf_dist.roles import LanguageModel, ValueModel, base_of
 from rlhf_dist.typed import ConfigError
-from tests.shelf import sources_of
+from tests.shelf import of_each_shape, sources_of
 
 BASE = ["model.path=/m", "actor.engine.lora.rank=4", "data.heldout.size=3"]
 
@@ -161,9 +162,10 @@ def test_a_recipe_is_suggested_whatever_the_case(spec: str, name: str) -> None:
 VARIED = ["model.path=/m", "placement=split", "name=costs ${5", "data.train.system='a', b"]
 
 
-@pytest.mark.parametrize("recipe", sorted(list_recipes()))
+@pytest.mark.parametrize("recipe", of_each_shape())
 def test_a_runs_config_runs_again(recipe: str, tmp_path: Path) -> None:
-    trained = {"reward_model": "reward", "grm": "judge"}.get(recipe, "actor")
+    kinds = load_recipe(recipe).roles.items()
+    trained = next(name for name, kind in kinds if base_of(kind) in (LanguageModel, ValueModel))
     task = "chain_sum" if recipe in ("ppo", "grpo", "remax") else "none"
     first = compose(recipe, [*VARIED, f"task={task}", f"{trained}.optimizer.lr=3e-7", *sources_of(recipe)])
     (tmp_path / "config.yaml").write_text(first.yaml)

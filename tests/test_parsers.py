@@ -9,6 +9,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
+from rlhf_dist.missing import is_missing
 from rlhf_dist.parsers import Choice, JsonFields, Number, Numbers, Pattern, columns_of, parsed_columns
 from rlhf_dist.prompt_template import Template
 
@@ -56,7 +57,7 @@ def test_a_text_is_a_value_or_none(parser: Any, text: str, value: Any) -> None:
     assert columns["parsed"].values.tolist() == [value is not None, False] and unparsed == 1 + (value is None)
     found = columns[name].row(0)
     if value is None:
-        assert len(found) == 0 if parser.columns[name] != "number" else np.isnan(found)
+        assert len(found) == 0 if parser.columns[name] != "number" else is_missing(np.array([found])).all()
     else:
         assert (found if isinstance(value, str) else found.tolist()) == value
 

@@ -8,11 +8,11 @@ import pytest
 
 from controller.lifecycle.session import phases_of_pool
 from rlhf_dist.checks import check_launch
-from rlhf_dist.compose import compose, list_recipes
+from rlhf_dist.compose import compose
 from rlhf_dist.config import PlacementConfig, PoolConfig
 from rlhf_dist.placement.roles import pool_of_roles, pool_size, resolved
 from rlhf_dist.typed import ConfigError
-from tests.shelf import sources_of
+from tests.shelf import of_each_shape, sources_of
 from tests.tiny import save_llama
 
 SETTINGS = ["task=gcd", "data.train.chat=false", "data.heldout=null", "data.prompts_per_step=8"]
@@ -45,7 +45,7 @@ def failure(model: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("preset", ["colocate", "split", "standalone"])
-@pytest.mark.parametrize("recipe", sorted(list_recipes()))
+@pytest.mark.parametrize("recipe", of_each_shape())
 def test_every_preset_places_every_recipe(recipe: str, preset: str, model: Path) -> None:
     launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}", *sources_of(recipe)])
     found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.facts)

@@ -79,7 +79,9 @@ class Asker:
         if maker not in self._decoders:
             from transformers import AutoTokenizer
 
-            self._decoders[maker] = AutoTokenizer.from_pretrained(self._context.tokenizers[maker])
+            self._decoders[maker] = AutoTokenizer.from_pretrained(
+                self._context.tokenizers[maker], trust_remote_code=False
+            )
         return [self._decoders[maker].decode(ids, skip_special_tokens=True) for ids in rows]
 
     def _tokens(self, batch: Batch, name: str) -> list[NDArray[np.int32]]:

@@ -126,7 +126,9 @@ def _vllm_difference(trainer: TrainingEngine, generating: Any) -> float:
 
 def _transformers_difference(trainer: TrainingEngine, folder: Path) -> float:
     # Eager: the library's other attentions leave out what some families have (soft caps, sinks).
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
     responses = [np.array([10, 4, 6, 30, 8], np.int32)] * len(_PROMPTS)
     trained = _log_probs(trainer, _PROMPTS, responses)
     differences = []

@@ -65,7 +65,7 @@ class RolloutWorker:
         from transformers import AutoTokenizer
 
         self.context, self.config, self.max_staleness = context, config, max_staleness
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
         self.asker = Asker(config.model.path, context)
         copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
@@ -143,25 +143,16 @@ class RolloutWorker:
                 "unparsed": Mean(float(unparsed), float(len(parent))),
                 "prompts_too_long": Mean(float((~fits).sum()), 0),
             }
-        lengths = columns["response_ids"].lengths
-        tokens = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)[parent] + lengths
-        rows = float(len(responses))
-        continued = sum(len(r.versions) > 0 and r.versions[0] != r.versions[-1] for r in responses)
+        if begun is not None:
+            continued = sum(len(r.versions) > 0 and r.versions[0] != r.versions[-1] for r in responses)
+            metrics["continued"] = Mean(float(continued), 0)
+        prompt_tokens = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)[parent]
+        tokens = prompt_tokens + columns["response_ids"].lengths
         return OpResult(
             columns=Batch(columns, len(responses)),
             parent=parent,
             tokens=tokens,
-            metrics={
-                "response_tokens": Mean(float(lengths.sum()), rows),
-                "longest_response": Largest(float(lengths.max(initial=0))),
-                "finished": Mean(float(columns["finished"].values.sum()), rows),
-                "empty_responses": Mean(float((lengths == 0).sum()), 0),
-                "rows": Mean(rows, 0),
-                "sequence_tokens": Mean(float(tokens.sum()), 0),
-                "staleness": Mean(float(behind.sum()), rows),
-                **({"continued": Mean(float(continued), 0)} if begun else {}),
-                **metrics,
-            },
+            metrics={**generation_metrics(columns, tokens, behind), **metrics},
         )
 
     def _sampling(self, n: int, greedy: bool, *, stop: Sequence[str] = (), **sampled: float | None) -> Sampling:
@@ -209,19 +200,21 @@ class RolloutWorker:
         raise ValueError(f"{self.name} mixes its logits with {role!r}, which does not generate in this process")
 
     def _fits(self, asked: Asked, *, drops: bool) -> NDArray[np.bool_]:
-        """[B] prompts that generation takes. drops: others are not asked, and count as not parsed; else a ValueError
-        names the first."""
+        """[B] prompts that are asked. drops: those too long are not, and count as not parsed; else a ValueError names
+        the first that a template made, and the engine any other."""
         limit = self.config.rollout.max_prompt_tokens
         lengths = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)
         fits = lengths <= limit
-        if asked.texts is not None and not drops and not fits.all():
+        if drops:
+            return fits
+        if asked.texts is not None and not fits.all():
             row = int(np.flatnonzero(~fits)[0])
             key = f"{self.name}.max_prompt_tokens"
             raise ValueError(
                 f"the template makes a prompt of {lengths[row]} tokens of row {row}, and {key} is {limit}; set {key}="
                 f"{lengths.max()} or shorten what it writes"
             )
-        return fits
+        return np.ones(len(lengths), dtype=bool)
 
     def _drawn(
         self,
@@ -340,6 +333,21 @@ def sync_metrics(report: SyncReport) -> Metrics:
         "sync_seconds": Mean(report.seconds, 1),
         "sync_bytes": Mean(float(report.bytes_received), 0),
         "sync_parameters": Mean(float(report.parameters), 0),
+    }
+
+
+def generation_metrics(columns: Mapping[str, Column], tokens: NDArray[np.int64], behind: NDArray[np.int64]) -> Metrics:
+    """Of responses: their lengths, how they ended, and how old the weights were that drew them. tokens: [B] with the
+    prompts'. behind: [B] updates."""
+    lengths, rows = columns["response_ids"].lengths, float(len(tokens))
+    return {
+        "response_tokens": Mean(float(lengths.sum()), rows),
+        "longest_response": Largest(float(lengths.max(initial=0))),
+        "finished": Mean(float(columns["finished"].values.sum()), rows),
+        "empty_responses": Mean(float((lengths == 0).sum()), 0),
+        "rows": Mean(rows, 0),
+        "sequence_tokens": Mean(float(tokens.sum()), 0),
+        "staleness": Mean(float(behind.sum()), rows),
     }
 
 

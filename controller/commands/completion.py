@@ -32,11 +32,14 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 def recipes(prefix: str, **_: Any) -> list[str]:
     """Our recipes, and the Python files, files of stages and folders that begin with `prefix`."""
-    from rlhf_dist.recipe_files import list_recipes
+    from rlhf_dist.recipe_files import list_recipes, list_stage_files, load_papers
 
+    if prefix.partition("/")[0] in list_recipes() and "/" in prefix:
+        return [name for name in load_papers() if name.startswith(prefix)]
     folder, name = Path(prefix).parent, prefix.rpartition("/")[2]
     beside = [path for path in sorted(folder.glob(f"{name}*")) if path.suffix in (".py", ".yaml") or path.is_dir()]
-    return [*list_recipes(), *(f"{path}/" if path.is_dir() else str(path) for path in beside)]
+    ours = [*list_recipes(), *list_stage_files()]
+    return [*ours, *(f"{path}/" if path.is_dir() else str(path) for path in beside)]
 
 
 def overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:

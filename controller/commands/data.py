@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from controller.commands.registry import Commands, users_mistakes
+
 STYLES = {"prompt": "cyan", "trained": "bold green", "context": "yellow"}
 """Colours; the words beside the text say the same without them."""
 MARGIN = 10
 
 
-def add_data_parser(commands: Any, launch: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    data = commands.add_parser("data", parents=[launch], help="show samples of what will be trained, token by token")
+def register(commands: Commands) -> None:
+    """`data`."""
+    data = commands.add(
+        "data", data_command, "show samples of what will be trained, token by token",
+        "data sft model=smollm2 data.train.path=chats.jsonl --rows 5", launch=True,
+    )  # fmt: skip
     data.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (3)")
     data.add_argument("--step", type=int, default=0, metavar="S", help="the step whose rows are shown (the first)")
     which = data.add_mutually_exclusive_group()
@@ -23,8 +28,13 @@ def add_data_parser(commands: Any, launch: argparse.ArgumentParser) -> None:
 def data_command(arguments: argparse.Namespace) -> int:
     """Read, render and tokenise all rows as a run does; print their counts and a few of them.
 
-    Raises ConfigError for an option that cannot be, ValueError for faulty settings or data.
+    Raises UserError for an option that cannot be, and for faulty settings or data.
     """
+    with users_mistakes():
+        return _show_data(arguments)
+
+
+def _show_data(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlhf_dist.data import epoch_source, heldout_source, training_source

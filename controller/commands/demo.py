@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from controller.commands.registry import Commands
+
 SFT = {
     "data.train.generator": "rlhf_dist.demo.addition:demonstration",
     "data.heldout": None,
@@ -40,9 +42,15 @@ PPO = {
 }
 
 
-def add_demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    demo = commands.add_parser("demo", parents=[common], help="SFT, then PPO, of a small Llama on two-digit addition")
+def register(commands: Commands) -> None:
+    """`demo`."""
+    demo = commands.add(
+        "demo",
+        demo_command,
+        "SFT, then PPO, of a small Llama on two-digit addition",
+        "demo",
+        "demo --root runs/demo steps=20",
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--root", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: runs/demo")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the PPO run")

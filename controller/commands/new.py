@@ -12,8 +12,8 @@ import importlib.util
 import keyword
 import re
 from pathlib import Path
-from typing import Any
 
+from controller.commands.registry import Commands
 from rlhf_dist.python_files import OURS
 from rlhf_dist.typed import ConfigError
 
@@ -112,14 +112,17 @@ def test_the_loss_does_not_depend_on_micro_batches() -> None:
 '''
 
 
-def add_new_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    new = commands.add_parser("new", parents=[common], help="write files to start from: a recipe, a tiny model")
+def register(commands: Commands) -> None:
+    """`new`."""
+    new = commands.add(
+        "new", new_command, "write files to start from: a recipe, a tiny model",
+        "new recipe my_grpo", "new model models/tiny",
+    )  # fmt: skip
     kinds = new.add_subparsers(dest="what", required=True, metavar="WHAT")
-    recipe = kinds.add_parser("recipe", parents=[common], help="a recipe that runs, its settings and its test")
+    recipe = kinds.add_parser("recipe", parents=[commands.common], help="a recipe that runs, its settings and its test")
     recipe.add_argument("name", metavar="NAME", help="its name, e.g. my_grpo: writes my_grpo.py, .yaml and a test")
     recipe.add_argument("--folder", default=".", metavar="FOLDER", help="where to write; default: here")
-    model = kinds.add_parser("model", parents=[common], help="a tiny random model, to try recipes with")
+    model = kinds.add_parser("model", parents=[commands.common], help="a tiny random model, to try recipes with")
     model.add_argument("folder", metavar="FOLDER", help="the folder to write; it must not be there yet")
 
 

@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from controller.commands.registry import Commands, users_mistakes
+
 FORMATS = ("table", "json", "yaml")
 SLOW_SEARCH_S = 0.5
 """Searches longer than this are not repeated for other hardware unless asked for."""
 
 
-def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The two commands' arguments."""
-    plan = commands.add_parser("plan", parents=[common], help="find the best placement on a cluster, without a GPU")
+def register(commands: Commands) -> None:
+    """`plan` and `profile`."""
+    plan = commands.add(
+        "plan", plan_command, "find the best placement on a cluster, without a GPU",
+        "plan ppo --cluster 2x8xH100 model.path=llama3-8b data.prompts_per_step=512",
+        "plan --case case.yaml --format json",
+    )  # fmt: skip
     plan.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe's name, or path/to/file.py[:name]")
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings, e.g. model.path=llama3-8b")
     plan.add_argument(
@@ -38,7 +44,9 @@ def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
     plan.add_argument("--runners-up", type=int, default=3, metavar="N", help="best plans of other partitions to show")
     plan.add_argument("--other-hardware", action="store_true", help="what other hardware brings, even if it takes long")
     plan.add_argument("--png", metavar="FILE", help="draw the simulated timeline")
-    profile = commands.add_parser("profile", parents=[common], help="measure this machine for the planner, about 20 s")
+    profile = commands.add(
+        "profile", profile_command, "measure this machine for the planner, about 20 s", "profile --out here.yaml"
+    )
     profile.add_argument("--out", default="calibration.yaml", metavar="FILE", help="where to write (calibration.yaml)")
     profile.add_argument(
         "--address", metavar="ADDRESS", help="measure every node of this Ray cluster; the slowest counts"
@@ -46,7 +54,12 @@ def add_plan_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
-    """Plan and print. Raises ConfigError for a question that cannot be."""
+    """Plan and print. Raises UserError for a question that cannot be."""
+    with users_mistakes():
+        return _plan(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
     from rlhf_dist.planner.emit import as_yaml
     from rlhf_dist.planner.explain import as_json, as_table, what_else
     from rlhf_dist.planner.plan import make_plan

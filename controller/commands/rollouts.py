@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from controller.commands.registry import Commands
 from rlhf_dist.typed import ConfigError
 
 MARGIN = 46
@@ -20,11 +21,12 @@ MARGIN = 46
 STYLES = {"prompt": "cyan", "model": "bold green", "environment": "yellow"}
 
 
-def add_rollouts_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    rollouts = commands.add_parser(
-        "rollouts", parents=[common], help="page through what a run's policies wrote, episodes turn by turn"
-    )
+def register(commands: Commands) -> None:
+    """`rollouts`."""
+    rollouts = commands.add(
+        "rollouts", rollouts_command, "page through what a run's policies wrote, episodes turn by turn",
+        "rollouts runs/ppo --step 10", "rollouts runs/tool_grpo --lost",
+    )  # fmt: skip
     rollouts.add_argument("run", metavar="RUN", help="the run's folder, e.g. runs/tool_grpo")
     rollouts.add_argument("--step", type=int, metavar="S", help="the step (the last one that was kept)")
     rollouts.add_argument("--rows", type=int, metavar="N", help="rows to show (all)")

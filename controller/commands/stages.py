@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def are_stages(recipe: str) -> bool:
     """Whether what stands for a recipe on the command line is a file of stages."""
-    from rlhf_dist.recipe_files import STAGES
+    from rlhf_dist.recipe_files import STAGES, stages_of
 
-    return recipe.endswith(STAGES)
+    return stages_of(recipe).endswith(STAGES)
 
 
 def check_stages_command(arguments: argparse.Namespace, cluster: Cluster | None) -> int:
@@ -33,13 +33,14 @@ def check_stages_command(arguments: argparse.Namespace, cluster: Cluster | None)
     return 0
 
 
-def run_stages_command(arguments: argparse.Namespace) -> int:
+def run_stages_command(arguments: argparse.Namespace, quiet: bool) -> int:
     """Run the stages that are not complete. Raises ConfigError or StageFailed, naming the stage."""
     from controller.lifecycle.stages import run_stages
 
     stages = _stages(arguments)
-    run_stages(stages, local=arguments.local, eager=arguments.eager, quiet=arguments.quiet)
-    print(stages.folder / "summary.json")
+    run_stages(stages, local=arguments.local, eager=arguments.eager, quiet=quiet)
+    path = stages.folder / "summary.json"
+    print(json.dumps(json.loads(path.read_text())) if arguments.format == "json" else path)
     return 0
 
 

@@ -7,8 +7,9 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from controller.commands.registry import Commands, users_mistakes
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -16,26 +17,19 @@ if TYPE_CHECKING:
 
 TARGETS = ("ray", "slurm", "k8s")
 MOST_NODES = 256
-EXAMPLES = """examples:
-  rlhf-dist submit ppo --address http://head:8265 model.path=/models/llama data.train.path=/data/prompts.jsonl
-  rlhf-dist submit mine.py --address http://head:8265 --wait 3600 --detach
-  rlhf-dist submit grpo --to slurm --nodes 4 --gpus-per-node 8 --option=--partition=gpu --option=--time=8:00:00
-  rlhf-dist submit grpo --to slurm --nodes auto --node 8xH100 --dry-run model.path=/models/llama-70b
-  rlhf-dist submit grpo --to k8s --nodes 2 --gpus-per-node 8 --image registry/rlhf-dist:gpu --dry-run
-"""
-JOBS_EXAMPLES = """examples:
-  rlhf-dist jobs list --address http://head:8265
-  rlhf-dist jobs logs raysubmit_Xy12 -f --address http://head:8265
-  rlhf-dist jobs stop 4711 --to slurm
-"""
 
 
-def add_submit_parsers(commands: Any, launch: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+def register(commands: Commands) -> None:
     """`submit` and `jobs`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    submit = commands.add_parser(
-        "submit", parents=[launch], epilog=EXAMPLES, formatter_class=raw, help="run a recipe as a job of a cluster"
-    )
+    submit = commands.add(
+        "submit", submit_command, "run a recipe as a job of a cluster",
+        "submit ppo --address http://head:8265 model.path=/models/llama data.train.path=/data/prompts.jsonl",
+        "submit mine.py --address http://head:8265 --wait 3600 --detach",
+        "submit grpo --to slurm --nodes 4 --gpus-per-node 8 --option=--partition=gpu --option=--time=8:00:00",
+        "submit grpo --to slurm --nodes auto --node 8xH100 --dry-run model.path=/models/llama-70b",
+        "submit grpo --to k8s --nodes 2 --gpus-per-node 8 --image registry/rlhf-dist:gpu --dry-run",
+        launch=True,
+    )  # fmt: skip
     _add_target(submit)
     submit.add_argument("--nodes", metavar="N|auto", default="1", help="slurm, k8s; auto: the least that it fits on")
     submit.add_argument("--node", metavar="GxKIND", help="what a node is, for --nodes auto, e.g. 8xH100")
@@ -49,9 +43,12 @@ def add_submit_parsers(commands: Any, launch: argparse.ArgumentParser, common: a
     submit.add_argument("--option", metavar="OPTION", action="append", default=[], help="slurm: an option of sbatch")
     submit.add_argument("--folder", metavar="DIR", help="slurm: where job folders go; all nodes must see it")
     submit.add_argument("--image", metavar="IMAGE", help="k8s: the container image, with rlhf-dist in it")
-    jobs = commands.add_parser(
-        "jobs", parents=[common], epilog=JOBS_EXAMPLES, formatter_class=raw, help="list, watch and stop submitted runs"
-    )
+    jobs = commands.add(
+        "jobs", jobs_command, "list, watch and stop submitted runs",
+        "jobs list --address http://head:8265",
+        "jobs logs raysubmit_Xy12 -f --address http://head:8265",
+        "jobs stop 4711 --to slurm",
+    )  # fmt: skip
     jobs.add_argument("action", choices=("list", "status", "logs", "stop", "attach"))
     jobs.add_argument("job", metavar="JOB", nargs="?", help="its id; all but list need it")
     jobs.add_argument("-f", "--follow", action="store_true", help="logs: go on until the job is over")
@@ -63,8 +60,9 @@ def submit_command(arguments: argparse.Namespace) -> int:
     """Send the run; 0: it succeeded, or was sent with --detach or --dry-run, 1: it failed."""
     from controller.submission.job import note
 
-    job = _job(arguments)
-    target = _target(arguments, to_send=True)
+    with users_mistakes():
+        job = _job(arguments)
+        target = _target(arguments, to_send=True)
     if arguments.dry_run:
         print(target.preview(job))
         return 0

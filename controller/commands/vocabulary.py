@@ -6,44 +6,94 @@ import argparse
 import json
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+
+from controller.commands.registry import Command, Commands, users_mistakes
 
 FORMATS = ("text", "json")
+RECIPE_FORMATS = (*FORMATS, "markdown")
 
 
-def add_vocabulary_parsers(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The commands' arguments."""
-    recipes = commands.add_parser(
-        "recipes", parents=[common], help="list the recipes there are, by family, and what each needs"
-    )
+def register(commands: Commands) -> None:
+    """`recipes`, `roles`, `columns` and `ops`."""
+    recipes = commands.add(
+        "recipes", _of(recipes_command), "list the recipes there are, by family, and what each needs",
+        "recipes", "recipes mine.py --search preference", "recipes --format json",
+    )  # fmt: skip
     recipes.add_argument("files", metavar="FILE", nargs="*", help="files of your own to list, too")
     recipes.add_argument("--search", metavar="TEXT", help="only those with this in their name, text, roles or data")
-    roles = commands.add_parser("roles", parents=[common], help="list kinds of roles, their ops and columns")
-    columns = commands.add_parser(
-        "columns", parents=[common], help="list columns; of a recipe: who writes and reads them"
+    recipes.add_argument("--family", metavar="NAME", help="only those of this family, such as preference")
+    recipes.add_argument("--needs", metavar="CODE", help="only those that need this capability, such as PREF")
+    recipes.add_argument("--missing", action="store_true", help="the catalogue's numbers that no recipe covers")
+    roles = commands.add(
+        "roles", _of(roles_command), "list kinds of roles, their ops and columns", "roles --format json"
+    )
+    columns = commands.add(
+        "columns",
+        _of(columns_command),
+        "list columns; of a recipe: who writes and reads them",
+        "columns",
+        "columns ppo",
     )
     columns.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe's name, or path/to/file.py[:name]")
     columns.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. algorithm.kl_coef=0")
-    for parser in (recipes, roles, columns):
+    recipes.add_argument("--format", choices=RECIPE_FORMATS, default="text")
+    for parser in (roles, columns):
         parser.add_argument("--format", choices=FORMATS, default="text")
-    commands.add_parser("ops", parents=[common], help="list role ops, host ops and losses that recipes are made of")
+    commands.add("ops", _of(ops_command), "list role ops, host ops and losses that recipes are made of", "ops")
+
+
+def _of(command: Command) -> Command:
+    def within(arguments: argparse.Namespace) -> int:
+        with users_mistakes():
+            return command(arguments)
+
+    return within
 
 
 def recipes_command(arguments: argparse.Namespace) -> int:
-    """The shelf and the files given. Raises ValueError for a file that cannot be loaded or has no recipe."""
-    from rlhf_dist.recipe_files import list_families, list_recipes, load_recipes
-    from rlhf_dist.vocabulary_facts import recipe_facts
+    """The shelf and the files given. Raises ValueError for a file that cannot be loaded or has no recipe, and for a
+    family or capability that there is not."""
+    from rlhf_dist.catalogue import CODES
+    from rlhf_dist.recipe_files import list_families, load_recipes
+    from rlhf_dist.typed import ConfigError, unknown
+    from rlhf_dist.vocabulary_facts import missing_rows, recipe_facts, shelf_facts
 
-    found = [recipe_facts(one) for spec in (*list_recipes(), *arguments.files) for one in load_recipes(spec)]
+    if arguments.missing:
+        missing = missing_rows()
+        print(json.dumps(missing) if arguments.format == "json" else " ".join(map(str, missing)))
+        return 0
+    holds = list_families()
+    for value, known, what in ((arguments.family, holds, "family"), (arguments.needs, CODES, "capability")):
+        if value is not None and value not in known:
+            raise ConfigError(f"{unknown(value, known, what)}; there is {', '.join(sorted(known))}")
+    if arguments.format == "markdown":
+        from controller.commands.recipes_page import recipes_page
+
+        print(recipes_page(), end="")
+        return 0
+    found = [*shelf_facts(), *(recipe_facts(one) for spec in arguments.files for one in load_recipes(spec))]
     wanted = (arguments.search or "").lower()
-    found = [facts for facts in found if wanted in json.dumps(facts, ensure_ascii=False).lower()]
+    found = [
+        one
+        for one in found
+        if wanted in json.dumps(one, ensure_ascii=False).lower()
+        and arguments.family in (None, one["family"])
+        and (arguments.needs is None or arguments.needs in one.get("needs", ()))
+    ]
     if arguments.format == "json":
         print(json.dumps(found, indent=2))
         return 0
     rows = [
-        (f"  {one['name']}", " ".join(one["sources"].values()), " ".join(one["roles"]), one["doc"]) for one in found
+        (
+            f"  {one['name']}",
+            f"{one.get('status') or ''}",
+            " ".join(one["sources"].values()),
+            " ".join(one["roles"]),
+            (one.get("title") or one["doc"]) if "/" in one["name"] else one["doc"],
+        )
+        for one in found
     ]
-    lines, holds = _table(rows), list_families()
+    lines = _table(rows)
     for family in sorted({one["family"] for one in found}, key=lambda name: (name is None, name)):
         print(f"{family}: {holds[family]}" if family in holds else "yours")
         print("\n".join(line for line, one in zip(lines, found, strict=True) if one["family"] == family))

@@ -10,7 +10,7 @@ the same to the last bit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from controller.execution.executor import Finished, StepReport
@@ -30,8 +30,12 @@ def run_eagerly(
     stop: int,
     on_step: Callable[[StepReport], None],
     refilled: Collection[str] = (),
+    at_the_end: Sequence[Node] = (),
 ) -> None:
-    """Run steps start..stop-1 of `recipe`, each op as its line is reached. refilled: see `Dataflow.refilled`."""
+    """Run steps start..stop-1 of `recipe`, each op as its line is reached. refilled: see `Dataflow.refilled`.
+
+    at_the_end: nodes that a pass put into the graph, which no line of the recipe stands for.
+    """
     for step in range(start, stop):
         report, syncs = StepReport(step), _Syncs(recipe, runner, step)
 
@@ -44,6 +48,7 @@ def run_eagerly(
             return _fetch(runner, node, column, step)
 
         run_traced(recipe, cfg, execute, fetch, refilled)
+        report.nodes += [runner.run_node(node, step) for node in at_the_end if node.runs_at(step)]
         report.nodes += syncs.at_the_end()
         runner.end_step(step)
         if not report.nodes:

@@ -45,6 +45,7 @@ from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_s
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
+from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
@@ -206,6 +207,7 @@ class _Run:
         self.runner = self._new_runner()
         # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
         self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
+        self.graph_file = GraphFile(folder, self.dataflow)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None)
         self.recoveries = Recoveries(session, display.phase)
         self.store_metrics, self.uploads = store_metrics, uploads
@@ -279,6 +281,7 @@ class _Run:
                 stop=run.steps,
                 on_step=self._on_step,
                 refilled=self.launch.dataflow.refilled,
+                at_the_end=[node for node in self.dataflow if node.op == "dump"],
             )
         else:
             run_steps(
@@ -303,6 +306,7 @@ class _Run:
             self.recovered_s = []
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
+        self.graph_file.saw(report.nodes)
         self.display.step(report.step, metrics, report.seconds)
         if said := self.progress.warnings.of(report.step, metrics):
             self.display.note(said)

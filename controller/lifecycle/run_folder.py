@@ -74,10 +74,11 @@ class Beginning:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 
-def find_beginning(launch: Launch, *, compare: bool = True) -> Beginning:
+def find_beginning(launch: Launch, *, compare: bool = True, elsewhere: bool = False) -> Beginning:
     """Where the run begins, as sizes and small files say; changes nothing. Raises ConfigError where it must not.
 
-    compare: with the settings that the checkpoint was made with.
+    compare: with the settings that the checkpoint was made with. elsewhere: the run is for other machines than this
+    one, whose disk says nothing then.
     """
     folder = Path(launch.run.output.root) / launch.run.name
     _check_writable(folder)
@@ -90,7 +91,7 @@ def find_beginning(launch: Launch, *, compare: bool = True) -> Beginning:
     beginning = _beginning(launch, folder, read=SMALL_BYTES, compare=compare)
     if not beginning.deletes:  # else what is there goes, and makes room
         check_kinds(folder)
-        tight = check_space(launch, folder)
+        tight = "" if elsewhere else check_space(launch, folder)
         note = "; ".join(filter(None, (beginning.note, tight)))
         beginning = replace(beginning, note=note)
     return beginning

@@ -118,7 +118,11 @@ def _checked(stage: Stage, models: _Models, local: bool, eager: bool, cluster: C
     complete = launch.run.resume == "auto" and finished_steps(folder) == launch.run.steps
     rerun = [name for name, _ in stage.references if not models.checked[name].complete]
     # A model to come is not yet what the stage was trained from.
-    beginning = Beginning(folder=folder) if complete else find_beginning(launch, compare=not rerun)
+    beginning = (
+        Beginning(folder=folder)
+        if complete
+        else find_beginning(launch, compare=not rerun, elsewhere=cluster is not None)
+    )
     if rerun and (complete or beginning.first_step):
         raise ConfigError(
             f"{folder} was trained from a model of stage {rerun[0]}, which is not complete and will be another; set "

@@ -5,10 +5,30 @@ from math import exp, log
 
 from rlhf_dist.algorithms import ppo_clip, updated_log_multiplier, value_clip
 from rlhf_dist.batch import Batch
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
 from rlhf_dist.transforms import gae, lagrangian_advantage, whiten
+
+PAPERS = {
+    "hc_rlhf": Paper(
+        title="HC-RLHF: a pessimistic cost",
+        year=2025,
+        arxiv="2506.08266",
+        rows=(146,),
+        status="outline",
+        needs=("RM", "MRM", "STATE", "ROLL", "REF", "CRIT", "EVAL", "BRANCH"),
+        settings={"algorithm.pessimism": 1.645},
+        assumed="the bound of a normal distribution, of a step's costs; no final test on held-out prompts",
+    ),
+    "safe_rlhf": Paper(
+        title="Safe RLHF",
+        year=2023,
+        arxiv="2310.12773",
+        needs=("RM", "MRM", "STATE", "ROLL", "REF", "CRIT"),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +51,8 @@ class SafeRLHF:
     """Penalty on log pi - log pi_ref in the reward."""
     cost_limit: float = 0.0
     """The mean cost to stay under."""
+    pessimism: float = 0.0
+    """Standard errors that are added to the mean cost before it is held against the limit (HC-RLHF); 0 for the mean."""
     multiplier: float = 1.0
     """The multiplier at the start."""
     multiplier_lr: float = 0.1
@@ -45,10 +67,12 @@ class Lagrange(State):
 
     @state_op(reads=("costs",))
     def update(
-        self, numbers: dict[str, float], batch: Batch, *, limit: float, lr: float
+        self, numbers: dict[str, float], batch: Batch, *, limit: float, lr: float, pessimism: float = 0.0
     ) -> tuple[dict[str, float], Metrics]:
         """Raise the multiplier while the mean cost is over the limit, lower it while it is under."""
-        cost = float(batch["costs"].values.mean(dtype="float64"))
+        costs = batch["costs"].values.astype("float64")
+        error = costs.std(ddof=1) / len(costs) ** 0.5 if len(costs) > 1 else 0.0
+        cost = float(costs.mean() + pessimism * error)
         multiplier = exp(updated_log_multiplier(log(numbers["multiplier"]), cost, limit=limit, lr=lr))
         return {"multiplier": multiplier}, {"cost": Mean(cost), "multiplier": Mean(multiplier)}
 
@@ -77,7 +101,7 @@ def safe_rlhf(
     estimate = {"gamma": cfg.gamma, "lam": cfg.lam}
     batch = gae(batch, kl_coef=cfg.kl_coef, **estimate)
     costs = gae(batch.rename(rewards="costs", values="cost_values"), **estimate)
-    lagrange.update(batch, limit=cfg.cost_limit, lr=cfg.multiplier_lr)
+    lagrange.update(batch, limit=cfg.cost_limit, lr=cfg.multiplier_lr, pessimism=cfg.pessimism)
     batch = batch.with_columns_of(costs, cost_advantages="advantages")
     batch = whiten(lagrangian_advantage(batch, lam=lagrange.value("multiplier")))
 

@@ -6,8 +6,18 @@ L_t = D(q(. | y_<t) || p(. | y_<t)),  y ~ p          over the whole vocabulary, 
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import distill, distill_top_k
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Teacher
+
+PAPERS = {
+    "gkd": Paper(
+        title="GKD: on-policy distillation",
+        year=2023,
+        arxiv="2306.13649",
+        needs=("ROLL", "XLM"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

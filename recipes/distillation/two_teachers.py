@@ -3,8 +3,20 @@
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import distill_top_k
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Teacher
+
+PAPERS = {
+    "two_teachers": Paper(
+        title="On-policy distillation from two teachers",
+        year=2023,
+        arxiv="2306.13649",
+        status="outline",
+        needs=("ROLL", "XLM"),
+        assumed="two teachers are no paper's; the divergence is GKD's",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

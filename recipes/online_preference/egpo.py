@@ -13,9 +13,22 @@ import numpy as np
 
 from rlhf_dist.algorithms import loss
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
+
+PAPERS = {
+    "egpo": Paper(
+        title="EGPO",
+        year=2025,
+        arxiv="2503.08942",
+        rows=(97,),
+        status="outline",
+        needs=("ROLL", "PAIRJ", "PREF", "REF", "SNAP", "BRANCH"),
+        assumed="both half-steps use the responses drawn at theta; P is a sigmoid of the difference of rewards",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

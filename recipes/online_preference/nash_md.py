@@ -16,10 +16,31 @@ import numpy as np
 from rlhf_dist.algorithms import policy_gradient
 from rlhf_dist.algorithms.ragged import sum_rows
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Opponent, Prompts, Reference, Reward
+
+PAPERS = {
+    "nash_md": Paper(
+        title="Nash-MD",
+        year=2023,
+        arxiv="2312.00886",
+        rows=(93,),
+        needs=("ROLL", "PAIRJ", "REF", "SNAP"),
+        assumed="P is a sigmoid of the difference of rewards",
+    ),
+    "average": Paper(
+        title="Nash-EMA",
+        year=2023,
+        arxiv="2312.00886",
+        rows=(93,),
+        needs=("ROLL", "PAIRJ", "REF", "SNAP"),
+        settings={"algorithm.opponent": "average"},
+        assumed="P is a sigmoid of the difference of rewards",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ A pair that both orders leave at a tie, or that has no verdict in one of them, t
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import dpo
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.parsers import Choice
 from rlhf_dist.prompt_template import Template
@@ -24,6 +25,17 @@ Response 1: {response_a}
 Response 2: {response_b}
 
 Compare them in a sentence or two. Then write on a line of its own "Better: 1", "Better: 2" or "Better: tie"."""
+
+
+PAPERS = {
+    "oaif": Paper(
+        title="Online AI feedback (OAIF)",
+        year=2024,
+        arxiv="2402.04792",
+        needs=("ROLL", "JUDGE", "PAIR", "PREF", "REF"),
+        assumed="the wording of the question",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ has the policy write new ones, too. Steps of an iteration are not given and are 
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import dpo
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.parsers import Number
 from rlhf_dist.prompt_template import Template
@@ -41,6 +42,19 @@ After examining the user's instruction and the response:
 Remember to assess from the AI Assistant perspective, utilizing web search knowledge as necessary. To evaluate the \
 response in alignment with this additive scoring model, we'll systematically attribute points based on the outlined \
 criteria."""
+
+
+PAPERS = {
+    "self_rewarding": Paper(
+        title="Self-rewarding language models",
+        year=2024,
+        arxiv="2401.10020",
+        rows=(81,),
+        status="outline",
+        needs=("ROLL", "JUDGE", "PAIR", "PREF", "SNAP", "SAMP", "SFT"),
+        assumed="steps of an iteration; prompts come from the data, where the policy writes new ones",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

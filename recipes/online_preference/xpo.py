@@ -13,10 +13,22 @@ import numpy as np
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
 from rlhf_dist.transforms import keep_best_and_worst
+
+PAPERS = {
+    "xpo": Paper(
+        title="XPO",
+        year=2024,
+        arxiv="2405.21046",
+        rows=(72,),
+        needs=("ROLL", "JUDGE", "PAIR", "PREF", "REF", "SNAP"),
+        assumed="a reward labels the pair; alpha as in TRL",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.algorithms.kl import adapted_kl_coef
 from rlhf_dist.batch import Batch
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
 from rlhf_dist.transforms import gae, whiten
+
+PAPERS = {
+    "adaptive_kl": Paper(
+        title="PPO with an adaptive KL coefficient",
+        year=2019,
+        arxiv="1909.08593",
+        needs=("ROLL", "RM", "REF", "CRIT", "STATE"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

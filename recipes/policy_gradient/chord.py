@@ -11,10 +11,23 @@ from math import cos, pi
 
 from rlhf_dist.algorithms import loss, ppo_clip
 from rlhf_dist.batch import Batch
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import follows, recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Examples, Prompts, Reward, State, state_op
 from rlhf_dist.transforms import grpo_advantage
+
+PAPERS = {
+    "chord": Paper(
+        title="CHORD",
+        year=2025,
+        arxiv="2508.11408",
+        rows=(35,),
+        status="outline",
+        needs=("ROLL", "VER", "MIX", "AUX", "STATE"),
+        assumed="the constants of the schedule",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,21 @@ import numpy as np
 
 from rlhf_dist.algorithms import ppo_clip
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op, refill
 from rlhf_dist.dataflow.recipe import follows, recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Prompts, Reward
 from rlhf_dist.transforms import drop_equal_groups, grpo_advantage
+
+PAPERS = {
+    "dapo": Paper(
+        title="DAPO",
+        year=2025,
+        arxiv="2503.14476",
+        needs=("ROLL", "VER", "ADV", "FILT", "SHAPE"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,23 @@ import numpy as np
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.algorithms.ragged import row_of_token
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference
 from rlhf_dist.transforms import gae, whiten
+
+PAPERS = {
+    "fine_grained_rlhf": Paper(
+        title="Fine-Grained RLHF",
+        year=2023,
+        arxiv="2306.01693",
+        rows=(137,),
+        needs=("TOK", "MRM", "ROLL", "CRIT"),
+        assumed="segments of so many tokens in place of sub-sentences and sentences",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

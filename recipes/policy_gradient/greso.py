@@ -12,11 +12,24 @@ import numpy as np
 
 from rlhf_dist.algorithms import ppo_clip
 from rlhf_dist.batch import Batch
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Prompts, Reward, State, state_op
 from rlhf_dist.transforms import drop_equal_groups, grpo_advantage
+
+PAPERS = {
+    "greso": Paper(
+        title="GRESO",
+        year=2025,
+        arxiv="2506.02177",
+        rows=(150,),
+        status="outline",
+        needs=("SAMP", "ROLL", "VER", "ADV", "FILT", "STATE"),
+        assumed="the targets, the start of p and its step; the batch does not adapt",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,118 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.algorithms import ppo_clip
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
 from rlhf_dist.transforms import grpo_advantage, mask_cut_responses
+
+NEEDS = ("ROLL", "VER", "REF", "ADV")
+RULES = {"algorithm.kl_coef": 0.0}
+PAPERS = {
+    "grpo": Paper(title="GRPO", year=2024, arxiv="2402.03300", needs=NEEDS),
+    "dr_grpo": Paper(
+        title="Dr. GRPO",
+        year=2025,
+        arxiv="2503.20783",
+        needs=("ROLL", "VER", "ADV"),
+        settings={
+            **RULES,
+            "algorithm.scale": False,
+            "algorithm.average": "rows",
+            "algorithm.row_divisor": "${actor.rollout.max_response_tokens}",
+        },
+    ),
+    "gspo": Paper(
+        title="GSPO",
+        year=2025,
+        arxiv="2507.18071",
+        needs=("ROLL", "VER", "ADV"),
+        settings={
+            **RULES,
+            "algorithm.ratio": "sequence",
+            "algorithm.average": "rows",
+            "algorithm.clip": 3e-4,
+            "algorithm.clip_high": 4e-4,
+            "algorithm.mini_batches": 4,
+        },
+    ),
+    "gspo_token": Paper(
+        title="GSPO-token",
+        year=2025,
+        arxiv="2507.18071",
+        needs=("ROLL", "VER", "ADV"),
+        settings={
+            **RULES,
+            "algorithm.ratio": "sequence_token",
+            "algorithm.average": "rows",
+            "algorithm.clip": 3e-4,
+            "algorithm.clip_high": 4e-4,
+            "algorithm.mini_batches": 4,
+        },
+    ),
+    "clip_higher": Paper(
+        title="GRPO with DAPO's clip and average",
+        year=2025,
+        arxiv="2503.14476",
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "algorithm.clip_high": 0.28, "algorithm.mini_batches": 4},
+    ),
+    "tis": Paper(
+        title="Truncated importance sampling between sampler and trainer, per token",
+        year=2025,
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "algorithm.correction": "token", "algorithm.correction_cap": 2.0},
+    ),
+    "sequence_tis": Paper(
+        title="Truncated importance sampling between sampler and trainer, per response",
+        year=2025,
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "algorithm.correction": "sequence", "algorithm.correction_cap": 2.0},
+    ),
+    "mis": Paper(
+        title="Masked importance sampling between sampler and trainer",
+        year=2025,
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "algorithm.correction": "masked", "algorithm.correction_cap": 2.0},
+    ),
+    "countdown": Paper(
+        title="RL is all you need: R1-Zero on Countdown",
+        year=2025,
+        rows=(156,),
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "reward.function": "recipes.reasoning._rewards:format_and_answer"},
+        assumed="a format worth 0.1; the rows are given as data",
+    ),
+    "bleuberi": Paper(
+        title="BLEUBERI: BLEU as the reward",
+        year=2025,
+        arxiv="2505.11080",
+        rows=(157,),
+        needs=("ROLL", "VER", "ADV", "SAMP"),
+        settings={**RULES, "reward.function": "recipes.reasoning._rewards:bleu"},
+        assumed="add-one smoothing; the prompts with the lowest BLEU are chosen beforehand, as data",
+    ),
+    "toolrl": Paper(
+        title="ToolRL",
+        year=2025,
+        arxiv="2504.13958",
+        rows=(158,),
+        status="outline",
+        needs=("TURN", "ROLL", "VER", "ADV", "SHAPE"),
+        settings={**RULES, "reward.function": "recipes.reasoning._rewards:tool_calls"},
+        assumed="one turn; the scales of the two rewards do not change in training",
+    ),
+    "prior_prompt_reason": Paper(
+        title="Prior prompt engineering: reason",
+        year=2025,
+        rows=(164,),
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "data.train.system": "Think step by step before you answer.", "task": "none"},
+        assumed=(
+            "the wording; the paper's other prompts (plan, code, recall, null-example) are other texts of the setting"
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.algorithms import ppo_clip
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.parsers import Choice, Number, Numbers
 from rlhf_dist.prompt_template import Template
@@ -45,6 +46,38 @@ Prompt: {prompt}
 {listing}
 
 Compare them in a few sentences. Then write on a line of its own "Score:" and the numbers, in order, with commas."""
+
+
+PAPERS = {
+    "judge_grpo": Paper(
+        title="Online RFT with a plug-and-play judge",
+        year=2025,
+        rows=(14,),
+        status="outline",
+        needs=("JUDGE", "ROLL", "CRIT", "RMT"),
+        assumed="GRPO in place of PPO; the rubric is the usual question; the judge's adapter is part of its model",
+    ),
+    "pairwise": Paper(
+        title="Think-RM: verdicts on pairs of a group",
+        year=2025,
+        arxiv="2505.16265",
+        rows=(123,),
+        status="outline",
+        needs=("JUDGE", "PAIRJ", "SFT", "ADV", "ROLL"),
+        settings={"algorithm.mode": "pairwise"},
+        assumed="the estimator is the share of wins; the judge is given, its own training is not here",
+    ),
+    "listwise": Paper(
+        title="RewardAnything: one call scores the whole group",
+        year=2025,
+        arxiv="2506.03637",
+        rows=(122,),
+        status="outline",
+        needs=("JUDGE", "CO", "ADV", "ROLL"),
+        settings={"algorithm.mode": "listwise"},
+        assumed="the judge is given, its own training by GRPO is not here; no principle in the question",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,22 @@ from rlhf_dist.algorithms.advantages.gae import gae as gae_formula
 from rlhf_dist.algorithms.ragged import row_of_token
 from rlhf_dist.algorithms.shaping import place_terminal
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
 from rlhf_dist.transforms import whiten
+
+PAPERS = {
+    "ma_rlhf": Paper(
+        title="MA-RLHF",
+        year=2024,
+        arxiv="2410.02743",
+        rows=(23,),
+        needs=("ROLL", "RM", "CRIT", "ADV", "TOK"),
+        assumed="macro actions of n tokens; not by parse or perplexity",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

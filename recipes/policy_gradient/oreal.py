@@ -16,11 +16,23 @@ import numpy as np
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.kl import k3
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
 from rlhf_dist.transforms import rloo_advantage
+
+PAPERS = {
+    "oreal": Paper(
+        title="OREAL",
+        year=2025,
+        arxiv="2502.06781",
+        rows=(32,),
+        needs=("ROLL", "VER", "REF", "FILT", "TOK", "CO", "ADV"),
+        assumed="averages over tokens, the k3 estimator, one optimizer step a batch",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

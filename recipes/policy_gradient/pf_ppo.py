@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
@@ -20,6 +21,18 @@ from rlhf_dist.schema import TRAINABLE
 from rlhf_dist.transforms import gae, whiten
 
 Strategy = Literal["best", "best_random", "best_worst"]
+
+
+PAPERS = {
+    "pf_ppo": Paper(
+        title="PF-PPO",
+        year=2024,
+        arxiv="2409.06957",
+        rows=(22,),
+        needs=("ROLL", "RM", "CRIT", "FILT", "MIX"),
+        assumed="which rows are kept is a setting, not found from R^2 of reward and truth",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
 from rlhf_dist.transforms import gae, penalise_cut_responses, whiten
+
+PAPERS = {
+    "ppo": Paper(
+        title="PPO for language models; HybridFlow",
+        year=2022,
+        arxiv="2409.19256",
+        rows=(1,),
+        needs=("PLACE", "ROLL", "RM", "REF", "CRIT", "ADV"),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.algorithms import policy_gradient
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
 from rlhf_dist.transforms import remax_advantage
+
+PAPERS = {
+    "remax": Paper(
+        title="ReMax",
+        year=2023,
+        arxiv="2310.10505",
+        rows=(16,),
+        needs=("ROLL", "RM", "REF", "ADV"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

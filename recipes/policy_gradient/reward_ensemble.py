@@ -1,6 +1,8 @@
 """Several reward models against overoptimisation (Coste et al. 2023, arXiv 2310.02743).
 
-mean   r = mean_i r_i          WCO   r = min_i r_i          UWO   r = mean_i r_i - lambda var_i r_i
+mean   r = mean_i r_i          wco   r = min_i r_i          uwo   r = mean_i r_i - lambda var_i r_i
+median, mean_std (mean - lambda std): Helping or Herding (Eisenstein et al. 2023, arXiv 2312.09244)
+nominal_worst   r = lambda r_1 + (1 - lambda) min_i r_i: reward-robust RLHF (Yan et al. 2024, arXiv 2409.15360)
 """
 
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import numpy as np
 
 from rlhf_dist.algorithms import ppo_clip
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
@@ -17,6 +20,71 @@ from rlhf_dist.roles import Actor, Prompts, Reference, Reward
 from rlhf_dist.transforms import grpo_advantage
 
 SCORES = ("score_1", "score_2", "score_3")
+PAPERS = {
+    "reward_ensemble": Paper(
+        title="Reward model ensembles mitigate overoptimisation: UWO",
+        year=2023,
+        arxiv="2310.02743",
+        rows=(101,),
+        needs=("MRM", "SHAPE", "ROLL", "CRIT"),
+        assumed="three models; GRPO in place of PPO",
+    ),
+    "wco": Paper(
+        title="Worst-case optimisation (WCO)",
+        year=2023,
+        arxiv="2310.02743",
+        rows=(101,),
+        needs=("MRM", "SHAPE", "ROLL", "CRIT"),
+        settings={"algorithm.combine": "wco"},
+        assumed="three models; GRPO in place of PPO",
+    ),
+    "median": Paper(
+        title="Helping or Herding: the median of models of other pretraining seeds",
+        year=2023,
+        arxiv="2312.09244",
+        rows=(102,),
+        needs=("MRM", "RMT", "SHAPE", "ROLL", "EVAL"),
+        settings={"algorithm.combine": "median"},
+        assumed="three models, each trained by reward_model/centred; GRPO in place of PPO",
+    ),
+    "mean_std": Paper(
+        title="Helping or Herding: mean less standard deviation",
+        year=2023,
+        arxiv="2312.09244",
+        rows=(102,),
+        needs=("MRM", "RMT", "SHAPE", "ROLL", "EVAL"),
+        settings={"algorithm.combine": "mean_std", "algorithm.variance_coef": 1.0},
+        assumed="three models; GRPO in place of PPO",
+    ),
+    "nominal_worst": Paper(
+        title="Reward-robust RLHF: nominal and worst case",
+        year=2024,
+        arxiv="2409.15360",
+        rows=(103,),
+        status="outline",
+        needs=("MRM", "RMT", "SHAPE", "ROLL", "CRIT", "HID"),
+        settings={"algorithm.combine": "nominal_worst", "algorithm.variance_coef": 0.6},
+        assumed=(
+            "models of their own in place of heads with mean and deviation; the first is the nominal one; lambda 0.6"
+        ),
+    ),
+    "rluf": Paper(
+        title="RLUF: weighted sum of several rewards",
+        year=2025,
+        rows=(120,),
+        needs=("RMT", "MRM", "ROLL", "ADV"),
+        settings={"algorithm.combine": "weighted"},
+        assumed="the weights; P[Love] is trained by reward_models/binary_reward_model",
+    ),
+    "multi_objective_grpo": Paper(
+        title="Multi-objective GRPO",
+        year=2025,
+        rows=(148,),
+        needs=("RMT", "MRM", "ROLL", "ADV"),
+        settings={"algorithm.combine": "weighted", "algorithm.kl_coef": 0.0},
+        assumed="the weights; a model for each objective in place of one with several labels",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +93,12 @@ class Ensemble:
 
     samples_per_prompt: int = 8
     """Responses to each prompt: the group."""
-    combine: Literal["mean", "wco", "uwo"] = "uwo"
+    combine: Literal["mean", "wco", "uwo", "median", "mean_std", "nominal_worst", "weighted"] = "uwo"
     """What becomes of a response's scores."""
     variance_coef: float = 0.1
-    """lambda of UWO."""
+    """lambda of uwo, mean_std and nominal_worst."""
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of weighted: a factor for each model."""
     clip: float = 0.2
     """The probability ratio is cut at 1 - clip and 1 + clip."""
     kl_coef: float = 0.02
@@ -36,11 +106,21 @@ class Ensemble:
 
 
 @host_op(reads=SCORES, writes=("rewards",))
-def combined(batch: Batch, *, combine: str, variance_coef: float) -> HostResult:
+def combined(
+    batch: Batch, *, combine: str, variance_coef: float, weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+) -> HostResult:
     """One reward of several scores; the variance has divisor n."""
     scores = np.stack([batch[name].values for name in SCORES]).astype(np.float64)
     mean, variance = scores.mean(0), scores.var(0)
-    rewards = {"mean": mean, "wco": scores.min(0), "uwo": mean - variance_coef * variance}[combine]
+    rewards = {
+        "mean": mean,
+        "wco": scores.min(0),
+        "uwo": mean - variance_coef * variance,
+        "median": np.median(scores, axis=0),
+        "mean_std": mean - variance_coef * variance**0.5,
+        "nominal_worst": variance_coef * scores[0] + (1 - variance_coef) * scores.min(0),
+        "weighted": np.asarray(weights) @ scores,
+    }[combine]
     return HostResult(
         columns=Batch({"rewards": Column(rewards.astype(np.float32))}),
         metrics={"score_variance": Mean(float(variance.sum()), batch.num_rows)},
@@ -56,6 +136,6 @@ def reward_ensemble(
     batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
     for model, name in zip((first, second, third), SCORES, strict=True):
         batch = model.compute_reward(batch, out=name)
-    batch = combined(batch, combine=cfg.combine, variance_coef=cfg.variance_coef)
+    batch = combined(batch, combine=cfg.combine, variance_coef=cfg.variance_coef, weights=cfg.weights)
     batch = grpo_advantage(batch, kl_coef=cfg.kl_coef)
     actor.update_actor(batch, loss=ppo_clip(cfg.clip, on_policy=True))

@@ -8,12 +8,24 @@ The soup is made at the first step and kept in checkpoints; the roles `first` an
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
 from rlhf_dist.transforms import gae, whiten
 
 ONCE = 1 << 40
 """A cadence of which a run sees step 0 only."""
+
+
+PAPERS = {
+    "salsa": Paper(
+        title="SALSA",
+        year=2024,
+        arxiv="2411.01798",
+        rows=(191,),
+        needs=("SNAP", "REF", "ROLL", "RM", "CRIT"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

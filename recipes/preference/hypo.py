@@ -10,8 +10,20 @@ the paper: the default is assumed.
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import dpo, loss
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Preferences, Prompts, Reference
+
+PAPERS = {
+    "hypo": Paper(
+        title="HyPO",
+        year=2024,
+        arxiv="2406.01462",
+        rows=(60,),
+        needs=("PREF", "REF", "ROLL", "AUX", "MIX"),
+        assumed="lambda 0.1",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

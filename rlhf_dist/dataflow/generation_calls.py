@@ -17,8 +17,8 @@ from rlhf_dist.schema import COLUMNS
 if TYPE_CHECKING:
     from rlhf_dist.dataflow.traced_batch import TracedBatch
 
-SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "stop")
-"""Settings of the role's `rollout` section that a call may replace, and texts that end a response."""
+SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
+"""Settings of the role's `rollout` section that a call may replace."""
 
 
 def generation_settings(
@@ -92,24 +92,29 @@ def _check_prefix(line: str, where: str, batch: TracedBatch, prefix: Any) -> Non
 def _check_sampling(line: str, where: str, settings: Mapping[str, Any]) -> None:
     if isinstance(settings["stop"], str) or not isinstance(settings["stop"], Sequence):
         raise GraphError(f"{line}: {where} needs stop, a tuple of texts, got {settings['stop']!r}; write stop=('###',)")
-    given = {key: settings[key] for key in SAMPLING if settings[key] is not None}
-    known = {key: value.first if isinstance(value, StateValue) else value for key, value in given.items()}
+    known: dict[str, Any] = {}
+    for key in SAMPLING:
+        value = settings[key]
+        whole = key in ("top_k", "max_tokens") and not isinstance(value, StateValue)
+        known |= {} if value is None else {key: value.first if isinstance(value, StateValue) else value}
+        if key in known and (isinstance(known[key], bool) or not isinstance(known[key], int if whole else int | float)):
+            raise GraphError(f"{line}: {where} needs {key}, a {'whole ' if whole else ''}number, got {value!r}")
     try:
-        Sampling(**{**known, "stop": tuple(known["stop"])})
-    except (ValueError, TypeError) as error:
+        Sampling(**known, stop=tuple(settings["stop"]))
+    except ValueError as error:
         raise GraphError(f"{line}: {where}: {error}") from error
 
 
 def _mixed_with(line: str, where: str, mixture: Any) -> tuple[str, Any]:
     """(role, share) of a mixture."""
-    pair = mixture if isinstance(mixture, tuple) and len(mixture) == 2 else (None, None)
-    named = pair[0].weight_role() if hasattr(type(pair[0]), "weight_role") else None
+    given: Any
+    given, share = mixture if isinstance(mixture, tuple) and len(mixture) == 2 else (None, None)
+    named = given.weight_role() if hasattr(type(given), "weight_role") else None
     if named is None or LanguageModel not in named.interface.__mro__:
         raise GraphError(
             f"{line}: {where} got mixture={mixture!r}; it is (role, share), another language model of the recipe and "
             "its share of the logits: mixture=(reference, 0.125)"
         )
-    share = pair[1]
     known = share.first if isinstance(share, StateValue) else share
     if isinstance(known, bool) or not isinstance(known, int | float) or not 0 <= known <= 1:
         raise GraphError(f"{line}: {where} mixes with a share in [0, 1] of {named.name!r}, got {share!r}")

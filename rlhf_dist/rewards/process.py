@@ -30,6 +30,7 @@ import psutil
 
 from rlhf_dist.rewards.calls import NOT_CALLED, Outcome, Rows
 from rlhf_dist.rewards.child import Limits, Report, Task
+from rlhf_dist.rewards.environment import environment_of_reward
 from rlhf_dist.rewards.load import LoadedReward
 from rlhf_dist.rewards.rule import RewardFunctionError
 
@@ -158,8 +159,10 @@ class _Child:
             BOOT.format(theirs.fileno(), table),
             json.dumps([*sys.path, *function.folders]),
         ]
-        # What tells our own processes to keep freed memory (controller/cluster/start.py) is wrong for a bounded one.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        try:
+            environment = environment_of_reward(os.environ, limits.environment)
+        except ValueError as error:
+            raise RewardFunctionError(str(error)) from error
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

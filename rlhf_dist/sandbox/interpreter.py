@@ -19,7 +19,7 @@ from rlhf_dist.sandbox.isolation import start
 from rlhf_dist.sandbox.limits import Limits, Result, SandboxError
 
 START_S = 60.0
-GRACE_S = 10.0
+GRACE_S = 30.0
 """How much longer than its limits a run may take to be reported: the machine is slow, or something is wrong."""
 CHUNK = 1 << 16
 FRAME_BYTES = 1 << 16
@@ -45,7 +45,7 @@ class Interpreter:
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._to, False)
         os.set_blocking(self._from, False)
-        self._ready = False
+        self._ready, self.again = False, True
 
     def wait_until_ready(self) -> None:
         """Raises SandboxError if it does not come up."""
@@ -54,7 +54,10 @@ class Interpreter:
             self._ready = True
 
     def run(self, *messages: dict[str, Any]) -> tuple[Result, Any]:
-        """What came of one program, and the verdict of its tests. Raises SandboxError if the interpreter fails."""
+        """What came of one program, and the verdict of its tests. Raises SandboxError if the interpreter fails.
+
+        `again` is False afterwards where the program left what cannot be removed: no other run has room then.
+        """
         self.wait_until_ready()
         deadline = time.monotonic() + self._limits.wall_s + GRACE_S
         most = FRAME_BYTES + 2 * self._limits.output_bytes
@@ -67,6 +70,7 @@ class Interpreter:
             wall_s=answer["wall_s"],
             cpu_s=answer["cpu_s"],
         )
+        self.again = bool(answer["again"])
         return result, answer["verdict"]
 
     def close(self) -> None:

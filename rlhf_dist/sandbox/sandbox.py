@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlhf_dist.sandbox.interpreter import Interpreter
 from rlhf_dist.sandbox.isolation import Isolation, found, tried
@@ -74,21 +74,17 @@ class Sandbox:
         go_on: GoOn = lambda number, result: True,
     ) -> list[Result]:
         """The program once for each input, one after the other, until `go_on` of a number and its result says no."""
-        job = {"kind": "program", "code": code, "files": dict(files or {})}
-
-        def each(interpreter: Interpreter) -> list[Result]:
-            results = []
-            for number, stdin in enumerate(inputs):
-                results.append(interpreter.run(job | {"stdin": stdin})[0])
-                if not go_on(number, results[-1]):
-                    break
-            return results
-
-        return [self._refused()] if self.refusal else self._use(each)
+        job = {"kind": "program", "code": code, "files": self._files(files)}
+        if self.refusal:
+            return [self._refused()]
+        results: list[Result] = []
+        while len(results) < len(inputs) and (not results or go_on(len(results) - 1, results[-1])):
+            results += self._use(partial(_ran, job=job, inputs=inputs, first=len(results), go_on=go_on))
+        return results
 
     def command(self, argv: Sequence[str], stdin: str = "", files: Mapping[str, str] | None = None) -> Result:
         """A command of this machine's /usr, beside `files` in its folder."""
-        job = {"kind": "command", "argv": list(argv), "stdin": stdin, "files": dict(files or {})}
+        job = {"kind": "command", "argv": list(argv), "stdin": stdin, "files": self._files(files)}
         return self._refused() if self.refusal else self._use(lambda interpreter: interpreter.run(job)[0])
 
     def test(self, code: str, tests: str) -> Result:
@@ -116,6 +112,16 @@ class Sandbox:
             self._changed.notify_all()
         for one in ready:
             one.close()
+
+    def _files(self, files: Mapping[str, str] | None) -> dict[str, str]:
+        given = dict(files or {})
+        size = sum(len(text.encode("utf-8", "replace")) for text in given.values())
+        if size > self.limits.scratch_bytes or len(given) + 1 >= self.limits.scratch_files:
+            raise ValueError(
+                f"{len(given)} files of {size} bytes do not fit scratch_bytes={self.limits.scratch_bytes} and "
+                f"scratch_files={self.limits.scratch_files}"
+            )
+        return given
 
     def _refused(self) -> Result:
         return Result(outcome="refused", text=self.refusal)
@@ -191,6 +197,18 @@ def _chosen(isolation: Isolation) -> tuple[str, str]:
     return isolation, f"{isolation}: {reason}" if reason else ""
 
 
+def _ran(
+    interpreter: Interpreter, job: Mapping[str, Any], inputs: Sequence[str], first: int, go_on: GoOn
+) -> list[Result]:
+    """From input `first` on, one after the other, until `go_on` says no, or the program left no room for another."""
+    results: list[Result] = []
+    for number in range(first, len(inputs)):
+        results.append(interpreter.run({**job, "stdin": inputs[number]})[0])
+        if not interpreter.again or not go_on(number, results[-1]):
+            break
+    return results
+
+
 def _tested(interpreter: Interpreter, code: str, tests: Sequence[str], first: int, go_on: GoOn) -> list[Result]:
     """From test `first` on, one after the other. The last is one that `go_on` did not like, or that ended without a
     verdict: then its message may still wait to be read, and the interpreter is good for no more."""
@@ -204,6 +222,6 @@ def _tested(interpreter: Interpreter, code: str, tests: Sequence[str], first: in
         elif result.ok:
             result = replace(result, outcome="killed", text="the process of the tests ended before they were through")
         results.append(result)
-        if not through or not go_on(number, result):
+        if not through or not interpreter.again or not go_on(number, result):
             break
     return results

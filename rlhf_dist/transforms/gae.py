@@ -12,6 +12,7 @@ from rlhf_dist.algorithms.kl import KlEstimator
 from rlhf_dist.algorithms.shaping import place_terminal
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult, host_op
+from rlhf_dist.metrics import ExplainedVariance, Metrics
 from rlhf_dist.missing import is_missing
 from rlhf_dist.transforms.columns import (
     mask_and_offsets,
@@ -58,16 +59,18 @@ def gae(
     counted = mask > 0
     terminal = np.zeros_like(rewards) if dense == "alone" else rewards
     token_rewards = place_terminal(terminal, offsets, mask)
-    penalty, metrics = penalty_and_metrics(batch, kl_coef, kl_estimator, kl_cap)
+    penalty, kl_metrics = penalty_and_metrics(batch, kl_coef, kl_estimator, kl_cap)
     token_rewards += penalty
     if dense:
         token_rewards += tokens(batch, "token_rewards")
     advantages, returns = gae_formula(token_rewards, values, offsets, mask, gamma, lam)
-    metrics |= row_metrics(batch, present)
-    metrics |= {
+    metrics: Metrics = {
+        **kl_metrics,
+        **row_metrics(batch, present),
         "advantage": mean_of(advantages[counted]),
         "return": mean_of(returns[counted]),
         "value_before": mean_of(values[counted]),
+        "explained_variance": ExplainedVariance.of(values[counted], returns[counted]),
     }
     columns = {"advantages": Column(advantages, offsets), "returns": Column(returns, offsets), "response_mask": known}
-    return HostResult(columns=Batch(columns, batch.num_rows), metrics={**metrics})
+    return HostResult(columns=Batch(columns, batch.num_rows), metrics=metrics)

@@ -7,7 +7,8 @@
     listwise    verdicts = judge.generate_sequences(listed(batch), template=..., parser=Numbers("Scores:"))
                 batch = list_scores(batch, verdicts)
 
-A row without a verdict has NaN, and 0 in the column `judged`: `judged, others = batch.where("judged")`.
+A row without a verdict has a number that is missing, and 0 in the column `judged`: advantages and pairs leave it out,
+and `judged, others = batch.where("judged")` parts it from the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostResult, host_op
 from rlhf_dist.metrics import Mean, Metrics, Spread
+from rlhf_dist.missing import MISSING
 from rlhf_dist.transforms.columns import mean_of
 
 Floats = npt.NDArray[np.float64]
@@ -108,14 +110,14 @@ def win_rates(batch: Batch, verdicts: Batch, *, column: str = "choice", into: st
     total, count = _sums(place[said], votes[said], 2 * pairs.shape[1])
     judged = (count.reshape(-1, 2) > 0).all(axis=1)
     first_wins = (total / np.maximum(count, 1)).reshape(-1, 2)[judged]
-    win = (first_wins[:, 0] + 1 - first_wins[:, 1]) / 2
+    win: Floats = (first_wins[:, 0] + 1 - first_wins[:, 1]) / 2
     agree = np.sign(first_wins[:, 0] - 0.5) == np.sign(0.5 - first_wins[:, 1])
     low, high = pairs[:, judged]
     wins, played = _sums(np.concatenate([low, high]), np.concatenate([win, 1 - win]), batch.num_rows)
     metrics = {
         "pairs_judged": mean_of(judged),
-        "order_agreement": mean_of(agree),
-        "ties": mean_of(win == 0.5),
+        "order_agreement": mean_of(np.asarray(agree)),
+        "ties": mean_of(np.asarray(win == 0.5)),
         "first_wins": mean_of(first_wins.ravel()),
     }
     return _judged(wins, played, into, metrics)
@@ -181,7 +183,9 @@ def _sums(places: IntArray, values: Floats, size: int) -> tuple[Floats, Floats]:
 def _judged(total: Floats, count: Floats, into: str, metrics: Mapping[str, Mean]) -> HostResult:
     judged = count > 0
     values = np.divide(total, count, out=np.full_like(total, np.nan), where=judged)
-    columns = {into: Column(values.astype(np.float32)), "judged": Column(judged.astype(np.uint8))}
+    numbers = values.astype(np.float32)
+    numbers[~judged] = MISSING
+    columns = {into: Column(numbers), "judged": Column(judged.astype(np.uint8))}
     known: Metrics = {name: one for name, one in metrics.items() if one.count}  # a mean of nothing is not 0
     known["unjudged"] = mean_of(~judged)
     if judged.any():

@@ -9,11 +9,12 @@ import subprocess
 
 import pytest
 
-from rlhf_dist.compose import compose_dataflow, list_recipes
+from rlhf_dist.compose import compose_dataflow
 from rlhf_dist.dataflow.draw import FORMATS, levels, to_dot, to_json, to_mermaid, to_text
+from tests.shelf import of_each_shape
 
 
-@pytest.mark.parametrize("name", sorted(list_recipes()))
+@pytest.mark.parametrize("name", of_each_shape())
 def test_json_has_every_node_and_edge(name: str) -> None:
     dataflow = compose_dataflow(name)
     drawn = json.loads(to_json(dataflow))
@@ -45,7 +46,7 @@ def test_levels_put_what_need_not_wait_side_by_side() -> None:
     level = levels(compose_dataflow("ppo"))
     assert level["critic.compute_values"] == level["reference.compute_ref_log_prob"] == level["reward.compute_reward"]
     assert level["prompts"] < level["actor.generate_sequences"] < level["critic.compute_values"] < level["gae"]
-    for name in list_recipes():
+    for name in of_each_shape():
         dataflow = compose_dataflow(name)
         at = levels(dataflow)
         assert all(at[edge.source] < at[edge.target] for edge in dataflow.edges if edge.distance == 0)
@@ -58,7 +59,7 @@ def test_text_brackets_siblings_and_lists_loop_carried_edges() -> None:
     assert re.search(r"gae +ppo\.py:\d+ ", text)
 
 
-@pytest.mark.parametrize("name", sorted(list_recipes()))
+@pytest.mark.parametrize("name", of_each_shape())
 def test_mermaid_is_well_formed_and_groups_columns(name: str) -> None:
     dataflow = compose_dataflow(name)
     lines = to_mermaid(dataflow).splitlines()

@@ -96,6 +96,8 @@ def refused(call: Callable[[Any, Any, Any, Any, Any], Any]) -> str:
         (lambda b, a, j, r, c: j.generate_sequences(b, stop=("",)), "not empty"),
         (lambda b, a, j, r, c: j.generate_sequences(b, temperature=0.0), "temperature must be > 0"),
         (lambda b, a, j, r, c: j.generate_sequences(b, max_tokens=0), "max_tokens must be >= 1"),
+        (lambda b, a, j, r, c: j.generate_sequences(b, max_tokens=1.5), "max_tokens, a whole number, got 1.5"),
+        (lambda b, a, j, r, c: j.generate_sequences(b, temperature="hot"), "temperature, a number, got 'hot'"),
         (lambda b, a, j, r, c: j.generate_sequences(b, prefix=3), "name of a column"),
         (lambda b, a, j, r, c: j.generate_sequences(b, prefix="hint"), "reads column 'hint'"),
         (lambda b, a, j, r, c: j.generate_sequences(b, prefix="finished"), "a prefix is text or token ids"),

@@ -84,6 +84,9 @@ def test_a_prompt_that_does_not_fit_is_not_parsed_and_without_a_parser_an_error(
     assert result.metrics["prompts_too_long"].value == 1
     with pytest.raises(ValueError, match="80 tokens of row 1, and actor.rollout.max_prompt_tokens is 64; set actor"):
         ask(workers["actor"], batch, template=template)
+    for settings in ({}, {"prefix": "prompt"}):  # no row is left out in silence where nobody marks it
+        with pytest.raises(ValueError, match="prompts must have 1..64 tokens"):
+            ask(workers["actor"], batch, **settings)
 
 
 def test_a_row_is_drawn_alike_whatever_else_is_asked(workers: dict[str, RolloutWorker]) -> None:

@@ -64,6 +64,8 @@ def children_leak(response):
         time.sleep(100)
     time.sleep(100)
 
+def environment(response): return float(response in os.environ)
+
 class NeedsAFile:
     def __init__(self): self.file = open("/no/such/file")
     def __call__(self, response): return 1.0
@@ -77,10 +79,14 @@ def scoring(tmp_path: Path) -> object:
 
     @contextmanager
     def start(
-        name: str, timeout_s: float = 20.0, memory_bytes: int = 512 << 20, role: str = "reward"
+        name: str,
+        timeout_s: float = 20.0,
+        memory_bytes: int = 512 << 20,
+        role: str = "reward",
+        environment: tuple[str, ...] = (),
     ) -> Iterator[object]:
         loaded = load_reward(f"{file}:{name}")
-        limits = Limits(timeout_s=timeout_s, memory_bytes=memory_bytes)
+        limits = Limits(timeout_s=timeout_s, memory_bytes=memory_bytes, environment=environment)
         process = ScoringProcess(loaded, limits, role)
 
         def score(*responses: str, stop: bool = True) -> list[Outcome]:
@@ -186,3 +192,18 @@ def test_what_cannot_travel_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be sent to the process that computes rewards.*name the class"):
         load_reward(f"{file}:locked")
     load_reward(f"{file}:Locked")
+
+
+def test_a_reward_has_none_of_the_runs_secrets_but_those_that_are_named(  # type: ignore[no-untyped-def]
+    scoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "MY_DATABASE", "JUDGE_API_KEY")
+    for name in secrets:
+        monkeypatch.setenv(name, "planted")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with scoring("environment", environment=("JUDGE_API_KEY",)) as score:
+        outcomes = score(*secrets, "OMP_NUM_THREADS", "PATH")
+        assert [outcome["reward"] for outcome in outcomes] == [0, 0, 0, 0, 0, 1, 1, 1]
+    with pytest.raises(RewardFunctionError, match="reward.environment names NOT_THERE, which is not set"):
+        with scoring("environment", environment=("NOT_THERE",)):
+            pass

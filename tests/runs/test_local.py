@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_dist.batch import Batch
 from tests.runs.terminal import Terminal
 from tests.runs.test_recipes import COST, ROLLOUT, weights
 
@@ -60,6 +62,10 @@ def test_a_local_run_is_the_run_on_ray(launch: Callable[..., Any], tmp_path: Pat
         one, other = (weights(tmp_path / way / "safe_rlhf/models" / role) for way in ("ray", "local"))
         assert one.keys() == other.keys() and len(one) > 10
         assert all(np.array_equal(one[name], other[name]) for name in one), role
+    drawn = [Batch.read_parquet(tmp_path / way / "safe_rlhf/rollouts/step_000000.parquet") for way in ("ray", "local")]
+    assert drawn[0].to_arrow().equals(drawn[1].to_arrow()) and drawn[0].num_rows > 0
+    graphs = [json.loads((tmp_path / way / "safe_rlhf/graph.json").read_text()) for way in ("ray", "local")]
+    assert graphs[0] == graphs[1] and graphs[0]["metrics"]["actor/grad_norm"] == "actor.update_actor"
     again = launch("safe_rlhf", *settings[:-1], "steps=4", "resume=auto", local=True, root=tmp_path / "local")
     assert (local["steps"], again["steps"]) == (3, 4), "a second run in this process, from the first one's checkpoint"
 

@@ -77,7 +77,7 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With held-out rows, and the run without faults once `calm` has made it."""
+    """Of all runs, with held-out rows."""
     made = tmp_path_factory.mktemp("recovery")
     rows = [{"prompt": f"{a}+{a}0=", "answer": str(11 * a)} for a in range(4)]
     (made / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -91,13 +91,6 @@ def start(launch_warm: Callable[..., Any], folder: Path) -> Callable[..., dict[s
     return lambda name, *overrides: launch_warm("grpo", *settings, *overrides, root=folder / name)
 
 
-@pytest.fixture
-def calm(start: Callable[..., dict[str, Any]], folder: Path) -> Path:
-    if not (folder / "calm").exists():
-        assert "recoveries" not in start("calm")
-    return folder / "calm/grpo"
-
-
 def told(summary: dict[str, Any]) -> list[tuple[int, str, list[str]]]:
     print([(one["seconds"], one["what"]) for one in summary["recoveries"]])
     return [(one["back_to"], one["from"], one["pools"]) for one in summary["recoveries"]]
@@ -105,8 +98,10 @@ def told(summary: dict[str, Any]) -> list[tuple[int, str, list[str]]]:
 
 @pytest.mark.timeout(900)
 def test_a_colocated_pool_goes_on_from_copies_in_memory(
-    start: Callable[..., dict[str, Any]], killer: Killer, calm: Path, folder: Path
+    start: Callable[..., dict[str, Any]], killer: Killer, folder: Path
 ) -> None:
+    assert "recoveries" not in start("calm")
+    calm = folder / "calm/grpo"
     killer.at = {("actor.update_actor", 3): ("main", 1)}
     killer.seen.clear()
     shaken = start("colocated", "recovery.memory_every=1", "output.checkpoint_every=0")
@@ -118,8 +113,10 @@ def test_a_colocated_pool_goes_on_from_copies_in_memory(
 
 @pytest.mark.timeout(900)
 def test_each_of_three_pools_dies_and_the_others_keep_their_processes(
-    start: Callable[..., dict[str, Any]], killer: Killer, calm: Path, folder: Path
+    start: Callable[..., dict[str, Any]], killer: Killer, folder: Path
 ) -> None:
+    start("calm_apart", *SEPARATE)
+    calm = folder / "calm_apart/grpo"
     killer.at = {
         ("reward.compute_reward", 1): ("host", 0),
         ("actor.update_actor", 3): ("main", 0),
@@ -129,6 +126,5 @@ def test_each_of_three_pools_dies_and_the_others_keep_their_processes(
     shaken = start("separate", *SEPARATE)
     assert told(shaken) == [(1, "processes", ["host"]), (3, "processes", ["gen"]), (2, "checkpoint", ["main"])]
     assert same_weights(calm / "models/actor", folder / "separate/grpo/models/actor")
-    lines = [[(row["step"], "kind" in row) for row in read_metrics(one)] for one in (calm, folder / "separate/grpo")]
-    assert lines[0] == lines[1]
+    assert comparable(calm) == comparable(folder / "separate/grpo")
     assert {name: len(pids) for name, pids in killer.seen.items()} == {"host": 2, "main": 4, "gen": 2}

@@ -80,6 +80,30 @@ def test_inputs_are_runs_of_their_own(sandbox: Sandbox) -> None:
     assert len(sandbox.run_each(program, ["1", "x", "3"], go_on=lambda number, result: result.ok)) == 2
 
 
+@pytest.mark.parametrize(
+    "fill",
+    [
+        "for n in range(99): open(f'/scratch/{n}', 'w')",
+        "for n in range(99):\n  os.mkdir('d')\n  os.chdir('d')",
+        "os.mkdir('/scratch/d')\nopen('/scratch/d/f', 'w')\nos.chmod('/scratch/d', 0)",
+        "os.symlink('/usr', '/scratch/usr')",
+    ],
+)
+def test_what_one_run_leaves_takes_no_room_from_the_next(sandbox: Sandbox, fill: str) -> None:
+    program = f"import os\nprint(input(), flush=True)\n{fill}"
+    results = sandbox.run_each(program, ["1", "2", "3"])
+    assert [result.stdout for result in results] == ["1\n", "2\n", "3\n"], results
+    tested = sandbox.test_each(
+        f"import os\ntry:\n  exec({fill!r})\nexcept OSError:\n  pass", ["assert os", "assert os"]
+    )
+    assert [result.outcome for result in tested] == ["ok", "ok"]
+
+
+def test_files_that_do_not_fit_are_refused_before_a_run(sandbox: Sandbox) -> None:
+    with pytest.raises(ValueError, match="do not fit scratch_bytes"):
+        sandbox.run("", files={"a": "x" * (2 << 20)})
+
+
 def test_no_program_sees_the_one_before(sandbox: Sandbox) -> None:
     assert sandbox.run("open('/scratch/mine', 'w')\nimport builtins\nbuiltins.mine = 1").ok
     assert (

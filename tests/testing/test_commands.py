@@ -11,7 +11,7 @@ import pytest
 
 from controller.commands.cli import main
 from rlhf_dist.python_files import load_file
-from rlhf_dist.recipe_files import list_recipes
+from rlhf_dist.recipe_files import list_recipes, load_papers
 from rlhf_dist.schema import COLUMNS
 from tests.test_cli import command, imported_by
 
@@ -23,7 +23,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 def test_recipes_as_json_say_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
     found = {one["name"]: one for one in said(capsys, "recipes")}
-    assert found.keys() == list_recipes().keys()
+    assert found.keys() == {*list_recipes(), *load_papers()}
     assert found["dpo"]["sources"] == {"pairs": "preferences"} and found["ppo"]["sources"] == {"prompts": "prompts"}
     assert found["ppo"]["roles"]["critic"] == "Critic" and "cost" in found["safe_rlhf"]["roles"]
     assert Path(found["grpo"]["file"]).name == "grpo.py" and "arXiv 2402.03300" in found["grpo"]["doc"]
@@ -31,7 +31,13 @@ def test_recipes_as_json_say_what_each_needs(capsys: pytest.CaptureFixture[str])
         name for name, one in found.items() if "preferences" in json.dumps(one).lower()
     }
     assert main(["recipes", "--search", "2402.03300"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["grpo", "prompts", "actor", "reference", "reward"]
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["grpo", "exact", "prompts", "actor", "reference"]
+    assert found["dpo/ipo"]["catalogue"] == [46] and found["dpo/ipo"]["status"] == "exact"
+    assert (
+        found["dpo/ipo"]["settings"] == {"algorithm.kind": "ipo"} and found["dpo/ipo"]["file"] == found["dpo"]["file"]
+    )
+    online = said(capsys, "recipes", "--family", "online_preference", "--needs", "PAIRJ")
+    assert online and all(one["family"] == "online_preference" and "PAIRJ" in one["needs"] for one in online)
 
 
 def test_roles_and_columns_are_those_of_the_declarations(capsys: pytest.CaptureFixture[str]) -> None:

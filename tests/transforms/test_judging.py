@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import as_result
+from rlhf_dist.missing import is_missing
 from rlhf_dist.transforms import both_orders, list_scores, listed, verdict_means, win_rates
 
 NAN = float("nan")
@@ -39,6 +40,7 @@ def test_votes_that_could_be_parsed_are_averaged_and_a_row_without_one_is_nan_an
     result = as_result(verdict_means(rows([0, 0, 1]), verdicts))
     np.testing.assert_array_equal(result.columns["rewards"].values, np.float32([2.5, NAN, NAN]))
     assert result.columns["judged"].values.tolist() == [1, 0, 0]
+    assert is_missing(result.columns["rewards"].values).tolist() == [False, True, True]
     assert result.metrics["unjudged"].value == pytest.approx(2 / 3) and result.metrics["verdict"].value == 2.5
     assert result.metrics["vote_variance"].value == 2.25
 

@@ -23,3 +23,10 @@ def chosen_and_rejected(per_row: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
             f"got {int(chosen.sum())} and {int(rejected.sum())} in {rows.num_groups} groups"
         )
     return rows.sum_groups(per_row * chosen), rows.sum_groups(per_row * rejected)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigma(x), exact in both tails; for recipes, which do not import torch."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -55,7 +56,8 @@ def main() -> None:
         runs += 1
         place = f"{folder}/{runs}"
         os.mkdir(place)
-        write_frame(host_out, _run(job, settings, place, host_in))
+        result = _run(job, settings, place, host_in)
+        write_frame(host_out, result | {"again": _emptied(folder)})
 
 
 def _run(job: dict[str, Any], settings: dict[str, Any], folder: str, host_in: int) -> dict[str, Any]:
@@ -96,6 +98,19 @@ def _run(job: dict[str, Any], settings: dict[str, Any], folder: str, host_in: in
     for descriptor in (out_read, err_read, report_read):
         os.close(descriptor)
     return _result(seen, limits)
+
+
+def _emptied(folder: str) -> bool:
+    """Whether all that a program left could be removed, so that the next one has room: it may have made it hard."""
+    try:
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+    except (OSError, RecursionError):
+        return False
+    return True
 
 
 def _result(seen: Watched, limits: dict[str, Any]) -> dict[str, Any]:

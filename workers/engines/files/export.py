@@ -109,7 +109,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, dtype: str | None, adap
             partial, {name: t.to(target) for name, t in _saved(checkpoint, card, sorted(pairs)).items()}, card
         )
     else:
-        config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True, trust_remote_code=False)
         buckets = _buckets(checkpoint, card, target)
         write_model(partial, buckets, config, checkpoint / "hf", card.model, writes=True)
         heads = _saved(checkpoint, card, [name for name in card.shapes if is_head(name)])

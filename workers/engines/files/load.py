@@ -41,7 +41,7 @@ def load(folder: Path, init: str, head: Head, seed: int, trained: bool) -> tuple
     """The model in float32; what has its weights, or None where they are there, and why that is so."""
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init must be pretrained or random, got {init!r}")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     family: Any = AutoModelForCausalLM
     if head == "value":
         family = AutoModelForSequenceClassification
@@ -80,7 +80,7 @@ def _without_memory(family: Any, made: Mapping[str, Any]) -> tuple[PreTrainedMod
     """The model on meta, and what its files hold. Raises ReadWhole, which says why not."""
     try:
         with parameters_on_meta():
-            hf = family.from_config(**made)
+            hf = family.from_config(**made, trust_remote_code=False)
         held = {name: tensor.shape for name, tensor in (parameters_of(hf) | kept_buffers(hf)).items()}
         return hf, file_tensors(hf, held)
     except (UnknownFiles, RuntimeError) as error:  # NotImplementedError is one, of an op that meta has not
@@ -95,7 +95,7 @@ def _of_folder(folder: Path, hf: PreTrainedModel, tensors: FileTensors, head: He
 
 def _random(family: Any, made: Mapping[str, Any], tensors: FileTensors, seed: int, head: Head) -> RandomWeights:
     with parameters_on_meta():
-        own = family.from_config(**made)
+        own = family.from_config(**made, trust_remote_code=False)
     zeros = frozenset({HEAD} if head == "value" else ())
     weights = RandomWeights(own, frozenset(parameters_of(own)), tensors, seed, zeros)
     weights.check()
@@ -106,10 +106,15 @@ def _whole(folder: Path, family: Any, made: Mapping[str, Any], init: str, head: 
     """The whole model as the library loads or starts it; a value head that is in no file is zero."""
     new_head = head == "value"
     if init == "random":
-        hf = family.from_config(**made)
+        hf = family.from_config(**made, trust_remote_code=False)
     else:
         hf, info = family.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **made
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **made,
         )
         missing = set(info["missing_keys"]) - {HEAD}
         if missing:

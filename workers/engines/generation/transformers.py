@@ -69,10 +69,10 @@ class TransformersEngine(SyncedEngine):
         self._cohorts: list[Cohort] = []
         # Random weights, never generated with; the process's random streams are the trainer's.
         with torch.random.fork_rng():
-            config = AutoConfig.from_pretrained(model_path)
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
             # The library's sdpa leaves caps on scores out.
             attention = {"attn_implementation": "eager"} if caps_scores(config) else {}
-            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, **attention)
+            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, trust_remote_code=False, **attention)
         self._model: PreTrainedModel | None = model.to(device).eval().requires_grad_(False)
         _check_cache(self._model, device)
         self._files = file_tensors(model, {name: tensor.shape for name, tensor in self._weights().items()})

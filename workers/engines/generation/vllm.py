@@ -430,6 +430,7 @@ def _engine_args(model_path: str, rollout: RolloutConfig, device: torch.device, 
     )
     return EngineArgs(
         model=model_path,
+        trust_remote_code=False,
         load_format="dummy",
         dtype=rollout.dtype,
         tensor_parallel_size=rollout.tensor_parallel,

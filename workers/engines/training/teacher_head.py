@@ -27,9 +27,9 @@ _LARGE = 50.0
 
 def teacher_head(folder: Path, dtype: torch.dtype, device: torch.device) -> Head:
     """The language-model head of `folder`. Raises ValueError where it is not one matrix, or not read in slices."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with parameters_on_meta():
-        hf: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        hf: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     held = {name: tensor.shape for name, tensor in (parameters_of(hf) | kept_buffers(hf)).items()}
     tensors = file_tensors(hf, held)
     weights = FolderWeights.open(folder, hf, tensors)

@@ -7,11 +7,22 @@ Search-R1, Jin et al. 2025, arXiv 2503.09516, and ReTool, Feng et al. 2025, arXi
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import ppo_clip
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.environments import EpisodeLimits, JsonCalls, TextCalls
 from rlhf_dist.environments.calculator import Calculator
 from rlhf_dist.roles import Actor, Prompts
 from rlhf_dist.transforms import grpo_advantage
+
+PAPERS = {
+    "tool_grpo": Paper(
+        title="GRPO with a calculator",
+        year=2025,
+        status="outline",
+        needs=("TURN", "ROLL", "VER", "ADV"),
+        assumed="a calculator in place of Search-R1's search engine and ReTool's interpreter",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,22 @@ The critic sees the whole conversation, and each turn's reward counts from where
 from dataclasses import dataclass
 
 from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.environments import EpisodeLimits
 from rlhf_dist.environments.higher_lower import HigherLower
 from rlhf_dist.roles import Actor, Critic, Prompts
 from rlhf_dist.transforms import gae, whiten
+
+PAPERS = {
+    "turn_ppo": Paper(
+        title="PPO on rewards of turns",
+        year=2025,
+        status="outline",
+        needs=("TURN", "ROLL", "CRIT", "ADV"),
+        assumed="RAGEN's setting with advantages of tokens, and a game of guesses",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

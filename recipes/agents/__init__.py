@@ -1,0 +1,1 @@
+"""Environments, tools, search, and writers of prompts for other models."""

@@ -1,0 +1,130 @@
+"""A small model writes for a large frozen one (directional stimulus prompting, Li et al. 2023, arXiv 2302.11520).
+
+    z ~ pi(. | x),   y ~ frozen(. | x, z),   r = metric(y)          PPO on z, with a KL to the writer's start
+
+What the writer says is put behind the prompt (a hint, a rationale), or in its place (`keep_prompt=false`: a rewritten
+prompt). The frozen model answers `answers` times; the writer's reward is the mean. Both models have one tokenizer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
+from rlhf_dist.dataflow import HostResult, host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.metrics import Mean
+from rlhf_dist.roles import Actor, Critic, Opponent, Prompts, Reference, Reward
+from rlhf_dist.transforms import gae, whiten
+
+PAPERS = {
+    "prompt_writer": Paper(
+        title="Directional stimulus prompting",
+        year=2023,
+        arxiv="2302.11520",
+        rows=(185,),
+        needs=("XLM", "ROLL", "REF", "CRIT", "SFT"),
+        assumed="PPO, not NLPO; the writer's start is the recipe sft",
+    ),
+    "prewrite": Paper(
+        title="PRewrite",
+        year=2024,
+        arxiv="2401.08189",
+        rows=(186,),
+        needs=("XLM", "ROLL", "REF", "CRIT"),
+        settings={"algorithm.keep_prompt": False},
+        assumed="one prompt is rewritten at a time, with its question in it",
+    ),
+    "guided_cot": Paper(
+        title="LM-guided chain of thought",
+        year=2024,
+        arxiv="2404.03414",
+        rows=(187,),
+        status="outline",
+        needs=("XLM", "ROLL", "VER", "CRIT", "SFT", "MRM"),
+        assumed="the reward of the answer alone, without those of the rationale's aspects; distillation first is sft",
+    ),
+    "align_pro": Paper(
+        title="Align-Pro",
+        year=2025,
+        arxiv="2501.03486",
+        rows=(190,),
+        status="outline",
+        needs=("XLM", "ROLL", "RM", "REF", "CRIT"),
+        settings={"algorithm.keep_prompt": False, "algorithm.kl_coef": 0.1},
+        assumed="the weight 0.1 of the KL",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptWriter:
+    """Settings of a writer for a frozen model."""
+
+    samples_per_prompt: int = 1
+    """Hints for each prompt."""
+    answers: int = 1
+    """Answers of the frozen model to each hint."""
+    keep_prompt: bool = True
+    """The frozen model reads the prompt and the hint; False: the hint alone, as the prompt."""
+    mini_batches: int = 4
+    """Optimizer steps in one pass over the batch."""
+    clip: float = 0.2
+    """The probability ratio is cut at 1 - clip and 1 + clip."""
+    value_clip: float = 0.2
+    """A new value may move this far from the old one."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref of the writer."""
+
+
+@host_op(reads=("prompt_ids", "response_ids", "finished"), writes=("prompt_ids",))
+def written_prompt(batch: Batch, *, keep_prompt: bool) -> Batch:
+    """The frozen model's prompt: the tokens of the prompt, if they stay, and of the hint without its end. A hint of no
+    tokens leaves the prompt."""
+    made = []
+    for row in range(batch.num_rows):
+        said = batch["response_ids"].row(row)
+        said = said[: len(said) - int(batch["finished"].values[row])]
+        prompt = batch["prompt_ids"].row(row)
+        made.append(np.concatenate([prompt, said]) if keep_prompt or not len(said) else said)
+    return Batch({"prompt_ids": Column.ragged(made, dtype="int32")}, batch.num_rows)
+
+
+@host_op(reads=(("row_id", "group_id"), ("parent_id", "rewards", "group_id")), writes=("rewards",), scope="groups")
+def mean_of_answers(hints: Batch, answers: Batch) -> HostResult:
+    """The mean reward of the answers to each hint."""
+    found = dict.fromkeys(hints["row_id"].values.tolist(), (0.0, 0))
+    for parent, reward in zip(answers["parent_id"].values.tolist(), answers["rewards"].values.tolist(), strict=True):
+        total, count = found[parent]
+        found[parent] = total + reward, count + 1
+    rewards = np.array([total / max(count, 1) for total, count in found.values()], np.float32)
+    return HostResult(
+        columns=Batch({"rewards": Column(rewards)}, hints.num_rows),
+        metrics={"answer_reward": Mean(float(rewards.sum()), float(len(rewards)))},
+    )
+
+
+@recipe
+def prompt_writer(
+    prompts: Prompts,
+    actor: Actor,
+    critic: Critic,
+    reference: Reference,
+    frozen: Opponent,
+    reward: Reward,
+    cfg: PromptWriter,
+) -> None:
+    """PPO on what makes another model right."""
+    hints = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
+    answers = frozen.generate_sequences(written_prompt(hints, keep_prompt=cfg.keep_prompt), n=cfg.answers)
+    hints = mean_of_answers(hints, reward.compute_reward(answers))
+    batch = critic.compute_values(reference.compute_ref_log_prob(actor.compute_log_prob(hints)))
+    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
+    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
+    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)

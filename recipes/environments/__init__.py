@@ -1,1 +1,0 @@
-"""Episodes of several turns: tools, games."""

@@ -1,0 +1,164 @@
+"""PPO on a reward for every token that other models give: RTO (Zhong et al. 2024, arXiv 2404.18922) and step models.
+
+    rto           r_t = b1 log pi_dpo/pi_ref(y_t) - b2 log pi/pi_ref(y_t) + b3 r 1[t = T]   pi_dpo: what DPO has trained
+    clip          r_i = min(p_i - eta, 0)      p_i: what a process reward model says after step i (2410.15115)
+    delta         r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
+                  and r at the end, in both
+    confident_kl  r_t = -b2 pi_ref(y_t) log pi/pi_ref(y_t) + r 1[t = T]      free to move where the reference doubts
+
+A step is `step_tokens` tokens here, its end the step's last token: no column marks the steps of a text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.algorithms.ragged import row_of_token
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
+from rlhf_dist.dataflow import host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Critic, LanguageModel, Prompts, Reference, Reward
+from rlhf_dist.transforms import gae, whiten
+
+PAPERS = {
+    "dense_rewards": Paper(
+        title="RTO: DPO meets PPO",
+        year=2024,
+        arxiv="2404.18922",
+        rows=(139,),
+        needs=("PREF", "TOK", "XLM", "REF", "RM", "ROLL", "CRIT"),
+        assumed="the weights 0.05, 0.05 and 1",
+    ),
+    "confident_kl": Paper(
+        title="Ignore the KL penalty: less of it on critical tokens",
+        year=2025,
+        arxiv="2502.06533",
+        rows=(36,),
+        status="outline",
+        needs=("ROLL", "REF", "TOK", "ADV"),
+        settings={"algorithm.kind": "confident_kl"},
+        assumed="the weight of a token's penalty is the reference's probability of the token; a critic",
+    ),
+    "clip": Paper(
+        title="PRM rewards, clipped",
+        year=2024,
+        arxiv="2410.15115",
+        rows=(136,),
+        needs=("TOK", "SHAPE", "RM", "VER", "ROLL", "CRIT"),
+        settings={"algorithm.kind": "clip"},
+        assumed="eta 0.5; steps of 16 tokens; the weight 0.1 of the step rewards",
+    ),
+    "delta": Paper(
+        title="PRM rewards as differences",
+        year=2024,
+        arxiv="2410.15115",
+        rows=(136,),
+        needs=("TOK", "SHAPE", "RM", "VER", "ROLL", "CRIT"),
+        settings={"algorithm.kind": "delta"},
+        assumed="steps of 16 tokens; the weight 0.1 of the step rewards",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """Settings of PPO on dense rewards."""
+
+    kind: Literal["rto", "clip", "delta", "confident_kl"] = "rto"
+    """Where the dense reward is from: a model that DPO has trained, or a process reward model; or the KL penalty alone,
+    weighed by the reference's confidence."""
+    dense_coef: float | None = None
+    """Its weight; None: 0.05 of rto (b1), else 0.1."""
+    reward_coef: float = 1.0
+    """Weight of the reward at the end (b3)."""
+    kl_coef: float = 0.05
+    """Penalty on log pi - log pi_ref of each token (b2)."""
+    eta: float = 0.5
+    """Of clip: what a step must be worth to cost nothing."""
+    step_tokens: int = 16
+    """Of clip and delta: tokens of a step."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt."""
+    mini_batches: int = 4
+    """Optimizer steps in one pass over the batch."""
+    clip: float = 0.2
+    """The probability ratio is cut at 1 - clip and 1 + clip."""
+    value_clip: float = 0.2
+    """A new value may move this far from the old one."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+
+
+@host_op(reads=("dpo_log_probs", "ref_log_probs", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
+def implicit_rewards(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
+    """coef log pi_dpo/pi_ref at every token that counts, and reward_coef times the reward."""
+    mask = batch["response_mask"]
+    gap = (batch["dpo_log_probs"].values - batch["ref_log_probs"].values) * (mask.values > 0)
+    rewards = Column((reward_coef * batch["rewards"].values).astype(np.float32))
+    return Batch({"token_rewards": Column((coef * gap).astype(np.float32), mask.offsets), "rewards": rewards})
+
+
+@host_op(reads=("old_log_probs", "ref_log_probs", "response_mask"), writes=("token_rewards",))
+def confident_penalty(batch: Batch, *, coef: float) -> Batch:
+    """-coef pi_ref(y_t) (log pi - log pi_ref) at every token that counts."""
+    mask, known = batch["response_mask"], batch["ref_log_probs"].values
+    penalty = -coef * np.exp(known) * (batch["old_log_probs"].values - known) * (mask.values > 0)
+    return Batch({"token_rewards": Column(penalty.astype(np.float32), mask.offsets)})
+
+
+@host_op(reads=("step_values", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
+def step_rewards(
+    batch: Batch, *, kind: Literal["clip", "delta"], step_tokens: int, eta: float, coef: float, reward_coef: float
+) -> Batch:
+    """coef times the step's reward at its last token, and reward_coef times the reward of the response."""
+    offsets = batch["response_mask"].offsets
+    row = row_of_token(offsets)
+    place = np.arange(len(row)) - offsets[row] + 1
+    ends = np.flatnonzero((place % step_tokens == 0) | (place == np.diff(offsets)[row]))
+    said = batch["step_values"].values[ends].astype(np.float64)
+    if kind == "clip":
+        found = np.minimum(said - eta, 0.0)
+    else:
+        following = np.append(said[1:], 0.0)
+        following[np.append(row[ends][1:] != row[ends][:-1], True)] = 0.0
+        found = said - following
+    token_rewards = np.zeros(len(row), np.float32)
+    token_rewards[ends] = coef * found
+    rewards = Column((reward_coef * batch["rewards"].values).astype(np.float32))
+    return Batch({"token_rewards": Column(token_rewards, offsets), "rewards": rewards})
+
+
+@recipe
+def dense_rewards(
+    prompts: Prompts,
+    actor: Actor,
+    critic: Critic,
+    reference: Reference,
+    dpo_model: LanguageModel,
+    step_model: Critic,
+    reward: Reward,
+    cfg: Dense,
+) -> None:
+    """PPO on token rewards."""
+    batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
+    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
+    coef = (0.05 if cfg.kind == "rto" else 0.1) if cfg.dense_coef is None else cfg.dense_coef
+    if cfg.kind == "rto":
+        batch = dpo_model.compute_log_prob(batch, out={"log_probs": "dpo_log_probs", "entropy": "dpo_entropy"})
+        batch = implicit_rewards(batch, coef=coef, reward_coef=cfg.reward_coef)
+    elif cfg.kind == "confident_kl":
+        batch = confident_penalty(batch, coef=cfg.kl_coef)
+    else:
+        batch = step_model.compute_values(batch, out="step_values")
+        steps = {"kind": cfg.kind, "step_tokens": cfg.step_tokens, "eta": cfg.eta}
+        batch = step_rewards(batch, **steps, coef=coef, reward_coef=cfg.reward_coef)
+    batch = critic.compute_values(batch)
+    kl_coef = 0.0 if cfg.kind == "confident_kl" else cfg.kl_coef
+    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=kl_coef, dense=True))
+    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
+    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)

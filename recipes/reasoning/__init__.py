@@ -1,0 +1,1 @@
+"""Verifiable rewards, and what is made of them: curricula, votes, phases."""

@@ -1,0 +1,185 @@
+"""What each recipe of the shelf is given to run at the smallest size: data, other models, small numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.recipe_files import split_variant
+from tests.tiny import save_classifier, save_judge, save_llama
+
+Made = dict[str, Path]
+MIXED = "tests.recipes.rules:odd_length"
+
+
+def make_files(folder: Path) -> Made:
+    """What some recipes need beside the kit's own model and data: rows with fields of their own, and other models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = [(a, b) for a in range(4) for b in range(3)]
+    rows = [
+        {
+            "prompt": f"{a}+1=",
+            "response": str(a + b),
+            "answer": str(a + 1),
+            "desirable": a % 2,
+            "score": (b * 7 + a) % 5,
+            "reward": float(b),
+            "ratings": [a, None, b, 1.0, 0.5],
+            "chosen": str(a + 1),
+            "rejected": str(a),
+            "margin": 1.0 + b,
+            "sign": 1.0 - 2 * (b % 2),
+        }
+        for a, b in sums
+    ]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls = [{"prompt": row["prompt"], "answer": json.dumps([{"name": "add", "parameters": {"a": 1}}])} for row in rows]
+    (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calls))
+    return {
+        "labelled": folder / "labelled.jsonl",
+        "calls": folder / "calls.jsonl",
+        "scores": save_classifier(folder / "scores"),
+        "other": save_llama(folder / "other", seed=1),
+        "judge": save_judge(folder / "judge"),
+    }
+
+
+ASKED = {"algorithm.marker": "", "algorithm.question": "{prompt} {response} score:"}
+"""For judges that read a few hundred characters, and say a verdict without more words."""
+PAIR = {**ASKED, "algorithm.question": "{response_a} {response_b} better:", "algorithm.votes": 2}
+
+SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
+    "alol": lambda made: {"data.train.path": made["labelled"], "algorithm.warmup": 0},
+    "chord": lambda made: {"algorithm.warmup": 1},
+    "dapo": lambda made: {"algorithm.samples_per_prompt": 2, "algorithm.rounds": 2},
+    "dro": lambda made: {"data.train.path": made["labelled"]},
+    "fine_grained_rlhf": lambda made: {
+        **{f"{role}.model.path": made["scores"] for role in ("relevance", "facts")},
+        **{"algorithm.relevance_every": 2, "algorithm.facts_every": 3},
+    },
+    "gkd": lambda made: {"teacher.model.path": made["other"]},
+    "greso": lambda made: {"algorithm.samples_per_prompt": 2},
+    "iterative_dpo": lambda made: {"reward.function": MIXED, "algorithm.samples_per_prompt": 4},
+    "kto": lambda made: {"data.train.path": made["labelled"]},
+    "ma_rlhf": lambda made: {"algorithm.segment": 3, "algorithm.mini_batches": 2},
+    "adaptive_kl": lambda made: {"algorithm.mini_batches": 2},
+    "judge_grpo": lambda made: {
+        **ASKED,
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "algorithm.votes": 2},
+    },
+    "nash_md": lambda made: {
+        "reference.model.path": made["other"],
+        "algorithm.mixture": 0.5,
+        "algorithm.average": 0.5,
+        "algorithm.samples_per_prompt": 2,
+    },
+    "oaif": lambda made: {**PAIR, "judge.model.path": made["judge"], "data.prompts_per_step": 8},
+    "oreal": lambda made: {"algorithm.samples_per_prompt": 4, "algorithm.solved": 0.2, "algorithm.warmup": 1},
+    "self_rewarding": lambda made: {**ASKED, "algorithm.iteration": 1, "actor.rollout.max_prompt_tokens": 256},
+    "pf_ppo": lambda made: {
+        "algorithm.samples_per_prompt": 3,
+        "algorithm.replayed": 2,
+        "algorithm.keep": "best_random",
+    },
+    "rankings": lambda made: {"data.train.path": made["labelled"], "data.prompts_per_step": 6},
+    "ranked_samples": lambda made: {"reference.model.path": made["other"]},
+    "density_ratio": lambda made: {"strong.model.path": made["other"], "algorithm.samples_per_prompt": 3},
+    "dense_rewards": lambda made: {
+        "dpo_model.model.path": made["other"],
+        "step_model.model.path": made["scores"],
+        "algorithm.step_tokens": 3,
+        "algorithm.mini_batches": 1,
+    },
+    "ppo_max": lambda made: {"algorithm.critic_warmup": 0, "algorithm.mini_batches": 1},
+    "rejection": lambda made: {
+        "algorithm.samples_per_prompt": 4,
+        "reward.function": MIXED,
+        "reference.model.path": made["other"],
+    },
+    "shaped_rewards": lambda made: {
+        "algorithm.mini_batches": 1,
+        "algorithm.references": 2,
+        "second.function": MIXED,
+    },
+    "accelerated": lambda made: {"algorithm.samples_per_prompt": 3},
+    "active": lambda made: {
+        "reward.function": MIXED,
+        "algorithm.unsure_share": 1.0,
+        "reference.model.path": made["other"],
+    },
+    "cream": lambda made: {
+        "algorithm.samples_per_prompt": 3,
+        "algorithm.every": 1,
+        "reference.model.path": made["other"],
+    },
+    "multipliers": lambda made: {"algorithm.mini_batches": 1},
+    "pmpo": lambda made: {"reward.function": MIXED, "reference.model.path": made["other"]},
+    "rejection_pairs": lambda made: {"algorithm.samples_per_prompt": 8, "algorithm.temperature": 5.0},
+    "armorm": lambda made: {
+        "data.sources.ratings.path": made["labelled"],
+        "data.sources.pairs.path": made["labelled"],
+    },
+    "binary_reward_model": lambda made: {"data.train.path": made["labelled"]},
+    "heron": lambda made: {"first.function": MIXED},
+    "reward_model": lambda made: {"data.train.path": made["labelled"]},
+    "denoised": lambda made: {f"{role}.model.path": made["scores"] for role in ("first", "second", "third")},
+    "pair_accuracy": lambda made: {"reward.model.path": made["scores"]},
+    "weak_to_strong": lambda made: {"weak.model.path": made["scores"], "algorithm.warmup": 1},
+    "best_of_list": lambda made: {
+        "data.train.path": made["labelled"],
+        "reward.model.path": made["scores"],
+        "data.prompts_per_step": 6,
+        "algorithm.right": 2.0,
+    },
+    "likelihood_reward": lambda made: {
+        "data.sources.followups.path": made["labelled"],
+        "data.sources.prompts.path": made["labelled"],
+        "data.sources.followups.rows_per_step": 2,
+        "frozen.model.path": made["other"],
+    },
+    "prompt_writer": lambda made: {
+        "frozen.model.path": made["other"],
+        "algorithm.mini_batches": 1,
+        "algorithm.answers": 2,
+    },
+    "balanced_init": lambda made: {"instruct.model.path": made["other"], "algorithm.mini_batches": 1},
+    "diversity": lambda made: {"algorithm.samples_per_prompt": 2},
+    "rlccf": lambda made: {"second.model.path": made["other"], "algorithm.samples_per_prompt": 4},
+    "frontier": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2},
+    "ghpo": lambda made: {"reward.function": MIXED, "algorithm.samples_per_prompt": 3},
+    "resets": lambda made: {"guide.model.path": made["other"], "algorithm.mini_batches": 1, "algorithm.share": 1.0},
+    "thinking": lambda made: {
+        "algorithm.end": "1",
+        "algorithm.samples_per_prompt": 3,
+        "reference.model.path": made["other"],
+    },
+    "vapo": lambda made: {
+        "reward.function": MIXED,
+        "algorithm.samples_per_prompt": 2,
+        "algorithm.mini_batches": 1,
+        "algorithm.critic_warmup": 0,
+    },
+    "reinforce": lambda made: {"reward.function": MIXED},
+    "sample_pairs": lambda made: {"reference.model.path": made["other"], "reward.function": MIXED},
+    "selm": lambda made: {"reference.model.path": made["other"]},
+    "surrogates": lambda made: {"algorithm.samples_per_prompt": 4, "reward.function": MIXED},
+    "reward_ensemble": lambda made: {"algorithm.samples_per_prompt": 2},
+    "salsa": lambda made: {"second.model.path": made["other"], "algorithm.mini_batches": 1},
+    "tool_grpo": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.samples_per_prompt": 6},
+        **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
+        **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
+    },
+    "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
+    "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
+    "xpo": lambda made: {"reference.model.path": made["other"]},
+}
+"""Recipe -> settings that differ from the kit's; a recipe that is not here runs with the kit's."""
+
+
+def settings_for(name: str, made: Made) -> dict[str, Any]:
+    """Of a recipe, or of the file of a variant and what the variant has of its own."""
+    given = SETTINGS.get(split_variant(name)[0], lambda made: {})(made)
+    return {**given, "data.train.path": made["calls"]} if name == "grpo/toolrl" else given
