@@ -302,7 +302,8 @@ class RolloutWorker:
             {"step": call.step, "node": call.node, "group_id": int(groups[at // n]), "copy": at % n}
             for at in range(len(episodes))
         ]
-        file = Path(self.context.folder) / "episodes" / f"lost_{self.name}_rank_{self.context.rank}.jsonl"
+        role = self.name.removesuffix(rollout_of(""))
+        file = Path(self.context.folder) / "episodes" / f"lost_{role}_rank_{self.context.rank}.jsonl"
         log_lost(list(zip(places, episodes, strict=True)), file)
 
     def connect(self, bridge: Bridge) -> None:
