@@ -16,7 +16,9 @@ from tests.tiny import save_classifier, save_judge, save_llama
 
 Launch = Callable[..., dict[str, Any]]
 DIGITS = f"{Path(__file__).parent}/digit_reward.py:digits"
-ASKED = ("algorithm.marker=''", "algorithm.question='{prompt} {response} score:'")
+MANY = "data.prompts_per_step=16"
+"""For judges that seldom say something: a step without a verdict teaches nothing."""
+ASKED = ("algorithm.marker=", "algorithm.question={prompt} {response} score:")
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +45,22 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "greso": ("algorithm.samples_per_prompt=2",),
     "grm": (),
     "hypo": (),
-    "judge_grpo": (*ASKED, "judge.model.path={judge}", "algorithm.samples_per_prompt=3"),
+    "judge_grpo": (*ASKED, "judge.model.path={judge}", "algorithm.samples_per_prompt=4", "algorithm.votes=2", MANY),
     "kto": ("data.train.path={labelled}",),
     "ma_rlhf": ("algorithm.segment=3", "algorithm.mini_batches=2"),
     "nash_md": ("reference.model.path={other}", "algorithm.mixture=0.5"),
-    "oaif": (*ASKED[:1], "algorithm.question='{response_a} {response_b} better:'", "judge.model.path={judge}"),
+    "oaif": (
+        *ASKED[:1],
+        "algorithm.question={response_a} {response_b} better:",
+        "judge.model.path={judge}",
+        "algorithm.votes=2",
+        MANY,
+    ),
     "oreal": ("algorithm.samples_per_prompt=4", "algorithm.solved=0.2", "algorithm.warmup=1"),
     "pf_ppo": ("algorithm.samples_per_prompt=3", "algorithm.replayed=2", "algorithm.keep=best_random"),
     "reward_ensemble": ("algorithm.samples_per_prompt=2",),
     "salsa": ("second.model.path={other}", "algorithm.mini_batches=1"),
-    "self_rewarding": (*ASKED, "algorithm.iteration=1", "actor.rollout.max_prompt_tokens=256"),
+    "self_rewarding": (*ASKED, "algorithm.iteration=1", "actor.rollout.max_prompt_tokens=256", MANY),
     "two_teachers": ("first.model.path={other}", "algorithm.top_k=5"),
     "xpo": ("reference.model.path={other}",),
 }
