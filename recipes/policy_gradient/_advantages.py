@@ -50,7 +50,7 @@ def response_advantage(
     equal = all_equal(numbers(batch, "rewards"), groups(batch))
     return HostResult(
         columns=Batch({"advantages": Column(spread(of, offsets, mask), offsets)}, batch.num_rows),
-        metrics={"reward": mean_of(batch["rewards"].values), **metrics, **group_metrics(equal)},
+        metrics={"reward": mean_of(batch["rewards"].values), **metrics, **group_metrics(equal, groups(batch))},
     )
 
 
