@@ -340,6 +340,10 @@ class WorkerProcess:
 
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+        if "workers.engines.training.mesh" in sys.modules:
+            from workers.engines.training.mesh import forget_meshes
+
+            forget_meshes()
 
 
 def pull(given: Given, store: Store) -> Batch:

@@ -27,6 +27,7 @@ def remark_on_room(store_bytes: int, shared: Path = SHARED_MEMORY, temporary: Pa
     """What to know of an object store's place; empty where all is well. Raises ClusterError where there is none."""
     temporary = temporary or temporary_folder()
     try:
+        temporary.mkdir(parents=True, exist_ok=True)  # as Ray would
         with tempfile.TemporaryFile(dir=temporary):
             pass
     except OSError as error:

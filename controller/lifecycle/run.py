@@ -360,10 +360,11 @@ class _Run:
     def _at_barrier(self, done: int) -> None:
         """Evaluate and save what is due after `done` steps and has not been done before a recovery."""
         due = self._evaluates_after(done - 1) if done > self.began else self.began < self.launch.run.steps
-        if due and not self.notices.look() and all(one["step"] != done for one in self.progress.evaluations):
+        due = due and self.evaluation.possible and all(one["step"] != done for one in self.progress.evaluations)
+        if due and not self.notices.look():
             with self._paused("evaluation"):
                 self._evaluate(done)
-        if self._copies_after(done - 1) or done == self.began:
+        if self._copies_in_memory and (self._copies_after(done - 1) or done == self.began):
             with self._paused("copy in memory"):
                 self._copy(done)
         asked = self.notices.wants_checkpoint and self._is_settled
@@ -378,6 +379,10 @@ class _Run:
     def _checkpoints_after(self, step: int) -> bool:
         every, done = self.launch.run.output.checkpoint_every, step + 1
         return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
+
+    @property
+    def _copies_in_memory(self) -> bool:
+        return bool(self.launch.run.recovery.memory_every and self.launch.run.recovery.retries)
 
     def _copies_after(self, step: int) -> bool:
         every = self.launch.run.recovery.memory_every
@@ -403,8 +408,6 @@ class _Run:
 
     def _copy(self, done: int) -> None:
         """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
-        if not self.launch.run.recovery.memory_every or not self.launch.run.recovery.retries:
-            return
         assert self.end is not None and self.end.done == done, "the step has just ended"
         try:
             self.copied = self.recoveries.copies.make(self.end)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from rlhf_dist.config import EngineConfig
 from workers.engines.model.token_split import WHOLE, TokenSplit
@@ -72,6 +73,12 @@ def training_mesh(config: EngineConfig, device: torch.device) -> TrainingMesh:
     everyone = dist.group.WORLD
     assert everyone is not None, "the default process group is up"
     return _mesh(everyone, config.sequence_parallel, config.tensor_parallel, config.replicas, device)
+
+
+def forget_meshes() -> None:
+    """Let go of all groups: the default one is being destroyed. What holds on to one keeps its threads and sockets."""
+    _mesh.cache_clear()
+    _clear_sharding_prop_cache()
 
 
 @cache
