@@ -1,4 +1,4 @@
-"""A part of `make chaos`: a rank that is stopped, and a driver that is killed, in runs with a Ray of their own."""
+"""A part of `make chaos`: a rank that is stopped, in a run with a Ray of its own. Other faults take minutes each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.chaos import TABLE, Chaos, summary
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_runs_go_on_to_the_same_weights_and_leave_nothing(tmp_path: Path) -> None:
-    faults = [fault for fault in TABLE if fault.kind in ("stop trainer in update", "kill driver")]
+    faults = [fault for fault in TABLE if fault.kind == "stop trainer in update"]
     outcomes = list(Chaos(tmp_path).run(faults, None, 0))
     for one in outcomes:
         assert one.happened and one.how and one.identical, one
         assert one.named and not one.left, one
         assert one.notice_s is not None and one.notice_s < 60, one
     report = summary(outcomes)
-    assert (report["recovered"], report["rows_lost"], report["rows_doubled"]) == (2, 0, 0)
+    assert (report["recovered"], report["rows_lost"], report["rows_doubled"]) == (1, 0, 0)
