@@ -211,7 +211,7 @@ def test_threads_are_counted_too(walls: Sandbox) -> None:
     "program",
     [
         "x = bytearray(1 << 30)",
-        "x = []\nwhile True: x.append(' ' * 1000)",
+        "x = []\nwhile True: x.append(' ' * 100_000)",
         # Each has little, all have too much.
         "import os, time\nfor n in range(5):\n  if not os.fork(): break\nx = b'x' * (90 << 20)\ntime.sleep(30)",
     ],
