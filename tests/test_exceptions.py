@@ -58,6 +58,8 @@ def an_instance(kind: type[BaseException]) -> BaseException:
         if typing.get_origin(hint) in (tuple, Sequence, Iterable):
             inner = values[typing.get_args(hint)[0]]
             arguments[name] = (inner, inner)
+        elif typing.get_origin(hint) is typing.Literal:
+            arguments[name] = typing.get_args(hint)[0]
         else:
             arguments[name] = values[hint]
     return kind(**arguments)

@@ -81,7 +81,7 @@ def test_the_list_of_ops_has_all_there_are(capsys: pytest.CaptureFixture[str]) -
     assert main(["ops"]) == 0
     listed = {line.strip() for line in capsys.readouterr().out.splitlines()}
     assert {*host_ops, "Actor.update_actor", "ppo_clip", "value_clip"} <= listed
-    assert "rewards, values, response_mask -> advantages, returns" in listed
+    assert "rewards, values, response_mask -> advantages, returns, response_mask" in listed
 
 
 # --- from PPO to other methods ---------------------------------------------------------------------------------------

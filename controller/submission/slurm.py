@@ -94,7 +94,8 @@ class Slurm:
                 # The batch shell is told to end, and tells the run, which ends with a checkpoint.
                 f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 {program} &",
                 "run=$!",
-                "trap 'kill -TERM $run' TERM INT",
+                # Not to srun, which would end the step at once.
+                "trap 'scancel --signal=TERM $SLURM_JOB_ID' TERM INT",
                 "wait $run; code=$?",
                 "while kill -0 $run 2>/dev/null; do wait $run; code=$?; done",
                 "exit $code",
@@ -134,7 +135,7 @@ class Slurm:
         if self.info(job).status in OVER:
             return self.info(job)
         waiting = self.info(job).status == "waiting"
-        _slurm("scancel", *([] if waiting else ["--batch", "--signal=TERM"]), job)
+        _slurm("scancel", *([] if waiting else ["--signal=TERM"]), job)
         deadline = time.monotonic() + STOP_S
         while (found := self.info(job)).status not in OVER and time.monotonic() < deadline:
             time.sleep(POLL_S)

@@ -102,7 +102,7 @@ class _Stage:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
         for number, episode in enumerate(episodes):
             talk = episode.chat.conversation
             ids = np.concatenate([np.array(talk.prompt), *(piece.token_ids for piece in talk.pieces)]).astype(np.int64)
