@@ -7,13 +7,13 @@ fails raises ConfigError with the key, the value, the rule and the next step.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ModelConfig, RewardConfig
+from rlhf_dist.config import ModelConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
@@ -37,6 +37,16 @@ if TYPE_CHECKING:
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention takes (vllm 0.32, v1/attention/backends/cpu_attn.py)."""
+
+
+def check_one_origin(launch: Launch) -> None:
+    """What can be said of sources without their files. Raises ConfigError for one with rows from two places."""
+    for where, source, _ in _sources(launch):
+        if source.path is not None and source.generator is not None:
+            raise ConfigError(
+                f"{where} has both a path ({source.path}) and a generator ({source.generator}), which a task sets; "
+                f"set task=none to leave the task's rows and reward out, or {where}.generator=null"
+            )
 
 
 def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
@@ -318,6 +328,13 @@ def _check_mini_batches(launch: Launch) -> None:
             )
 
 
+def _sources(launch: Launch) -> list[tuple[str, SourceConfig, Mapping[str, str]]]:
+    """(settings' key, source, fields of its own) of every source, held-out rows too."""
+    recipe, heldout = launch.recipe, launch.run.data.heldout
+    found = [(launch.source_key(name), launch.source(name), recipe.source_fields(name)) for name in recipe.sources]
+    return found if heldout is None else [*found, ("data.heldout", heldout, {})]
+
+
 def _check_sources(launch: Launch) -> list[str]:
     """Lines for people about the data."""
     from rlhf_dist.data import check_source, tokenizer_of
@@ -328,16 +345,8 @@ def _check_sources(launch: Launch) -> list[str]:
             f"{tokenizer} has no tokenizer.json, which the source needs; save it with "
             f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which converts older formats"
         )
-    recipe = launch.recipe
-    sources = [(launch.source_key(name), launch.source(name), recipe.source_fields(name)) for name in recipe.sources]
-    if data.heldout is not None:
-        sources.append(("data.heldout", data.heldout, {}))
-    for where, source, fields in sources:
-        if source.path is not None and source.generator is not None:
-            raise ConfigError(
-                f"{where} has both a path ({source.path}) and a generator ({source.generator}), which a task sets; "
-                f"set task=none to leave the task's rows and reward out, or {where}.generator=null"
-            )
+    check_one_origin(launch)
+    for where, source, fields in _sources(launch):
         try:
             lines += check_source(
                 source,

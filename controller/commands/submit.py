@@ -144,11 +144,13 @@ def _job(arguments: argparse.Namespace) -> Job:
     from controller.lifecycle.session import slots_needed
     from controller.submission.files import job_files
     from controller.submission.job import Job
+    from rlhf_dist.checks import check_one_origin
     from rlhf_dist.planner.launch import compose_planned
 
     if arguments.to == "ray" and arguments.nodes != "1":
         raise ConfigError("--nodes is for slurm and k8s; a Ray cluster has the nodes it has (placement.pools.*.nodes)")
     launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
+    check_one_origin(launch)  # models and data are looked for where the job runs
     variables = dict(_variable(text) for text in arguments.env)
     return Job(
         name=launch.run.name,

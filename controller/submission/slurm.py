@@ -80,7 +80,8 @@ class Slurm:
     def script(self, job: Job, folder: Path) -> str:
         """The batch script."""
         lines = [f"--job-name={PREFIX}{_plain(job.recipe)}:{_plain(job.name)}", f"--nodes={job.nodes}"]
-        lines += ["--ntasks-per-node=1", f"--output={folder}/log.txt", f"--signal=B:TERM@{NOTICE_S}"]
+        lines += ["--ntasks-per-node=1", f"--cpus-per-task={self._cpus(job)}"]
+        lines += [f"--output={folder}/log.txt", f"--signal=B:TERM@{NOTICE_S}"]
         if self._gpus:
             lines.append(f"--gpus-per-node={self._gpus}")
         lines += self._options
@@ -92,7 +93,8 @@ class Slurm:
                 f"# rlhf-dist: {job.command_line(None)}",
                 f"cd {shlex.quote(str(folder / 'files'))} || exit 1",
                 # The batch shell is told to end, and tells the run, which ends with a checkpoint.
-                f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 {program} &",
+                # srun takes that number no longer from the job by itself (SLURM 22.05).
+                f"srun --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_PER_TASK --kill-on-bad-exit=0 {program} &",
                 "run=$!",
                 # Not to srun, which would end the step at once.
                 "trap 'scancel --signal=TERM $SLURM_JOB_ID' TERM INT",
@@ -150,11 +152,20 @@ class Slurm:
             raise SubmitError(f"SLURM's job {job} is none of rlhf-dist's; `rlhf-dist jobs list --to slurm` names those")
         return line
 
+    def _cpus(self, job: Job) -> int:
+        """Of a node, whose task would have one otherwise: each slot there and each host process takes one."""
+        slots = self._gpus or (-(-job.slots // job.nodes) if _places(job) else job.slots)
+        return slots + job.host_processes
+
     def _orders(self, job: Job) -> dict[str, object]:
-        spans = any("placement" in text.partition("=")[0] for text in job.overrides)
-        own = [] if job.nodes == 1 or spans else [f"placement.pools.main.nodes={job.nodes}"]
+        own = [] if job.nodes == 1 or _places(job) else [f"placement.pools.main.nodes={job.nodes}"]
         command = job.command(None)
         return {"command": [*command, *own], "nodes": job.nodes, "variables": dict(job.variables)}
+
+
+def _places(job: Job) -> bool:
+    """Whether the user says how pools lie on nodes; else each node has as many slots as one would have alone."""
+    return any("placement.pools" in text.partition("=")[0] or text.startswith("placement=") for text in job.overrides)
 
 
 def _info(line: str) -> JobInfo:

@@ -77,7 +77,9 @@ def test_a_job_that_is_stopped_ends_and_leaves_nothing(slurm: dict[str, str], tm
         "def slow(prompts: Prompts, actor: Actor):\n"
         "    actor.generate_sequences(prompts)\n"
     )
-    sent = rlhf(slurm, tmp_path, "submit", "slow.py", "--to", "slurm", "--detach", "--folder", "jobs", "model.path=/m")
+    small = ("placement.pools.main.slots=1", "placement.host_processes=1", "model.path=/m")
+    sent = rlhf(slurm, tmp_path, "submit", "slow.py", "--to", "slurm", "--detach", "--folder", "jobs", *small)
+    assert sent.returncode == 0, sent.stderr
     job = sent.stdout.strip()
     deadline = time.monotonic() + 200
     while "job is up" not in rlhf(slurm, tmp_path, "jobs", "logs", job, "--to", "slurm").stdout:
