@@ -257,7 +257,7 @@ def test_a_folder_of_training_and_test_files_is_not_mixed(tmp_path: Path, tokeni
     [
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "a.jsonl, line 2 is not UTF-8"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "a.jsonl, line 2 is not JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12], "a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "a.jsonl.gz cannot be read"),
         ("a.json", b'[{"prompt": "a"}, 3]', "a.json, row 1 must be an object"),
         ("a.json", b'[{"prompt": "a"}, ', "a.json is not JSON"),
         ("a.arrow", b"nothing", "a.arrow cannot be read as an Arrow stream"),
