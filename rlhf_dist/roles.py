@@ -135,7 +135,7 @@ def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     rewards = ("rewards", "token_rewards") if getattr(kwargs.get("environment"), "rewards", True) else ()
-    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
+    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", "speaker", *rewards)
 
 
 def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -233,9 +233,15 @@ class LanguageModel(OfTrunk, Protocol):
         n: int = 1,
         greedy: bool = False,
         limits: EpisodeLimits | None = None,
+        speakers: Mapping[str, LanguageModel] | None = None,
+        rows_of: tuple[str, ...] = (),
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
-        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`.
+
+        speakers: other roles that the environment lets speak, as `chat.speaker(name)`, in the same pool. rows_of:
+        those of them whose sides are rows, too; `spoken_by(batch, name="...")` parts rows by who drew them.
+        """
         ...
 
     @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs", "turn"), weights_read="train")

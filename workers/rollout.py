@@ -28,7 +28,7 @@ from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
 from workers.episodes.play import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, log_lost
-from workers.episodes.run import run_episodes
+from workers.episodes.run import Speaker, run_episodes
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
@@ -108,7 +108,7 @@ class RolloutWorker:
         self._stop.clear()
         sampling = self._sampling(n, greedy, **sampled)
         lender = None if mixture is None else self._lender(mixture[0])
-        self.memory.turn(generating(self.name) if lender is None else self.memory.add_mixture(self.name, lender.name))
+        self.memory.turn(generating(self.name) if lender is None else self.memory.add_together(self.name, lender.name))
         staleness = self._staleness(call.step)
         asked = self.asker.ask(batch, template, decode, prefix)
         fits = self._fits(asked, drops=parser is not None)
@@ -191,13 +191,15 @@ class RolloutWorker:
         return staleness
 
     def _lender(self, role: str) -> RolloutWorker:
-        """Whose logits are mixed with these: the worker of this process that generates for `role`."""
+        """The worker of this process that generates for `role`: whose logits are mixed with these, or who speaks."""
+        if role == self.name.removesuffix(rollout_of("")):
+            return self
         for name in (rollout_of(role), role):
             worker = self.context.peers.get(name)
             found = worker if isinstance(worker, RolloutWorker) else getattr(worker, "generation", None)
             if isinstance(found, RolloutWorker):
                 return found
-        raise ValueError(f"{self.name} mixes its logits with {role!r}, which does not generate in this process")
+        raise ValueError(f"{self.name} generates beside {role!r}, which does not generate in this process")
 
     def _fits(self, asked: Asked, *, drops: bool) -> NDArray[np.bool_]:
         """[B] prompts that are asked. drops: those too long are not, and count as not parsed; else a ValueError names
@@ -261,10 +263,18 @@ class RolloutWorker:
         n: int = 1,
         greedy: bool = False,
         limits: EpisodeLimits | None = None,
+        speakers: Mapping[str, str] = MappingProxyType({}),
+        rows_of: Sequence[str] = (),
     ) -> OpResult:
-        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over."""
+        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
+
+        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows."""
         assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
-        self.memory.turn(generating(self.name))
+        lenders = {name: self._lender(role) for name, role in speakers.items()}
+        others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
+        self.memory.turn(self.memory.add_together(self.name, *others))
+        for one in lenders.values():
+            one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
         episodes = run_episodes(
             self.engine,
@@ -275,10 +285,20 @@ class RolloutWorker:
             limits or EpisodeLimits(),
             self._sampling(n, greedy),
             rollout.max_prompt_tokens,
+            [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
         )
         self._log(episodes, batch, call, n)
-        kept = np.array([at for at, episode in enumerate(episodes) if episode.trains], dtype=np.int64)
-        columns = episode_columns([episodes[at] for at in kept], rewards=environment.rewards)
+        role = self.name.removesuffix(rollout_of(""))
+        sides = [
+            (at, name or role, side)
+            for at, episode in enumerate(episodes)
+            if episode.trains
+            for name, side in episode.sides
+        ]
+        kept = np.array([at for at, _, _ in sides], dtype=np.int64)
+        columns = episode_columns([side for _, _, side in sides], rewards=environment.rewards)
+        columns["speaker"] = Column.strings([name for _, name, _ in sides])
+        own = np.array([name == role for _, name, _ in sides], dtype=bool)
         lengths = columns["response_ids"].lengths
         tokens = columns["prompt_ids"].lengths + lengths
         rows, trained = float(len(kept)), float(columns["response_mask"].values.sum())
@@ -293,8 +313,25 @@ class RolloutWorker:
             "staleness": Mean(staleness * rows, rows),
         }
         if environment.rewards:
-            metrics |= reward_metrics(columns["rewards"].values)
+            metrics |= reward_metrics(columns["rewards"].values[own])
+        for name in rows_of:
+            theirs = np.array([one == name for _, one, _ in sides], dtype=bool)
+            metrics[f"rows_of_{name}"] = Mean(float(theirs.sum()), 0)
+            if environment.rewards:
+                metrics[f"reward_of_{name}"] = Mean(float(columns["rewards"].values[theirs].sum()), float(theirs.sum()))
         return OpResult(columns=Batch(columns, len(kept)), parent=kept // n, tokens=tokens, metrics=metrics)
+
+    def _speaker(self, name: str, learns: bool) -> Speaker:
+        """This role in another's episodes, as its own settings have it generate."""
+        model, rollout = self.config.model.path, self.config.rollout
+        return Speaker(
+            name=name,
+            engine=self.engine,
+            model=model,
+            sampling=self._sampling(1, False),
+            prompt_tokens=rollout.max_prompt_tokens,
+            learns=learns,
+        )
 
     def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
         groups = batch["group_id"].values

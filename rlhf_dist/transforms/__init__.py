@@ -16,6 +16,7 @@ from rlhf_dist.transforms.shape_rewards import (
     whiten_rewards,
     whiten_rewards_by_prompt,
 )
+from rlhf_dist.transforms.spoken_by import spoken_by
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "remax_advantage",
     "rewards_against_reference",
     "rloo_advantage",
+    "spoken_by",
     "verdict_means",
     "whiten",
     "whiten_rewards",

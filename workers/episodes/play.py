@@ -17,7 +17,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_dist.environments import Environment, EpisodeLimits, InfrastructureError, PolicyError
 from rlhf_dist.environments.outcomes import OF_POLICY, Outcome
@@ -48,6 +48,13 @@ class Episode:
         """Whether it is a row of the batch."""
         return self.outcome in OF_POLICY and self.chat.conversation.turns > 0
 
+    @property
+    def sides(self) -> list[tuple[str | None, Episode]]:
+        """The episode as each that learns from it saw it: by the name of the speaker, None for the role itself.
+        Who has not drawn anything has no side."""
+        others = [(name, chat) for name, chat in self.chat.speakers.items() if chat.learns and chat.conversation.turns]
+        return [(None, self), *((name, replace(self, chat=chat)) for name, chat in others)]
+
 
 async def play(environment: Environment, new_chat: Callable[[], LiveChat], limits: EpisodeLimits) -> Episode:
     """Play one episode; `new_chat` begins an attempt. Raises nothing of the environment's."""
@@ -56,13 +63,15 @@ async def play(environment: Environment, new_chat: Callable[[], LiveChat], limit
     while True:
         chat, attempts = new_chat(), attempts + 1
         outcome, detail, trace = await _attempt(environment, chat, limits.seconds)
-        chat.ended = EpisodeEnded(outcome, detail)
+        of = chat.ended.of if chat.ended is not None else None
+        chat.ended = EpisodeEnded(outcome, detail, of)
         if outcome != "infrastructure_error" or attempts > limits.retries:
             break
     unrewarded = environment.rewards and outcome in OF_POLICY and not chat.rewards
-    if outcome in OF_POLICY and outcome != "finished" and environment.unfinished_reward and chat.conversation.turns:
-        turn = chat.conversation.turns - 1
-        chat.rewards[turn] = chat.rewards.get(turn, 0.0) + environment.unfinished_reward
+    stopped = of or chat  # whose limit it was; what the policy wrote is the role's own
+    if outcome in OF_POLICY and outcome != "finished" and environment.unfinished_reward and stopped.conversation.turns:
+        turn = stopped.conversation.turns - 1
+        stopped.rewards[turn] = stopped.rewards.get(turn, 0.0) + environment.unfinished_reward
     return Episode(
         outcome=outcome,
         detail=detail,
@@ -111,8 +120,10 @@ def _classified(environment: Environment, chat: LiveChat, error: BaseException |
         outcome, detail = "finished", ""
     if not chat.conversation.turns:
         return "environment_error", "the episode ended before chat.generate() had drawn anything", ""
-    if outcome == "finished" and environment.rewards and not chat.rewards:
-        detail = "the episode finished without chat.reward(); set `rewards = False` where a reward role scores it"
+    sides = [chat, *(one for one in chat.speakers.values() if one.learns and one.conversation.turns)]
+    if outcome == "finished" and environment.rewards and not all(one.rewards for one in sides):
+        who = "" if not chat.rewards else " of another speaker, whose rows are kept"
+        detail = f"the episode finished without chat.reward(){who}; set `rewards = False` where a reward role scores it"
         return "environment_error", detail, ""
     return outcome, detail, ""
 
