@@ -26,7 +26,7 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
-from workers.episodes.play import Episode
+from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, log_lost
 from workers.episodes.run import Speaker, run_episodes
 from workers.memory.arbiter import arbiter_of, generating
@@ -283,38 +283,37 @@ class RolloutWorker:
             [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
         )
         self._log(episodes, batch, call, n)
+        kept = [episode for episode in episodes if episode.trains]
+        played = np.array([episode.number for episode in kept], dtype=np.int64)
+        trees = None
+        if environment.leaves > 1:
+            rows, copies = call.row_index[played // n].tolist(), (played % n).tolist()
+            trees = [seed_of(call.step, call.node, row, copy) for row, copy in zip(rows, copies, strict=True)]
+        columns = episode_columns(kept, rewards=environment.rewards, trees=trees)
         role = self.name.removesuffix(rollout_of(""))
-        sides = [
-            (at, name or role, side)
-            for at, episode in enumerate(episodes)
-            if episode.trains
-            for name, side in episode.sides
-        ]
-        kept = np.array([at for at, _, _ in sides], dtype=np.int64)
-        columns = episode_columns([side for _, _, side in sides], rewards=environment.rewards)
-        columns["speaker"] = Column.strings([name for _, name, _ in sides])
-        own = np.array([name == role for _, name, _ in sides], dtype=bool)
+        speaker = np.array([episode.speaker or role for episode in kept], dtype=object)
+        columns["speaker"] = Column.strings(speaker.tolist())
         lengths = columns["response_ids"].lengths
         tokens = columns["prompt_ids"].lengths + lengths
-        rows, trained = float(len(kept)), float(columns["response_mask"].values.sum())
+        count, trained = float(len(kept)), float(columns["response_mask"].values.sum())
         metrics: Metrics = {
-            **episode_metrics(episodes),
-            "response_tokens": Mean(float(lengths.sum()), rows),
-            "drawn_tokens": Mean(trained, rows),
+            **episode_metrics([episode for episode in episodes if not episode.speaker]),
+            "response_tokens": Mean(float(lengths.sum()), count),
+            "drawn_tokens": Mean(trained, count),
             "longest_response": Largest(float(lengths.max(initial=0))),
-            "finished": Mean(float(columns["finished"].values.sum()), rows),
-            "rows": Mean(rows, 0),
+            "finished": Mean(float(columns["finished"].values.sum()), count),
+            "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
-            "staleness": Mean(staleness * rows, rows),
+            "staleness": Mean(staleness * count, count),
         }
         if environment.rewards:
-            metrics |= reward_metrics(columns["rewards"].values[own])
+            metrics |= reward_metrics(columns["rewards"].values[speaker == role])
         for name in rows_of:
-            theirs = np.array([one == name for _, one, _ in sides], dtype=bool)
+            theirs = speaker == name
             metrics[f"rows_of_{name}"] = Mean(float(theirs.sum()), 0)
             if environment.rewards:
                 metrics[f"reward_of_{name}"] = Mean(float(columns["rewards"].values[theirs].sum()), float(theirs.sum()))
-        return OpResult(columns=Batch(columns, len(kept)), parent=kept // n, tokens=tokens, metrics=metrics)
+        return OpResult(columns=Batch(columns, len(kept)), parent=played // n, tokens=tokens, metrics=metrics)
 
     def _speaker(self, name: str, learns: bool) -> Speaker:
         """This role in another's episodes, as its own settings have it generate."""
@@ -331,8 +330,8 @@ class RolloutWorker:
     def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
         groups = batch["group_id"].values
         places = [
-            {"step": call.step, "node": call.node, "group_id": int(groups[at // n]), "copy": at % n}
-            for at in range(len(episodes))
+            {"step": call.step, "node": call.node, "group_id": int(groups[number // n]), "copy": number % n}
+            for number in (episode.number for episode in episodes)
         ]
         role = self.name.removesuffix(rollout_of(""))
         file = Path(self.context.folder) / "episodes" / f"lost_{role}_rank_{self.context.rank}.jsonl"

@@ -1,9 +1,9 @@
 """Two policies that are trained on what they draw against each other in a game of two players with zero sum.
 
-    max_pi1 min_pi2  E[u(a1, a2)] - beta KL(pi1 || ref) + beta KL(pi2 || ref)         each by policy gradient on its rows
+    max_pi1 min_pi2  E[u(a1, a2)] - beta KL(pi1 || ref) + beta KL(pi2 || ref)     each by policy gradient on its rows
 
-The KL to the start (magnetic mirror descent, Sokota et al. 2022, arXiv 2206.05825) makes the last policies converge, where
-without it they run in circles around the equilibrium. `exploitability` is what the best answers to both would win.
+The KL to a magnet, their own policy of some steps ago (magnetic mirror descent, Sokota et al. 2022, arXiv 2206.05825),
+makes the last policies converge, where without it they run in circles around the equilibrium. `exploitability` is what the best answers to both would win.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,9 @@ def _one_sided_moves(batch: Batch, moves: tuple[str, ...]) -> np.ndarray:
 
 
 @host_op(reads=(("response",), ("response",)), scope="batch", writes=())
-def measured(mine: Batch, theirs: Batch, *, payoffs: tuple[tuple[float, ...], ...], moves: tuple[str, ...]) -> HostResult:
+def measured(
+    mine: Batch, theirs: Batch, *, payoffs: tuple[tuple[float, ...], ...], moves: tuple[str, ...]
+) -> HostResult:
     """Counts what both sides play, as metrics."""
     counts = [_one_sided_moves(batch, moves) for batch in (mine, theirs)]
     metrics: Metrics = {}

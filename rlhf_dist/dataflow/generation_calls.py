@@ -107,9 +107,7 @@ def _check_sampling(line: str, where: str, settings: Mapping[str, Any]) -> None:
         raise GraphError(f"{line}: {where}: {error}") from error
 
 
-def _episode_settings(
-    line: str, where: str, settings: dict[str, Any]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _episode_settings(line: str, where: str, settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     given, rows_of = settings.get("speakers") or {}, settings.get("rows_of", ())
     own, found = where.partition(".")[0], dict[str, str]()
     for name, role in given.items() if isinstance(given, Mapping) else [(str(given), given)]:
@@ -122,6 +120,12 @@ def _episode_settings(
         found[name] = named
     if isinstance(rows_of, str) or any(name not in found for name in rows_of):
         raise GraphError(f"{line}: {where} needs rows_of, a tuple of names in speakers, got {rows_of!r}")
+    leaves = getattr(settings["environment"], "leaves", 1)
+    if rows_of and leaves != 1:
+        raise GraphError(
+            f"{line}: {where} keeps rows of {', '.join(rows_of)}, and its episodes branch (leaves={leaves}); episodes "
+            "in which several learn are one row for each"
+        )
     lenders = tuple(dict.fromkeys(role for role in found.values() if role != own))
     return {**settings, "speakers": found, "rows_of": tuple(rows_of)}, lenders
 

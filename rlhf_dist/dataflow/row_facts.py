@@ -46,13 +46,18 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
     return found
 
 
+def _leaves(node: Node) -> int:
+    """Most rows of one episode; 1 where responses are generated."""
+    return getattr(node.kwargs.get("environment"), "leaves", 1)
+
+
 def _copies(node: Node) -> int:
     return node.spec.copies_for(node.kwargs) if isinstance(node.spec, HostOp) else 1
 
 
 def _asked(node: Node) -> Any:
-    """Rows asked for of each: of an episode, one for each of those whose rows are kept."""
-    return node.kwargs.get("n", 1) * (1 + len(node.kwargs.get("rows_of", ())))
+    """Rows asked for of each: of an episode its leaves, or one for each of those whose rows are kept."""
+    return node.kwargs.get("n", 1) * max(_leaves(node), 1 + len(node.kwargs.get("rows_of", ())))
 
 
 def _refilled(dataflow: Dataflow, node: Node, found: Mapping[str, Amount]) -> Amount:
@@ -89,7 +94,7 @@ def rows_per_group(node: Node, before: int | None) -> int | None:
         return before
     if node.rows == "expand":
         n = _asked(node)
-        return before * n if isinstance(n, int) else None
+        return before * n if isinstance(n, int) and _leaves(node) == 1 else None
     return 1 if node.rows == "drop" and before == 1 else None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_dist.environments.environment import Chat, Environment, Row
-from rlhf_dist.environments.search import library
+from rlhf_dist.environments.search_tool import library
 
 
 def shown(observation: Any, rendered: Any) -> str:
@@ -85,7 +85,9 @@ class FromGymnasium(Environment):
         if kind == "Text":
             return text if space.contains(text) else None
         if kind != "Discrete":
-            raise TypeError(f"FromGymnasium plays Discrete and Text actions, {self.id} has {kind}; wrap it in one of these")
+            raise TypeError(
+                f"FromGymnasium plays Discrete and Text actions, {self.id} has {kind}; wrap it in one of these"
+            )
         words = [re.escape(word) for word in self.actions] or [r"-?\d+"]
         said = re.findall(rf"(?<![\w-])(?:{'|'.join(words)})(?!\w)", text)
         if not said:

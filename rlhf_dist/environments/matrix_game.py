@@ -1,6 +1,8 @@
 """A game of one move each, made at the same time: two roles play it, and what it pays is a matrix.
 
-    batch = actor.run_episodes(prompts, environment=MatrixGame(), speakers={"opponent": opponent}, rows_of=("opponent",))
+    batch = actor.run_episodes(
+        prompts, environment=MatrixGame(), speakers={"opponent": opponent}, rows_of=("opponent",)
+    )
 
 Its equilibrium is known, so that what two policies have learnt from each other can be measured (`exploitability`).
 """

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from rlhf_dist.environments.environment import Chat
 from rlhf_dist.environments.outcomes import InfrastructureError
-from rlhf_dist.environments.search import shortened
+from rlhf_dist.environments.search_tool import shortened
 from rlhf_dist.environments.tool_calls import TextCalls, ToolParser
 from rlhf_dist.environments.tool_use import ToolUse
 from rlhf_dist.sandbox import Limits, Sandbox, SandboxError

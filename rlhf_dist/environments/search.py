@@ -1,132 +1,159 @@
-"""A search engine as a tool: BM25 over a corpus of passages that lies on disk (Search-R1's setting without a server).
+"""Search over the steps of an episode, for environments to call: beams, and Monte-Carlo tree search.
 
-    <tool_call>{"name": "search", "arguments": {"query": "capital of France"}}</tool_call>
-    [1] Paris is the capital and largest city of France. ...
+    async def episode(self, chat, row):
+        await beam_search(chat, self.step, width=2, expand=4, depth=3)
 
-    Search(corpus="wiki.parquet", column="text")       a Parquet or JSON-lines file with a text a row
+    async def step(self, branch):
+        reply = await branch.generate(max_tokens=32)
+        return Step(value=float(row.answer in reply.text), done=reply.finished)
 
-Needs the package bm25s (the extra `environments`). An index is made once in each process, when episodes begin.
+A step is played in a branch and says what its state is worth: by a rule, by a service behind `chat.run`, by the model
+itself (`self_judged`). Every leaf of the search is a row with its value as its reward, unless it is pruned; inner steps
+are worth what their leaves are (`tree_pairs`, `tree_nodes`, `tree_advantage`). A step that did not finish, for whatever
+reason, is not gone on from.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import json
-import threading
+import asyncio
+import math
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from rlhf_dist.environments.environment import Chat
-from rlhf_dist.environments.tool_calls import JsonCalls, ToolParser
-from rlhf_dist.environments.tool_use import ToolUse
-
-_LOCK = threading.Lock()
-
-
-class Index:
-    """BM25 (Lucene's variant) over texts."""
-
-    def __init__(self, texts: list[str]) -> None:
-        """Raises ValueError where there is nothing to index."""
-        self._library = library("bm25s", "Search")
-        self.texts = texts
-        tokens = self._library.tokenize(texts, stopwords=None, show_progress=False)
-        if not any(len(ids) for ids in tokens.ids):
-            raise ValueError(f"a corpus needs words to be found by, its {len(texts)} texts have none")
-        self._index = self._library.BM25(backend="numpy")
-        self._index.index(tokens, show_progress=False)
-
-    def search(self, query: str, most: int) -> list[tuple[int, float]]:
-        """(place, score) of the passages that share a word with the query, the best first, equal ones in file order."""
-        words = self._library.tokenize([query], stopwords=None, show_progress=False, return_ids=False)
-        if not words[0]:
-            return []
-        scores = self._index.get_scores(words[0])
-        order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))[:most]
-        return [(at, float(scores[at])) for at in order if scores[at] > 0]
-
-
-def read_corpus(file: str | Path, column: str) -> list[str]:
-    """The texts of a Parquet file, or one of JSON lines. Raises ValueError for what is none."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ValueError(f"a corpus is a Parquet or JSON-lines file, and there is no {path}")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        names = parquet.read_schema(path).names
-        found = parquet.read_table(path, columns=[column])[column].to_pylist() if column in names else None
-    else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        names = sorted({name for row in rows for name in row})
-        found = [row.get(column) for row in rows] if column in names else None
-    if found is None:
-        raise ValueError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-    wrong = next((at for at, text in enumerate(found) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"{path}: column {column!r} must be text, row {wrong} is {type(found[wrong]).__name__}")
-    return found
-
-
-@functools.cache
-def _made(file: str, column: str) -> Index:
-    return Index(read_corpus(file, column))
-
-
-def index_of(file: str, column: str) -> Index:
-    """The index of a file, made once in a process."""
-    with _LOCK:
-        return _made(file, column)
-
-
-def library(name: str, who: str) -> Any:
-    """A library that an environment needs. Raises ValueError with how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"{who} needs {name}, which is not installed; run pip install 'rlhf-dist[environments]'"
-        ) from error
+from rlhf_dist.environments.environment import Branch, Chat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(ToolUse):
-    """Questions with a search engine at hand; 1 where the answer holds the row's, whatever stands around it."""
+class Step:
+    """What a step says of the state it has reached."""
 
-    corpus: str
-    """Parquet or JSON-lines file of passages, on every machine that generates."""
-    column: str = "text"
-    """Its column of passages."""
-    results: int = 3
-    """Passages that a query is answered with, at most."""
-    passage_characters: int = 500
-    """Longest passage that is shown; the rest is cut, which is said."""
-    parser: ToolParser = field(default_factory=lambda: JsonCalls(names=("search",)))
-    """How calls are written."""
-    argument: str = "query"
-    """The argument of a call that is searched for."""
-
-    def prepare(self) -> None:
-        """See Environment."""
-        index_of(self.corpus, self.column)
-
-    async def use(self, chat: Chat, argument: str) -> str:
-        """See ToolUse."""
-        found = await chat.run(self._search, argument)
-        return "\n".join(f"[{number}] {text}" for number, text in enumerate(found, start=1)) or "nothing was found"
-
-    def score(self, answer: str, row: Any) -> float:
-        """See ToolUse."""
-        wanted = " ".join(row.answer.lower().split())
-        return float(bool(wanted) and wanted in " ".join(answer.lower().split()))
-
-    def _search(self, query: str) -> list[str]:
-        index = index_of(self.corpus, self.column)
-        return [shortened(index.texts[at], self.passage_characters) for at, _ in index.search(query, self.results)]
+    value: float
+    done: bool = False
+    """Nothing follows on it."""
 
 
-def shortened(text: str, most: int) -> str:
-    """The text, or its beginning and how much is missing."""
-    return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most} characters more)"
+Play = Callable[[Chat], Awaitable[Step]]
+"""Plays one step in a branch."""
+
+
+@dataclass(eq=False)
+class Node:
+    """A state of a search."""
+
+    chat: Chat
+    step: Step | None = None
+    """None for the start, and for a step that has not finished."""
+    depth: int = 0
+    children: list[Node] = field(default_factory=list)
+    visits: int = 0
+    total: float = 0.0
+    """Sum of the values that were backed up."""
+
+    @property
+    def mean(self) -> float:
+        """Mean value of what was seen from here; 0 before anything was."""
+        return self.total / max(self.visits, 1)
+
+    @property
+    def open(self) -> bool:
+        """Whether something may follow on it."""
+        return self.depth == 0 or (self.step is not None and not self.step.done)
+
+
+async def beam_search(chat: Chat, play: Play, *, width: int, expand: int, depth: int, prune: bool = True) -> list[Node]:
+    """`depth` rounds of `expand` steps from each of the `width` best states; returns the best at the end, best first.
+
+    A state that is done keeps its place while it is among the best. prune: what leads to none of those that are
+    returned is no row.
+    """
+    start = Node(chat)
+    beam = [start]
+    for _ in range(depth):
+        going = [node for node in beam if node.open]
+        if not going:
+            break
+        await asyncio.gather(*(_expand(node, play, expand) for node in going))
+        found = [node for node in beam if not node.open] + [child for node in going for child in node.children]
+        beam = sorted((node for node in found if node.step is not None), key=_value, reverse=True)[:width]
+    if prune:
+        for child in start.children:
+            _prune(child, beam)
+    _reward(beam if prune else _leaves(start))
+    return beam
+
+
+async def tree_search(
+    chat: Chat, play: Play, *, simulations: int, expand: int, depth: int, explore: float = 1.0
+) -> Node:
+    """Monte-Carlo tree search; returns the start with all that was searched from it.
+
+    A simulation goes down to the child with the largest mean + explore * sqrt(ln N / n) (UCT: N visits of the state, n
+    of the child), makes `expand` steps from where it ends, and backs the value of each up to the start.
+    """
+    start = Node(chat)
+    for _ in range(simulations):
+        path = [start]
+        while going := [child for child in path[-1].children if child.step is not None]:
+            above = path[-1]
+            path.append(max(going, key=lambda child: _bound(child, above, explore)))
+        node = path[-1]
+        if node.open and node.depth < depth and not node.children:
+            await _expand(node, play, expand)
+            values = [child.step.value for child in node.children if child.step is not None]
+            for child in node.children:
+                child.visits, child.total = 1, _value(child)
+        else:  # an end, reached once more
+            values = [_value(node)]
+        for one in path:
+            one.visits, one.total = one.visits + len(values), one.total + sum(values)
+    _reward(_leaves(start))
+    return start
+
+
+async def self_judged(chat: Chat, question: str, *, max_tokens: int = 16, default: float = 0.0) -> float:
+    """What the model itself says of the state: the first number behind `question`, in a branch that is no row.
+
+    `default` where it says none, or the branch ends otherwise.
+    """
+
+    async def ask(one: Chat) -> str:
+        one.say(question)
+        return (await one.generate(max_tokens=max_tokens)).text
+
+    (verdict,) = await chat.branch(ask, n=1)
+    verdict.chat.discard()
+    number = re.search(r"-?\d+(\.\d+)?", verdict.returned or "")
+    return float(number[0]) if number else default
+
+
+async def _expand(node: Node, play: Play, n: int) -> None:
+    branches: Sequence[Branch[Step]] = await node.chat.branch(play, n=n)
+    node.children = [Node(branch.chat, branch.returned, node.depth + 1) for branch in branches]
+
+
+def _value(node: Node) -> float:
+    return node.step.value if node.step is not None else 0.0
+
+
+def _bound(child: Node, parent: Node, explore: float) -> float:
+    return child.mean + explore * math.sqrt(math.log(parent.visits) / child.visits)
+
+
+def _leaves(node: Node) -> list[Node]:
+    return [leaf for child in node.children for leaf in _leaves(child)] if node.children else [node]
+
+
+def _prune(node: Node, kept: Sequence[Node]) -> bool:
+    """Discard what leads to none of `kept`; whether `node` leads to one."""
+    leads = [_prune(child, kept) for child in node.children]
+    if any(leads) or node in kept:
+        return True
+    node.chat.discard()
+    return False
+
+
+def _reward(leaves: Sequence[Node]) -> None:
+    for node in leaves:
+        if node.step is not None:
+            node.chat.reward(node.step.value)

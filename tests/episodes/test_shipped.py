@@ -1,4 +1,4 @@
-"""Environments that ship: what each makes of what a model says, on a script in place of an engine, and on a real one."""
+"""Environments that ship: what each makes of what a model says, on a script and on a real engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_dist.environments.gymnasium import FromGymnasium
 from rlhf_dist.environments.matrix_game import MatrixGame, exploitability
 from rlhf_dist.environments.python_tool import PythonTool
 from rlhf_dist.environments.reasoning_gym import Attempts
-from rlhf_dist.environments.search import Index, Search, read_corpus
+from rlhf_dist.environments.search_tool import Index, Search, read_corpus
 from rlhf_dist.environments.simulated_user import SimulatedUser
 from rlhf_dist.rewards.reasoning_gym import answer_json
 from rlhf_dist.testing import check_environment
@@ -53,7 +53,9 @@ class Script:
         return function(*arguments)
 
 
-def played(environment: Environment, turns: Sequence[str], others: dict[str, Script] | None = None, **row: Any) -> Script:
+def played(
+    environment: Environment, turns: Sequence[str], others: dict[str, Script] | None = None, **row: Any
+) -> Script:
     environment.prepare()
     script = Script(list(turns), Row({"prompt": "", "answer": "", **row}), others or {})
     asyncio.run(environment.episode(script, script.row))  # type: ignore[arg-type]
@@ -91,7 +93,9 @@ def test_a_search_finds_what_shares_words_with_the_query(corpus: Path) -> None:
         ("corpus.parquet", "number", "column 'number' must be text, row 0 is int"),
     ],
 )
-def test_a_corpus_that_is_none_is_said_before_an_episode_begins(corpus: Path, file: str, column: str, says: str) -> None:
+def test_a_corpus_that_is_none_is_said_before_an_episode_begins(
+    corpus: Path, file: str, column: str, says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         Search(corpus=str(corpus.parent / file), column=column).prepare()
 

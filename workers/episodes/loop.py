@@ -37,7 +37,7 @@ class EpisodesBlocked(RuntimeError):
 
 
 class EpisodeLoop:
-    """Runs coroutines that may ask the engine for responses, and engines of others who speak. One at a time an engine."""
+    """Runs coroutines that may ask the engine for responses, its own or others. One at a time an engine."""
 
     def __init__(self, engine: GenerationEngine, blocked_s: float = BLOCKED_S) -> None:
         self._engine, self._blocked_s = engine, blocked_s

@@ -19,8 +19,9 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.chat import Budget, LiveChat
+from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
-from workers.episodes.play import Episode, play
+from workers.episodes.play import play, play_branches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +47,13 @@ class _Voice:
         self.of, self._tools = of, environment.tools if not of.name else ()
         self._tokenizer = TextTokenizer(of.model, environment.template_args)
         self._ends = frozenset(end_token_ids(of.model))
-        self.budget = Budget(limits=limits, sampling=replace(of.sampling, n=1), prompt_tokens=of.prompt_tokens)
+        self.budget = Budget(
+            limits=limits,
+            sampling=replace(of.sampling, n=1),
+            prompt_tokens=of.prompt_tokens,
+            leaves=1 if of.name else environment.leaves,
+            environment=type(environment).__name__,
+        )
 
     def conversation(self, text: str, ids: list[int]) -> Conversation:
         """A new one, about a row's prompt: as its source has rendered it, or another's as that one's template does."""
@@ -68,9 +75,10 @@ def run_episodes(
     prompt_tokens: int,
     speakers: Sequence[Speaker] = (),
 ) -> list[Episode]:
-    """`sampling.n` episodes of each row, the copies of one adjacent. speakers: others who speak in them.
+    """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched; behind
+    them the sides of those `speakers` that learn from it.
 
-    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, turn) only.
+    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
     """
     environment.prepare()
     loop = EpisodeLoop(engine)
@@ -87,6 +95,7 @@ def run_episodes(
             seed=seed,
             name=f"{seed}/{attempt}",
             generate_one=partial(loop.generate, engine=voice.of.engine),
+            play_branches=play_branches,
             learns=voice.of.learns,
             **more,
         )
@@ -100,8 +109,9 @@ def run_episodes(
         return whole
 
     starts: Sequence[Callable[[], Any]] = [
-        partial(play, environment, partial(new_chat, at, copy), limits)
+        partial(play, environment, partial(new_chat, at, copy), limits, at * sampling.n + copy)
         for at in range(batch.num_rows)
         for copy in range(sampling.n)
     ]
-    return loop.run(starts, limits.concurrent) if starts else []
+    played = loop.run(starts, limits.concurrent) if starts else []
+    return [episode for leaves in played for episode in leaves]
