@@ -3,7 +3,8 @@
     max_pi1 min_pi2  E[u(a1, a2)] - beta KL(pi1 || ref) + beta KL(pi2 || ref)     each by policy gradient on its rows
 
 The KL to a magnet, their own policy of some steps ago (magnetic mirror descent, Sokota et al. 2022, arXiv 2206.05825),
-makes the last policies converge, where without it they run in circles around the equilibrium. `exploitability` is what the best answers to both would win.
+makes the last policies converge, where without it they run in circles around the equilibrium.
+`exploitability` is what the best answers to both would win.
 """
 
 from dataclasses import dataclass

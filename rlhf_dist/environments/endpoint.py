@@ -76,7 +76,8 @@ class Session:
             if keys[: len(self.known)] != self.known or not new or any(one["role"] == "assistant" for one in new):
                 raise BadRequest(
                     f"messages must be the {len(self.known)} of the conversation so far, as they were sent and "
-                    "answered, and new ones behind them that are not the assistant's; rows are what the model was given and drew"
+                    "answered, and new ones behind them that are not the assistant's; rows are what the model was "
+                    "given and drew"
                 )
             for message in new:
                 self.chat.say(_text(message), role=_ROLES[message["role"]])

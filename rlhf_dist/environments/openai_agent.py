@@ -9,9 +9,9 @@
     batch = actor.run_episodes(prompts, environment=OpenAIAgent(agent=agent), n=8)
 
 The endpoint is served on the loopback of the process that generates, with a token for each episode. What the agent
-sends is matched with what was said and drawn so far; only new messages are said, and the model goes on from the tokens that
-it had, so that rows are token-exact whatever the agent does with texts. An agent that rewrites what came before is told
-so (400): its rows would not be those of one conversation.
+sends is matched with what was said and drawn so far; only new messages are said, and the model goes on from the tokens
+that it had, so that rows are token-exact whatever the agent does with texts. An agent that rewrites what came before is
+told so (400): its rows would not be those of one conversation.
 """
 
 from __future__ import annotations

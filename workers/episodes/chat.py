@@ -253,7 +253,7 @@ class LiveChat:
         """Branch `number` of this chat, which goes on from here; it is not yet among `children`."""
         path, seed = (*self.path, number), f"{self.seed}/b{number}"
         pieces = len(self.conversation.pieces)
-        return replace(
+        made = replace(
             self,
             rng=np.random.default_rng(seed_of(seed, "environment")),
             conversation=self.conversation.copy(),
@@ -271,6 +271,8 @@ class LiveChat:
             drew=False,
             _generating=False,
         )
+        made.speakers = {name: replace(one.fork(number), whole=made) for name, one in self.speakers.items()}
+        return made
 
     def begin_segment(self) -> None:
         """What is said and drawn from here on is shared with none of the branches made so far."""
