@@ -2,8 +2,8 @@
 
     max_pi1 min_pi2  E[u(a1, a2)] - beta KL(pi1 || ref) + beta KL(pi2 || ref)     each by policy gradient on its rows
 
-The KL to a magnet, their own policy of some steps ago (magnetic mirror descent, Sokota et al. 2022, arXiv 2206.05825),
-makes the last policies converge, where without it they run in circles around the equilibrium.
+The KL to a magnet, their own policy at the start or some steps ago (magnetic mirror descent, Sokota et al. 2022, arXiv
+2206.05825), makes the last policies converge, where without it they run in circles around the equilibrium.
 `exploitability` is what the best answers to both would win.
 """
 
@@ -29,7 +29,7 @@ PAPERS = {
         arxiv="2206.05825",
         status="outline",
         needs=("TURN", "XLM", "ROLL", "ADV", "REF", "SNAP"),
-        assumed="the magnets move to the policies every few steps; constants of a game of three moves",
+        assumed="REINFORCE with group baselines for its update; constants of a game of three moves",
     )
 }
 
@@ -46,10 +46,10 @@ class SelfPlay:
     """How a side says its moves."""
     nonsense_reward: float = -3.0
     """For what is no move."""
-    kl_coef: float = 0.2
+    kl_coef: float = 0.5
     """Weight of the KL to the magnet."""
-    magnet_every: int = 10
-    """Steps after which a magnet becomes the policy that it holds back."""
+    magnet_every: int = 0
+    """Steps after which a magnet becomes the policy that it holds back; 0: it stays where it began."""
 
 
 def _one_sided_moves(batch: Batch, moves: tuple[str, ...]) -> np.ndarray:
@@ -93,4 +93,5 @@ def self_play(
         rows = magnet.compute_ref_log_prob(policy.compute_log_prob(rows))
         rows = grpo_advantage(rows, scale=False, kl_coef=cfg.kl_coef)
         policy.update_actor(rows, loss=ppo_clip(0.2))
-        magnet.copy_from(policy, every=cfg.magnet_every)
+        if cfg.magnet_every:
+            magnet.copy_from(policy, every=cfg.magnet_every)

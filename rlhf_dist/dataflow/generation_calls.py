@@ -41,10 +41,10 @@ def generation_settings(
             columns_of(parser)
         except ValueError as error:
             raise GraphError(f"{line}: {where}: {error}") from error
-    if settings["prefix"] is not None:
+    if settings.get("prefix") is not None:
         _check_prefix(line, where, batch, settings["prefix"])
     _check_sampling(line, where, settings)
-    if settings["mixture"] is None:
+    if settings.get("mixture") is None:
         return settings, ()
     role, share = _mixed_with(line, where, settings["mixture"])
     return {**settings, "mixture": (role, share)}, (role,)
@@ -96,7 +96,7 @@ def _check_sampling(line: str, where: str, settings: Mapping[str, Any]) -> None:
         raise GraphError(f"{line}: {where} needs stop, a tuple of texts, got {settings['stop']!r}; write stop=('###',)")
     known: dict[str, Any] = {}
     for key in SAMPLING:
-        value = settings[key]
+        value = settings.get(key)
         whole = key in ("top_k", "max_tokens") and not isinstance(value, StateValue)
         known |= {} if value is None else {key: value.first if isinstance(value, StateValue) else value}
         if key in known and (isinstance(known[key], bool) or not isinstance(known[key], int if whole else int | float)):

@@ -15,13 +15,13 @@ import pyarrow.parquet as parquet
 import pytest
 
 from rlhf_dist.environments import Environment, EpisodeLimits, PolicyError, Reply, Row, TextCalls
+from rlhf_dist.environments.attempts import Attempts
 from rlhf_dist.environments.gymnasium import FromGymnasium
 from rlhf_dist.environments.matrix_game import MatrixGame, exploitability
 from rlhf_dist.environments.python_tool import PythonTool
-from rlhf_dist.environments.reasoning_gym import Attempts
 from rlhf_dist.environments.search_tool import Index, Search, read_corpus
 from rlhf_dist.environments.simulated_user import SimulatedUser
-from rlhf_dist.rewards.reasoning_gym import answer_json
+from rlhf_dist.rewards.reasoning_gym import answer_json, reasoning_gym
 from rlhf_dist.testing import check_environment
 
 
@@ -112,9 +112,9 @@ def test_programs_run_in_a_sandbox_and_the_model_reads_what_they_print() -> None
 
 def test_attempts_at_a_puzzle_sum_to_the_best_score() -> None:
     answer = answer_json("chain_sum", {"question": "1+2", "answer": "3", "metadata": {}})
-    talk = played(Attempts(attempt_price=0.125), ["4", "<answer>3</answer>"], answer=answer)
+    talk = played(Attempts(verifier=reasoning_gym, attempt_price=0.125), ["4", "<answer>3</answer>"], answer=answer)
     assert talk.rewards[1] == pytest.approx(1.0 - talk.rewards[0] - 0.125) and len(talk.said) == 1
-    assert sum(played(Attempts(attempts=2), ["4", "5"], answer=answer).rewards) < 1
+    assert sum(played(Attempts(verifier=reasoning_gym, attempts=2), ["4", "5"], answer=answer).rewards) < 1
 
 
 def test_a_user_says_what_it_wants_and_when_it_has_it() -> None:
@@ -164,7 +164,7 @@ def test_a_matrix_game_pays_both_sides_and_knows_its_equilibrium() -> None:
 @pytest.mark.parametrize(
     ("environment", "speakers"),
     [
-        (Attempts(attempts=2, attempt_tokens=6), ()),
+        (Attempts(verifier=reasoning_gym, attempts=2, attempt_tokens=6), ()),
         (FROZEN_LAKE, ()),
         (PythonTool(turn_tokens=8), ()),
         (SimulatedUser(exchanges=2, turn_tokens=4, user_tokens=4, instruction="{prompt}"), ("user",)),

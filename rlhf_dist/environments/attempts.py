@@ -1,15 +1,17 @@
-"""Puzzles of reasoning-gym over several attempts: the library's verifier scores each, and the model hears how far off
-it is.
+"""Puzzles over several attempts: a verifier scores each, and the model hears how far off it is.
 
-Rows come from a reasoning-gym generator (`data.train.generator=chain_sum`), whose answer column holds the entry.
+    Attempts(verifier=rlhf_dist.rewards.reasoning_gym)
+
+With that verifier rows come from a reasoning-gym generator (`data.train.generator=chain_sum`), whose answer column
+holds the entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rlhf_dist.environments.environment import Chat, Environment, Row
-from rlhf_dist.rewards.reasoning_gym import reasoning_gym
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,8 @@ class Attempts(Environment):
     """Each attempt is rewarded with how much better than all before it is, so that an episode's sum is its best score,
     less the price of its attempts."""
 
+    verifier: Callable[[str, str, str], float]
+    """(prompt, response, answer) -> score in [0, 1], such as `rlhf_dist.rewards.reasoning_gym`."""
     attempts: int = 3
     """Most attempts at a puzzle."""
     attempt_tokens: int | None = None
@@ -31,7 +35,7 @@ class Attempts(Environment):
         best = 0.0
         for attempt in range(self.attempts):
             reply = await chat.generate(max_tokens=self.attempt_tokens)
-            score = await chat.run(reasoning_gym, row.prompt, reply.text, row.answer)
+            score = await chat.run(self.verifier, row.prompt, reply.text, row.answer)
             chat.reward(max(0.0, score - best) - (self.attempt_price if attempt else 0.0))
             best = max(best, score)
             if best >= 1:
