@@ -178,7 +178,9 @@ class Chaos:
         """A run: its exit code (None: it did not end and was killed), what it printed, and what it left behind."""
         mark, spec = secrets.token_hex(8), self.place / f"{name}.json"
         events, output = self.place / f"{name}.events", self.place / f"{name}.out"
-        arguments = ["run", self.mode.recipe, *self.settings, f"name={name}", *(PLACED if nodes > 1 else ())]
+        wanted = [setting for fault in faults for setting in fault.settings]
+        placed = PLACED if nodes > 1 else ()
+        arguments = ["run", self.mode.recipe, *self.settings, f"name={name}", *placed, *wanted]
         spec.write_text(
             json.dumps({"arguments": arguments, "events": str(events), "faults": [asdict(fault) for fault in faults]})
         )

@@ -28,7 +28,10 @@ class Mode:
     """A disturbed run ends with the weights and rows of an undisturbed one."""
 
 
+ENDS = ("recovery.retries=0",)
+"""The run ends by the fault, and is resumed."""
 SYNC_TABLE = (
+    Fault(kind="kill trainer in first sync", action="SIGKILL", op=SYNC, says="signal 9"),
     Fault(kind="kill trainer in generate", action="SIGKILL", op=GENERATE, step=2, says="signal 9"),
     Fault(kind="kill trainer in forward", action="SIGKILL", op=FORWARD, step=2, says="signal 9"),
     Fault(kind="kill trainer in update", action="SIGKILL", op=UPDATE, step=2, says="signal 9"),
@@ -52,7 +55,7 @@ SYNC_TABLE = (
     Fault(kind="full disk", action="file:40000", op=UPDATE, step=1, says="File too large|space", alone=True),
     Fault(kind="cut network of a node", action="cut", op=UPDATE, step=2, nodes=2, says="not answer|gone", alone=True),
     Fault(kind="kill of a node", action="power off", op=UPDATE, step=2, nodes=2, says="not answer|gone", alone=True),
-    Fault(kind="corrupted checkpoint", action="SIGKILL", op=UPDATE, step=3, corrupts=True, alone=True),
+    Fault(kind="corrupted checkpoint", action="SIGKILL", op=UPDATE, step=3, corrupts=True, alone=True, settings=ENDS),
 )
 """Operations are those of GRPO: nodes of the graph, `host role` at the start."""
 

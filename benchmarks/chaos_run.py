@@ -56,6 +56,8 @@ class Fault:
     """2: each rank has a machine of its own, and the action is one of chaos_machines.py."""
     alone: bool = False
     """In a run of its own, since the run ends by it."""
+    settings: Sequence[str] = ()
+    """Of the run that it hits, besides those of the mode."""
     corrupts: bool = False
     """Before the second launch the newest checkpoint is damaged."""
 
