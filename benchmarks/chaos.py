@@ -11,7 +11,7 @@ A run that recovers by itself ends with code 0 and needs no second launch; the l
     python -m benchmarks.chaos                       the table
     python -m benchmarks.chaos --only kill,stop      some kinds
     python -m benchmarks.chaos --mode episodes       another kind of run (chaos_modes.py)
-    python -m benchmarks.chaos --together 4          faults that a run recovers from, four a run
+    python -m benchmarks.chaos --together 1          a run for each; else those that it recovers from share one
     python -m benchmarks.chaos --random 7 --minutes 60     random faults of the table, until the time is over
 
 The last line is one JSON object.
@@ -47,6 +47,7 @@ from tests.runs.machines import refusal
 
 ENDS = ("error", "preempted")
 """With which of its lines a run says why it ends."""
+OUTCOMES = "outcomes.jsonl"
 LIMIT_S = 420.0
 """Longest that one run may take (`--limit`); it is then killed, and the fault counts as not recovered."""
 STEPS = 4
@@ -99,8 +100,8 @@ def main() -> int:
     parser.add_argument("--random", type=int, metavar="SEED", help="random faults of the table, for --minutes")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="longest that one run may take")
-    parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there; the undisturbed one is used again")
-    parser.add_argument("--together", type=int, default=1, metavar="N", help="faults a run, one after the other")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep all there, for a table in several calls")
+    parser.add_argument("--together", type=int, default=4, metavar="N", help="faults a run, one after the other")
     parsed = parser.parse_args()
     words = parsed.only.split(",") if parsed.only else [""]
     mode = MODES[parsed.mode]
@@ -115,6 +116,8 @@ def main() -> int:
     finally:
         if parsed.keep is None:
             shutil.rmtree(place, ignore_errors=True)
+    if parsed.keep is not None and parsed.random is None:
+        outcomes = kept(place / parsed.mode / OUTCOMES)
     report = summary(outcomes)
     print(json.dumps(report))
     ok = report["recovered"] == len(outcomes) == report["identical"] and not report["left_behind"]
@@ -145,6 +148,8 @@ class Chaos:
         for number, bundle in enumerate(_bundles(faults, together)):
             for outcome in self.some(f"fault-{number}-{secrets.token_hex(2)}", bundle):
                 print(line_of(outcome), flush=True)
+                with (self.place / OUTCOMES).open("a") as file:
+                    file.write(json.dumps(asdict(outcome)) + "\n")
                 yield outcome
 
     def some(self, name: str, faults: Sequence[Fault]) -> list[Outcome]:
@@ -291,6 +296,16 @@ def line_of(outcome: Outcome) -> str:
     left = f"; left behind: {', '.join(outcome.left)}" if outcome.left else ""
     lost = f", {outcome.rows_lost} rows lost, {outcome.rows_doubled} doubled"
     return f"{outcome.fault.kind:28} {how:13} noticed in {notice}; {same}{lost}{named}{left}\n    {outcome.said[:300]}"
+
+
+def kept(file: Path) -> list[Outcome]:
+    """The last outcome of each kind of fault."""
+    last: dict[str, Outcome] = {}
+    for line in file.read_text().splitlines():
+        told = json.loads(line)
+        outcome = Outcome(**{**told, "fault": Fault(**told["fault"])})
+        last[outcome.fault.kind] = outcome
+    return list(last.values())
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
