@@ -23,7 +23,7 @@ from controller.cluster.replies import RayReplies, Replies
 from controller.cluster.watch import Waited, Watch
 from controller.execution.batch_ref import BatchRef, merge_stored
 from controller.execution.executor import Finished
-from controller.execution.failed_calls import FailedCall, NodeError, error_of, lost, overdue
+from controller.execution.failed_calls import FailedCall, NodeError, WorkerLost, error_of, lost, overdue
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
 from controller.execution.replicas import Replicas, hand_over, living, lost_team
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
@@ -360,7 +360,9 @@ class RayRunner:
     # --- replicas ----------------------------------------------------------------------------------------
     def _take_over(self, error: NodeError, failed: Sequence[FailedCall]) -> None:
         """Have other replicas generate what the lost one has not answered; raises `error` where they cannot."""
-        for pending in self._pending if self._replicas is not None else ():
+        if self._replicas is None or not isinstance(error, WorkerLost):
+            raise error
+        for pending in self._pending:
             pools = {pool.name: pool for pool, _ in pending.callees}.values()
             found = lost_team(self._replicas, pending.node, error, pools)
             if found is None or any(one.pending is not pending for one in failed):

@@ -14,9 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from controller.cluster.blame import FirstCause
 from controller.cluster.pool import Pool
-from controller.execution.failed_calls import NodeError, WorkerLost
+from controller.execution.failed_calls import WorkerLost
 from controller.execution.worker_group import Shards, WorkerGroup
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Node
@@ -59,10 +58,10 @@ class Piece:
     """Of the node's shards."""
 
 
-def lost_team(replicas: Replicas, node: Node, error: NodeError, pools: Collection[Pool]) -> tuple[Pool, range] | None:
+def lost_team(replicas: Replicas, node: Node, error: WorkerLost, pools: Collection[Pool]) -> tuple[Pool, range] | None:
     """The pool and the ranks of the replica that this error is about; None where others cannot take over. pools: those
     that `node` was called on."""
-    cause: FirstCause | None = error.cause if isinstance(error, WorkerLost) else None
+    cause = error.cause
     if node.rows != "expand" or cause is None or cause.fatal:
         return None
     pool = next((pool for pool in pools if pool.name == cause.pool), None)
