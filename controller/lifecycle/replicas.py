@@ -34,8 +34,8 @@ class Replaced(Recovery):
     def __str__(self) -> str:
         who = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))} of pool {self.pools[0]}"
         return (
-            f"recovered in {self.seconds:.1f} s: {self.rows} prompts of {who} went to other replicas; a new process of it "
-            f"serves with the weights of {self.back_to} steps, after: {self.what}"
+            f"recovered in {self.seconds:.1f} s: {self.rows} prompts of {who} went to other replicas; a new one serves "
+            f"with the weights of {self.back_to} steps, after: {self.what}"
         )
 
 
