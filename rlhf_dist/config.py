@@ -355,6 +355,8 @@ class RayConfig:
     whatever RAY_ADDRESS says, and ends it with the run."""
     object_store_bytes: int = 512 << 20
     """Object store of a cluster started here."""
+    spare_slots: int = 0
+    """Slots beyond those of the pools that a cluster started here has, for pools that grow while the run goes."""
     ready_timeout_s: float = 120.0
     """Longest wait for slots to become free."""
     call_timeout_s: float = 1800.0

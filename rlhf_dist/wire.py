@@ -137,7 +137,7 @@ class WorkerContext:
 
     role: str
     rank: int
-    """Rank in the pool's process group."""
+    """Rank in the pool, and in its process group where there is one for all."""
     world: int
     device: str
     """`cpu`, `cuda:0`, ..."""
@@ -152,6 +152,8 @@ class WorkerContext:
     """Role -> worker of this process, those that were started before."""
     nodes: tuple[int, ...] = ()
     """[world] which machine each rank of the pool is on; empty for one machine."""
+    team: tuple[int, ...] = ()
+    """Ranks of the pool that share a process group with this one, itself among them; empty: all do."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
     frozen_folders: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +166,16 @@ class WorkerContext:
     """The arbiter of this process's device (`workers/memory/arbiter.py`). None: nothing limits its engines."""
     phase: Callable[[str], None] = lambda text: None
     """To be told what of the start-up begins: people see it."""
+
+    @property
+    def group_rank(self) -> int:
+        """Rank in the process group."""
+        return self.team.index(self.rank) if self.team else self.rank
+
+    @property
+    def group_world(self) -> int:
+        """Ranks of the process group."""
+        return len(self.team) or self.world
 
 
 @dataclass(frozen=True, kw_only=True)

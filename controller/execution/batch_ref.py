@@ -34,6 +34,8 @@ class Located:
     refs: tuple[Any, ...]
     object_of: npt.NDArray[np.int32]
     row_of: npt.NDArray[np.int32]
+    pool: str = ""
+    """Whose ranks wrote them, an object each; empty: not those of one pool alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +111,13 @@ class BatchRef:
         """Only these columns."""
         return BatchRef(self.rows, {name: self.columns[name] for name in names})
 
-    def home(self, parts: int) -> IntArray | None:
-        """[B] the part that holds most of a row's columns, where columns were written by as many parts; else None."""
-        candidates = {id(c.at): c.at for c in self.columns.values() if len(c.at.refs) == parts}
+    def home(self, parts: int, pool: str) -> IntArray | None:
+        """[B] the part of `pool` that holds most of a row's columns, where it wrote some in as many parts; else None.
+
+        How many ranks another pool has must decide nothing: they may come and go.
+        """
+        written = (c.at for c in self.columns.values() if c.at.pool == pool and len(c.at.refs) == parts)
+        candidates = {id(at): at for at in written}
         return next(iter(candidates.values())).object_of.astype(np.int64) if candidates else None
 
 
@@ -183,18 +189,18 @@ def _used(object_of: npt.NDArray[np.int32]) -> tuple[Sequence[int], npt.NDArray[
 
 
 def merge_stored(
-    stored: Sequence[Sequence[tuple[tuple[str, ...], Any]]], order: IntArray, counts: Sequence[int]
+    stored: Sequence[Sequence[tuple[tuple[str, ...], Any]]], order: IntArray, counts: Sequence[int], pool: str = ""
 ) -> dict[str, StoredColumn]:
     """Columns of an op's output from what each answering rank stored.
 
     stored: per rank, (column names, object reference) pairs, the same grouping on every rank. counts:
-    rows on each rank. order: [B] positions in the ranks' concatenated rows, in the batch's row order.
+    rows on each rank. order: [B] positions in the ranks' concatenated rows, in the batch's row order. pool: theirs.
     """
     object_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
     row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.empty(0, np.int32)])[order]
     columns: dict[str, StoredColumn] = {}
     for group, (names, _) in enumerate(stored[0] if stored else ()):
-        at = Located(tuple(rank[group][1] for rank in stored), object_of, row_of)
+        at = Located(tuple(rank[group][1] for rank in stored), object_of, row_of, pool)
         columns.update({name: StoredColumn(at, (name,) * len(at.refs)) for name in names})
     return columns
 
