@@ -24,7 +24,7 @@ from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.environments import Environment, EpisodeLimits
 from rlhf_dist.parsers import Parser, columns_of
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE
+from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE, TREE
 from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,14 +128,19 @@ def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     environment = kwargs["environment"]
     if not isinstance(environment, Environment):
         raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
+    if not isinstance(environment.leaves, int) or environment.leaves < 1:
+        name = type(environment).__name__
+        raise ValueError(f"{name}.leaves, the most rows of an episode, must be at least 1, got {environment.leaves!r}")
     if not inspect.iscoroutinefunction(environment.episode):
         raise ValueError(f"{type(environment).__name__}.episode must be written with `async def`")
     return tuple(dict.fromkeys((*EPISODE_READS, *environment.reads)))
 
 
 def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    rewards = ("rewards", "token_rewards") if getattr(kwargs.get("environment"), "rewards", True) else ()
-    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
+    environment = kwargs.get("environment")
+    rewards = ("rewards", "token_rewards") if getattr(environment, "rewards", True) else ()
+    tree = TREE if getattr(environment, "leaves", 1) > 1 else ()
+    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *tree, *rewards)
 
 
 def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -248,7 +253,8 @@ class LanguageModel(OfTrunk, Protocol):
         limits: EpisodeLimits | None = None,
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
-        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`. One
+        that branches is several rows, at most the environment's `leaves`."""
         ...
 
     @op(reads=_encoding_reads, writes=_encoded_columns)

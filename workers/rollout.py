@@ -26,7 +26,7 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
-from workers.episodes.play import Episode
+from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, log_lost
 from workers.episodes.run import run_episodes
 from workers.memory.arbiter import arbiter_of, generating
@@ -272,30 +272,35 @@ class RolloutWorker:
             rollout.max_prompt_tokens,
         )
         self._log(episodes, batch, call, n)
-        kept = np.array([at for at, episode in enumerate(episodes) if episode.trains], dtype=np.int64)
-        columns = episode_columns([episodes[at] for at in kept], rewards=environment.rewards)
+        kept = [episode for episode in episodes if episode.trains]
+        played = np.array([episode.number for episode in kept], dtype=np.int64)
+        trees = None
+        if environment.leaves > 1:
+            rows, copies = call.row_index[played // n].tolist(), (played % n).tolist()
+            trees = [seed_of(call.step, call.node, row, copy) for row, copy in zip(rows, copies, strict=True)]
+        columns = episode_columns(kept, rewards=environment.rewards, trees=trees)
         lengths = columns["response_ids"].lengths
         tokens = columns["prompt_ids"].lengths + lengths
-        rows, trained = float(len(kept)), float(columns["response_mask"].values.sum())
+        count, trained = float(len(kept)), float(columns["response_mask"].values.sum())
         metrics: Metrics = {
             **episode_metrics(episodes),
-            "response_tokens": Mean(float(lengths.sum()), rows),
-            "drawn_tokens": Mean(trained, rows),
+            "response_tokens": Mean(float(lengths.sum()), count),
+            "drawn_tokens": Mean(trained, count),
             "longest_response": Largest(float(lengths.max(initial=0))),
-            "finished": Mean(float(columns["finished"].values.sum()), rows),
-            "rows": Mean(rows, 0),
+            "finished": Mean(float(columns["finished"].values.sum()), count),
+            "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
-            "staleness": Mean(staleness * rows, rows),
+            "staleness": Mean(staleness * count, count),
         }
         if environment.rewards:
             metrics |= reward_metrics(columns["rewards"].values)
-        return OpResult(columns=Batch(columns, len(kept)), parent=kept // n, tokens=tokens, metrics=metrics)
+        return OpResult(columns=Batch(columns, len(kept)), parent=played // n, tokens=tokens, metrics=metrics)
 
     def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
         groups = batch["group_id"].values
         places = [
-            {"step": call.step, "node": call.node, "group_id": int(groups[at // n]), "copy": at % n}
-            for at in range(len(episodes))
+            {"step": call.step, "node": call.node, "group_id": int(groups[number // n]), "copy": number % n}
+            for number in (episode.number for episode in episodes)
         ]
         role = self.name.removesuffix(rollout_of(""))
         file = Path(self.context.folder) / "episodes" / f"lost_{role}_rank_{self.context.rank}.jsonl"

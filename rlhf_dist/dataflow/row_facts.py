@@ -38,11 +38,16 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
         elif node.kind == "concat" or "terms" in node.kwargs:
             found[node.name] = _together(dataflow, node, found)
         else:
-            copies = node.kwargs.get("n", 1) if node.rows == "expand" else _copies(node)
+            copies = node.kwargs.get("n", 1) * _leaves(node) if node.rows == "expand" else _copies(node)
             rows = before[0].rows * (copies if node.rows in ("expand", "derive") else 1)
             exact = before[0].exact and node.rows not in ("drop", "derive") and not getattr(node.spec, "loses", False)
             found[node.name] = replace(before[0], rows=rows, exact=exact)
     return found
+
+
+def _leaves(node: Node) -> int:
+    """Most rows of one episode; 1 where responses are generated."""
+    return getattr(node.kwargs.get("environment"), "leaves", 1)
 
 
 def _copies(node: Node) -> int:
@@ -83,7 +88,7 @@ def rows_per_group(node: Node, before: int | None) -> int | None:
         return before
     if node.rows == "expand":
         n = node.kwargs.get("n", 1)
-        return before * n if isinstance(n, int) else None
+        return before * n if isinstance(n, int) and _leaves(node) == 1 else None
     return 1 if node.rows == "drop" and before == 1 else None
 
 

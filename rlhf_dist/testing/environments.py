@@ -27,7 +27,7 @@ from rlhf_dist.testing.failed import CheckFailed
 from rlhf_dist.testing.tiny_model import save_llama
 
 if TYPE_CHECKING:
-    from workers.episodes.play import Episode
+    from workers.episodes.leaves import Episode
 
 PROMPT_TOKENS = 256
 TOLERANCE = 1e-3
@@ -157,23 +157,30 @@ def _batch(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def _check_ends(name: str, episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], n: int) -> None:
-    for number, episode in enumerate(episodes):
+    for episode in episodes:
         if not episode.trains:
-            turn = episode.chat.conversation.turns
-            where = f"episode {number % n} of {rows[number // n]}, turn {turn}"
+            where = f"{_named(episode, n)} of {rows[episode.number // n]}, turn {episode.chat.turns}"
             raise CheckFailed(name, f"{where}: {episode.outcome}: {episode.detail} {episode.traceback[-600:]}")
 
 
 def _check_same(name: str, first: Sequence[Episode], second: Sequence[Episode], n: int) -> None:
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+    branches = [[(episode.number, episode.branch) for episode in episodes] for episodes in (first, second)]
+    if branches[0] != branches[1]:
+        only = sorted(set(branches[0]) ^ set(branches[1]))[:1]
+        raise CheckFailed(name, f"it has other branches when it is played again: (episode, branch) {only} only once")
+    for one, other in zip(first, second, strict=True):
         for what in ("prompt", "turns", "outcome", "rewards", "tokens"):
             mine, theirs = _part(one, what), _part(other, what)
             if mine != theirs:
                 raise CheckFailed(
                     name,
-                    f"episode {number % n} of row {number // n} has other {what} when it is played again: {mine} and "
+                    f"{_named(one, n)} of row {one.number // n} has other {what} when it is played again: {mine} and "
                     f"{theirs}; it depends on something besides its row and chat.rng (time, what it keeps on itself)",
                 )
+
+
+def _named(episode: Episode, n: int) -> str:
+    return f"episode {episode.number % n}" + (f", branch {episode.branch}," if episode.branch else "")
 
 
 def _part(episode: Episode, what: str) -> Any:

@@ -16,6 +16,8 @@ from rlhf_dist.transforms.shape_rewards import (
     whiten_rewards,
     whiten_rewards_by_prompt,
 )
+from rlhf_dist.transforms.tree_advantage import tree_advantage
+from rlhf_dist.transforms.tree_steps import tree_nodes, tree_pairs
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
@@ -37,6 +39,9 @@ __all__ = [
     "remax_advantage",
     "rewards_against_reference",
     "rloo_advantage",
+    "tree_advantage",
+    "tree_nodes",
+    "tree_pairs",
     "verdict_means",
     "whiten",
     "whiten_rewards",

@@ -37,7 +37,10 @@ def make_files(folder: Path) -> Made:
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls = [{"prompt": row["prompt"], "answer": json.dumps([{"name": "add", "parameters": {"a": 1}}])} for row in rows]
     (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calls))
+    queries = [{**row, "answer": "select 1", "schema": "create table t(a); insert into t values(1);"} for row in rows]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
     return {
+        "queries": folder / "queries.jsonl",
         "labelled": folder / "labelled.jsonl",
         "calls": folder / "calls.jsonl",
         "scores": save_classifier(folder / "scores"),
@@ -173,7 +176,53 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
         **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
     },
     "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
+    "agent_r": lambda made: {
+        **{"actor.rollout.max_response_tokens": 16, "algorithm.attempt_tokens": 5, "algorithm.revision": "="},
+    },
+    "b_star": lambda made: {
+        **{
+            "algorithm.samples_per_prompt": 3,
+            "algorithm.temperatures": [0.7, 1.5],
+            "algorithm.thresholds": [-9.0, 0.0],
+        },
+        **{"scorer.model.path": made["scores"], "reward.function": MIXED},
+    },
+    "critique_grpo": lambda made: {
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "reward.function": MIXED},
+        **{"algorithm.critique": "{question} {answer_given}", "algorithm.refine": "{question}={answer_given}="},
+    },
+    "guided_decoding": lambda made: {
+        **{"algorithm.steps": 2, "algorithm.step_tokens": 2, "algorithm.expand": 3, "policy.model.path": made["other"]},
+        **{"judge.model.path": made["judge"], "algorithm.look_ahead": 2, "algorithm.marker": ""},
+        **{"algorithm.question": "{response_a} {response_b} better:"},
+    },
+    "q_probe": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 3},
+    "reex_sql": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.seconds": 300.0},
+        **{"data.train.path": made["queries"], "algorithm.begin": "+", "algorithm.end": "="},
+    },
+    "smart": lambda made: {
+        **{"algorithm.strategies": ["1+1=2;", "2+2=4;"], "reward.function": MIXED},
+        "algorithm.samples_per_prompt": 2,
+    },
+    "step_preferences": lambda made: {
+        **{"actor.rollout.max_response_tokens": 48, "algorithm.step_tokens": 4, "algorithm.depth": 3},
+        **{"algorithm.simulations": 4, "algorithm.expand": 3, "reference.model.path": made["other"]},
+        **{"actor.rollout.max_prompt_tokens": 16, "algorithm.question": "? "},
+    },
+    "step_values": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.step_tokens": 4, "algorithm.depth": 2},
+    },
+    "tpo": lambda made: {
+        **{"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2, "algorithm.rounds": 1},
+        **{"algorithm.loss": "{best}:{worst}", "algorithm.gradient": "{criticism}=", "algorithm.update": "{advice}="},
+    },
+    "tree_grpo": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.step_tokens": 4, "algorithm.depth": 2},
+        "algorithm.expand": 3,
+    },
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
+    "vas": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }
 """Recipe -> settings that differ from the kit's; a recipe that is not here runs with the kit's."""

@@ -19,8 +19,9 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.chat import Budget, LiveChat
+from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
-from workers.episodes.play import Episode, play
+from workers.episodes.play import play, play_branches
 
 
 def run_episodes(
@@ -33,14 +34,20 @@ def run_episodes(
     sampling: Sampling,
     prompt_tokens: int,
 ) -> list[Episode]:
-    """`sampling.n` episodes of each row, the copies of one adjacent.
+    """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched.
 
-    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, turn) only.
+    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
     """
     tokenizer = TextTokenizer(model, environment.template_args)
     ends = frozenset(end_token_ids(model))
     loop = EpisodeLoop(engine)
-    budget = Budget(limits=limits, sampling=replace(sampling, n=1), prompt_tokens=prompt_tokens)
+    budget = Budget(
+        limits=limits,
+        sampling=replace(sampling, n=1),
+        prompt_tokens=prompt_tokens,
+        leaves=environment.leaves,
+        environment=type(environment).__name__,
+    )
 
     attempts = itertools.count()
 
@@ -60,11 +67,13 @@ def run_episodes(
             seed=seed,
             name=f"{seed}/{next(attempts)}",
             generate_one=loop.generate,
+            play_branches=play_branches,
         )
 
     starts: Sequence[Callable[[], Any]] = [
-        partial(play, environment, partial(new_chat, at, copy), limits)
+        partial(play, environment, partial(new_chat, at, copy), limits, at * sampling.n + copy)
         for at in range(batch.num_rows)
         for copy in range(sampling.n)
     ]
-    return loop.run(starts, limits.concurrent) if starts else []
+    played = loop.run(starts, limits.concurrent) if starts else []
+    return [episode for leaves in played for episode in leaves]
