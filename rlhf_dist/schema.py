@@ -63,6 +63,7 @@ COLUMNS: dict[str, ColumnSpec] = {
     "turn": _spec("[B, T]", "int32", "which turn of the episode drew the token, from 0; -1 for what was said to it"),
     "turns": _spec("[B]", "int32", "turns that the model had in the episode"),
     "outcome": _spec("[B]", "text", "how the episode ended: finished, length, turns or policy_error"),
+    "speaker": _spec("[B]", "text", "who drew the row: the role whose op it was, or a name among its speakers"),
     "transcript": _spec("[B]", "text", "the episode piece by piece, for people: a JSON list"),
     # What episodes that branch or compact their context emit besides.
     "tree": _spec("[B]", "int64", "rows of one episode share it; unique within a run"),

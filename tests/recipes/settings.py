@@ -37,10 +37,20 @@ def make_files(folder: Path) -> Made:
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls = [{"prompt": row["prompt"], "answer": json.dumps([{"name": "add", "parameters": {"a": 1}}])} for row in rows]
     (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calls))
-    queries = [{**row, "answer": "select 1", "schema": "create table t(a); insert into t values(1);"} for row in rows]
+    selects = [{**row, "answer": "select 1", "schema": "create table t(a); insert into t values(1);"} for row in rows]
+    (folder / "selects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in selects))
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    passages = [" ".join(one + two for one in letters[k::6] for two in letters) for k in range(6)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
+    queries = [{"prompt": row["prompt"], "answer": json.dumps([0, 3])} for row in rows]
     (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    texts = [{"prompt": "", "answer": f"{a} and {b}. so {a + b}. that is all."} for a, b in sums]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return {
+        "selects": folder / "selects.jsonl",
+        "corpus": folder / "corpus.jsonl",
         "queries": folder / "queries.jsonl",
+        "texts": folder / "texts.jsonl",
         "labelled": folder / "labelled.jsonl",
         "calls": folder / "calls.jsonl",
         "scores": save_classifier(folder / "scores"),
@@ -52,6 +62,9 @@ def make_files(folder: Path) -> Made:
 ASKED = {"algorithm.marker": "", "algorithm.question": "{prompt} {response} score:"}
 """For judges that read a few hundred characters, and say a verdict without more words."""
 PAIR = {**ASKED, "algorithm.question": "{response_a} {response_b} better:", "algorithm.votes": 2}
+
+LONG = {"actor.rollout.max_response_tokens": 96, "algorithm.seconds": 300.0}
+"""For episodes of several turns; seconds are a loaded machine's."""
 
 SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "alol": lambda made: {"data.train.path": made["labelled"], "algorithm.warmup": 0},
@@ -175,7 +188,6 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
         **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
         **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
     },
-    "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
     "agent_r": lambda made: {
         **{"actor.rollout.max_response_tokens": 16, "algorithm.attempt_tokens": 5, "algorithm.revision": "="},
     },
@@ -199,7 +211,7 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "q_probe": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 3},
     "reex_sql": lambda made: {
         **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.seconds": 300.0},
-        **{"data.train.path": made["queries"], "algorithm.begin": "+", "algorithm.end": "="},
+        **{"data.train.path": made["selects"], "algorithm.begin": "+", "algorithm.end": "="},
     },
     "smart": lambda made: {
         **{"algorithm.strategies": ["1+1=2;", "2+2=4;"], "reward.function": MIXED},
@@ -220,6 +232,45 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "tree_grpo": lambda made: {
         **{"actor.rollout.max_response_tokens": 24, "algorithm.step_tokens": 4, "algorithm.depth": 2},
         "algorithm.expand": 3,
+    },
+    "turn_ppo": lambda made: {**LONG, "actor.rollout.max_response_tokens": 160},
+    "self_play": lambda made: {"algorithm.episodes": 8, "algorithm.moves": "[a,e,i]"},
+    "frozen_partner": lambda made: {
+        **LONG,
+        **{"frozen.model.path": made["other"], "frozen.rollout.max_response_tokens": 24},
+        **{"algorithm.turn_tokens": 8, "algorithm.frozen_tokens": 8, "actor.rollout.max_prompt_tokens": 128},
+        "frozen.rollout.max_prompt_tokens": 128,
+    },
+    "query_expansion": lambda made: {"algorithm.corpus": made["corpus"], "data.train.path": made["queries"]},
+    "refuel": lambda made: {
+        **LONG,
+        **{"user.model.path": made["other"], "user.rollout.max_response_tokens": 64},
+        **{"algorithm.turns": 3, "algorithm.turn_tokens": 4, "algorithm.user_tokens": 4},
+    },
+    "environment_preference": lambda made: {
+        **LONG,
+        **{"algorithm.turn_tokens": 5, "algorithm.samples_per_prompt": 4, "reference.model.path": made["other"]},
+    },
+    "expert_steps": lambda made: {"reference.model.path": made["other"]},
+    "gameable": lambda made: {**LONG, "algorithm.turn_tokens": 6, "algorithm.samples_per_prompt": 4},
+    "ask_for_help": lambda made: {
+        **{"agent.rollout.max_response_tokens": 64, "helper.rollout.max_prompt_tokens": 256},
+        **{"algorithm.turns": 3, "algorithm.turn_tokens": 4, "algorithm.samples_per_prompt": 2},
+        "algorithm.seconds": 300.0,
+    },
+    "imagined_dialogues": lambda made: {
+        **{"imaginer.rollout.max_response_tokens": 64, "imaginer.model.path": made["other"]},
+        **{"algorithm.turns": 2, "algorithm.turn_tokens": 4, "algorithm.seconds": 300.0},
+    },
+    "rlpt": lambda made: {
+        **{"data.train.path": made["texts"], "judge.model.path": made["judge"], "algorithm.samples_per_prompt": 4},
+        **{"algorithm.question": "{truth} {response} score:", "algorithm.yes": "1", "algorithm.no": "2"},
+        **{"actor.rollout.max_prompt_tokens": 128},
+        **{"algorithm.next_segment": "{before}", "algorithm.middle_segment": "{before} - {behind}"},
+    },
+    "executed": lambda made: {
+        **{f"{role}.function": MIXED for role in ("form", "run", "right", "same")},
+        "algorithm.samples_per_prompt": 4,
     },
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "vas": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2},
