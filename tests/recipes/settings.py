@@ -174,6 +174,9 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     },
     "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
+    "reward_augmented": lambda made: {"reward.model.path": made["scores"], "actor.rollout.max_prompt_tokens": 64},
+    "t_reg": lambda made: {"algorithm.better": "good: {prompt}", "algorithm.worse": "bad: {prompt}"},
+    "srpo": lambda made: {"algorithm.question": "{prompt} {shown_ids} better:"},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }
 """Recipe -> settings that differ from the kit's; a recipe that is not here runs with the kit's."""
