@@ -274,6 +274,9 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     },
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
     "vas": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2},
+    "reward_augmented": lambda made: {"reward.model.path": made["scores"], "actor.rollout.max_prompt_tokens": 64},
+    "t_reg": lambda made: {"algorithm.better": "good: {prompt}", "algorithm.worse": "bad: {prompt}"},
+    "srpo": lambda made: {"algorithm.question": "{prompt} {shown_ids} better:"},
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }
 """Recipe -> settings that differ from the kit's; a recipe that is not here runs with the kit's."""
