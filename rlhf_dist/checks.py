@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ModelConfig, RewardConfig, SourceConfig
+from rlhf_dist.config import LanguageModelConfig, ModelConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
@@ -257,6 +257,12 @@ def max_row_tokens(launch: Launch, of: str | None = None) -> tuple[int, str]:
         for where, rollout in generation.items()
         if rollout is not None
     } or {"data": (launch.run.data.max_prompt_tokens, launch.run.data.max_response_tokens)}
+    encoding = {node.role for node in launch.dataflow if node.op == "encode"} & set(seen)
+    limits |= {
+        f"{role}.rollout": (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+        for role in encoding
+        if isinstance(config := launch.roles[role], LanguageModelConfig)
+    }
     where, most = max(limits.items(), key=lambda one: sum(one[1]))
     return sum(most), f"{where}.max_prompt_tokens + {where}.max_response_tokens = {most[0]} + {most[1]}"
 

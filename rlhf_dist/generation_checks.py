@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlhf_dist.config import RolloutConfig
+from rlhf_dist.config import LanguageModelConfig, RolloutConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.prompt_template import Template
@@ -34,10 +34,11 @@ def check_templates(launch: Launch) -> None:
     """Raise ConfigError for a template that leaves no room for what it writes. Needs tokenizers."""
     from rlhf_dist.data.tokenizer import TextTokenizer
 
-    for node, rollout in _calls(launch):
-        template, model = node.kwargs.get("template"), launch.roles[node.role].model
-        if not isinstance(template, Template) or model is None:
+    for node in launch.dataflow:
+        template, config = node.kwargs.get("template"), launch.roles.get(node.role)
+        if not isinstance(template, Template) or not isinstance(config, LanguageModelConfig) or config.model is None:
             continue
+        model, rollout = config.model, config.rollout
         key = f"{node.role}.rollout.max_prompt_tokens"
         try:
             tokenizer = TextTokenizer(model.path, template.template_args)

@@ -150,6 +150,19 @@ def _answered_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return (*prompt, *GENERATED, *(() if parser is None else columns_of(parser)))
 
 
+def _encoding_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    template, response = kwargs.get("template"), kwargs.get("response")
+    if "template" in kwargs and not isinstance(template, Template):
+        raise ValueError(f"encode needs template=, a Template of rlhf_dist.prompt_template, got {template!r}")
+    asked = () if template is None else template.columns
+    return asked if response is None else tuple(dict.fromkeys((*asked, response)))
+
+
+def _encoded_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    said = ("response_ids", "response_mask", "response", "finished") if kwargs.get("response") is not None else ()
+    return ("prompt_ids", "prompt", *said)
+
+
 class Role(Protocol):
     """Base of every kind of role."""
 
@@ -236,6 +249,13 @@ class LanguageModel(OfTrunk, Protocol):
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
         masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        ...
+
+    @op(reads=_encoding_reads, writes=_encoded_columns)
+    def encode(self, batch: Batch, *, template: Template, response: str | None = None) -> Batch:
+        """Rows under other prompts: the template, filled with each row's columns, in this role's tokenizer and chat
+        template. Responses stay as they are; response: a column of text that takes their place, with an end of text
+        behind it, cut at `rollout.max_response_tokens`. No model runs; the role has a training engine."""
         ...
 
     @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs", "turn"), weights_read="train")

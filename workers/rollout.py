@@ -23,7 +23,7 @@ from rlhf_dist.prompt_template import Template
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
 from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
-from workers.asked import Asked, Asker
+from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
 from workers.episodes.play import Episode
@@ -207,13 +207,8 @@ class RolloutWorker:
         fits = lengths <= limit
         if drops:
             return fits
-        if asked.texts is not None and not fits.all():
-            row = int(np.flatnonzero(~fits)[0])
-            key = f"{self.name}.max_prompt_tokens"
-            raise ValueError(
-                f"the template makes a prompt of {lengths[row]} tokens of row {row}, and {key} is {limit}; set {key}="
-                f"{lengths.max()} or shorten what it writes"
-            )
+        if asked.texts is not None:
+            check_fits(asked, limit, f"{self.name}.max_prompt_tokens")
         return np.ones(len(lengths), dtype=bool)
 
     def _drawn(

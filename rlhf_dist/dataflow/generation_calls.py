@@ -1,4 +1,4 @@
-"""What a call of `generate_sequences` says beside n: template, parser, sampling, mixture; checked while traced."""
+"""What a call says beside rows and n: template, parser, sampling, mixture; checked while traced."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def generation_settings(
     Adds `decode`, whose tokenizer each token column of the template belongs to, and puts a role's name in its place.
     Raises GraphError with the recipe's line for what cannot be meant.
     """
-    if "template" not in settings:  # an op of the user's own
-        return settings, ()
-    template, parser = settings["template"], settings["parser"]
-    if template is not None:
+    template, parser = settings.get("template"), settings.get("parser")
+    if isinstance(template, Template) or ("parser" in settings and template is not None):
         settings = {**settings, "decode": _decoders(line, where, batch, template)}
+    if "parser" not in settings:  # it does not generate
+        return settings, ()
     if parser is not None:
         try:
             columns_of(parser)
