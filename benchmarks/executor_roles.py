@@ -37,7 +37,7 @@ class SleepingRole:
         if op == "generate_sequences":
             return _responses(batch)
         written = {
-            "compute_log_prob": ("old_log_probs", "entropy"),
+            "compute_log_prob": ("log_probs", "entropy"),
             "compute_values": ("values",),
             "compute_ref_log_prob": ("ref_log_probs",),
         }.get(op, ())

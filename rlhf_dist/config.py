@@ -391,6 +391,8 @@ class RayConfig:
     whatever RAY_ADDRESS says, and ends it with the run."""
     object_store_bytes: int = 512 << 20
     """Object store of a cluster started here."""
+    spare_slots: int = 0
+    """Slots beyond those of the pools that a cluster started here has, for pools that grow while the run goes."""
     ready_timeout_s: float = 120.0
     """Longest wait for slots to become free."""
     call_timeout_s: float = 1800.0
@@ -443,13 +445,34 @@ class OutputConfig:
     """Steps between Parquet dumps of sampled rollouts; 0 for none."""
     rollout_rows: int = 16
     """Rows in such a dump."""
+    inputs_every: int = 0
+    """Steps between those whose nodes' inputs and outputs are kept, for `rlhf-dist replay`; 0: only the inputs of calls
+    that fail, which are kept always."""
+    inputs_nodes: tuple[str, ...] = ()
+    """Nodes whose inputs are kept, e.g. [actor.update_actor]; [] for all."""
+    keep_inputs: int = 2
+    """Older steps are deleted once there are so many; 0 keeps no inputs at all, of failures neither."""
     notice_file: PathText | None = None
     """When this file appears the run saves, and ends with exit code 75, as on SIGTERM; null: what the environment's
     RLHF_DIST_NOTICE_FILE says, or none."""
     notice_s: float = 25.0
     """From such a notice to the end: the step under way has half of it."""
     tracker: str = "none"
-    """`wandb` or `mlflow` beside metrics.jsonl and TensorBoard (extra `tracking`); both stay in the run's folder."""
+    """`wandb` or `mlflow` (extra `tracking`), `trackio` or `swanlab` (extras of that name) beside metrics.jsonl and
+    TensorBoard; all of them stay in the run's folder."""
+    prometheus_port: int | None = None
+    """Port of http://127.0.0.1:PORT/metrics, for Prometheus: the run's metrics, seconds of nodes, this machine and its
+    GPUs (extra `prometheus`); 0 takes a free one. None: nothing listens."""
+    prometheus_host: str = "127.0.0.1"
+    """Address it listens on; another than this machine's own wants RLHF_DIST_PROMETHEUS_TOKEN in the environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Traces of what processes do, for Perfetto or chrome://tracing."""
+
+    steps: tuple[int, ...] = ()
+    """Steps of which every op on every rank writes a trace and what it did to memory, e.g. [3]; [] for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,3 +501,5 @@ class RunConfig:
     """What happens when a part of it fails."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Files out."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Where the time of a step goes."""

@@ -282,6 +282,12 @@ class LanguageModel(OfTrunk, Protocol):
         from those of sampling, where the batch has them."""
         ...
 
+    @op(reads=SEQUENCE, writes=("logits", "largest_logits"), weights_read="train")
+    def compute_logits(self, batch: Batch) -> Batch:
+        """The logit of each response token, and the largest of all tokens' before it, as the head gives them: no
+        temperature, no normalisation. A model trained by teacher forcing says with them what an action is worth."""
+        ...
+
     @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
     def compute_top_k(self, batch: Batch, *, k: int = 32, prefix: str = "top") -> Batch:
         """The `k` most likely tokens before each response token, their log-probs, and the log of what is left, at the
@@ -306,6 +312,12 @@ class ValueModel(OfTrunk, Protocol):
         """V(s_t) before each response token."""
         ...
 
+    @op(reads=SEQUENCE, writes=("attention",), weights_read="train")
+    def compute_attention(self, batch: Batch) -> Batch:
+        """How much the row's last token, where its score is read, attends to each response token in the last layer:
+        the mean over heads, of 1 for all that it sees."""
+        ...
+
     @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
     def compute_scores(self, batch: Batch) -> Batch:
         """All K labels' scores of every row, [B, K] also where K is 1."""
@@ -319,6 +331,17 @@ class ValueModel(OfTrunk, Protocol):
 
 class Function(Role, Protocol):
     """Columns in, columns out, on CPU processes: derive one with ops, `settings` and `worker` of your own."""
+
+
+class Speller(Function, Protocol):
+    """Knows what each token adds to a text; for what is said of parts of a response."""
+
+    worker: ClassVar[str | type] = "workers.spelling:SpellerWorker"
+
+    @op(reads=("response_ids",), writes=("text_ends",), streams=True)
+    def spell(self, batch: Batch, *, of: str) -> Batch:
+        """Where each token of a response ends in `response`, by the tokenizer of the role `of` that generated it."""
+        ...
 
 
 # --- what the field calls them: the same models under names of their own, ops with names and columns to match ---
@@ -441,7 +464,7 @@ BASES: tuple[type, ...] = (LanguageModel, ValueModel, Reward, Function)
 """What every kind of role is one of."""
 KINDS: tuple[type, ...] = (
     *(Actor, Critic, Reference, Reward, RewardModel, Cost, Teacher, Opponent, Judge),
-    *(LanguageModel, ValueModel, Function),
+    *(LanguageModel, ValueModel, Function, Speller),
 )
 """The kinds of role there are; recipes may derive their own."""
 

@@ -67,7 +67,7 @@ class RolloutWorker:
         self.context, self.config, self.max_staleness = context, config, max_staleness
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
         self.asker = Asker(config.model.path, context)
-        copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
+        copies = rollout_grid(axes or consecutive_axes(config, context.group_world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
         self.name, self.memory = rollout_of(context.role.removesuffix(rollout_of(""))), arbiter_of(context)
         if loads:

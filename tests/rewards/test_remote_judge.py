@@ -145,9 +145,7 @@ def test_what_never_answers_is_missing_and_counted(server: Server, tmp_path: Pat
     server.answer = lambda text, times: web.Response(status=500) if "b" in text else says("Score: 2")
     found = ask(worker(server, tmp_path, tries=2, most_failed=0.5), ["a", "b"])
     assert counted(found)["unanswered"] == 1 and is_missing(found.columns["score"].values).tolist() == [False, True]
-    with pytest.raises(
-        JudgeUnavailable, match=r"1 of 2 questions .* at most a share of 0.1 may \(remote.most"
-    ):
+    with pytest.raises(JudgeUnavailable, match=r"1 of 2 questions .* at most a share of 0.1 may \(remote.most"):
         ask(worker(server, tmp_path, tries=2), ["a", "b"])
     server.answer = lambda text, times: web.Response(status=400, text="too long")
     with pytest.raises(JudgeUnavailable, match="the last: 400: too long"):
