@@ -24,6 +24,7 @@ from controller.cluster.watch import Waited, Watch
 from controller.execution.batch_ref import BatchRef, merge_stored
 from controller.execution.executor import Finished
 from controller.execution.failed_calls import FailedCall, NodeError, WorkerLost, error_of, lost, overdue
+from controller.execution.looking import Looking
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
 from controller.execution.replicas import Replicas, hand_over, living, lost_team
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
@@ -33,7 +34,7 @@ from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
-from rlhf_dist.wire import Call, HeldState, Reply, numbers_in
+from rlhf_dist.wire import Call, HeldState, Look, Reply, numbers_in
 
 INDEX_ONLY = ("join", "concat", "refill")
 """Kinds of nodes that the controller does itself: they move row indices."""
@@ -68,6 +69,8 @@ class _Pending:
     """Parts of the source's rows that each call of a streamed node has."""
     interrupted: bool = False
     """Its ranks were asked to stop early."""
+    numbers: Mapping[str, Mapping[str, float]] | None = None
+    """Of the states that its settings use, for who looks inside."""
 
     @property
     def before(self) -> BatchRef | None:
@@ -111,12 +114,13 @@ class RayRunner:
         watch: Watch | None = None,
         check: Callable[[], None] | None = None,
         replicas: Replicas | None = None,
+        looking: Looking | None = None,
     ) -> None:
         """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
         stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something. watch:
         finds the process that is lost; None: there is none to lose. check: called every second while something is
         waited for; what it raises ends the wait. replicas: of pools that only generate; None: what is lost is an
-        error."""
+        error. looking: what processes keep of their calls; None: nothing."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {
@@ -132,6 +136,7 @@ class RayRunner:
         self._interrupts, self._beside = interrupts, beside
         self._replies, self._watch, self._check = replies or RayReplies(), watch, check
         self._replicas = None if interrupts else replicas  # an interrupted replica holds what it has begun
+        self._looking = looking
         self.newest = -1
         """Latest step of which anything has been launched."""
         self._looked_s = 0.0
@@ -309,6 +314,7 @@ class RayRunner:
             ]
             pending.shards = cuts[0][0] if group is groups[0] else pending.shards
             first, parts = pending.ranks, part_of_ranks(node, group)
+            answering = cuts[0][0].answering
             pending.callees += [(group.pool, rank) for rank in range(group.pool.size)]
             calls = [
                 build_call(
@@ -320,8 +326,9 @@ class RayRunner:
                         for reading, (shards, mini_batch) in zip(readings, cuts, strict=False)
                     ],
                     kwargs,
+                    self._look(pending, part, answers=rank in answering),
                 )
-                for part in parts
+                for rank, part in enumerate(parts)
             ]
             dead: Collection[int] = ()
             if node.rows == "expand":
@@ -349,7 +356,7 @@ class RayRunner:
         pending.shards = shards[0] if shards else WHOLE
         for part in range(len(pending.shards.parts)):
             given = [reading.given(one.parts[part], None) for reading, one in zip(readings, shards, strict=True)]
-            call = build_call(node, step, self.seed, given, self._kwargs(pending))
+            call = build_call(node, step, self.seed, given, self._kwargs(pending), self._look(pending, part))
             process = self._host_process(pending, self.host)
             pending.refs[part,] = (
                 process.run_state_op.remote(self.states[node.role], node.op, self.held_state(node.role), call)
@@ -412,7 +419,8 @@ class RayRunner:
         for rank, process in enumerate(group.pool.processes):
             if pending.replies[rank].interrupted:
                 given = [reading.given(pending.shards.parts[parts[rank]], None)]
-                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending))
+                look = self._look(pending, parts[rank], answers=rank in pending.shards.answering)
+                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
                 pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False
@@ -453,7 +461,25 @@ class RayRunner:
         (entry,) = node.inputs
         made_of = BatchRef(moved.rows, {c: columns[at.column] for c, at in entry.columns.items()})
         given = [Reading(entry, made_of).given(rows, None)]
-        return build_call(node, pending.step, self.seed, given, self._kwargs(pending))
+        look = self._look(pending, len(pending.bundles), streamed=True)
+        return build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
+
+    def _look(self, pending: _Pending, part: int, *, answers: bool = True, streamed: bool = False) -> Look | None:
+        if self._looking is None:
+            return None
+        node = pending.node
+        if pending.numbers is None:  # the same for all ranks
+            states = {*states_read(node.kwargs), *([node.role] if node.kind == "state" else [])}
+            pending.numbers = {state: dict(self.numbers[state]) for state in states}
+        return self._looking.of(
+            node,
+            pending.step,
+            part=part,
+            answers=answers,
+            streamed=streamed,
+            numbers=pending.numbers,
+            given=self._source_kwargs(node, pending.batches) if node.kind == "source" else {},
+        )
 
     def _host_process(self, pending: _Pending, pool: Pool) -> Any:
         """The next of the CPU processes, for a call of `pending`."""
@@ -521,15 +547,13 @@ class RayRunner:
         if self._replicas is not None and node.kind == "reshard":
             for name in self.pools_of(node):
                 self._replicas.synced(name, step + 1)
-        prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
-        suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""
         rows = output.batch if node.rows == "expand" and output.batch is not None else pending.before
         return Finished(
             node=node.name,
             step=step,
             started_s=started,
             ended_s=ended,
-            metrics={f"{prefix}{suffix}/{key}": mean.value for key, mean in output.metrics.items()},
+            metrics={f"{metrics_of(node)}/{key}": mean.value for key, mean in output.metrics.items()},
             tokens=0 if rows is None else int(rows.rows.tokens.sum()),
             nbytes=output.nbytes,
         )
@@ -562,6 +586,12 @@ def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, d
     if node.kind == "weights":
         return [("give_weights", {"target": node.role})] * (groups - 1) + [(node.op, settings)]
     return [("send_weights", settings), ("receive_weights", settings)] if groups > 1 else [(node.op, settings)]
+
+
+def metrics_of(node: Node) -> str:
+    """What stands before the names of a node's metrics: `actor`, `actor#2`, `gae`."""
+    prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
+    return f"{prefix}#{node.name.split('#')[1]}" if "#" in node.name else prefix
 
 
 def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:

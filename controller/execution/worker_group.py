@@ -31,7 +31,7 @@ from rlhf_dist.dataflow.graph import Input, Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dispatch import ROWS, Mesh, TransferProtocol, balance, mini_batch_of_row
 from rlhf_dist.metrics import combine
-from rlhf_dist.wire import Call, Given, Reply
+from rlhf_dist.wire import Call, Given, Look, Reply
 
 HOST_SHARD_ROWS = 1024
 """Rows a host op's shard holds at least, unless fewer processes are there than shards."""
@@ -133,7 +133,7 @@ def _shards(parts: tuple[IntArray, ...]) -> Shards:
     return Shards(parts=parts, answering=each, part_of_answer=each)
 
 
-def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs: Any) -> Call:
+def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs: Any, look: Look | None = None) -> Call:
     """The instruction for one rank that is given these rows of the node's batches."""
     first = given[0] if given else Given(num_rows=0)
     own = {name: getattr(first, name) for name in ("num_rows", "fetches", "row_index", "mini_batch", "ids")}
@@ -145,6 +145,7 @@ def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs:
         others=tuple(given[1:]),
         out=node.out,
         kwargs=kwargs,
+        look=look,
         **own,
     )
 

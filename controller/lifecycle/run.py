@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
 from controller.cluster.pool import ClusterError, NoRoom
+from controller.cluster.stacks import stacks_on_demand
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
 from controller.execution.failed_calls import NodeError, WorkerLost
+from controller.execution.looking import Looking
 from controller.execution.ray_runner import RayRunner
 from controller.lifecycle.checkpoint import (
     Checkpoint,
@@ -51,6 +53,7 @@ from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
 from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
+from controller.record.prometheus import PrometheusEndpoint
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
@@ -124,6 +127,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
+    endpoint = _endpoint(launch, folder, display.note)
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
@@ -133,7 +137,8 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
         ExitStack() as leaving,
         cluster,
         notices.heard(),
-        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+        MetricsWriter(folder, first_step, tracker, display.note, endpoint) as writer,
+        stacks_on_demand(folder, lambda: cluster.pools, cluster.replies),
     ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
@@ -176,6 +181,15 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     return summary
 
 
+def _endpoint(launch: Launch, folder: Path, tell: Callable[[str], None]) -> PrometheusEndpoint | None:
+    output = launch.run.output
+    if output.prometheus_port is None:
+        return None
+    endpoint = PrometheusEndpoint(launch.run.name, folder, output.prometheus_host, output.prometheus_port)
+    tell(f"metrics for Prometheus: {endpoint.url}")
+    return endpoint
+
+
 def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
     output = launch.run.output
     store = store_of(output, launch.run.name)
@@ -210,6 +224,13 @@ class _Run:
             rows=output.rollout_rows,
             every=output.rollouts_every,
         )
+        self.looking = Looking(
+            folder=folder,
+            every=output.inputs_every,
+            keep=output.keep_inputs,
+            nodes=output.inputs_nodes,
+            profiled=launch.run.profile.steps,
+        )
         self.notices, self.scaling, self.done = notices, Scaling(folder), 0
         self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
         """Step of the last complete checkpoint."""
@@ -237,8 +258,8 @@ class _Run:
         numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
         replicas = DeadReplicas(self.session, self._admit, self.display.phase, self._recovered_from)
-        dataflow = None if self.eager else self.dataflow
-        return self.session.runner(dataflow, numbers, check=self.notices.check, replicas=replicas)
+        graph = None if self.eager else self.dataflow
+        return self.session.runner(graph, numbers, check=self.notices.check, replicas=replicas, looking=self.looking)
 
     def execute(self) -> None:
         """From its start, or from a checkpoint, to its end."""
@@ -257,9 +278,20 @@ class _Run:
                     done = self._recover(error)
         except Preempted as notice:
             self._make_room(notice)
-        except BaseException:
+        except BaseException as error:
+            self._say_inputs(error)
             self._keep_pending()
             raise
+
+    def _say_inputs(self, error: BaseException) -> None:
+        """How a person goes on from a node that failed."""
+        self.looking.bound()
+        at = error.of_node if isinstance(error, NodeError) else None
+        if at is not None and self.looking.kept(*at) is not None:
+            node, step = at
+            self.display.note(
+                f"the inputs of {node} are kept: rlhf-dist replay {self.folder} --step {step} --node {node}"
+            )
 
     def _begin(self, first_step: int) -> None:
         if self.checkpoint is not None:
@@ -325,8 +357,9 @@ class _Run:
         self.writer.write(report.step, metrics, report.seconds)
         self.graph_file.saw(report.nodes)
         self.display.step(report.step, metrics, report.seconds)
-        if said := self.progress.warnings.of(report.step, metrics):
-            self.display.note(said)
+        for said in (self.progress.warnings.of(report.step, metrics), *self.looking.after(report.step)):
+            if said:
+                self.display.note(said)
         done = report.step + 1
         self.done = done
         self.furthest = max(self.furthest, done)
@@ -531,6 +564,7 @@ class _Run:
         """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
         the last attempt, where the run must end."""
         started = time.perf_counter()
+        self.looking.bound()
         while True:
             self.recoveries.admit(error, self.furthest)
             try:

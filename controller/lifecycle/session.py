@@ -21,6 +21,7 @@ from controller.cluster.replies import Replies
 from controller.cluster.shared_files import check_files_are_shared
 from controller.cluster.watch import Waited, Watch
 from controller.execution.executor import Finished
+from controller.execution.looking import Looking
 from controller.execution.ray_runner import RayRunner
 from controller.execution.replicas import Replicas
 from controller.execution.worker_group import WorkerGroup
@@ -100,6 +101,8 @@ class Session:
     states: dict[str, State]
     shifts: Mapping[str, int] = field(default_factory=dict)
     """Source parameter -> see `PromptSource.emit`."""
+    only: Collection[str] | None = None
+    """Groups that are hosted, for a person who looks at one node (`replay.py`); None: all."""
 
     def runner(
         self,
@@ -110,10 +113,12 @@ class Session:
         limit_s: float | None = None,
         check: Callable[[], None] | None = None,
         replicas: Replicas | None = None,
+        looking: Looking | None = None,
         **sources: str,
     ) -> RayRunner:
         """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
-        beside, check, replicas: see RayRunner. limit_s: longest a call may take, where it is not ray.call_timeout_s."""
+        beside, check, replicas, looking: see RayRunner. limit_s: longest a call may take, where that is not
+        ray.call_timeout_s."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -136,6 +141,7 @@ class Session:
             watch=self.cluster.watch,
             check=check,
             replicas=replicas,
+            looking=looking,
         )
 
     def call_role(
@@ -155,7 +161,7 @@ class Session:
     def sync(self, steps_done: int) -> list[Finished]:
         """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps."""
         runner, generating = self.runner(None, {}), self.launch.dataflow.generating
-        synced = [role for role in generating if has_training_engine(self.launch, role)]
+        synced = [role for role in generating if role in self.groups and has_training_engine(self.launch, role)]
         return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
 
     def save_state(self, held: HeldState, folder: Path) -> None:
@@ -198,8 +204,8 @@ class Session:
         self._check_files(pools)
         starting: list[_Starting] = []
         if HOST_POOL in pools:
-            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]))
-        starting += _host_roles(launch, pools)
+            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]), self.only)
+        starting += _host_roles(launch, pools, self.only)
         self.groups |= {group.role: group for group, _ in starting}
         _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
         self._connect(names, phase)
@@ -213,7 +219,7 @@ class Session:
         self.launch = launch
         self._check_files({name: pool})
         new = [rank for rank in range(pool.size) if rank in dead or rank >= before.size]
-        starting = _host_roles(launch, {name: pool}, new)
+        starting = _host_roles(launch, {name: pool}, self.only, new)
         self.groups |= {group.role: group for group, _ in starting}
         _await_roles(starting, self.cluster, launch.run.ray.ready_timeout_s + launch.run.ray.call_timeout_s, phase)
         self._connect((name,), phase)
@@ -233,7 +239,8 @@ class Session:
             if apart is not None and {groups[role].pool.name, apart.pool.name} & set(names):
                 phase(f"{role}: connecting {groups[role].pool.name} and {apart.pool.name}")
                 _connect(groups[role], apart, cluster, timeout_s)
-        for (source, target), staged in self.launch.dataflow.ways.items():
+        ways = self.launch.dataflow.ways.items()
+        for (source, target), staged in ((way, staged) for way, staged in ways if groups.keys() >= set(way)):
             if {groups[source].pool.name, groups[target].pool.name} & set(names):
                 phase(f"{target}: planning how weights come from {source}")
                 _connect_weights(groups[source], groups[target], staged, cluster, timeout_s)
@@ -268,32 +275,37 @@ def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], Non
     return session
 
 
-def _host_sources(launch: Launch, first_host: Pool) -> list[_Starting]:
+def _host_sources(launch: Launch, first_host: Pool, only: Collection[str] | None) -> list[_Starting]:
     run, tokenizer = launch.run, tokenizer_of(launch)
     if tokenizer is None:
         raise ClusterError("no role has a model, so there is no tokenizer for the source")
     starting: list[_Starting] = []
     for k, name in enumerate(launch.recipe.sources):
+        if only is not None and name not in only:
+            continue
         group = WorkerGroup(name, first_host)
         own = {"heldout": run.data.heldout, "fields": launch.recipe.source_fields(name), "first_group": k << GROUP_BITS}
         starting.append((group, _host_source(launch, group, launch.source(name), tokenizer, **own)))
-    if run.data.heldout is not None:
+    if run.data.heldout is not None and only is None:
         group = WorkerGroup(HELDOUT, first_host)
         starting.append((group, _host_source(launch, group, run.data.heldout, tokenizer)))
     return starting
 
 
-def _host_roles(launch: Launch, pools: Mapping[str, Pool], ranks: Collection[int] | None = None) -> list[_Starting]:
-    """Have the processes of these pools build the workers of the roles placed there. ranks: those only."""
+def _host_roles(
+    launch: Launch, pools: Mapping[str, Pool], only: Collection[str] | None, ranks: Collection[int] | None = None
+) -> list[_Starting]:
+    """Have the processes of these pools build the workers of the roles placed there. only: see `Session`. ranks: those
+    only."""
     starting: list[_Starting] = []
     placed = pools_of_roles(launch)
     # What learns first: a frozen role may share the base of one with adapters.
     for name in sorted(placed, key=lambda name: not launch.dataflow.facts[name.split(".")[0]].trained):
-        if placed[name] in pools:
+        if placed[name] in pools and (only is None or name in only):
             pool = pools[placed[name]]
             group = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
             worker, settings = worker_of(launch, name)
-            starting.append((group, _host_role(launch, group, worker, settings, ranks)))
+            starting.append((group, _host_role(launch, group, worker, settings, ranks, here=only is not None)))
     return starting
 
 
@@ -392,7 +404,10 @@ def _host_role(
     worker: str | type,
     settings: Mapping[str, Any],
     ranks: Collection[int] | None = None,
+    *,
+    here: bool = False,
 ) -> dict[int, Any]:
+    """ranks: those only. here: see `WorkerContext`."""
     context = {
         "seed": launch.run.seed,
         "frozen_folders": frozen_folders(launch),
@@ -403,6 +418,7 @@ def _host_role(
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
         "folder": str(_folder(launch)),
+        "here": here,
     }
     memory: dict[str, Any] = {}
     if group.pool.name != HOST_POOL:
