@@ -181,6 +181,42 @@ class FunctionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RemoteJudgeConfig(FunctionConfig):
+    """A judge behind an OpenAI-compatible endpoint."""
+
+    url: str = ""
+    """Its address up to and with the version, http://HOST:PORT/v1."""
+    served_model: str = ""
+    """Name of the model, as the endpoint calls it."""
+    key_variable: str = ""
+    """Name of the environment variable that holds the key; empty for none. The key itself is written nowhere."""
+    concurrency: int = 16
+    """Requests under way at one time, in each of placement.host_processes."""
+    timeout_s: float = 60.0
+    """Longest that one request may take."""
+    deadline_s: float = 300.0
+    """Longest that a question may take, all tries together."""
+    tries: int = 6
+    """Times that a question is sent."""
+    backoff_s: float = 1.0
+    """Wait before the second try, which doubles with each; a random share of it, at least a half."""
+    backoff_most_s: float = 30.0
+    """Longest wait that it grows to; what a Retry-After asks for is kept."""
+    max_tokens: int = 512
+    """Most tokens of an answer."""
+    most_failed: float = 0.1
+    """Share of the questions of a step that may stay without an answer, which is a verdict that is missing; more ends
+    the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "timeout_s", "deadline_s", "tries", "max_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.most_failed <= 1:
+            raise ValueError(f"most_failed must be in [0, 1], got {self.most_failed}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """Rewards from a function of the text, or from a sequence-classification model. Exactly one is set."""
 
@@ -355,6 +391,8 @@ class RayConfig:
     whatever RAY_ADDRESS says, and ends it with the run."""
     object_store_bytes: int = 512 << 20
     """Object store of a cluster started here."""
+    spare_slots: int = 0
+    """Slots beyond those of the pools that a cluster started here has, for pools that grow while the run goes."""
     ready_timeout_s: float = 120.0
     """Longest wait for slots to become free."""
     call_timeout_s: float = 1800.0

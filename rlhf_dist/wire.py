@@ -155,7 +155,7 @@ class WorkerContext:
 
     role: str
     rank: int
-    """Rank in the pool's process group."""
+    """Rank in the pool, and in its process group where there is one for all."""
     world: int
     device: str
     """`cpu`, `cuda:0`, ..."""
@@ -170,6 +170,8 @@ class WorkerContext:
     """Role -> worker of this process, those that were started before."""
     nodes: tuple[int, ...] = ()
     """[world] which machine each rank of the pool is on; empty for one machine."""
+    team: tuple[int, ...] = ()
+    """Ranks of the pool that share a process group with this one, itself among them; empty: all do."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
     frozen_folders: Mapping[str, str] = field(default_factory=dict)
@@ -184,6 +186,16 @@ class WorkerContext:
     """To be told what of the start-up begins: people see it."""
     here: bool = False
     """A person is at a debugger: functions that have a process of their own are called in this one."""
+
+    @property
+    def group_rank(self) -> int:
+        """Rank in the process group."""
+        return self.team.index(self.rank) if self.team else self.rank
+
+    @property
+    def group_world(self) -> int:
+        """Ranks of the process group."""
+        return len(self.team) or self.world
 
 
 @dataclass(frozen=True, kw_only=True)

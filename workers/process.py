@@ -72,6 +72,7 @@ class WorkerProcess:
         self.is_actor = store is None
         self.device = "cpu"
         self._joined = False
+        self._team: tuple[int, ...] = ()
         self._memory: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
@@ -108,16 +109,22 @@ class WorkerProcess:
         return address, reserve_port(address)
 
     @reported
-    def join(self, address: str, port: int, device: str, one_node: bool, timeout_s: float) -> str:
-        """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device."""
+    def join(
+        self, address: str, port: int, device: str, one_node: bool, timeout_s: float, team: tuple[int, ...] = ()
+    ) -> str:
+        """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device.
+
+        team: the ranks that share one with this, where not all of the pool do; they meet at the first of them.
+        """
         from workers.device import device_for, init_distributed
         from workers.network import use_network
 
+        self._team = team
         chosen = device_for(self._device_index(), device)
         use_network(self._address(), one_node)
         init_distributed(
-            rank=self.rank,
-            world=self.world,
+            rank=team.index(self.rank) if team else self.rank,
+            world=len(team) or self.world,
             master_addr=address,
             master_port=port,
             device=chosen,
@@ -168,6 +175,7 @@ class WorkerProcess:
             device=self.device,
             peers=self._roles,
             memory=self._memory,
+            team=self._team,
             phase=phase,
             **context,
         )

@@ -98,7 +98,7 @@ def cut(
     if "mini_batches" in node.kwargs:
         mini_batch = mini_batch_of_row(rows.group, int(node.kwargs["mini_batches"]), (seed, step))
         pieces: list[list[IntArray]] = [[] for _ in range(count)]
-        home = batch.home(count)
+        home = batch.home(count, group.pool.name)
         for k in range(int(node.kwargs["mini_batches"])):
             inside = np.flatnonzero(mini_batch == k)
             groups = None if keep_groups is None else keep_groups[inside]
@@ -107,7 +107,7 @@ def cut(
                 pieces[part].append(inside[chosen])
         parts = tuple(np.concatenate(piece) for piece in pieces)
     else:
-        parts = tuple(balance(rows.tokens, count, groups=keep_groups, home=batch.home(count)))
+        parts = tuple(balance(rows.tokens, count, groups=keep_groups, home=batch.home(count, group.pool.name)))
     return Shards(parts=parts, answering=answering, part_of_answer=part_of_answer), mini_batch
 
 
@@ -150,8 +150,10 @@ def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs:
     )
 
 
-def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], before: BatchRef | None) -> NodeOutput:
-    """Put the answering ranks' replies together; before: the node's first batch.
+def collect(
+    node: Node, step: int, shards: Shards, replies: Sequence[Reply], before: BatchRef | None, pool: str = ""
+) -> NodeOutput:
+    """Put the answering ranks' replies together; before: the node's first batch. pool: whose ranks they are.
 
     Rows come out in an order that does not depend on placement: input order for kept rows; by input row
     and then in the worker's order for made rows.
@@ -174,7 +176,7 @@ def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], bef
     counts = [len(rows) for rows in made]
     origin = np.concatenate(made) if made else np.empty(0, dtype=np.int64)
     order = np.argsort(origin, kind="stable")
-    stored = merge_stored([reply.stored for reply in answers], order, counts)
+    stored = merge_stored([reply.stored for reply in answers], order, counts, pool)
     if node.rows == "keep":
         if before is None or len(order) != len(before.rows):
             raise RuntimeError(

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
-from controller.cluster.pool import ClusterError
+from controller.cluster.pool import ClusterError, NoRoom
 from controller.cluster.stacks import stacks_on_demand
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.execution.failed_calls import NodeError
+from controller.execution.failed_calls import NodeError, WorkerLost
 from controller.execution.looking import Looking
 from controller.execution.ray_runner import RayRunner
 from controller.lifecycle.checkpoint import (
@@ -44,7 +44,9 @@ from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.preemption import Notices, Preempted
 from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
+from controller.lifecycle.replicas import DeadReplicas
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
+from controller.lifecycle.scaling import Answer, NotScaled, Scaling, slots_for
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
@@ -231,7 +233,7 @@ class _Run:
             nodes=output.inputs_nodes,
             profiled=launch.run.profile.steps,
         )
-        self.notices, self.done = notices, 0
+        self.notices, self.scaling, self.done = notices, Scaling(folder), 0
         self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
         """Step of the last complete checkpoint."""
         self.runner = self._new_runner()
@@ -257,8 +259,9 @@ class _Run:
     def _new_runner(self) -> RayRunner:
         numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
+        replicas = DeadReplicas(self.session, self._admit, self.display.phase, self._recovered_from)
         graph = None if self.eager else self.dataflow
-        return self.session.runner(graph, numbers, check=self.notices.check, looking=self.looking)
+        return self.session.runner(graph, numbers, check=self.notices.check, replicas=replicas, looking=self.looking)
 
     def execute(self) -> None:
         """From its start, or from a checkpoint, to its end."""
@@ -403,6 +406,9 @@ class _Run:
         if self._copies_in_memory and (self._copies_after(done - 1) or done == self.began):
             with self._paused("copy in memory"):
                 self._copy(done)
+        if self.scaling.look() is not None and self._is_settled:
+            with self._paused("scale"):
+                self._scale(done)
         asked = self.notices.wants_checkpoint and self._is_settled
         if done > self.began and (asked or self._checkpoints_after(done - 1)) and self.kept_at != done:
             with self._paused("checkpoint"):
@@ -425,7 +431,7 @@ class _Run:
         return bool(every) and (step + 1) % every == 0
 
     def _is_barrier(self, step: int) -> bool:
-        asked = self.notices.look() or self.notices.wants_checkpoint
+        asked = self.notices.look() or self.notices.wants_checkpoint or self.scaling.look() is not None
         return asked or self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
@@ -441,6 +447,29 @@ class _Run:
     def _is_settled(self) -> bool:
         """Whether weights, states and sources are those after `done` steps: no later step has touched them."""
         return self.runner.newest < self.done or not (self.dataflow.staleness or self.runner.changing)
+
+    def _scale(self, done: int) -> None:
+        """Give a pool that generates the number of replicas that somebody has asked for."""
+        request, started = self.scaling.look(), time.perf_counter()
+        assert request is not None, "somebody asked"
+        try:
+            slots = slots_for(self.session, request)
+            self.display.phase(f"scale: pool {request.pool} to {request.replicas} replicas")
+            self.recoveries.resize(request.pool, slots, done)
+        except (NotScaled, NoRoom) as error:
+            self.scaling.answer(Answer(done=False, text=str(error)))
+            self.display.note(f"not scaled: {error}")
+            return
+        except RECOVERABLE as error:
+            self.scaling.answer(Answer(done=False, text=f"the run recovers from: {error}"))
+            raise
+        self.runner.groups = {**self.runner.groups, **self.session.groups}
+        said = (
+            f"pool {request.pool} has {request.replicas} replicas after {done} steps, with the weights of that step; "
+            f"the steps waited {time.perf_counter() - started:.1f} s"
+        )
+        self.scaling.answer(Answer(done=True, text=said))
+        self.display.note(said)
 
     def _copy(self, done: int) -> None:
         """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
@@ -569,12 +598,22 @@ class _Run:
         recoveries.synced(done)
         self._rewind(done)
         what, seconds = shortened(str(error)), time.perf_counter() - started
-        made = Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
-        recoveries.done.append(made)
-        self.recovered_s.append(seconds)
-        self.progress.recoveries = recoveries.summary()
-        self.display.note(str(made))
+        self._recovered_from(
+            Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
+        )
         return done
+
+    def _recovered_from(self, recovery: Recovery) -> None:
+        """Count it and say so."""
+        self.recoveries.done.append(recovery)
+        self.recovered_s.append(recovery.seconds)
+        self.progress.recoveries = self.recoveries.summary()
+        self.display.note(str(recovery))
+
+    def _admit(self, error: WorkerLost) -> int:
+        """Steps done, where the run may go on without what is lost; raises `error` where it may not."""
+        self.recoveries.admit(error, self.furthest)
+        return self.done
 
     def _last_checkpoint(self) -> Checkpoint | None:
         """The newest that is what was written."""
