@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -127,7 +127,6 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
-    endpoint = _endpoint(launch, folder, display.note)
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
@@ -135,6 +134,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
     with (
         ExitStack() as leaving,
+        _endpoint(launch, folder, display.note) as endpoint,  # before the cluster: a port may be taken
         cluster,
         notices.heard(),
         MetricsWriter(folder, first_step, tracker, display.note, endpoint) as writer,
@@ -181,10 +181,12 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     return summary
 
 
-def _endpoint(launch: Launch, folder: Path, tell: Callable[[str], None]) -> PrometheusEndpoint | None:
+def _endpoint(
+    launch: Launch, folder: Path, tell: Callable[[str], None]
+) -> AbstractContextManager[PrometheusEndpoint | None]:
     output = launch.run.output
     if output.prometheus_port is None:
-        return None
+        return nullcontext()
     endpoint = PrometheusEndpoint(launch.run.name, folder, output.prometheus_host, output.prometheus_port)
     tell(f"metrics for Prometheus: {endpoint.url}")
     return endpoint
