@@ -36,8 +36,8 @@ def tree_pairs(batch: Batch, *, least_gap: float = 0.0, value: str | None = None
     A step is a segment: what was said and drawn up to the next fork; what came before is its prompt. Its value is the
     mean reward of its leaves, `rewards` of the rows; with `value`, a number a row, share * that + (1 - share) * its
     mean over the leaves (Agent Q mixes search and critic so). Forks whose values are not more than `least_gap` apart
-    hold no pair and are counted. margin: the gap; `leaves` [B]: leaves below the step; `depth` [B]: steps before it. Each pair
-    is a group of its own.
+    hold no pair and are counted. margin: the gap; `leaves` [B]: leaves below the step; `depth` [B]: steps before it.
+    Each pair is a group of its own.
     """
     forest = forest_of(batch)
     values = _mixed(batch, forest, value, share)
