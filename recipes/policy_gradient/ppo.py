@@ -56,11 +56,11 @@ class PPO:
     """Taken off the reward of a response that the token limit cut, reward units; 0 for none."""
     critic_warmup: int = 0
     """Steps in which only the critic learns."""
-    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    correction: Literal["none", "token", "sequence", "masked", "geometric"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
-    sequence, masked, or none."""
+    sequence, masked per token, responses left out by their geometric mean, or none."""
     correction_cap: float = 2.0
-    """Largest importance weight, >= 1."""
+    """Largest importance weight (of geometric: mean), >= 1."""
 
 
 @recipe
