@@ -17,6 +17,18 @@ PAPERS = {
         rows=(1,),
         needs=("PLACE", "ROLL", "RM", "REF", "CRIT", "ADV"),
     ),
+    "realhf": Paper(
+        title="ReaLHF: placement and parallelism of each node",
+        year=2024,
+        arxiv="2406.14088",
+        rows=(2,),
+        needs=("PLACE", "ROLL", "RM", "REF", "CRIT"),
+        settings={"placement": "standalone"},
+        assumed=(
+            "every role, and generation, on devices and with parallelism of its own; `rlhf-dist plan` searches the "
+            "plan by a cost model; weights move between roles and generation, not between two calls of one role"
+        ),
+    ),
 }
 
 
