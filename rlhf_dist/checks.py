@@ -158,12 +158,16 @@ def _check_name(launch: Launch) -> None:
         raise ConfigError(f"name must be a plain folder name, got {name!r}")
 
 
+OWN_EXTRA = ("trackio", "swanlab")
+"""Trackers whose packages are an extra of their own."""
+
+
 def _check_tracker(launch: Launch) -> None:
     package = launch.run.output.tracker
     if package != "none" and importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"output.tracker={package} needs a package that is not installed; run pip install 'rlhf-dist[tracking]', "
-            f"or set output.tracker=none"
+            f"output.tracker={package} needs a package that is not installed; run pip install "
+            f"'rlhf-dist[{package if package in OWN_EXTRA else 'tracking'}]', or set output.tracker=none"
         )
 
 

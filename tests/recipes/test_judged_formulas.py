@@ -1,94 +1,162 @@
-"""Recipes whose pairs and lists come of verdicts and of prompts, against values worked by hand."""
+"""Recipes on judges, critics, reflections and private clients, against values worked by hand."""
 
 from __future__ import annotations
+
+from math import sqrt
 
 import numpy as np
 import pytest
 
-from recipes.online_preference.cyclealign import CycleAlign, Demonstrations, agreed, longest_rise
-from recipes.online_preference.dueling import bounds, duellists, least_known
-from recipes.online_preference.prompted_pairs import Curriculum, PromptedPairs
-from recipes.online_preference.self_preferring import ranked_pairs
+from recipes.online_preference.eva import Eva, Pool, informative
+from recipes.online_preference.popri import best_and_ranked, directions, private_scores
+from recipes.policy_gradient.meta_policy import MetaPolicy, Rubric
+from recipes.policy_gradient.relevance import regularised, repeated, words_in_common
+from recipes.reasoning.refcritic import verdict_and_use
+from recipes.reasoning.spark import known_verdicts, right_against_wrong, verdict_is_right
 from rlhf_dist.batch import Batch, Column
-from tests.recipes.rows import masked, numbers, ragged, values
+from rlhf_dist.missing import MISSING, is_missing
+from tests.recipes.rows import masked, numbers, values
 
 
-def test_a_ranking_makes_pairs_from_both_of_its_ends() -> None:
-    # Group 5: 1 > 3/4 > 1/4 > 0: (1, 0), p = 1; (3/4, 1/4), p = 3/4, of group -(4 * 5 + 1). Group 6: equal, no pair.
+def texts(*said: str) -> Column:
+    return Column.strings(list(said))
+
+
+def test_a_critic_is_paid_for_its_verdict_and_for_what_is_made_of_it() -> None:
     batch = Batch(
         {
-            "rewards": numbers(0.25, 1, 0, 0.75, 0.5, 0.5),
-            "group_id": numbers(5, 5, 5, 5, 6, 6, dtype="int64"),
+            "choice": numbers(1, 1, 0, MISSING),
+            "parsed": numbers(1, 1, 1, 0, dtype="uint8"),
+            "solved": numbers(1, 0, 0, 1),
+            "refined": numbers(0.5, 0, MISSING, 1),
         }
     )
-    made = ranked_pairs(batch, most=4)
-    assert made.keep is not None and made.keep.tolist() == [0, 1, 2, 3]
-    assert values(made.columns, "label") == [-1, 1, -1, 1]
-    assert values(made.columns, "win") == [0.75, 1, 1, 0.75]
-    assert values(made.columns, "group_id") == [-21, 5, 5, -21]
-    assert made.metrics["strength"].value == 0.875
-    assert "strength" not in ranked_pairs(batch.slice(4, 6), most=4).metrics
+    # Verdicts: right, wrong, right, none. Refined solutions: 1/2, 0, unknown, 1.
+    found = verdict_and_use(batch, coef=2.0, right=0.5)
+    rewards = found.columns["rewards"].values
+    assert rewards[[0, 1, 3]].tolist() == [2, 0, 2] and is_missing(rewards)[2]
+    assert found.metrics["verdict_right"].value == 0.5
+    assert values(verdict_and_use(batch, coef=0.0, right=0.5).columns, "rewards") == [1, 0, 1, 0]
 
 
-def test_negatives_become_harder_with_the_steps() -> None:
-    state, batch = Curriculum(), Batch({"prompt": Column.strings(["a", "b"])})
-    kept, asked = state.initial(PromptedPairs()), []
-    for _ in range(6):
-        kept, made = state.instruct(kept, batch, negatives=("bad", "less"), steps=2)
-        asked.append(made.columns["instruction"].rows()[0])
-    assert asked == ["bad", "bad", "less", "less", "less", "less"]  # the last stays
-
-
-def test_the_longest_list_that_both_rank_alike() -> None:
-    # By the judge 0 < 1 < 2 < 3; the policy agrees on 0, 2, 3 (-3 < -2 < -1), and finds 1 the best.
-    assert longest_rise(np.array([0, 1, 2, 3]), np.array([-3, 0, -2, -1])) == [0, 2, 3]
-    assert longest_rise(np.array([1, 1]), np.array([0, 1])) == [0]  # a tie is no order
-    batch = Batch(
-        {
-            "old_log_probs": ragged([-3, -3], [0], [-2, -2], [-1], [-1], [-2]),
-            "response_mask": masked(2, 1, 2, 1, 1, 1),
-            "rewards": numbers(0, 1, 2, 3, 1, 2),
-            "group_id": numbers(0, 0, 0, 0, 1, 1, dtype="int64"),
-            "prompt": Column.strings(["p"] * 6),
-            "response": Column.strings(list("abcdef")),
-        }
-    )
-    made = agreed(batch)
-    assert made.keep is not None and made.keep.tolist() == [0, 2, 3]
-    # Of six pairs 1 is wrong with 2 and 3: tau 2 / 6; the other group has them the other way: -1.
-    assert made.metrics["ranking_agreement"].value == pytest.approx((1 / 3 - 1) / 2)
-    state = Demonstrations()
-    kept, _ = state.remember(state.initial(CycleAlign()), batch.take(made.keep))
-    assert kept["text"] == "Prompt: p\nFrom the best response to the worst:\n1. d\n2. c\n3. a\n\n"
-    assert state.remember(kept, batch.slice(0, 0))[0] == kept
-    assert state.shown(kept, batch)[1].columns["demonstrations"].rows() == [kept["text"]] * 6
-
-
-def test_a_duel_is_where_the_best_response_is_least_known() -> None:
-    # Row 0: scores 1, 3: mean 2, error 1 / sqrt(2). Row 1: 4, 4: error 0. Row 2: one score, 2: error 0. Row 3: 0, 4:
-    # error sqrt(2).
-    batch = Batch(
-        {
-            "row_id": numbers(10, 11, 12, 13, dtype="int64"),
-            "rewards": numbers(2, 4, 2, 2),
-            "group_id": numbers(0, 0, 1, 1, dtype="int64"),
-        }
-    )
+def test_a_policy_judges_its_own_right_and_wrong_responses() -> None:
+    batch = Batch({"rewards": numbers(0, 1, 1, 1), "group_id": numbers(0, 0, 0, 1, dtype="int64")})
+    known = known_verdicts(batch, right=0.5).columns
+    assert values(known, "wanted") == [0, 1, 1, 1]
+    said = batch.with_columns(wanted=known["wanted"], response=texts("a", "b", "c", "d"))
+    pairs = right_against_wrong(said)  # group 1 has no wrong one
+    assert pairs.parent is not None and pairs.parent.tolist() == [1, 0]
+    assert pairs.columns["response_a"].rows() == ["b", "a"] and pairs.columns["response_b"].rows() == ["a", "b"]
+    assert values(pairs.columns, "wanted") == [1, 0]
     verdicts = Batch(
         {
-            "parent_id": numbers(10, 10, 11, 11, 12, 12, 13, 13, dtype="int64"),
-            "score": numbers(1, 3, 4, 4, 2, np.nan, 0, 4),
-            "parsed": numbers(1, 1, 1, 1, 1, 0, 1, 1),
-            "group_id": numbers(0, 0, 0, 0, 1, 1, 1, 1, dtype="int64"),
+            "choice": numbers(1, 0, 0, MISSING),
+            "parsed": numbers(1, 1, 1, 0, dtype="uint8"),
+            "wanted": numbers(1, 1, 0, 0),
         }
     )
-    made = bounds(batch, verdicts, width=2**0.5)
-    np.testing.assert_allclose(values(made, "upper"), [3, 4, 2, 4], rtol=1e-6)
-    np.testing.assert_allclose(values(made, "lower"), [1, 4, 2, 0], rtol=1e-6)
-    # Group 0: 4 - 4; group 1: 4 - 2.
-    known = Batch({**{name: batch[name] for name in batch}, **{name: made[name] for name in made}})
-    chosen = least_known(known, share=0.5)
-    assert chosen.keep is not None and chosen.keep.tolist() == [2, 3] and chosen.metrics["unknown"].value == 1
-    three = Batch({"upper": numbers(1, 5, 2, 9), "group_id": numbers(0, 0, 0, 1, dtype="int64")})
-    drawn = [duellists(three, rng=np.random.default_rng(seed)).keep for seed in range(20)]
-    assert {tuple(one.tolist()) for one in drawn if one is not None} == {(0, 1), (1, 2)}  # the best, and either other
+    assert values(verdict_is_right(verdicts).columns, "rewards") == [1, 0, 1, 0]
+
+
+def states(*rows: tuple[float, float]) -> Column:
+    return Column(np.array(rows, np.float32), np.arange(len(rows) + 1))
+
+
+def test_clients_scores_are_cut_added_and_made_noisy() -> None:
+    samples = Batch({"hidden": states((2, 0), (0, 5)), "response_mask": masked(1, 1)})
+    clients = Batch({"hidden": states((3, 0), (1, 1)), "response_mask": masked(1, 1)})
+    # Similarities (1, 0) and (1, 1) / sqrt 2, both of length 1; their mean.
+    exact = private_scores(samples, clients, noise=0.0, longest=1.0, rng=np.random.default_rng(0))
+    np.testing.assert_allclose(exact.columns["rewards"].values, [(1 + 1 / sqrt(2)) / 2, 1 / sqrt(2) / 2], rtol=1e-6)
+    short = private_scores(samples, clients, noise=0.0, longest=0.5, rng=np.random.default_rng(0))
+    np.testing.assert_allclose(short.columns["rewards"].values, exact.columns["rewards"].values / 2, rtol=1e-6)
+    assert short.metrics["cut_clients"].value == 1.0
+    rng = np.random.default_rng(0)
+    drawn = np.stack(
+        [
+            private_scores(samples, clients, noise=2.0, longest=1.0, rng=rng).columns["rewards"].values
+            for _ in range(500)
+        ]
+    )
+    np.testing.assert_allclose(drawn.mean(0), exact.columns["rewards"].values, atol=0.15)
+    np.testing.assert_allclose(drawn.std(0), [2 / 2, 2 / 2], rtol=0.1)  # sigma over clients
+    empty = Batch({"hidden": Column(np.zeros((1, 2), np.float32), np.array([0, 0, 1])), "response_mask": masked(0, 1)})
+    assert np.isfinite(directions(empty)).all()
+
+
+def test_the_rejected_sample_is_of_a_middle_rank() -> None:
+    batch = Batch({"rewards": numbers(1, 4, 2, 3, 5), "group_id": numbers(0, 0, 0, 0, 1, dtype="int64")})
+    for rank, rejected in ((2, 3), (3, 2), (9, 0)):
+        result = best_and_ranked(batch, rank=rank)
+        assert result.keep is not None and sorted([1, rejected]) == result.keep.tolist()
+        assert dict(zip(result.keep.tolist(), values(result.columns, "label"), strict=True)) == {1: 1, rejected: -1}
+
+
+def test_a_rubric_is_written_anew_every_so_many_steps() -> None:
+    state = Rubric()
+    held = state.initial(MetaPolicy(rubric="old"))
+    batch = Batch(
+        {
+            "group_id": numbers(0, 1, 2, dtype="int64"),
+            "prompt": texts("p", "q", "r"),
+            "response": texts("a", "b", "c"),
+            "rewards": numbers(5, 1, 9),
+        }
+    )
+    held, shown = state.show(held, batch)
+    assert shown.columns["rubric"].rows() == ["old"] * 3
+    held, none = state.due(held, batch, period=2, shown=2)
+    assert none.columns.num_rows == 0
+    held, due = state.due(held, batch, period=2, shown=2)
+    assert due.columns["samples"].rows() == ["Prompt: q\nResponse: b\nGrade: 1.0\n\nPrompt: r\nResponse: c\nGrade: 9.0"]
+    unread = Batch({"new_rubric": texts(""), "parsed": numbers(0, dtype="uint8")})
+    kept, _ = state.revise(held, unread)
+    assert kept["text"] == "old"
+    changed, metrics = state.revise(held, Batch({"new_rubric": texts(" new "), "parsed": numbers(1, dtype="uint8")}))
+    assert changed["text"] == "new" and metrics["revisions"].value == 1
+    assert state.due(held, batch.slice(0, 0), period=1, shown=2)[1].columns.num_rows == 0
+
+
+def test_prompts_evolve_where_responses_differ() -> None:
+    # Groups differ by 3, 0 and 1: drawn with chances 3/4 and 1/4.
+    batch = Batch({"rewards": numbers(0, 3, 1, 1, 2, 1), "group_id": numbers(0, 0, 1, 1, 2, 2, dtype="int64")})
+    rng = np.random.default_rng(0)
+    drawn = [informative(batch, count=1, rng=rng) for _ in range(400)]
+    assert drawn[0].metrics["informativeness"].value == pytest.approx(4 / 3)
+    firsts = [one.parent.tolist()[0] for one in drawn if one.parent is not None]
+    assert set(firsts) == {0, 4} and np.mean(np.array(firsts) == 0) == pytest.approx(0.75, abs=0.06)
+    both = informative(batch, count=9, rng=rng)
+    assert both.parent is not None and both.parent.tolist() == [0, 4]  # nobody draws where nothing differs
+    alike = informative(batch.slice(2, 4), count=1, rng=rng)
+    assert alike.parent is not None and not len(alike.parent)
+
+
+def test_new_prompts_live_for_a_step_and_have_ids_of_their_own() -> None:
+    state, held = Pool(), Pool().initial(Eva())
+    assert state.draw(held)[1].columns.num_rows == 0
+    held, metrics = state.keep(held, Batch({"response": texts(" a ", "", "b")}))
+    assert metrics["new_prompts"].value == 2
+    held, drawn = state.draw(held)
+    assert drawn.columns["question"].rows() == ["a", "b"] and values(drawn.columns, "group_id") == [-1, -2]
+    held, _ = state.keep(held, Batch({"response": texts("c")}))
+    assert values(state.draw(held)[1].columns, "group_id") == [-3]
+
+
+def test_relevance_has_other_terms_for_open_and_closed_questions() -> None:
+    assert repeated("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
+    assert repeated("a b") == 0
+    batch = Batch(
+        {
+            "rewards": numbers(0.5, 0.5, MISSING),
+            "open": numbers(1, 0, 1),
+            "response": texts("a b c a b c", "a b c a b c", "x"),
+            "response_mask": masked(5, 5, 1),
+        }
+    )
+    found = regularised(batch, longest=10).columns["rewards"].values
+    # 0.5 * 5/10 * 3/4 and 0.5 * 3/4.
+    np.testing.assert_allclose(found[:2], [0.1875, 0.375])
+    assert is_missing(found)[2]
+    assert words_in_common("how far", "far far away", "") == pytest.approx(2 / sqrt(2 * 5))
+    assert words_in_common("how far", "Ten miles", "ten miles") == pytest.approx(1)
+    assert words_in_common("?", "", "") == 0
