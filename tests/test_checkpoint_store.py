@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +22,7 @@ from controller.lifecycle.uploads import Uploads
 from controller.record.metrics import read_metrics
 from rlhf_dist.typed import ConfigError
 from tests.local_runs import launched, run_local
+from tests.s3_server import s3_server
 
 
 class Faulty(MemoryFileSystem):
@@ -191,23 +189,8 @@ def s3() -> Iterator[dict[str, str]]:
     for package in ("moto", "s3fs"):
         if "CI" not in os.environ:
             pytest.importorskip(package)
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    options = {"key": "testing", "secret": "testing", "endpoint_url": f"http://127.0.0.1:{port}"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.1)
-        fsspec.filesystem("s3", **options).mkdir("bucket")
+    with s3_server() as options:
         yield options
-        server.kill()
 
 
 def test_a_bucket_that_is_not_there_is_said_and_not_made(s3: dict[str, str]) -> None:

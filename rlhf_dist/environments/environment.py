@@ -142,6 +142,12 @@ class Chat(Protocol):
         turn and for what is no finite number."""
         ...
 
+    def speaker(self, name: str) -> Chat:
+        """Another role that speaks in this episode, as its own side of it: with `say`, `generate` and `reward` of its
+        own, and nothing said to it yet. Names are those of `run_episodes(..., speakers={name: role})`; raises
+        ValueError for another."""
+        ...
+
     async def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
         """Call a function that blocks, in a thread of its own. Raises what it raises, ToolTimeout after `seconds`."""
         ...
@@ -208,6 +214,11 @@ class Environment(ABC):
     does."""
     unfinished_reward: float = 0.0
     """Added where an episode ends as `length`, `turns` or `policy_error`; such rows are counted."""
+
+    def prepare(self) -> None:
+        """Called before episodes are played, in each process that plays them and at every step: where what they share
+        is loaded, an index or a sandbox, once. It may take its time; what it raises ends the run."""
+        return None
 
     @abstractmethod
     async def episode(self, chat: Chat, row: Row) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import math
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -27,9 +27,10 @@ Generate = Callable[[Request], Awaitable[Response]]
 class EpisodeEnded(BaseException):
     """The episode is over; no `Exception`, so that code which catches those does not go on."""
 
-    def __init__(self, outcome: Outcome, detail: str) -> None:
+    def __init__(self, outcome: Outcome, detail: str, of: LiveChat | None = None) -> None:
+        """of: whose limit it was."""
         super().__init__(outcome, detail)
-        self.outcome, self.detail = outcome, detail
+        self.outcome, self.detail, self.of = outcome, detail, of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,23 @@ class LiveChat:
     discarded: bool = False
     drew: bool = False
     """Has drawn something since it began, or last branched: it is a row of its own."""
+    speakers: Mapping[str, LiveChat] = field(default_factory=dict)
+    """Name -> the side of another role that speaks in the same episode."""
+    learns: bool = True
+    """Whether the conversation is a row of the batch: its limits are ends of the episode."""
+    whole: LiveChat | None = None
+    """Of another's side: the episode's own chat, which ends for all."""
     _generating: bool = False
+
+    def speaker(self, name: str) -> LiveChat:
+        """See Chat."""
+        if name not in self.speakers:
+            has = ", ".join(self.speakers) or "none"
+            raise ValueError(
+                f"no {name!r} speaks in this episode, there are: {has}; write run_episodes(..., speakers={{{name!r}: "
+                "ROLE})"
+            )
+        return self.speakers[name]
 
     @property
     def messages(self) -> Messages:
@@ -155,7 +172,7 @@ class LiveChat:
         if self._generating:
             raise RuntimeError("chat.generate() may be awaited once at a time: the next turn is behind this one")
         talk, turn = self.conversation, self.turns
-        if turn >= self.budget.limits.turns:
+        if self.learns and turn >= self.budget.limits.turns:
             self._end("turns", f"{turn} turns (EpisodeLimits.turns)")
         tokens = talk.context()
         if len(talk.prompt) > self.budget.prompt_tokens:
@@ -165,7 +182,7 @@ class LiveChat:
             )
         left = self.budget.sampling.max_tokens - talk.response_tokens
         if left < 1:
-            self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
+            self._out_of_tokens()
         most = left if max_tokens is None else min(left, max_tokens)
         request = Request(
             name=f"{self.name}/{turn}",
@@ -180,8 +197,8 @@ class LiveChat:
             self._generating = False
         text, raw = talk.drew(response.token_ids, response.log_probs, response.versions)
         self.drew = True
-        if not response.finished and len(response.token_ids) == left:
-            self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
+        if self.learns and not response.finished and len(response.token_ids) == left:
+            self._out_of_tokens()
         return Reply(text=text, raw=raw, finished=response.finished, tokens=len(response.token_ids))
 
     def reward(self, value: float) -> None:
@@ -236,7 +253,7 @@ class LiveChat:
         """Branch `number` of this chat, which goes on from here; it is not yet among `children`."""
         path, seed = (*self.path, number), f"{self.seed}/b{number}"
         pieces = len(self.conversation.pieces)
-        return replace(
+        made = replace(
             self,
             rng=np.random.default_rng(seed_of(seed, "environment")),
             conversation=self.conversation.copy(),
@@ -254,6 +271,8 @@ class LiveChat:
             drew=False,
             _generating=False,
         )
+        made.speakers = {name: replace(one.fork(number), whole=made) for name, one in self.speakers.items()}
+        return made
 
     def begin_segment(self) -> None:
         """What is said and drawn from here on is shared with none of the branches made so far."""
@@ -289,12 +308,20 @@ class LiveChat:
             )
 
     def _open(self) -> None:
-        if self.ended is not None:
-            raise self.ended
+        ended = (self.whole or self).ended
+        if ended is not None:
+            raise ended
+
+    def _out_of_tokens(self) -> NoReturn:
+        used = f"{self.conversation.response_tokens} tokens behind the prompt"
+        if not self.learns:  # no doing of the policy's
+            raise RuntimeError(f"another speaker has used up its {used} (its own rollout.max_response_tokens)")
+        self._end("length", f"{used} (rollout.max_response_tokens)")
 
     def _end(self, outcome: Outcome, detail: str) -> NoReturn:
-        self.ended = EpisodeEnded(outcome, detail)
-        raise self.ended
+        ended = EpisodeEnded(outcome, detail, of=self)
+        (self.whole or self).ended = ended
+        raise ended
 
 
 async def in_thread(function: Callable[..., T], arguments: tuple[Any, ...], seconds: float) -> T:

@@ -37,6 +37,8 @@ class Episode:
     seconds: float
     number: int = 0
     """Which of the episodes that were played; leaves of one tree share it."""
+    speaker: str = ""
+    """Whose side of the episode it is, where another's is a row, too; empty for the role's own."""
     branch: str = ""
     """Path from the episode's start, such as 0/2; .k behind it once k contexts were closed."""
     leaf: bool = True
@@ -66,7 +68,7 @@ def episodes_of(
         found = [made.row(root, EpisodeEnded("environment_error", says), "")]
     thrown = [_own_end(chat).outcome for chat in _all(root) if chat.discarded]
     failed = sum(outcome not in OF_POLICY for outcome in thrown)
-    return [replace(found[0], discarded=len(thrown), failed=failed), *found[1:]]
+    return [replace(found[0], discarded=len(thrown), failed=failed), *found[1:], *made.sides(root, found[0])]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ class _Rows:
         for child in children:
             found += self.below(child, None if ended.outcome in OF_POLICY else ended)
         return [*self._closed(chat, found), *found]
+
+    def sides(self, root: LiveChat, own: Episode) -> list[Episode]:
+        """Of others who learn from the episode, where it is one; who has drawn nothing has none."""
+        if not own.trains:
+            return []
+        ended = EpisodeEnded(own.outcome, own.detail)
+        return [replace(self.row(chat, ended, ""), speaker=name) for name, chat in _learners(root)]
 
     def row(self, chat: LiveChat, ended: EpisodeEnded, trace: str) -> Episode:
         return Episode(
@@ -112,18 +121,25 @@ class _Rows:
                 if chat.children:
                     nothing = f"no leaf is left: every branch of the {what} was discarded"
                 return self.row(chat, EpisodeEnded("environment_error", nothing), "")
-            if finished and self.environment.rewards and not chat.rewards:
+            silent = [f" of {name!r}, whose rows are kept" for name, one in _learners(chat) if not one.rewards]
+            if finished and self.environment.rewards and (not chat.rewards or silent):
+                who = "" if not chat.rewards else silent[0]
                 forgot = (
-                    f"the {what} finished without chat.reward(); set `rewards = False` where a reward role scores it"
+                    f"the {what} finished without chat.reward(){who}; set `rewards = False` where a reward role scores "
+                    "it"
                 )
                 return self.row(chat, EpisodeEnded("environment_error", forgot), "")
         row = self.row(chat, ended, chat.traceback)
         extra = self.environment.unfinished_reward
         if finished or ended.outcome not in OF_POLICY or not extra:
             return row
-        last = chat.turns - 1
-        chat.rewards[last] = chat.rewards.get(last, 0.0) + extra
-        return replace(row, total=row.total + extra)
+        # Whose limit it was; what the policy wrote that cannot be used is the role's own.
+        side = ended.of if ended.of is not None and ended.of.whole is not None else None
+        stopped = side or chat
+        if stopped.turns:
+            last = stopped.turns - 1
+            stopped.rewards[last] = stopped.rewards.get(last, 0.0) + extra
+        return row if side else replace(row, total=row.total + extra)
 
     def _closed(self, chat: LiveChat, after: Sequence[Episode]) -> list[Episode]:
         """Contexts that this branch has closed: what its leaves got later falls to each one's last token."""
@@ -142,6 +158,11 @@ class _Rows:
             row = self.row(_view(chat, context, own), ended, "")
             rows.append(replace(row, leaf=False, total=total, unrewarded=False))
         return rows
+
+
+def _learners(chat: LiveChat) -> list[tuple[str, LiveChat]]:
+    """Others who speak in the episode, have drawn something and learn from it."""
+    return [(name, one) for name, one in chat.speakers.items() if one.learns and one.turns]
 
 
 def _reopened(chat: LiveChat) -> LiveChat:
