@@ -41,7 +41,7 @@ def test_a_beam_keeps_the_best_and_discards_what_leads_to_none_of_them(play_all:
     episodes = play_all(Searched(search, leaves=2), texts=("2+2=",))
     assert len(episodes) == 2 and all(episode.trains for episode in episodes)
     assert sorted(episode.total for episode in episodes) == pytest.approx(sorted(_worth(node) for node in found))
-    assert episodes[0].discarded in (5, 6), "of 9 steps 4 lead to the best, or 3"
+    assert episodes[0].discarded in (5, 6), "of 9 steps 2 are the best, and 1 or 2 lead to them"
     whole: list[Node] = []
 
     async def unpruned(chat: Chat) -> None:
