@@ -71,6 +71,17 @@ def chance_to_win(batch: Batch) -> HostResult:
     return HostResult(columns=Batch({"rewards": Column(rewards)}, batch.num_rows), metrics=metrics)
 
 
+def against(batch, judge, anchor: str, question: str, marker: str, votes: int = 1):
+    """A part of a recipe: the rows that have a verdict in both orders, with their chance to beat the text in column
+    `anchor` as their reward."""
+    parser = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=marker)
+    for place, (one, other) in {"first": ("response", anchor), "second": (anchor, "response")}.items():
+        asked = batch.with_columns_of(batch, response_a=one, response_b=other)
+        verdicts = judge.generate_sequences(asked, template=Template(question), parser=parser, n=votes)
+        batch, _ = verdict_means(batch, verdicts, column="choice", into=place).where("judged")
+    return chance_to_win(batch)
+
+
 @recipe
 def anchored_judge(
     prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, judge: Judge, cfg: AnchoredJudge
@@ -78,12 +89,8 @@ def anchored_judge(
     """PPO on the chance to beat what the reference says."""
     anchors = reference.generate_sequences(prompts, greedy=True)
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt).join(anchors, on="group", anchor="response")
-    parser = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker)
-    for place, (one, other) in {"first": ("response", "anchor"), "second": ("anchor", "response")}.items():
-        asked = batch.with_columns_of(batch, response_a=one, response_b=other)
-        verdicts = judge.generate_sequences(asked, template=Template(cfg.question), parser=parser, n=cfg.votes)
-        batch, _ = verdict_means(batch, verdicts, column="choice", into=place).where("judged")
-    batch = reference.compute_ref_log_prob(actor.compute_log_prob(chance_to_win(batch)))
+    batch = against(batch, judge, "anchor", cfg.question, cfg.marker, cfg.votes)
+    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
     batch = whiten(gae(critic.compute_values(batch), gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
     critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
     actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.policy_gradient.anchored_judge import chance_to_win
+from recipes.policy_gradient.anchored_judge import against
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -158,12 +158,8 @@ def reward_router(
     parser = Choice({"yes": 1.0, "no": 0.0}, after=cfg.marker)
     verdicts = judge.generate_sequences(known, template=Template(cfg.truth), parser=parser)
     known, _ = verdict_means(known, verdicts, column="choice").where("judged")
-    parser = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker)
-    for place, (one, other) in {"first": ("response", "answer"), "second": ("answer", "response")}.items():
-        asked = compared.with_columns_of(compared, response_a=one, response_b=other)
-        verdicts = judge.generate_sequences(asked, template=Template(cfg.compare), parser=parser)
-        compared, _ = verdict_means(compared, verdicts, column="choice", into=place).where("judged")
-    batch = lowest_groups(reward.compute_reward(checked).merge(known, chance_to_win(compared)), share=cfg.share)
+    compared = against(compared, judge, "answer", cfg.compare, cfg.marker)
+    batch = lowest_groups(reward.compute_reward(checked).merge(known, compared), share=cfg.share)
     batch = critic.compute_values(reference.compute_ref_log_prob(actor.compute_log_prob(batch)))
     batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
     critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
