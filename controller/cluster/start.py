@@ -33,6 +33,7 @@ from controller.cluster.store_room import remark_on_room
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
+from rlhf_dist.secret_settings import kept_variables, plain_variables
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
@@ -109,6 +110,8 @@ class Cluster:
                 num_cpus=self.slots + self.host_processes + 1,
                 object_store_memory=self.config.object_store_bytes,
                 include_dashboard=False,
+                # Ray would start a process a CPU ahead; ours have an environment of their own and cannot use them.
+                _system_config={"prestart_worker_first_driver": False},
                 **options,
             )
         self._reaper.tell(_session_folder())
@@ -170,11 +173,11 @@ class Cluster:
         waiting = self.config.ready_timeout_s
         whereabouts = self._get(name, [process.pid.remote() for process in processes], waiting)
         node_ids = tuple(node for _, node in whereabouts)
-        address, port = self._get(name, [processes[0].open_port.remote()], waiting)[0]
+        address, port, secret = self._get(name, [processes[0].open_port.remote()], waiting)[0]
         devices = self._get(
             name,
             [
-                process.join.remote(address, port, pool.device, len(set(node_ids)) == 1, self.config.call_timeout_s)
+                process.join.remote(address, port, secret, pool.device, len(set(node_ids)) == 1, self.config.call_timeout_s)
                 for process in processes
             ],
             waiting + 60,
@@ -304,16 +307,19 @@ class Cluster:
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
         logs = self._logs(pool, count)
+        variables = kept_variables(self.config.worker_env)  # not with the others, which Ray shows and logs
         return [
             remote.options(
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(gpus, self._threads, self.config.worker_env)},
+                runtime_env={"env_vars": _environment(gpus, self._threads, plain_variables(self.config.worker_env))},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // per_bundle
                 ),
-            ).remote(pool, rank, count, logs[rank] if logs else None, folder=os.getcwd())
+            ).remote(
+                pool, rank, count, logs[rank] if logs else None, folder=os.getcwd(), variables=variables
+            )
             for rank in range(count)
         ]
 
