@@ -88,7 +88,7 @@ models-table: install  ## try every model family at tiny size: docs/models.md, a
 bench-executor: install  ## schedules against their bounds, data plane, controller at 1,024 ranks: one JSON line
 	$(BIN)/python -m benchmarks.executor
 
-chaos: install  ## faults of every kind, each against an undisturbed run (about 20 minutes): one JSON line
+chaos: install  ## faults of every kind, each against an undisturbed run: one JSON line; ARGS="--mode episodes", ARGS="--random 7 --minutes 60"
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 bench-recovery: install  ## throughput with a fault every 50 steps at 1,024 ranks, on a simulated clock: one JSON line

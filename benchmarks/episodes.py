@@ -35,7 +35,7 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.testing.tiny_model import VOCABULARY, save_llama
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
-from workers.episodes.play import Episode
+from workers.episodes.leaves import Episode
 from workers.episodes.run import run_episodes
 
 TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5

@@ -101,7 +101,8 @@ def _sleeping(dataflow: Dataflow, placed: Mapping[str, Pool], host: Pool) -> Ray
 def _host(pool: Pool, role: str, path: str, settings: Mapping[str, Any]) -> None:
     context = {"seed": 0}
     hosting = [process.host_role.remote(role, path, settings, context) for process in pool.processes]
-    failed = [answer for answer in ray.get(hosting, timeout=120) if answer is not None]
+    told = ray.get(hosting, timeout=120)  # what a user should know about each role; else why it did not start
+    failed = [answer for answer in told if not isinstance(answer, tuple)]
     assert not failed, failed
 
 

@@ -19,6 +19,8 @@ PER_TOKEN = np.float32
 class SleepingRole:
     """Any role of PPO: an op takes the seconds it is given and writes small columns of the right shape."""
 
+    remarks: tuple[str, ...] = ()
+
     def __init__(self, context: WorkerContext, seconds: Mapping[str, float], rows: int) -> None:
         """rows: prompts of a step, for a source."""
         self._seconds, self._rows = seconds, rows
@@ -35,7 +37,7 @@ class SleepingRole:
         if op == "generate_sequences":
             return _responses(batch)
         written = {
-            "compute_log_prob": ("old_log_probs", "entropy"),
+            "compute_log_prob": ("log_probs", "entropy"),
             "compute_values": ("values",),
             "compute_ref_log_prob": ("ref_log_probs",),
         }.get(op, ())

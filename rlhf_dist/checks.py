@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.auto_settings import machine_lines, settle
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import ModelConfig, RewardConfig, SourceConfig
+from rlhf_dist.config import LanguageModelConfig, ModelConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
@@ -160,12 +160,16 @@ def _check_name(launch: Launch) -> None:
         raise ConfigError(f"name must be a plain folder name, got {name!r}")
 
 
+OWN_EXTRA = ("trackio", "swanlab")
+"""Trackers whose packages are an extra of their own."""
+
+
 def _check_tracker(launch: Launch) -> None:
     package = launch.run.output.tracker
     if package != "none" and importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"output.tracker={package} needs a package that is not installed; run pip install 'rlhf-dist[tracking]', "
-            f"or set output.tracker=none"
+            f"output.tracker={package} needs a package that is not installed; run pip install "
+            f"'rlhf-dist[{package if package in OWN_EXTRA else 'tracking'}]', or set output.tracker=none"
         )
 
 
@@ -259,6 +263,12 @@ def max_row_tokens(launch: Launch, of: str | None = None) -> tuple[int, str]:
         for where, rollout in generation.items()
         if rollout is not None
     } or {"data": (launch.run.data.max_prompt_tokens, launch.run.data.max_response_tokens)}
+    encoding = {node.role for node in launch.dataflow if node.op == "encode"} & set(seen)
+    limits |= {
+        f"{role}.rollout": (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+        for role in encoding
+        if isinstance(config := launch.roles[role], LanguageModelConfig)
+    }
     where, most = max(limits.items(), key=lambda one: sum(one[1]))
     return sum(most), f"{where}.max_prompt_tokens + {where}.max_response_tokens = {most[0]} + {most[1]}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlhf_dist.config import RolloutConfig
+from rlhf_dist.config import LanguageModelConfig, RolloutConfig
 from rlhf_dist.dataflow.graph import Node
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.prompt_template import Template
@@ -28,16 +28,20 @@ def check_generation(launch: Launch, pools: Mapping[str, str]) -> None:
             )
         if node.kwargs.get("mixture") is not None:
             _check_mixture(launch, node, rollout, pools)
+    for node in launch.dataflow:
+        for role in node.kwargs.get("speakers", {}).values() if node.op == "run_episodes" else ():
+            _check_one_process(node, role, pools, "plays episodes in which speaks")
 
 
 def check_templates(launch: Launch) -> None:
     """Raise ConfigError for a template that leaves no room for what it writes. Needs tokenizers."""
     from rlhf_dist.data.tokenizer import TextTokenizer
 
-    for node, rollout in _calls(launch):
-        template, model = node.kwargs.get("template"), launch.roles[node.role].model
-        if not isinstance(template, Template) or model is None:
+    for node in launch.dataflow:
+        template, config = node.kwargs.get("template"), launch.roles.get(node.role)
+        if not isinstance(template, Template) or not isinstance(config, LanguageModelConfig) or config.model is None:
             continue
+        model, rollout = config.model, config.rollout
         key = f"{node.role}.rollout.max_prompt_tokens"
         try:
             tokenizer = TextTokenizer(model.path, template.template_args)
@@ -64,12 +68,15 @@ def _check_mixture(launch: Launch, node: Node, rollout: RolloutConfig, pools: Ma
                 f"{node.line}: {node.name} draws from a mixture of logits, which {one.engine} cannot: it draws from "
                 f"one model; set {role}.rollout.engine=transformers"
             )
+    _check_one_process(node, other, pools, "mixes its logits with those of")
+
+
+def _check_one_process(node: Node, other: str, pools: Mapping[str, str], does: str) -> None:
     mine, its = (pools.get(rollout_of(role), pools[role]) for role in (node.role, other))
     if mine != its:
         raise ConfigError(
-            f"{node.line}: {node.name} mixes the logits of {node.role!r}, which generates in pool {mine!r}, and "
-            f"{other!r}, in pool {its!r}: both must be in one process; set "
-            f"'placement.rollout={{{node.role}: {mine}, {other}: {mine}}}'"
+            f"{node.line}: {node.name}, which generates in pool {mine!r}, {does} {other!r}, which does in pool "
+            f"{its!r}: both must be in one process; set 'placement.rollout={{{node.role}: {mine}, {other}: {mine}}}'"
         )
 
 

@@ -19,12 +19,18 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from rlhf_dist.algorithms.contract import Loss, columns_read
 from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, Head
 from rlhf_dist.batch import Batch
-from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
+from rlhf_dist.config import (
+    FunctionConfig,
+    LanguageModelConfig,
+    RemoteJudgeConfig,
+    RewardConfig,
+    ValueModelConfig,
+)
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.environments import Environment, EpisodeLimits
 from rlhf_dist.parsers import Parser, columns_of
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE
+from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE, TREE
 from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,14 +134,19 @@ def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     environment = kwargs["environment"]
     if not isinstance(environment, Environment):
         raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
+    if not isinstance(environment.leaves, int) or environment.leaves < 1:
+        name = type(environment).__name__
+        raise ValueError(f"{name}.leaves, the most rows of an episode, must be at least 1, got {environment.leaves!r}")
     if not inspect.iscoroutinefunction(environment.episode):
         raise ValueError(f"{type(environment).__name__}.episode must be written with `async def`")
     return tuple(dict.fromkeys((*EPISODE_READS, *environment.reads)))
 
 
 def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    rewards = ("rewards", "token_rewards") if getattr(kwargs.get("environment"), "rewards", True) else ()
-    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
+    environment = kwargs.get("environment")
+    rewards = ("rewards", "token_rewards") if getattr(environment, "rewards", True) else ()
+    tree = TREE if getattr(environment, "leaves", 1) > 1 else ()
+    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", "speaker", *tree, *rewards)
 
 
 def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -148,6 +159,19 @@ def _answered_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     template, parser, prefix = kwargs.get("template"), kwargs.get("parser"), kwargs.get("prefix")
     prompt = ("prompt_ids", "prompt") if template is not None else ("prompt_ids",) if prefix is not None else ()
     return (*prompt, *GENERATED, *(() if parser is None else columns_of(parser)))
+
+
+def _encoding_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    template, response = kwargs.get("template"), kwargs.get("response")
+    if "template" in kwargs and not isinstance(template, Template):
+        raise ValueError(f"encode needs template=, a Template of rlhf_dist.prompt_template, got {template!r}")
+    asked = () if template is None else template.columns
+    return asked if response is None else tuple(dict.fromkeys((*asked, response)))
+
+
+def _encoded_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    said = ("response_ids", "response_mask", "response", "finished") if kwargs.get("response") is not None else ()
+    return ("prompt_ids", "prompt", *said)
 
 
 class Role(Protocol):
@@ -233,15 +257,35 @@ class LanguageModel(OfTrunk, Protocol):
         n: int = 1,
         greedy: bool = False,
         limits: EpisodeLimits | None = None,
+        speakers: Mapping[str, LanguageModel] | None = None,
+        rows_of: tuple[str, ...] = (),
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
-        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`. One
+        that branches is several rows, at most the environment's `leaves`.
+
+        speakers: other roles that the environment lets speak, as `chat.speaker(name)`, in the same pool. rows_of:
+        those of them whose sides are rows, too; `spoken_by(batch, name="...")` parts rows by who drew them.
+        """
+        ...
+
+    @op(reads=_encoding_reads, writes=_encoded_columns)
+    def encode(self, batch: Batch, *, template: Template, response: str | None = None) -> Batch:
+        """Rows under other prompts: the template, filled with each row's columns, in this role's tokenizer and chat
+        template. Responses stay as they are; response: a column of text that takes their place, with an end of text
+        behind it, cut at `rollout.max_response_tokens`. No model runs; the role has a training engine."""
         ...
 
     @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs", "turn"), weights_read="train")
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses, whoever wrote them, and the entropy before each token. Reports how far they are
         from those of sampling, where the batch has them."""
+        ...
+
+    @op(reads=SEQUENCE, writes=("logits", "largest_logits"), weights_read="train")
+    def compute_logits(self, batch: Batch) -> Batch:
+        """The logit of each response token, and the largest of all tokens' before it, as the head gives them: no
+        temperature, no normalisation. A model trained by teacher forcing says with them what an action is worth."""
         ...
 
     @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
@@ -268,6 +312,12 @@ class ValueModel(OfTrunk, Protocol):
         """V(s_t) before each response token."""
         ...
 
+    @op(reads=SEQUENCE, writes=("attention",), weights_read="train")
+    def compute_attention(self, batch: Batch) -> Batch:
+        """How much the row's last token, where its score is read, attends to each response token in the last layer:
+        the mean over heads, of 1 for all that it sees."""
+        ...
+
     @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
     def compute_scores(self, batch: Batch) -> Batch:
         """All K labels' scores of every row, [B, K] also where K is 1."""
@@ -281,6 +331,17 @@ class ValueModel(OfTrunk, Protocol):
 
 class Function(Role, Protocol):
     """Columns in, columns out, on CPU processes: derive one with ops, `settings` and `worker` of your own."""
+
+
+class Speller(Function, Protocol):
+    """Knows what each token adds to a text; for what is said of parts of a response."""
+
+    worker: ClassVar[str | type] = "workers.spelling:SpellerWorker"
+
+    @op(reads=("response_ids",), writes=("text_ends",), streams=True)
+    def spell(self, batch: Batch, *, of: str) -> Batch:
+        """Where each token of a response ends in `response`, by the tokenizer of the role `of` that generated it."""
+        ...
 
 
 # --- what the field calls them: the same models under names of their own, ops with names and columns to match ---
@@ -324,6 +385,34 @@ class Opponent(LanguageModel, Protocol):
 
 class Judge(LanguageModel, Protocol):
     """A language model that says which response is better."""
+
+
+class RemoteJudge(Function, Protocol):
+    """A judge behind an OpenAI-compatible endpoint; what it answers is kept, and not asked for twice."""
+
+    worker: ClassVar[str | type] = "workers.remote_judge:RemoteJudgeWorker"
+    settings: ClassVar[type] = RemoteJudgeConfig
+
+    @op(
+        reads=lambda kwargs: kwargs["template"].columns if isinstance(kwargs.get("template"), Template) else (),
+        writes=lambda kwargs: ("prompt", "response", *(columns_of(kwargs["parser"]) if kwargs.get("parser") else ())),
+        rows="expand",
+    )
+    def ask(
+        self,
+        batch: Batch,
+        *,
+        template: Template,
+        parser: Parser | None = None,
+        n: int = 1,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+    ) -> Batch:
+        """`n` answers to the question that the template makes of each row, as columns where there is a parser. A row
+        that got none has no verdict: its columns are missing, and `parsed` is 0."""
+        ...
 
 
 class Critic(ValueModel, Protocol):
@@ -375,7 +464,7 @@ BASES: tuple[type, ...] = (LanguageModel, ValueModel, Reward, Function)
 """What every kind of role is one of."""
 KINDS: tuple[type, ...] = (
     *(Actor, Critic, Reference, Reward, RewardModel, Cost, Teacher, Opponent, Judge),
-    *(LanguageModel, ValueModel, Function),
+    *(LanguageModel, ValueModel, Function, Speller),
 )
 """The kinds of role there are; recipes may derive their own."""
 

@@ -63,7 +63,20 @@ COLUMNS: dict[str, ColumnSpec] = {
     "turn": _spec("[B, T]", "int32", "which turn of the episode drew the token, from 0; -1 for what was said to it"),
     "turns": _spec("[B]", "int32", "turns that the model had in the episode"),
     "outcome": _spec("[B]", "text", "how the episode ended: finished, length, turns or policy_error"),
+    "speaker": _spec("[B]", "text", "who drew the row: the role whose op it was, or a name among its speakers"),
     "transcript": _spec("[B]", "text", "the episode piece by piece, for people: a JSON list"),
+    # What episodes that branch or compact their context emit besides.
+    "tree": _spec("[B]", "int64", "rows of one episode share it; unique within a run"),
+    "branch": _spec(
+        "[B]", "text", "path of branches from the start, such as 0/2; .k behind it once k contexts were closed"
+    ),
+    "leaf": _spec(
+        "[B]", "uint8", "1 where an episode, or a branch of it, ended; 0 for a context that was closed before"
+    ),
+    "segment": _spec(
+        "[B, T]", "int32", "stretch between two forks of the tree; rows of one tree share the tokens of one segment"
+    ),
+    "text_ends": _spec("[B, T]", "int32", "characters of `response` that are there after each token"),
     # What forward passes emit.
     "old_log_probs": _spec("[B, T]", "float32", "log pi_old(y_t) recomputed by the training engine, nats"),
     "log_probs": _spec("[B, T]", "float32", "log pi(y_t) under a language model, whoever wrote the response, nats"),
@@ -74,6 +87,9 @@ COLUMNS: dict[str, ColumnSpec] = {
     "hidden": _spec(
         "[B, T, K]", "float32", "last states of a model that it predicts y_t from, K wide; 4 K bytes a token"
     ),
+    "attention": _spec("[B, T]", "float32", "share of a value model's attention at its last token that y_t has"),
+    "logits": _spec("[B, T]", "float32", "logit of y_t as the model's head gives it, at no temperature"),
+    "largest_logits": _spec("[B, T]", "float32", "the largest logit of all tokens in place of y_t"),
     "top_ids": _spec("[B, T, K]", "int32", "the K most likely tokens in place of y_t, the likeliest first"),
     "top_log_probs": _spec("[B, T, K]", "float32", "log-probs of top_ids, nats"),
     "top_log_rest": _spec("[B, T]", "float32", "log of the probability of all tokens but top_ids, nats"),
@@ -99,6 +115,9 @@ GENERATED: tuple[str, ...] = (
     *("rollout_log_probs", "policy_version"),
 )
 """What generation writes of a row."""
+
+TREE: tuple[str, ...] = ("tree", "branch", "leaf", "segment")
+"""What episodes write besides that may become several rows."""
 
 TRAINABLE: tuple[str, ...] = (*SEQUENCE, "response_mask", "group_id")
 """What every update reads besides what its loss asks for."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from controller.execution.critical_path import critical_path, lower_bound_s, seconds_on_path
 from controller.execution.executor import Finished, StepReport, run_steps
 from controller.execution.simulation import Clock, Span, simulate
+from controller.record.timeline import Timeline
 from recipes.constrained.safe_rlhf import safe_rlhf
 from recipes.policy_gradient.ppo import PPO, ppo
 from recipes.policy_gradient.remax import remax
@@ -243,6 +244,19 @@ def test_the_critical_path_names_what_the_end_waited_for() -> None:
     assert names[-1] == ("critic.update_critic", 1) and ("critic.update_critic", 0) in names
     assert seconds_on_path(links)["critic.update_critic"] == 40.0
     assert sum(link.seconds + link.waited_s for link in links) == max(r.ended_s for r in reports)
+
+
+def test_the_critical_path_goes_on_before_an_evaluation() -> None:
+    dataflow, pools_of = trace(ppo), Clock(APART, lambda node, step: 1.0).pools_of
+    timeline = Timeline(dataflow, pools_of)
+    for start in (0.0, 1.0, 10.0, 11.0):  # two steps, nine seconds of evaluation, two more: each generates and learns
+        for node, begin in (("actor.generate_sequences", start), ("actor.update_actor", start + 0.5)):
+            timeline.finished.append(
+                Finished(node=node, step=int(start), started_s=begin, ended_s=begin + 0.5, metrics={})
+            )
+    timeline.paused.append(("evaluation", 2.0, 9.0))
+    # 4 steps of 0.5 + 0.5 s; a second of waiting from 9 to 10 is a quarter a step
+    assert timeline.critical_path() == {"actor.generate_sequences": 0.5, "actor.update_actor": 0.5, "waiting": 0.25}
 
 
 def test_a_streamed_node_starts_with_its_source_and_is_launched_once() -> None:

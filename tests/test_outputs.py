@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,18 @@ def test_a_join_needs_one_row_of_every_group() -> None:
     twice = BatchRef(row_table([1, 1]), {})
     with pytest.raises(RowsError, match="group 1 has several"):
         join(left, twice, {})
+
+
+def test_a_join_on_children_takes_what_was_made_of_each_row() -> None:
+    left, right = row_table([7, 7]), stored("rewards", rows=2)
+    answers = replace(right, rows=replace(right.rows, parent=np.array([1, 0])))
+    joined = join(left, answers, {"rewards": "verdict"}, on="child")
+    assert joined.columns["verdict"].at.row_of.tolist() == [1, 0]
+    twice = replace(right, rows=replace(right.rows, parent=np.array([1, 1])))
+    with pytest.raises(RowsError, match="child 1 has several"):
+        join(left, twice, {}, on="child")
+    with pytest.raises(RowsError, match="no row on the right side for 2 of 2 rows"):
+        join(left, replace(right, rows=replace(right.rows, parent=np.array([8, 9]))), {}, on="child")
 
 
 def test_resharding_between_groups_of_different_sizes_asks_each_rank_for_the_objects_it_needs() -> None:

@@ -1,4 +1,4 @@
-"""Prompts made of rows: a template filled in, in the chat template and tokenizer of the role that is asked."""
+"""Prompts made of rows, and responses of texts: in the chat template and tokenizer of the role that reads them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_dist.batch import Batch
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import RolloutConfig
 from rlhf_dist.data.encode import encode_texts
+from rlhf_dist.data.ends import ends_of
 from rlhf_dist.data.tokenizer import TextTokenizer
+from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.wire import WorkerContext
+from rlhf_dist.wire import OpResult, WorkerContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,17 @@ class Asked:
     """What the user says, without the chat template; None: the batch's own prompts."""
     answers: list[str] | None = None
     """How each answer begins, as a part of the prompt."""
+
+
+def check_fits(asked: Asked, limit: int, key: str) -> None:
+    """Raises ValueError naming the first prompt of a template that has more than `limit` tokens, which `key` says."""
+    lengths = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)
+    if (lengths > limit).any():
+        row = int(np.flatnonzero(lengths > limit)[0])
+        raise ValueError(
+            f"the template makes a prompt of {lengths[row]} tokens of row {row}, and {key} is {limit}; set {key}="
+            f"{lengths.max()} or shorten what it writes"
+        )
 
 
 class Asker:
@@ -72,6 +86,16 @@ class Asker:
         ids = encode_texts(whole, [chat] * len(whole), tokenizer)
         return Asked([np.asarray(one, dtype=np.int32) for one in ids], texts, answers)
 
+    def spoken(self, texts: list[str], limit: int) -> tuple[list[NDArray[np.int32]], NDArray[np.uint8]]:
+        """Tokens of these texts as responses, each with an end of text, and whether it fits into `limit` tokens with
+        it; one that does not is cut there. Raises ValueError where the model's folder names no end."""
+        end = ends_of(self._folder, self._plain).appended
+        if end is None:
+            raise ValueError(f"nothing in {self._folder} names an end of text (eos_token, eos_token_id) for a response")
+        whole = [np.array([*ids, end], dtype=np.int32) for ids in self._plain.encode(texts, special_tokens=False)]
+        fits = np.array([len(ids) <= limit for ids in whole], dtype=np.uint8)
+        return [ids[:limit] for ids in whole], fits
+
     def _values(self, batch: Batch, name: str, maker: str | None) -> list[Any]:
         rows = batch[name].rows()
         if maker is None:
@@ -92,3 +116,38 @@ class Asker:
         if column.offsets is None or not np.issubdtype(column.values.dtype, np.integer):
             raise ValueError(f"prefix={name!r} must be a column of text or token ids, got {column.values.dtype}")
         return [ids.astype(np.int32) for ids in column.rows()]
+
+
+def encode_rows(
+    asker: Asker,
+    rollout: RolloutConfig,
+    batch: Batch,
+    *,
+    template: Template,
+    decode: Mapping[str, str],
+    response: str | None,
+    key: str,
+) -> OpResult:
+    """`LanguageModel.encode`: the columns of other prompts, and of other responses where `response` names a text.
+
+    decode: as in `Asker.ask`. key: of the settings of `rollout`. Raises ValueError for a prompt that is too long.
+    """
+    asked = asker.ask(batch, template, decode, None)
+    check_fits(asked, rollout.max_prompt_tokens, f"{key}.max_prompt_tokens")
+    assert asked.texts is not None, "a template says what it wrote"
+    columns = {"prompt_ids": Column.ragged(asked.prompts, dtype=np.int32), "prompt": Column.strings(asked.texts)}
+    metrics: Metrics = {}
+    if response is not None:
+        if not batch[response].text:
+            raise ValueError(f"response={response!r} must be a column of text, got {batch[response].values.dtype}")
+        texts = batch[response].rows()
+        spoken, fits = asker.spoken(texts, rollout.max_response_tokens)
+        ids = Column.ragged(spoken, dtype=np.int32)
+        columns |= {
+            "response_ids": ids,
+            "response_mask": Column(np.ones(len(ids.values), dtype=np.uint8), ids.offsets),
+            "response": Column.strings(texts),
+            "finished": Column(fits),
+        }
+        metrics = {"responses_cut": Mean(float((1 - fits).sum()), 0)}
+    return OpResult(columns=Batch(columns, batch.num_rows), metrics=metrics)

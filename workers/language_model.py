@@ -16,6 +16,7 @@ from rlhf_dist.failure import FailureKind
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
+from workers.asked import Asker, encode_rows
 from workers.build_engines import new_training_engine
 from workers.engines.training.interface import TrainingEngine
 from workers.model_outputs import LanguageModelOutputs
@@ -67,6 +68,7 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
         spoken = config.rollout.temperature if temperature is None else temperature
         super().__init__(context, engine, optimizer, spoken, shared=base_of is not None)
         self.config, self.on_policy, self.base = config, on_policy, base_of is not None
+        self.asker = Asker(config.model.path, context)
         self.generation: RolloutWorker | None = None
         if generates:
             axes = colocated_axes(config, context.nodes or (0,) * context.world)
@@ -86,6 +88,10 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
         if self.sync.dropped:
             self._sync_weights()
         return self.generation.run_episodes(batch, call, **settings)
+
+    def encode(self, batch: Batch, call: Call, **settings: Any) -> OpResult:
+        """Rows under other prompts; settings: see `asked.encode_rows`."""
+        return encode_rows(self.asker, self.config.rollout, batch, key=f"{self.context.role}.rollout", **settings)
 
     def compute_log_prob(self, batch: Batch, call: Call) -> OpResult:
         """Log-probs and entropy under the training engine."""

@@ -29,6 +29,10 @@ class LanguageModelOutputs(TrunkOutputs):
 
     temperature: float
 
+    def compute_logits(self, batch: Batch, call: Call) -> OpResult:
+        """Logits of the response tokens, and the largest before each."""
+        return OpResult(columns=Batch(self.engine.forward(batch, ("logits",), base=self.base), batch.num_rows))
+
     def compute_top_k(self, batch: Batch, call: Call, *, k: int, prefix: str) -> OpResult:
         """The `k` likeliest tokens before each response token."""
         found = self.engine.forward(batch, (f"top_k.{k}",), self.temperature, base=self.base)

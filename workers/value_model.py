@@ -45,6 +45,10 @@ class ValueModelWorker(TrunkOutputs, TrainedRole):
             metrics=reward_metrics(scores),
         )
 
+    def compute_attention(self, batch: Batch, call: Call) -> OpResult:
+        """What the last token of each row attends to among its response tokens."""
+        return OpResult(columns=Batch(self.engine.forward(batch, ("attention",)), batch.num_rows))
+
     def compute_scores(self, batch: Batch, call: Call) -> OpResult:
         """The value head's K numbers at the last token of every row."""
         scores = self.engine.scores(batch.select("prompt_ids", "response_ids"))

@@ -13,6 +13,7 @@ Jackson's preemptive schedule).
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def critical_path(
 ) -> list[Link]:
     """The chain that ends with the last node: each link is what the next one waited for the longest.
 
-    A node waits for those whose columns or weights it uses and for the node before it on its pools.
+    A node waits for those whose columns or weights it uses and for the node before it on its pools; one that waited
+    for none of these, for all that had ended: the controller lets nothing start over an evaluation or a checkpoint.
     Returns the links in the order of time.
     """
     ran: dict[Instance, Finished] = {}
@@ -99,10 +101,17 @@ def critical_path(
                 before[one.node, one.step].append((on_pool[pool][-1].node, on_pool[pool][-1].step))
             on_pool.setdefault(pool, []).append(one)
     links: list[Link] = []
-    now: Finished | None = max(ran.values(), key=lambda one: one.ended_s)
+    by_end = sorted(ran.values(), key=lambda one: one.ended_s)
+    now: Finished | None = by_end[-1]
     while now is not None:
         waited_for = [ran[at] for at in before[now.node, now.step] if ran[at].ended_s <= now.started_s + 1e-3]
         last = max(waited_for, key=lambda one: one.ended_s, default=None)
+        if last is None:
+            ended = bisect.bisect_right(by_end, now.started_s, key=lambda one: one.ended_s)
+            earlier = (by_end[at] for at in reversed(range(ended)))
+            last = next(
+                (one for one in earlier if one.started_s < now.started_s), None
+            )  # what took no time is no circle
         waited_s = max(0.0, now.started_s - last.ended_s) if last else 0.0
         links.append(Link(node=now.node, step=now.step, seconds=now.ended_s - now.started_s, waited_s=waited_s))
         now = last

@@ -104,8 +104,8 @@ def join(left: RowTable, right: BatchRef, names: Mapping[str, str], on: Matching
 
     Raises RowsError where a row matches none or several.
     """
-    theirs = right.rows.group if on == "group" else right.rows.id
-    mine = {"group": left.group, "row": left.id, "parent": left.parent}[on]
+    theirs = {"group": right.rows.group, "child": right.rows.parent}.get(on, right.rows.id)
+    mine = {"group": left.group, "row": left.id, "parent": left.parent, "child": left.id}[on]
     keys, first, counts = np.unique(theirs, return_index=True, return_counts=True)
     if np.any(counts > 1):
         key = int(keys[np.argmax(counts > 1)])

@@ -54,7 +54,7 @@ class Timeline:
         if not self.finished:
             return {}
         start, end = min(one.started_s for one in self.finished), max(one.ended_s for one in self.finished)
-        total = end - start - sum(min(b, end) - max(a, start) for _, a, b in self.paused if b > start and a < end)
+        total = end - start - self._paused_s(start, end)
         busy: dict[str, float] = {}
         for one in self.finished:
             for pool in self._pools(one):
@@ -64,10 +64,20 @@ class Timeline:
         )
 
     def critical_path(self) -> dict[str, float]:
-        """Node -> seconds per step on the chain that made the run as long as it was; `waiting` for gaps."""
+        """Node -> seconds per step on the chain that made the run as long as it was; `waiting` for gaps.
+
+        Evaluations and checkpoints are no gaps.
+        """
+        if not self.finished:
+            return {}
         steps = len({one.step for one in self.finished})
-        links = critical_path(self.dataflow, self.finished, self.pools_of)
-        return {node: round(seconds / steps, 4) for node, seconds in seconds_on_path(links).items()}
+        total = seconds_on_path(critical_path(self.dataflow, self.finished, self.pools_of))
+        first, last = min(one.started_s for one in self.finished), max(one.ended_s for one in self.finished)
+        total["waiting"] = max(0.0, total["waiting"] - self._paused_s(first, last))
+        return {node: round(seconds / steps, 4) for node, seconds in total.items()}
+
+    def _paused_s(self, start: float, end: float) -> float:
+        return sum(min(b, end) - max(a, start) for _, a, b in self.paused if b > start and a < end)
 
     def _pools(self, one: Finished) -> tuple[str, ...]:
         return self.pools_of(self.dataflow[one.node])

@@ -13,11 +13,10 @@ import numpy as np
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import HostResult, host_op
+from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Critic, Opponent, Prompts, Reference, Reward
-from rlhf_dist.transforms import gae, whiten
+from rlhf_dist.transforms import gae, mean_of_children, whiten
 
 PAPERS = {
     "prompt_writer": Paper(
@@ -96,20 +95,6 @@ def written_prompt(batch: Batch, *, keep_prompt: bool) -> Batch:
     return Batch({"prompt_ids": Column.ragged(made, dtype="int32")}, batch.num_rows)
 
 
-@host_op(reads=(("row_id", "group_id"), ("parent_id", "rewards", "group_id")), writes=("rewards",), scope="groups")
-def mean_of_answers(hints: Batch, answers: Batch) -> HostResult:
-    """The mean reward of the answers to each hint."""
-    found = dict.fromkeys(hints["row_id"].values.tolist(), (0.0, 0))
-    for parent, reward in zip(answers["parent_id"].values.tolist(), answers["rewards"].values.tolist(), strict=True):
-        total, count = found[parent]
-        found[parent] = total + reward, count + 1
-    rewards = np.array([total / max(count, 1) for total, count in found.values()], np.float32)
-    return HostResult(
-        columns=Batch({"rewards": Column(rewards)}, hints.num_rows),
-        metrics={"answer_reward": Mean(float(rewards.sum()), float(len(rewards)))},
-    )
-
-
 @recipe
 def prompt_writer(
     prompts: Prompts,
@@ -123,7 +108,7 @@ def prompt_writer(
     """PPO on what makes another model right."""
     hints = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
     answers = frozen.generate_sequences(written_prompt(hints, keep_prompt=cfg.keep_prompt), n=cfg.answers)
-    hints = mean_of_answers(hints, reward.compute_reward(answers))
+    hints = mean_of_children(hints, reward.compute_reward(answers))
     batch = critic.compute_values(reference.compute_ref_log_prob(actor.compute_log_prob(hints)))
     batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
     critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)

@@ -7,16 +7,13 @@ responses are all right or all wrong replaced by others (eq. 11), and long respo
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from rlhf_dist.algorithms import ppo_clip
-from rlhf_dist.batch import Batch, Column
+from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import HostResult, host_op, refill
+from rlhf_dist.dataflow import refill
 from rlhf_dist.dataflow.recipe import follows, recipe
-from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Prompts, Reward
-from rlhf_dist.transforms import drop_equal_groups, grpo_advantage
+from rlhf_dist.transforms import drop_equal_groups, grpo_advantage, penalise_overlong
 
 PAPERS = {
     "dapo": Paper(
@@ -52,17 +49,6 @@ class DAPO:
     """Share of them, the last, in which a response begins to cost; 0 for no price (the paper: 4,096 of 20,480)."""
 
 
-@host_op(reads=("rewards", "response_mask"), writes=("rewards",))
-def soft_overlong_punishment(batch: Batch, *, longest: int, slack: float) -> HostResult:
-    """Eq. 13: 0 up to (1 - slack) * longest tokens, then falling evenly to -1 at the limit."""
-    over = (batch["response_mask"].lengths - (1 - slack) * longest) / (slack * longest)
-    price = np.clip(over, 0, 1).astype("float32")
-    return HostResult(
-        columns=Batch({"rewards": Column(batch["rewards"].values - price)}),
-        metrics={"price": Mean(float(price.sum()), batch.num_rows)},
-    )
-
-
 @recipe
 def dapo(prompts: Prompts, actor: Actor, reward: Reward, cfg: DAPO) -> None:
     """Groups that teach something, and a loss over all of their tokens."""
@@ -73,7 +59,7 @@ def dapo(prompts: Prompts, actor: Actor, reward: Reward, cfg: DAPO) -> None:
 
     batch = refill(prompts, attempt, groups=cfg.groups, rounds=cfg.rounds, short=cfg.short)
     if cfg.slack:
-        batch = soft_overlong_punishment(batch, longest=cfg.longest, slack=cfg.slack)
+        batch = penalise_overlong(batch, longest=cfg.longest, slack=cfg.slack)
     if cfg.mini_batches > 1:
         batch = actor.compute_log_prob(batch)
     batch = grpo_advantage(batch)

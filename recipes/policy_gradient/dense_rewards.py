@@ -4,6 +4,10 @@
     clip          r_i = min(p_i - eta, 0)      p_i: what a process reward model says after step i (2410.15115)
     delta         r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
                   and r at the end, in both
+    seq2seq       r_t = b1 log p(y_t | (x, y), y_<t) + b3 r 1[t = T]    p: what seq2seq_reward has trained reads x
+                  and y first, and finds likely what it would leave as it is (2409.00162)
+    attention     r_t = b1 a_t r + b3 r 1[t = T],  a the reward model's attention at its last token, over the response
+                  (ABC, 2402.00782; b1 = b, b3 = 1 - b)
     confident_kl  r_t = -b2 pi_ref(y_t) log pi/pi_ref(y_t) + r 1[t = T]      free to move where the reference doubts
 
 A step is `step_tokens` tokens here, its end the step's last token: no column marks the steps of a text.
@@ -14,13 +18,15 @@ from typing import Literal
 
 import numpy as np
 
+from recipes.agents.prompt_writer import written_prompt
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.algorithms.ragged import row_of_token
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.roles import Actor, Critic, LanguageModel, Prompts, Reference, Reward
+from rlhf_dist.missing import is_missing
+from rlhf_dist.roles import Actor, Critic, LanguageModel, Prompts, Reference, Reward, RewardModel
 from rlhf_dist.transforms import gae, whiten
 
 PAPERS = {
@@ -41,6 +47,25 @@ PAPERS = {
         needs=("ROLL", "REF", "TOK", "ADV"),
         settings={"algorithm.kind": "confident_kl"},
         assumed="the weight of a token's penalty is the reference's probability of the token; a critic",
+    ),
+    "seq2seq": Paper(
+        title="Sequence-to-sequence reward modelling: RL on its likelihoods",
+        year=2024,
+        arxiv="2409.00162",
+        rows=(110,),
+        status="outline",
+        needs=("RMT", "TOK", "ROLL", "CRIT"),
+        settings={"algorithm.kind": "seq2seq", "algorithm.reward_coef": 0.0},
+        assumed="the reward of a token is its log-likelihood, weight 0.1; no reward at the end",
+    ),
+    "attention": Paper(
+        title="ABC: attention-based credit",
+        year=2024,
+        arxiv="2402.00782",
+        rows=(138,),
+        needs=("TOK", "HID", "RM", "ROLL", "CRIT"),
+        settings={"algorithm.kind": "attention", "algorithm.dense_coef": 0.5, "algorithm.reward_coef": 0.5},
+        assumed="b 0.5; the mean over the heads of the last layer, brought to 1 over the response",
     ),
     "clip": Paper(
         title="PRM rewards, clipped",
@@ -67,9 +92,9 @@ PAPERS = {
 class Dense:
     """Settings of PPO on dense rewards."""
 
-    kind: Literal["rto", "clip", "delta", "confident_kl"] = "rto"
-    """Where the dense reward is from: a model that DPO has trained, or a process reward model; or the KL penalty alone,
-    weighed by the reference's confidence."""
+    kind: Literal["rto", "clip", "delta", "seq2seq", "attention", "confident_kl"] = "rto"
+    """Where the dense reward is from: a model that DPO has trained, or a process reward model, one that writes
+    better responses, or a reward model's attention; or the KL penalty alone, weighed by the reference's confidence."""
     dense_coef: float | None = None
     """Its weight; None: 0.05 of rto (b1), else 0.1."""
     reward_coef: float = 1.0
@@ -101,6 +126,28 @@ def implicit_rewards(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
     gap = (batch["dpo_log_probs"].values - batch["ref_log_probs"].values) * (mask.values > 0)
     rewards = Column((reward_coef * batch["rewards"].values).astype(np.float32))
     return Batch({"token_rewards": Column((coef * gap).astype(np.float32), mask.offsets), "rewards": rewards})
+
+
+@host_op(reads=("rewritten_log_probs", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
+def kept_as_it_is(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
+    """coef times the rewriter's log-prob of every token that counts, and reward_coef times the reward."""
+    mask = batch["response_mask"]
+    said = batch["rewritten_log_probs"].values * (mask.values > 0)
+    rewards = Column((reward_coef * batch["rewards"].values).astype(np.float32))
+    return Batch({"token_rewards": Column((coef * said).astype(np.float32), mask.offsets), "rewards": rewards})
+
+
+@host_op(reads=("attention", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
+def attended(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
+    """coef times the reward, spread over the counted tokens as the attention is, and reward_coef times it at the end. A
+    missing reward is missing at the end alone: no token of its row will count."""
+    mask, rewards = batch["response_mask"], batch["rewards"].values
+    share = batch["attention"].values * (mask.values > 0)
+    row = row_of_token(mask.offsets)
+    whole = np.bincount(row, share, batch.num_rows)
+    spread = share / np.maximum(whole, 1e-30)[row] * np.where(is_missing(rewards), 0, rewards)[row]
+    columns = {"token_rewards": Column((coef * spread).astype(np.float32), mask.offsets)}
+    return Batch({**columns, "rewards": Column((reward_coef * rewards).astype(np.float32))}, batch.num_rows)
 
 
 @host_op(reads=("old_log_probs", "ref_log_probs", "response_mask"), writes=("token_rewards",))
@@ -141,16 +188,25 @@ def dense_rewards(
     reference: Reference,
     dpo_model: LanguageModel,
     step_model: Critic,
+    rewriter: LanguageModel,
+    attentive: RewardModel,
     reward: Reward,
     cfg: Dense,
 ) -> None:
     """PPO on token rewards."""
-    batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
+    scorer = attentive if cfg.kind == "attention" else reward
+    batch = scorer.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
     batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
     coef = (0.05 if cfg.kind == "rto" else 0.1) if cfg.dense_coef is None else cfg.dense_coef
     if cfg.kind == "rto":
         batch = dpo_model.compute_log_prob(batch, out={"log_probs": "dpo_log_probs", "entropy": "dpo_entropy"})
         batch = implicit_rewards(batch, coef=coef, reward_coef=cfg.reward_coef)
+    elif cfg.kind == "attention":
+        batch = attended(attentive.compute_attention(batch), coef=coef, reward_coef=cfg.reward_coef)
+    elif cfg.kind == "seq2seq":
+        said = rewriter.compute_log_prob(written_prompt(batch, keep_prompt=True))
+        batch = batch.join(said, on="row", rewritten_log_probs="log_probs")
+        batch = kept_as_it_is(batch, coef=coef, reward_coef=cfg.reward_coef)
     elif cfg.kind == "confident_kl":
         batch = confident_penalty(batch, coef=cfg.kl_coef)
     else:

@@ -6,18 +6,13 @@ nominal_worst   r = lambda r_1 + (1 - lambda) min_i r_i: reward-robust RLHF (Yan
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from rlhf_dist.algorithms import ppo_clip
-from rlhf_dist.batch import Batch, Column
+from rlhf_dist.algorithms.shaping import Combine
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
-from rlhf_dist.transforms import grpo_advantage
+from rlhf_dist.transforms import combine_rewards, grpo_advantage
 
 SCORES = ("score_1", "score_2", "score_3")
 PAPERS = {
@@ -93,7 +88,7 @@ class Ensemble:
 
     samples_per_prompt: int = 8
     """Responses to each prompt: the group."""
-    combine: Literal["mean", "wco", "uwo", "median", "mean_std", "nominal_worst", "weighted"] = "uwo"
+    combine: Combine = "uwo"
     """What becomes of a response's scores."""
     variance_coef: float = 0.1
     """lambda of uwo, mean_std and nominal_worst."""
@@ -105,28 +100,6 @@ class Ensemble:
     """Penalty on log pi - log pi_ref in the reward."""
 
 
-@host_op(reads=SCORES, writes=("rewards",))
-def combined(
-    batch: Batch, *, combine: str, variance_coef: float, weights: tuple[float, ...] = (1.0, 1.0, 1.0)
-) -> HostResult:
-    """One reward of several scores; the variance has divisor n."""
-    scores = np.stack([batch[name].values for name in SCORES]).astype(np.float64)
-    mean, variance = scores.mean(0), scores.var(0)
-    rewards = {
-        "mean": mean,
-        "wco": scores.min(0),
-        "uwo": mean - variance_coef * variance,
-        "median": np.median(scores, axis=0),
-        "mean_std": mean - variance_coef * variance**0.5,
-        "nominal_worst": variance_coef * scores[0] + (1 - variance_coef) * scores.min(0),
-        "weighted": np.asarray(weights) @ scores,
-    }[combine]
-    return HostResult(
-        columns=Batch({"rewards": Column(rewards.astype(np.float32))}),
-        metrics={"score_variance": Mean(float(variance.sum()), batch.num_rows)},
-    )
-
-
 @recipe
 def reward_ensemble(
     prompts: Prompts, actor: Actor, reference: Reference, first: Reward, second: Reward, third: Reward, cfg: Ensemble
@@ -136,6 +109,6 @@ def reward_ensemble(
     batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
     for model, name in zip((first, second, third), SCORES, strict=True):
         batch = model.compute_reward(batch, out=name)
-    batch = combined(batch, combine=cfg.combine, variance_coef=cfg.variance_coef, weights=cfg.weights)
+    batch = combine_rewards(batch, scores=SCORES, how=cfg.combine, coef=cfg.variance_coef, weights=cfg.weights)
     batch = grpo_advantage(batch, kl_coef=cfg.kl_coef)
     actor.update_actor(batch, loss=ppo_clip(cfg.clip, on_policy=True))

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 
-from recipes.agents.prompt_writer import mean_of_answers
 from rlhf_dist.algorithms import dpo, ppo_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -19,7 +18,7 @@ from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
-from rlhf_dist.transforms import grpo_advantage, keep_best_and_worst
+from rlhf_dist.transforms import grpo_advantage, keep_best_and_worst, mean_of_children
 
 PAPERS = {
     "thinking": Paper(
@@ -88,7 +87,7 @@ def thinking(prompts: Prompts, actor: Actor, reference: Reference, reward: Rewar
     """GRPO or DPO, where the reward does not read thoughts."""
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
     answers = reward.compute_reward(answers_alone(batch, end=cfg.end, end_ids=cfg.end_ids))
-    batch = reference.compute_ref_log_prob(mean_of_answers(batch, answers))
+    batch = reference.compute_ref_log_prob(mean_of_children(batch, answers))
     if cfg.learner == "dpo":
         actor.update_actor(keep_best_and_worst(batch), loss=dpo(cfg.beta))
     else:

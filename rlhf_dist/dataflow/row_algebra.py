@@ -1,6 +1,6 @@
 """Rows moved by index: what a recipe does with whole batches. No data moves, only the controller's row indices.
 
-join      columns of another batch, rows matched by group, row or parent
+join      columns of another batch, rows matched by group, row, parent or child
 concat    rows of several batches, one after the other
 where     the rows whose column is not 0, and the others: two batches
 merge     what `where` parted, put together again in the old order
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, Literal, Self, cast, get_args
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.graph import ColumnOrigin, GraphError, Input, Node
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlhf_dist.dataflow.traced_batch import TracedBatch
     from rlhf_dist.dataflow.tracer import Tracer
 
-Matching = Literal["group", "row", "parent"]
+Matching = Literal["group", "row", "parent", "child"]
 
 
 @host_op(reads=lambda settings: (settings["column"],), rows="drop")
@@ -49,12 +49,12 @@ class RowAlgebra:
     def join(self, other: Self, *, on: Matching = "group", **new_from_old: str) -> Self:
         """Columns of `other` added as `new="old"`; each row here has exactly one there.
 
-        on: rows match that have the same `group`; that are the same `row`; or whose `parent` is the row there: what is
-        known of a prompt, for each of its responses.
+        on: rows match that have the same `group`; that are the same `row`; whose `parent` is the row there: what is
+        known of a prompt, for each of its responses; or whose one `child` is the row there: a judge's answer about it.
         """
         line = self.tracer.line()
-        if on not in ("group", "row", "parent"):
-            raise GraphError(f"{line}: join matches rows on group, row or parent, got on={on!r}")
+        if on not in get_args(Matching):
+            raise GraphError(f"{line}: join matches rows on group, row, parent or child, got on={on!r}")
         if on == "group" and other.per_group not in (1, None):
             raise GraphError(
                 f"{line}: join matches rows by group, and {other.rows} has {other.per_group} rows of each, so it is "

@@ -1,5 +1,6 @@
 """Host ops that recipes use between roles: advantages, whitening, pairs and filters. Nothing here imports torch."""
 
+from rlhf_dist.transforms.children import group_by_parent, mean_of_children
 from rlhf_dist.transforms.cut_responses import mask_cut_responses, penalise_cut_responses
 from rlhf_dist.transforms.gae import gae
 from rlhf_dist.transforms.grpo_advantage import grpo_advantage
@@ -16,6 +17,10 @@ from rlhf_dist.transforms.shape_rewards import (
     whiten_rewards,
     whiten_rewards_by_prompt,
 )
+from rlhf_dist.transforms.spans import span_rewards
+from rlhf_dist.transforms.spoken_by import spoken_by
+from rlhf_dist.transforms.tree_advantage import tree_advantage
+from rlhf_dist.transforms.tree_steps import tree_nodes, tree_pairs
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
@@ -26,17 +31,24 @@ __all__ = [
     "drop_equal_groups",
     "drop_missing",
     "gae",
+    "group_by_parent",
     "grpo_advantage",
     "keep_best_and_worst",
     "lagrangian_advantage",
     "list_scores",
     "listed",
     "mask_cut_responses",
+    "mean_of_children",
     "penalise_cut_responses",
     "penalise_overlong",
     "remax_advantage",
     "rewards_against_reference",
     "rloo_advantage",
+    "spoken_by",
+    "tree_advantage",
+    "tree_nodes",
+    "tree_pairs",
+    "span_rewards",
     "verdict_means",
     "whiten",
     "whiten_rewards",

@@ -44,6 +44,26 @@ def test_a_judge_reads_what_its_template_names_and_writes_what_its_parser_does()
     assert all(reads_others_tokens(dataflow, role) for role in ("actor", "reference"))
 
 
+def test_rows_under_another_prompt_are_the_roles_tokens_without_what_was_said_of_the_old() -> None:
+    found: dict[str, Any] = {}
+
+    def asked_again(prompts: Prompts, actor: Actor, reference: Reference) -> None:
+        batch = reference.compute_ref_log_prob(actor.generate_sequences(prompts))
+        other = actor.encode(batch, template=Template("{prompt} {prompt_ids} shorter?"))
+        told = actor.encode(batch, template=Template("{prompt}"), response="raw_response")
+        found.update(
+            other=other, told=told, nodes={node.name: node for node in batch.tracer.nodes}, columns=batch.columns
+        )
+
+    dataflow = trace(recipe(asked_again))
+    gone = set(found["columns"]) - set(found["other"].columns)
+    assert gone == {"rollout_log_probs", "ref_log_probs"}
+    assert not {"ref_log_probs", "rollout_log_probs", "raw_response"} & set(found["told"].columns)
+    assert dataflow["actor.encode"].kwargs["decode"] == {"prompt_ids": "prompts"}
+    assert makers(found["nodes"], found["other"].origins["prompt_ids"]) == {"actor"}
+    assert dataflow.facts["actor"].computes, "its training engine's ranks have the tokenizer"
+
+
 def test_a_mixture_reads_the_other_roles_generation_weights_and_its_rows_are_of_another_policy() -> None:
     dataflow = trace(judged)
     assert dataflow["actor.generate_sequences#2"].weights_read == ("actor.rollout", "reference.rollout")
@@ -92,6 +112,8 @@ def refused(call: Callable[[Any, Any, Any, Any, Any], Any]) -> str:
         (lambda b, a, j, r, c: j.generate_sequences(b, template=Template("{finished} {policy_version}")), "is [B, T]"),
         (lambda b, a, j, r, c: j.generate_sequences(b, parser=Number), "takes an object with columns"),
         (lambda b, a, j, r, c: j.generate_sequences(b, parser=max), "takes an object with columns"),
+        (lambda b, a, j, r, c: a.encode(b, template="{prompt}"), "encode needs template=, a Template"),
+        (lambda b, a, j, r, c: a.encode(b, template=Template("{why}")), "reads column 'why'"),
         (lambda b, a, j, r, c: j.generate_sequences(b, stop="x"), "write stop=('###',)"),
         (lambda b, a, j, r, c: j.generate_sequences(b, stop=("",)), "not empty"),
         (lambda b, a, j, r, c: j.generate_sequences(b, temperature=0.0), "temperature must be > 0"),

@@ -185,7 +185,7 @@ def test_a_step_on_every_output_equals_a_plain_step(
 # --- without gradient ------------------------------------------------------------------------------
 def read(student: Path, batch: Batch, engine: dict[str, Any]) -> dict[str, Any]:
     frozen = new_engine(student, trained=False, micro_batch_tokens=30, logit_chunk_tokens=7, **engine)
-    asked = ("heads.quality", f"top_k.{K}", "hidden", "heads.risk", "heads.idle")
+    asked = ("heads.quality", f"top_k.{K}", "hidden", "heads.risk", "heads.idle", "logits")
     sharing = engine.get("sequence_parallel", 1)
     return frozen.forward(my_rows(batch, "all on rank 0", sharing), asked, TEMPERATURE)  # type: ignore[no-any-return]
 
@@ -205,6 +205,11 @@ def test_columns_of_outputs_are_those_of_the_library_s_model(
     for name, values in {"top_log_probs": log_probs, "top_log_rest": rest, **plain}.items():
         if name in mine:
             np.testing.assert_allclose(mine[name].values, values.numpy(), rtol=2e-4, atol=2e-5, err_msg=name)
+    # At no temperature, and not normalised: below the largest by as much as its log-prob is, times the temperature.
+    of_targets = plain["log_p"].gather(-1, torch.from_numpy(batch["response_ids"].values).long()[:, None])[:, 0]
+    below = TEMPERATURE * (of_targets - plain["log_p"].amax(-1))
+    found = mine["logits"].values - mine["largest_logits"].values
+    np.testing.assert_allclose(found, below.numpy(), rtol=2e-4, atol=2e-5)
     assert not mine["heads.idle"].values.any()
     assert mine["heads.quality"].offsets is None and mine["heads.risk"].offsets is not None
     if not engine.get("sequence_parallel"):  # a rank without rows gives columns that go with those of the other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf_dist.parsers import Number
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from tests.tiny import save_llama
+from workers.asked import Asker, encode_rows
 from workers.rollout import RolloutWorker
 
 TEMPERATURE, SHARE = 0.7, 0.3
@@ -122,6 +124,32 @@ def test_a_prefix_of_text_or_ids_is_gone_on_from(workers: dict[str, RolloutWorke
         begun = ask(workers["actor"], batch, prefix=prefix)
         assert begun.columns["prompt_ids"].values.tolist() == given["prompt_ids"].values.tolist()
         assert begun.columns["response_ids"].values.tolist() == whole.columns["response_ids"].values.tolist()
+
+
+def test_rows_are_encoded_under_another_prompt_and_with_another_response(folders: dict[str, Path]) -> None:
+    context = WorkerContext(
+        role="actor", rank=0, world=1, device="cpu", seed=0, tokenizers={"data": str(folders["actor"])}
+    )
+    asker, tokenizer = Asker(str(folders["actor"]), context), AutoTokenizer.from_pretrained(folders["actor"])
+    batch = prompts(
+        "1+1=", "9-4=", why=Column.strings(["add", "subtract these"]), n=Column.dense([2, 5], dtype="float32")
+    )
+    limits = RolloutConfig(max_prompt_tokens=12, max_response_tokens=6)
+    template = Template("{prompt} {n}?", answer=" ok")
+    encode = partial(encode_rows, asker, limits, template=template, decode={}, response=None, key="actor.rollout")
+    columns = encode(batch).columns
+    assert [tokenizer.decode(ids) for ids in columns["prompt_ids"].rows()] == ["1+1= 2? ok", "9-4= 5? ok"]
+    assert set(columns) == {"prompt_ids", "prompt"}, "the responses stay"
+    found = encode(batch, response="why")
+    said = [tokenizer.decode(ids) for ids in found.columns["response_ids"].rows()]
+    assert said == ["add" + tokenizer.eos_token, "subtra"], "an end of its own, and a cut where it is too long"
+    assert found.columns["finished"].values.tolist() == [1, 0] and found.metrics["responses_cut"].value == 1
+    assert found.columns["response_mask"].values.tolist() == [1] * 10
+    assert encode(batch.take([]), response="why").columns.num_rows == 0
+    with pytest.raises(ValueError, match="13 tokens of row 0, and actor.rollout.max_prompt_tokens is 12; set actor"):
+        encode(batch, template=Template("{prompt}{prompt}{prompt}."))
+    with pytest.raises(ValueError, match="response='n' must be a column of text, got float32"):
+        encode(batch, response="n")
 
 
 def log_probs(models: list[Any], share: float, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:

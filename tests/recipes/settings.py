@@ -31,13 +31,28 @@ def make_files(folder: Path) -> Made:
             "rejected": str(a),
             "margin": 1.0 + b,
             "sign": 1.0 - 2 * (b % 2),
+            "open": float(b % 2),
+            **{"user": a, "task": b, "capability": b},
         }
         for a, b in sums
     ]
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls = [{"prompt": row["prompt"], "answer": json.dumps([{"name": "add", "parameters": {"a": 1}}])} for row in rows]
     (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calls))
+    selects = [{**row, "answer": "select 1", "schema": "create table t(a); insert into t values(1);"} for row in rows]
+    (folder / "selects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in selects))
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    passages = [" ".join(one + two for one in letters[k::6] for two in letters) for k in range(6)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
+    queries = [{"prompt": row["prompt"], "answer": json.dumps([0, 3])} for row in rows]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    texts = [{"prompt": "", "answer": f"{a} and {b}. so {a + b}. that is all."} for a, b in sums]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return {
+        "selects": folder / "selects.jsonl",
+        "corpus": folder / "corpus.jsonl",
+        "queries": folder / "queries.jsonl",
+        "texts": folder / "texts.jsonl",
         "labelled": folder / "labelled.jsonl",
         "calls": folder / "calls.jsonl",
         "scores": save_classifier(folder / "scores"),
@@ -49,6 +64,9 @@ def make_files(folder: Path) -> Made:
 ASKED = {"algorithm.marker": "", "algorithm.question": "{prompt} {response} score:"}
 """For judges that read a few hundred characters, and say a verdict without more words."""
 PAIR = {**ASKED, "algorithm.question": "{response_a} {response_b} better:", "algorithm.votes": 2}
+
+LONG = {"actor.rollout.max_response_tokens": 96, "algorithm.seconds": 300.0}
+"""For episodes of several turns; seconds are a loaded machine's."""
 
 SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "alol": lambda made: {"data.train.path": made["labelled"], "algorithm.warmup": 0},
@@ -88,6 +106,8 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "density_ratio": lambda made: {"strong.model.path": made["other"], "algorithm.samples_per_prompt": 3},
     "dense_rewards": lambda made: {
         "dpo_model.model.path": made["other"],
+        "rewriter.model.path": made["other"],
+        "attentive.model.path": made["scores"],
         "step_model.model.path": made["scores"],
         "algorithm.step_tokens": 3,
         "algorithm.mini_batches": 1,
@@ -172,8 +192,179 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
         **{"algorithm.plain": True, "algorithm.begin": ":", "algorithm.end": "=", "algorithm.forgiving": False},
         **{"algorithm.unfinished_reward": -1.0, "algorithm.seconds": 300.0},  # which are a loaded machine's
     },
-    "turn_ppo": lambda made: {"actor.rollout.max_response_tokens": 64, "algorithm.seconds": 300.0},
+    "agent_r": lambda made: {
+        **{"actor.rollout.max_response_tokens": 16, "algorithm.attempt_tokens": 5, "algorithm.revision": "="},
+    },
+    "b_star": lambda made: {
+        **{
+            "algorithm.samples_per_prompt": 3,
+            "algorithm.temperatures": [0.7, 1.5],
+            "algorithm.thresholds": [-9.0, 0.0],
+        },
+        **{"scorer.model.path": made["scores"], "reward.function": MIXED},
+    },
+    "critique_grpo": lambda made: {
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "reward.function": MIXED},
+        **{"algorithm.critique": "{question} {answer_given}", "algorithm.refine": "{question}={answer_given}="},
+    },
+    "guided_decoding": lambda made: {
+        **{"algorithm.steps": 2, "algorithm.step_tokens": 2, "algorithm.expand": 3, "policy.model.path": made["other"]},
+        **{"judge.model.path": made["judge"], "algorithm.look_ahead": 2, "algorithm.marker": ""},
+        **{"algorithm.question": "{response_a} {response_b} better:"},
+    },
+    "q_probe": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 3},
+    "reex_sql": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.turn_tokens": 6, "algorithm.seconds": 300.0},
+        **{"data.train.path": made["selects"], "algorithm.begin": "+", "algorithm.end": "="},
+    },
+    "smart": lambda made: {
+        **{"algorithm.strategies": ["1+1=2;", "2+2=4;"], "reward.function": MIXED},
+        "algorithm.samples_per_prompt": 2,
+    },
+    "step_preferences": lambda made: {
+        **{"actor.rollout.max_response_tokens": 48, "algorithm.step_tokens": 4, "algorithm.depth": 3},
+        **{"algorithm.simulations": 4, "algorithm.expand": 3, "reference.model.path": made["other"]},
+        **{"actor.rollout.max_prompt_tokens": 16, "algorithm.question": "? "},
+    },
+    "step_values": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.step_tokens": 4, "algorithm.depth": 2},
+    },
+    "tpo": lambda made: {
+        **{"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2, "algorithm.rounds": 1},
+        **{"algorithm.loss": "{best}:{worst}", "algorithm.gradient": "{criticism}=", "algorithm.update": "{advice}="},
+    },
+    "tree_grpo": lambda made: {
+        **{"actor.rollout.max_response_tokens": 24, "algorithm.step_tokens": 4, "algorithm.depth": 2},
+        "algorithm.expand": 3,
+    },
+    "turn_ppo": lambda made: {**LONG, "actor.rollout.max_response_tokens": 160},
+    "self_play": lambda made: {"algorithm.episodes": 8, "algorithm.moves": "[a,e,i]"},
+    "frozen_partner": lambda made: {
+        **LONG,
+        **{"frozen.model.path": made["other"], "frozen.rollout.max_response_tokens": 24},
+        **{"algorithm.turn_tokens": 8, "algorithm.frozen_tokens": 8, "actor.rollout.max_prompt_tokens": 128},
+        "frozen.rollout.max_prompt_tokens": 128,
+    },
+    "query_expansion": lambda made: {"algorithm.corpus": made["corpus"], "data.train.path": made["queries"]},
+    "refuel": lambda made: {
+        **LONG,
+        **{"user.model.path": made["other"], "user.rollout.max_response_tokens": 64},
+        **{"algorithm.turns": 3, "algorithm.turn_tokens": 4, "algorithm.user_tokens": 4},
+    },
+    "environment_preference": lambda made: {
+        **LONG,
+        **{"algorithm.turn_tokens": 5, "algorithm.samples_per_prompt": 4, "reference.model.path": made["other"]},
+    },
+    "expert_steps": lambda made: {"reference.model.path": made["other"]},
+    "gameable": lambda made: {**LONG, "algorithm.turn_tokens": 6, "algorithm.samples_per_prompt": 4},
+    "ask_for_help": lambda made: {
+        **{"agent.rollout.max_response_tokens": 64, "helper.rollout.max_prompt_tokens": 256},
+        **{"algorithm.turns": 3, "algorithm.turn_tokens": 4, "algorithm.samples_per_prompt": 2},
+        "algorithm.seconds": 300.0,
+    },
+    "imagined_dialogues": lambda made: {
+        **{"imaginer.rollout.max_response_tokens": 64, "imaginer.model.path": made["other"]},
+        **{"algorithm.turns": 2, "algorithm.turn_tokens": 4, "algorithm.seconds": 300.0},
+    },
+    "rlpt": lambda made: {
+        **{"data.train.path": made["texts"], "judge.model.path": made["judge"], "algorithm.samples_per_prompt": 4},
+        **{"algorithm.question": "{truth} {response} score:", "algorithm.yes": "1", "algorithm.no": "2"},
+        **{"actor.rollout.max_prompt_tokens": 128},
+        **{"algorithm.next_segment": "{before}", "algorithm.middle_segment": "{before} - {behind}"},
+    },
+    "executed": lambda made: {
+        **{f"{role}.function": MIXED for role in ("form", "run", "right", "same")},
+        "algorithm.samples_per_prompt": 4,
+    },
     "two_teachers": lambda made: {"first.model.path": made["other"], "algorithm.top_k": 5},
+    "vas": lambda made: {"policy.model.path": made["other"], "algorithm.samples_per_prompt": 2},
+    "reward_augmented": lambda made: {"reward.model.path": made["scores"], "actor.rollout.max_prompt_tokens": 64},
+    "t_reg": lambda made: {"algorithm.better": "good: {prompt}", "algorithm.worse": "bad: {prompt}"},
+    "srpo": lambda made: {"algorithm.question": "{prompt} {shown_ids} better:"},
+    "ultrafeedback": lambda made: {
+        **{"judge.model.path": made["judge"], "second.model.path": made["other"]},
+        **{"algorithm.marker": "", "algorithm.question": "{prompt} {response} ASPECT: "},
+        "algorithm.samples_per_model": 4,
+        "judge.rollout.max_response_tokens": 1,
+    },
+    "rlhs": lambda made: {
+        **{"judge.model.path": made["judge"], "world.model.path": made["other"], "algorithm.marker": ""},
+        **{"algorithm.world": "{prompt} {response}", "algorithm.question": "{asked} {advice} {response}"},
+        **{"data.prompts_per_step": 8, "judge.rollout.max_response_tokens": 1},
+    },
+    "refcritic": lambda made: {
+        **{"solver.model.path": made["other"], "verifier.function": MIXED, "algorithm.refinements": 2},
+        **{"algorithm.critique": "{prompt} {response}", "algorithm.refine": "{problem} {solution} {response}"},
+    },
+    "spark": lambda made: {
+        **{"reward.function": MIXED, "algorithm.marker": "", "algorithm.samples_per_prompt": 3},
+        **{"algorithm.pointwise": "{prompt} {response}", "algorithm.pairwise": "{response_a} {response_b}"},
+        "algorithm.reflect": "{prompt} {response}",
+    },
+    "reflective": lambda made: {
+        **{"reference.model.path": made["other"], "reward.function": MIXED},
+        **{"algorithm.feedback": "{prompt} {response}", "algorithm.refine": "{asked} {draft} {response}"},
+    },
+    "popri": lambda made: {
+        "encoder.model.path": made["other"],
+        "data.sources.clients.path": made["labelled"],
+        "data.sources.prompts.path": made["labelled"],
+        "algorithm.samples_per_prompt": 4,
+    },
+    "nash_mp": lambda made: {"reward.function": MIXED},
+    "meta_policy": lambda made: {
+        **{"judge.model.path": made["judge"], "meta.model.path": made["other"], "algorithm.marker": ""},
+        **{"algorithm.question": "{rubric} {prompt} {response}", "algorithm.meta": "{rubric} {samples}"},
+        **{"algorithm.every": 1, "algorithm.begin": "", "algorithm.end": "", "algorithm.shown": 1},
+        **{"algorithm.rubric": "short", "algorithm.mini_batches": 1},
+    },
+    "goal_conditioned": lambda made: {"data.train.path": made["labelled"]},
+    "consistency": lambda made: {"reward.model.path": made["scores"]},
+    "charm": lambda made: {
+        **{f"data.sources.{name}.path": made["labelled"] for name in ("pairs", "unlabelled")},
+        **{"reward.model.path": made["scores"], "algorithm.sure": 0.0},
+    },
+    "relevance": lambda made: {
+        **{"data.train.path": made["labelled"], "retriever.function": MIXED, "algorithm.mini_batches": 1},
+    },
+    "step_consensus": lambda made: {
+        **{"judge.model.path": made["judge"], "verifier.function": MIXED, "learner.model.path": made["scores"]},
+        **{"algorithm.question": "{prompt} {response_ids}", "algorithm.marker": "", "algorithm.words": ("1", "2")},
+        **{"algorithm.samples_per_prompt": 4, "algorithm.completions": 1, "algorithm.step_tokens": 8},
+        "judge.rollout.max_response_tokens": 1,
+    },
+    "personal": lambda made: {"data.train.path": made["labelled"], "encoder.model.path": made["other"]},
+    "domain_features": lambda made: {
+        **{f"data.sources.{name}.path": made["labelled"] for name in ("prompts", "pairs")},
+        **{"judge.model.path": made["judge"], "judge.rollout.max_response_tokens": 30, "algorithm.marker": ""},
+        **{"algorithm.question": "{prompt} {response_ids}", "algorithm.samples_per_prompt": 4},
+        "algorithm.mini_batches": 1,
+    },
+    "teacher_forced": lambda made: {"teacher.model.path": made["other"]},
+    "critic_spans": lambda made: {
+        **{"judge.model.path": made["judge"], "reference.model.path": made["other"], "algorithm.mini_batches": 1},
+        **{"algorithm.question": "{prompt} {response}", "algorithm.good": "", "algorithm.bad": ""},
+    },
+    "rlfr": lambda made: {
+        "reward.function": MIXED,
+        "data.sources.experts.path": made["labelled"],
+        "data.sources.prompts.path": made["labelled"],
+        "algorithm.samples_per_prompt": 4,
+    },
+    "deception": lambda made: {f"{role}.model.path": made["scores"] for role in ("weak", "taught", "ceiling")},
+    "win_rate": lambda made: {
+        **{"judge.model.path": made["judge"], "baseline.model.path": made["other"], "algorithm.marker": ""},
+        "algorithm.question": "{response_a} {response_b}",
+    },
+    "self_improving": lambda made: {
+        **{"judge.model.path": made["judge"], "algorithm.marker": "", "algorithm.words": ("1", "2")},
+        **{"algorithm.write": "{prompt}", "algorithm.question": "{asked} {response}"},
+        **{"algorithm.samples_per_problem": 4, "judge.rollout.max_response_tokens": 1},
+    },
+    "eva": lambda made: {
+        **{"creator.model.path": made["other"], "reference.model.path": made["other"], "reward.function": MIXED},
+        **{"algorithm.evolve": "{prompt}", "algorithm.evolved": 2},
+    },
     "xpo": lambda made: {"reference.model.path": made["other"]},
 }
 """Recipe -> settings that differ from the kit's; a recipe that is not here runs with the kit's."""

@@ -12,13 +12,11 @@ from recipes.online_preference.nash_md import win_advantage
 from recipes.online_preference.self_rewarding import ADDITIVE, SelfRewarding
 from recipes.policy_gradient.adaptive_kl import AdaptiveKL, KlCoefficient
 from recipes.policy_gradient.chord import expert_nll, mu_at
-from recipes.policy_gradient.dapo import soft_overlong_punishment
 from recipes.policy_gradient.fine_grained_rlhf import rewards_of_segments
 from recipes.policy_gradient.greso import GRESO, History
 from recipes.policy_gradient.ma_rlhf import segment_gae
 from recipes.policy_gradient.oreal import copy_and_avoid, outcome_cross_entropy, right_and_wrong
 from recipes.policy_gradient.pf_ppo import filtered
-from recipes.policy_gradient.reward_ensemble import combined
 from recipes.preference.hypo import kl_of_samples
 from recipes.preference.kto import kl_of, kto_loss, mismatched
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
@@ -40,16 +38,6 @@ def micro_batch(columns: dict[str, list[float]], lengths: list[int]) -> Rows:
         group_of_row=torch.arange(len(lengths)),
         num_groups=len(lengths),
     )
-
-
-def test_daposs_price_rises_over_the_last_tokens() -> None:
-    # longest 10, slack 0.4: free up to 6 tokens, then 1/4 for each more.
-    batch = Batch(
-        {"rewards": Column(np.ones(4, np.float32)), "response_mask": ragged([1] * 5, [1] * 6, [1] * 7, [1] * 10)}
-    )
-    result = soft_overlong_punishment(batch, longest=10, slack=0.4)
-    np.testing.assert_allclose(result.columns["rewards"].values, [1, 1, 0.75, 0], atol=1e-6)
-    assert result.metrics["price"].value == pytest.approx(1.25 / 4)
 
 
 def test_ktos_baseline_is_the_mean_log_ratio_of_mismatched_rows_and_never_negative() -> None:
@@ -132,18 +120,6 @@ def test_pf_ppo_keeps_the_best_the_worst_or_one_at_random() -> None:
     assert {row for rows in drawn for row in rows} == {0, 1, 2, 3, 4, 5} and all(
         1 in rows and 5 in rows for rows in drawn
     )
-
-
-def test_an_ensemble_is_its_mean_its_minimum_or_its_mean_less_its_variance() -> None:
-    # Scores 1, 2, 3: mean 2, variance 2/3, minimum 1. Scores 2, 2, 2: all 2.
-    scores = {f"score_{k}": Column(np.array([k, 2], np.float32)) for k in (1, 2, 3)}
-    found = {
-        how: combined(Batch(scores), combine=how, variance_coef=0.3).columns["rewards"].values
-        for how in ("mean", "wco", "uwo")
-    }
-    np.testing.assert_allclose(found["mean"], [2, 2])
-    np.testing.assert_allclose(found["wco"], [1, 2])
-    np.testing.assert_allclose(found["uwo"], [1.8, 2], rtol=1e-6)
 
 
 def test_macro_actions_of_one_token_are_ppo_and_of_two_share_their_advantage() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.agents.prompt_writer import mean_of_answers, written_prompt
+from recipes.agents.prompt_writer import written_prompt
 from recipes.constrained.multipliers import Constrained, Multipliers, weighed
 from recipes.evaluation.best_of_list import found_right
 from recipes.evaluation.diversity import distinct
@@ -234,7 +234,7 @@ def test_follow_ups_are_put_behind_a_response_and_summed_with_their_signs() -> N
     assert values(likelihoods(rows, said), "rewards") == [2, -3]
 
 
-def test_a_hint_becomes_a_prompt_and_has_the_mean_reward_of_its_answers() -> None:
+def test_a_hint_becomes_a_prompt() -> None:
     hints = Batch(
         {
             "prompt_ids": ragged([1], [2], [3], dtype="int32"),
@@ -245,9 +245,6 @@ def test_a_hint_becomes_a_prompt_and_has_the_mean_reward_of_its_answers() -> Non
     rows = lambda made: [row.tolist() for row in made["prompt_ids"].rows()]  # noqa: E731
     assert rows(written_prompt(hints, keep_prompt=True)) == [[1, 4], [2, 5], [3]]
     assert rows(written_prompt(hints, keep_prompt=False)) == [[4], [5], [3]]
-    own = Batch({"row_id": numbers(5, 6, dtype="int64"), "group_id": numbers(0, 0, dtype="int64")})
-    answers = Batch({"parent_id": numbers(6, 5, 6, dtype="int64"), "rewards": numbers(1, 3, 0)})
-    assert values(mean_of_answers(own, answers).columns, "rewards") == [3, 0.5]
 
 
 def test_multipliers_rise_below_their_point_and_fall_above_it() -> None:

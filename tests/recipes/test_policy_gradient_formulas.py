@@ -12,7 +12,6 @@ from recipes.policy_gradient._surrogates import covariance_of, covariance_surrog
 from recipes.policy_gradient.dense_rewards import implicit_rewards, step_rewards
 from recipes.policy_gradient.ppo_max import PPOMax, Rewards
 from recipes.policy_gradient.rejection import all_good, different_ones, own_likelihood, penalised, right_ones
-from recipes.policy_gradient.reward_ensemble import combined
 from recipes.policy_gradient.shaped_rewards import Shaped, Spread, against_references, by_length
 from recipes.policy_gradient.surrogates import as_many_below, pass_rates, weighed_by_themselves
 from rlhf_dist.algorithms import policy_gradient, ppo_clip
@@ -299,13 +298,3 @@ def test_token_rewards_of_a_dpo_model_and_of_a_step_model() -> None:
     assert values(step_rewards(batch, kind="clip", **steps), "token_rewards") == [0, 0, -0.25, 0]
     delta = values(step_rewards(batch, kind="delta", **steps), "token_rewards")
     assert delta == [0, 0.5, 0.25, 0.5] and sum(delta[:3]) == 0.75  # telescopes to the first step's value
-
-
-def test_an_ensembles_other_ways() -> None:
-    scores = {f"score_{k}": numbers(k * k) for k in (1, 2, 3)}  # 1, 4, 9: mean 14/3, median 4, minimum 1
-    deviation = np.std([1, 4, 9])
-    for how, expected in (("median", 4), ("mean_std", 14 / 3 - 0.5 * deviation), ("nominal_worst", 0.5 * 1 + 0.5 * 1)):
-        found = combined(Batch(scores), combine=how, variance_coef=0.5)
-        assert values(found.columns, "rewards") == pytest.approx([expected])
-    weighted = combined(Batch(scores), combine="weighted", variance_coef=0.0, weights=(1.0, 0.5, 0.0))
-    assert values(weighted.columns, "rewards") == [3.0]

@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from rlhf_dist.machine_settings import takes_packs
+from workers.engines.model.attention_map import Watch, attention_of_last_tokens
 from workers.engines.model.token_split import heads_for_tokens, tokens_for_heads
 
 
@@ -158,15 +159,17 @@ class Pass:
     """Local attention that masks or layers have asked for so far, in tokens."""
     softcaps: set[float]
     """Caps on scores that layers have asked for so far."""
+    watch: Watch | None = None
+    """What of a layer's attention is asked for beside its result."""
 
 
 _running: list[Pass] = []
 
 
 @contextmanager
-def running(packing: Packing) -> Iterator[Pass]:
+def running(packing: Packing, watch: Watch | None = None) -> Iterator[Pass]:
     """Masks that models make inside are of this packing; models make theirs before the first layer."""
-    _running.append(Pass(packing, set(), set()))
+    _running.append(Pass(packing, set(), set(), watch))
     try:
         yield _running[-1]
     finally:
@@ -217,6 +220,9 @@ def packed_attention(
         raise ValueError(f"{type(module).__name__} makes attention masks of its own, which do not know about packs")
     if _running and softcap is not None:
         _running[-1].softcaps.add(softcap)
+    watch = _running[-1].watch if _running else None
+    if watch is not None and getattr(module, "layer_idx", None) == watch.layer:
+        watch.found = attention_of_last_tokens(watch, query, key, mask, scaling, softcap, s_aux)
     group = mask.packing.group
     if group is not None:
         if s_aux is not None:

@@ -89,6 +89,20 @@ def top_k(
     return torch.cat(ids), torch.cat(log_probs), torch.cat(rest)
 
 
+def chosen_and_largest_logits(
+    hidden: Tensor, logits_of: LogitsOf, targets: Tensor, *, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The logit of each target and the largest of all before it, [T] float32 each, as the head gives them: not divided
+    by a temperature, not normalised, without gradient."""
+    chosen, largest = [], []
+    with torch.no_grad():
+        for part in _chunks(len(hidden), chunk_tokens):
+            logits = logits_of(hidden[part]).float()
+            chosen.append(logits.gather(-1, targets[part, None]).squeeze(-1))
+            largest.append(logits.amax(-1))
+    return torch.cat(chosen), torch.cat(largest)
+
+
 def log_probs_at(log_p: Tensor, ids: Tensor) -> Tensor:
     """[t, V], [t, k] -> [t, k + 1]: those of `ids`, and last the log of the probability of all others."""
     return torch.cat([log_p.gather(-1, ids), _rest(log_p, ids)[:, None]], dim=-1)

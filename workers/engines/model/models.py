@@ -38,9 +38,11 @@ from workers.engines.added.lora import add_adapters
 from workers.engines.added.own_heads import head_module, start_heads, width_of
 from workers.engines.files.load import Head, Weights, load
 from workers.engines.model.attention import running
+from workers.engines.model.attention_map import Watch
 from workers.engines.model.distribution import (
     LogitsOf,
     Reduce,
+    chosen_and_largest_logits,
     log_probs_at,
     logits_of_matrix,
     over_vocabulary,
@@ -58,6 +60,8 @@ from workers.engines.model.token_split import gather_tokens, summed_gradient
 
 TOP_COLUMNS = ("top_ids", "top_log_probs", "top_log_rest")
 """What `top_k.K` gives: [T, K], [T, K] and [T]."""
+LOGIT_COLUMNS = ("logits", "largest_logits")
+"""What `logits` gives: [T] each."""
 
 
 class RoleModel(nn.Module, ABC):
@@ -159,8 +163,8 @@ class RoleModel(nn.Module, ABC):
         for mixer in self._mixers:
             mixer.packing = None if packed.way.grid else packed.packing
 
-    def trunk(self, packed: Packed) -> Any:
-        """What the library's trunk returns for the pack."""
+    def trunk(self, packed: Packed, watch: Watch | None = None) -> Any:
+        """What the library's trunk returns for the pack. watch: what else is asked of its attention, in a pack only."""
         self.take(packed)
         way = packed.way
         inputs: dict[str, Any] = {"input_ids": packed.input_ids}
@@ -180,7 +184,7 @@ class RoleModel(nn.Module, ABC):
             inputs["position_ids"] = packed.position_ids
         if "kwargs" in self._accepts:
             inputs["packing"] = packed.packing
-        with running(packed.packing) as one, row_lengths(packed.row_tokens):
+        with running(packed.packing, watch) as one, row_lengths(packed.row_tokens):
             states = trunk(**inputs)
         self.windows, self.softcaps = one.windows, one.softcaps
         return states
@@ -189,7 +193,7 @@ class RoleModel(nn.Module, ABC):
 class PolicyModel(RoleModel):
     """A causal language model that gives log-probabilities and entropy of response tokens."""
 
-    outputs = (*OF_LANGUAGE_MODELS, "top_k")
+    outputs = (*OF_LANGUAGE_MODELS, "top_k", "logits")
     of_its_head = frozenset({"log_probs", "entropy", "log_probs_at", "over_vocabulary"})
 
     def __init__(self, hf: PreTrainedModel, heads: Sequence[OwnHead], logit_chunk_tokens: int) -> None:
@@ -197,7 +201,8 @@ class PolicyModel(RoleModel):
         self.logit_chunk_tokens = logit_chunk_tokens
 
     def run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
-        """Float32, nats at `temperature`. `top_k.32` gives top_ids and top_log_probs [T, 32] and top_log_rest [T]."""
+        """Float32, nats at `temperature`. `top_k.32` gives top_ids and top_log_probs [T, 32] and top_log_rest [T];
+        `logits`, whatever the temperature, logits and largest_logits [T]."""
         split = packed.split
         found: dict[str, Tensor] = {}
         if packed.way.head == "whole":
@@ -220,6 +225,8 @@ class PolicyModel(RoleModel):
                 found["hidden"] = hidden.float()
             elif kind_of(output) == "top_k":
                 found |= self._top_k(packed, states, hidden, int(argument_of(output)), temperature)
+            elif output == "logits":
+                found |= self._logits(packed, states, hidden)
             elif kind_of(output) in ("log_probs_at", "over_vocabulary"):
                 found[key_of(output)] = self._over_vocabulary(packed, states, hidden, output, temperature)
         result = {name: gather_tokens(values, packed.token_counts, split) for name, values in found.items()}
@@ -255,10 +262,18 @@ class PolicyModel(RoleModel):
             raise ValueError(f"the head of {type(self.hf).__name__} is not one matrix; set tensor_parallel=1")
         return None
 
-    def _top_k(self, packed: Packed, states: Any, hidden: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
+    def _logits_of(self, packed: Packed, states: Any) -> LogitsOf:
         head = self._head(packed)
-        logits_of: LogitsOf = logits_of_matrix(head) if head else partial(library_logits, self.hf, states)
-        found = top_k(hidden, logits_of, k, temperature=temperature, chunk_tokens=self.logit_chunk_tokens)
+        return logits_of_matrix(head) if head else partial(library_logits, self.hf, states)
+
+    def _logits(self, packed: Packed, states: Any, hidden: Tensor) -> dict[str, Tensor]:
+        logits_of = self._logits_of(packed, states)
+        found = chosen_and_largest_logits(hidden, logits_of, packed.targets, chunk_tokens=self.logit_chunk_tokens)
+        return dict(zip(LOGIT_COLUMNS, found, strict=True))
+
+    def _top_k(self, packed: Packed, states: Any, hidden: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
+        logits_of, chunk_tokens = self._logits_of(packed, states), self.logit_chunk_tokens
+        found = top_k(hidden, logits_of, k, temperature=temperature, chunk_tokens=chunk_tokens)
         return dict(zip(TOP_COLUMNS, found, strict=True))
 
     def _over_vocabulary(
@@ -300,12 +315,16 @@ def _answers(hidden: Tensor, weight: Tensor) -> Tensor:
 class ValueModel(RoleModel):
     """A trunk with a linear head: values before each response token, or scores at the end of each row."""
 
-    outputs = OF_VALUE_MODELS
+    outputs = (*OF_VALUE_MODELS, "attention")
     of_its_head = frozenset({"values", "scores"})
 
     def run(self, packed: Packed, outputs: Sequence[Output], temperature: float) -> dict[str, Tensor]:
-        """Float32; values and scores have K numbers each of a head with K > 1 labels. The temperature is not used."""
-        states = self.trunk(packed)
+        """Float32; values and scores have K numbers each of a head with K > 1 labels. The temperature is not used.
+
+        attention [T]: the share of the last layer's attention that a row's last token gives to each response token.
+        """
+        watch = self._watch(packed) if "attention" in outputs else None
+        states = self.trunk(packed, watch)
         hidden = summed_gradient(states.last_hidden_state.flatten(0, 1), packed.split)
         # The head in float32: bfloat16 has three digits, too few for returns to be fitted.
         head = summed_gradient(self.hf.score.weight, packed.split).float()
@@ -316,6 +335,10 @@ class ValueModel(RoleModel):
         }
         found: dict[str, Tensor] = {}
         for name in map(key_of, outputs):
+            if name == "attention":
+                assert watch is not None, "asked for above"
+                found[name] = self._watched(watch)
+                continue
             if kind_of(name) == "heads":
                 found[name] = self._say(argument_of(name), hidden, packed)
                 continue
@@ -324,6 +347,18 @@ class ValueModel(RoleModel):
             said = picked if name == "hidden" else _answers(picked, head)
             found[name] = gather_tokens(said, counts, packed.split)
         return found
+
+    def _watch(self, packed: Packed) -> Watch:
+        if packed.way.grid or packed.split.sequence > 1:
+            way = "a piece of each row a rank" if packed.split.sequence > 1 else str(packed.way)
+            raise ValueError(f"attention is given of packed whole rows, and {type(self.hf).__name__} runs {way} here")
+        layer = self.hf.config.get_text_config().num_hidden_layers - 1
+        return Watch(layer, packed.last_token, packed.response_tokens)
+
+    def _watched(self, watch: Watch) -> Tensor:
+        if watch.found is None:
+            raise ValueError(f"the last layer of {type(self.hf).__name__} has no attention to look at")
+        return watch.found
 
 
 def build_model(

@@ -52,6 +52,8 @@ class Packed:
     last_token: Tensor
     """[b] int64; the position of each row's last token."""
     split: TokenSplit
+    response_tokens: Tensor
+    """[B] int64; of each row of the whole pack."""
     token_counts: tuple[int, ...]
     """t of each rank of the split."""
     row_counts: tuple[int, ...]
@@ -131,6 +133,7 @@ def pack(
         targets=move(responses.values[tokens].astype(np.int64)),
         last_token=move(last[rows] - first),
         split=split,
+        response_tokens=move(responses.lengths.astype(np.int64)),
         token_counts=token_counts,
         row_counts=row_counts,
         padding=places.padding,

@@ -81,7 +81,8 @@ class TrainingEngine(Protocol):
         self, batch: Batch, outputs: Sequence[Output], temperature: float = 1.0, *, base: bool = False
     ) -> dict[str, Column]:
         """`outputs` without gradient, by `key_of`: ragged float32 columns aligned with response_ids, dense ones for
-        `scores` [B] and heads at the last token. `top_k.32` gives top_ids (int32), top_log_probs and top_log_rest.
+        `scores` [B] and heads at the last token. `top_k.32` gives top_ids (int32), top_log_probs and top_log_rest,
+        `logits` logits and largest_logits.
 
         Reads prompt_ids (at least one token a row) and response_ids (may be empty). Entry j is read at the
         position before response token j: log_probs[j] and entropy[j] are those of token j, values[j] is the

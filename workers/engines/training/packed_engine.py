@@ -30,7 +30,7 @@ from rlhf_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.schema import SEQUENCE
 from workers.engines.added.lora import without_adapters
-from workers.engines.model.models import TOP_COLUMNS, RoleModel
+from workers.engines.model.models import LOGIT_COLUMNS, TOP_COLUMNS, RoleModel
 from workers.engines.model.packing import Packed, filler, longest_row, pack
 from workers.engines.model.probe import probe
 from workers.engines.model.router import check_balance
@@ -291,7 +291,8 @@ class PackedEngine(EngineWeights):
 
 def _nothing(outputs: Sequence[Output]) -> dict[str, npt.NDArray[np.float32]]:
     """Where no rank has rows."""
-    names = [name for output in outputs for name in (TOP_COLUMNS if kind_of(output) == "top_k" else (key_of(output),))]
+    several = {"top_k": TOP_COLUMNS, "logits": LOGIT_COLUMNS}
+    names = [name for output in outputs for name in several.get(kind_of(output), (key_of(output),))]
     return {name: np.empty(0, np.float32) for name in names}
 
 
