@@ -399,7 +399,8 @@ class RayConfig:
     call_timeout_s: float = 1800.0
     """Longest a single operation may take before the run fails, naming it."""
     worker_env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...)."""
+    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...).
+    `$NAME` is the value that NAME has where the run is started: secrets are given so, and are written nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
