@@ -16,14 +16,13 @@ from pathlib import Path
 
 from tests.runs.machines import Machines
 
-LIMIT_S = 420.0
-"""Longest that a run may take."""
 PLACED = ("placement.pools={main: {slots: 1, nodes: 2}}", "placement.host_processes=1", "ray.address=auto")
 VICTIM = 1
 
 
-def launch_on_machines(spec: Path, events: Path, output: Path, action: str) -> tuple[int | None, str]:
+def launch_on_machines(spec: Path, events: Path, output: Path, action: str, limit_s: float) -> tuple[int | None, str]:
     """A run over two machines; action: what happens to the second when its injector says so, `cut` or `power off`.
+    limit_s: longest that it may take.
 
     Returns the run's exit code and what it printed.
     """
@@ -41,7 +40,7 @@ def launch_on_machines(spec: Path, events: Path, output: Path, action: str) -> t
         if action:
             threading.Thread(target=act, name="fault", daemon=True).start()
         try:
-            done = machines.run(0, sys.executable, "-m", "benchmarks.chaos_run", str(spec), timeout_s=LIMIT_S)
+            done = machines.run(0, sys.executable, "-m", "benchmarks.chaos_run", str(spec), timeout_s=limit_s)
         finally:
             over.set()
     output.write_text(done.stdout + done.stderr)

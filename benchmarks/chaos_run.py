@@ -1,4 +1,4 @@
-"""One run of the chaos harness, with a fault or without: `python -m benchmarks.chaos_run SPEC.json`.
+"""One run of the chaos harness, with faults or without: `python -m benchmarks.chaos_run SPEC.json`.
 
     run() in the main thread                          Injector, in a thread of its own
       cluster, pools, steps  <── beat ── the target ──  is it at the operation that the fault waits for?
@@ -17,9 +17,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Fault:
     """A pattern of what the run must say."""
     nodes: int = 1
     """2: each rank has a machine of its own, and the action is one of chaos_machines.py."""
+    alone: bool = False
+    """In a run of its own, since the run ends by it."""
+    settings: Sequence[str] = ()
+    """Of the run that it hits, besides those of the mode."""
     corrupts: bool = False
     """Before the second launch the newest checkpoint is damaged."""
 
@@ -66,7 +70,8 @@ class Spec:
     """Of the command `rlhf-dist`."""
     events: str
     """File of what happened."""
-    fault: dict[str, Any] | None = None
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    """One after the other."""
 
 
 class Seen(Cluster):
@@ -81,36 +86,44 @@ class Seen(Cluster):
 
 
 class Injector(threading.Thread):
-    """Waits for the moment of a fault, and does it."""
+    """Waits for the moments of faults, one after the other, and does them."""
 
-    def __init__(self, fault: Fault, events: Path) -> None:
+    def __init__(self, faults: Sequence[Fault], events: Path) -> None:
         super().__init__(name="injector", daemon=True)
-        self.fault, self.events = fault, events
+        self.faults, self.events = faults, events
+        self.recovered = threading.Event()
+        """The run has said so since the last fault."""
 
     def run(self) -> None:
-        """Do it, and note when."""
-        while (pid := self._victim()) is None:
-            time.sleep(POLL_S)
-        note(self.events, "fault", pid=pid, **asdict(self.fault))
-        if self.fault.nodes > 1:
-            return  # who reads the events acts
-        what, _, count = self.fault.action.partition(":")
+        """Do them, and note when; the next one waits until the run has recovered from the last."""
+        for fault in self.faults:
+            while (pid := self._victim(fault)) is None:
+                time.sleep(POLL_S)
+            self.recovered.clear()
+            note(self.events, "fault", pid=pid, **asdict(fault))
+            if fault.nodes == 1:  # else who reads the events acts
+                self._act(fault, pid)
+            self.recovered.wait()
+
+    @staticmethod
+    def _act(fault: Fault, pid: int) -> None:
+        what, _, count = fault.action.partition(":")
         if what == "limit":
             limit = psutil.Process(pid).memory_info().vms + int(count)
             psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
         elif what == "file":
             psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (int(count), int(count)))
         else:
-            os.kill(pid, signal.Signals[self.fault.action])
+            os.kill(pid, signal.Signals[fault.action])
 
-    def _victim(self) -> int | None:
+    def _victim(self, fault: Fault) -> int | None:
         """The process, once it is at what the fault waits for."""
-        cluster, fault = Seen.made, self.fault
+        cluster = Seen.made
         named = fault.pool in ("driver", "raylet", "gcs", "agent")
         pool = cluster.pools.get("main" if named else fault.pool) if cluster is not None else None
-        if pool is None:
-            return None
         rank = 0 if named else fault.rank
+        if pool is None or rank >= pool.size:
+            return None
         if fault.op and not self._is_at(pool.processes[rank], fault):
             return None
         return named_process(fault.pool) if named else pool.pids[rank]
@@ -145,11 +158,13 @@ def note(events: Path, what: str, **more: Any) -> None:
         os.fsync(file.fileno())
 
 
-def noting(say: Callable[[Any, str], None], events: Path) -> Callable[[Any, str], None]:
+def noting(say: Callable[[Any, str], None], events: Path, injector: Injector) -> Callable[[Any, str], None]:
     """What a run says of itself, with the time: a run that recovers does not end."""
 
     def say_and_note(display: Any, text: str) -> None:
         note(events, "note", text=text)
+        if text.startswith("recovered"):
+            injector.recovered.set()
         say(display, text)
 
     return say_and_note
@@ -159,10 +174,10 @@ def main(file: str) -> int:
     """Run a spec; returns the command's exit code."""
     spec = Spec(**json.loads(Path(file).read_text()))
     events = Path(spec.events)
-    Display.note = noting(Display.note, events)  # type: ignore[method-assign]
+    injector = Injector([Fault(**fault) for fault in spec.faults], events)
+    Display.note = noting(Display.note, events, injector)  # type: ignore[method-assign]
     controller.cluster.start.Cluster = Seen  # type: ignore[misc]  # so that the injector reaches its processes
-    if spec.fault is not None:
-        Injector(Fault(**spec.fault), events).start()
+    injector.start()
     note(events, "begins")
     code = cli(spec.arguments)
     note(events, "ends", code=code)

@@ -9,6 +9,7 @@
     constrained         several objectives at a time
     reasoning           verifiable rewards with curricula, hints, votes
     agents              environments, tools, search, writers of prompts
+    search              trees of responses: preferences and values of steps, search with them
     evaluation          measurements; nothing learns
     systems             whole pipelines, as files of stages
 

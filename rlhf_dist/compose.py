@@ -12,7 +12,7 @@ Hydra's own structured configs cannot be frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_dist import typed
+from rlhf_dist.addresses import is_address, is_hub_name, local_data, local_model
 from rlhf_dist.auto_settings import settle
 from rlhf_dist.config import (
     MISSING,
@@ -272,7 +273,38 @@ def _build(root: type, composed: DictConfig, unused_roles: Set[str]) -> Any:
     settings = _resolved(composed)
     if not followed:
         settings["model"] = None  # Every role has a model of its own, so the shared one may be missing.
+    _fetch(settings, composed, unused_roles)
     return typed.build(root, settings)
+
+
+def _fetch(settings: dict[str, Any], composed: DictConfig, unused_roles: Set[str]) -> None:
+    """Put paths of this machine in place of models and data of a hub, or of another file system; and into what is kept
+    of the settings which revision that was."""
+    pinned: dict[str, str] = {}
+    for role, section in settings.items():
+        model: Any = section.get("model") if isinstance(section, dict) else None
+        path = model.get("path") if isinstance(model, dict) and role not in unused_roles else None
+        if not isinstance(path, str) or not (is_address(path) or is_hub_name(path)):
+            continue
+        model["path"], pinned[path] = local_model(path, f"{role}.model.path")
+        OmegaConf.update(composed, f"{role}.model.path", pinned[path])
+    shared = settings.get("model")
+    if isinstance(shared, dict) and shared.get("path") in pinned:
+        OmegaConf.update(composed, "model.path", pinned[shared["path"]])
+        shared["path"] = local_model(pinned[shared["path"]], "model.path")[0]
+    for key, source in _sources(settings["data"]):
+        if isinstance(source.get("path"), str) and is_address(source["path"]):
+            source["path"], pinned_rows = local_data(source["path"], f"{key}.path")
+            OmegaConf.update(composed, f"{key}.path", pinned_rows)
+
+
+def _sources(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every section that says where rows come from, by its key."""
+    named = {f"data.sources.{name}": one for name, one in (data.get("sources") or {}).items()}
+    for key, source in {"data.train": data["train"], "data.heldout": data.get("heldout"), **named}.items():
+        if isinstance(source, dict):
+            yield key, source
+            yield from ((f"{key}.mix.{name}", part) for name, part in (source.get("mix") or {}).items())
 
 
 def _resolved(composed: DictConfig, section: str = "") -> dict[str, Any]:

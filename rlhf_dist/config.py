@@ -83,7 +83,8 @@ class EngineConfig:
     packing: bool = True
     """Rows lie one after the other without padding. False pads every row to the longest, to compare."""
     share_prompts: bool = True
-    """Rows of one forward pass that have the same prompt compute it once (not with `sequence_parallel`)."""
+    """What rows of one forward pass begin with, a prompt or more of a tree, is computed once (not with
+    `sequence_parallel`)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
     compile: bool = False
@@ -178,6 +179,42 @@ class FunctionConfig:
 
     model: ClassVar[None] = None
     engine: ClassVar[EngineConfig] = EngineConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteJudgeConfig(FunctionConfig):
+    """A judge behind an OpenAI-compatible endpoint."""
+
+    url: str = ""
+    """Its address up to and with the version, http://HOST:PORT/v1."""
+    served_model: str = ""
+    """Name of the model, as the endpoint calls it."""
+    key_variable: str = ""
+    """Name of the environment variable that holds the key; empty for none. The key itself is written nowhere."""
+    concurrency: int = 16
+    """Requests under way at one time, in each of placement.host_processes."""
+    timeout_s: float = 60.0
+    """Longest that one request may take."""
+    deadline_s: float = 300.0
+    """Longest that a question may take, all tries together."""
+    tries: int = 6
+    """Times that a question is sent."""
+    backoff_s: float = 1.0
+    """Wait before the second try, which doubles with each; a random share of it, at least a half."""
+    backoff_most_s: float = 30.0
+    """Longest wait that it grows to; what a Retry-After asks for is kept."""
+    max_tokens: int = 512
+    """Most tokens of an answer."""
+    most_failed: float = 0.1
+    """Share of the questions of a step that may stay without an answer, which is a verdict that is missing; more ends
+    the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "timeout_s", "deadline_s", "tries", "max_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.most_failed <= 1:
+            raise ValueError(f"most_failed must be in [0, 1], got {self.most_failed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,12 +392,15 @@ class RayConfig:
     whatever RAY_ADDRESS says, and ends it with the run."""
     object_store_bytes: int = 512 << 20
     """Object store of a cluster started here."""
+    spare_slots: int = 0
+    """Slots beyond those of the pools that a cluster started here has, for pools that grow while the run goes."""
     ready_timeout_s: float = 120.0
     """Longest wait for slots to become free."""
     call_timeout_s: float = 1800.0
     """Longest a single operation may take before the run fails, naming it."""
     worker_env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...)."""
+    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...).
+    `$NAME` is the value that NAME has where the run is started: secrets are given so, and are written nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,13 +447,34 @@ class OutputConfig:
     """Steps between Parquet dumps of sampled rollouts; 0 for none."""
     rollout_rows: int = 16
     """Rows in such a dump."""
+    inputs_every: int = 0
+    """Steps between those whose nodes' inputs and outputs are kept, for `rlhf-dist replay`; 0: only the inputs of calls
+    that fail, which are kept always."""
+    inputs_nodes: tuple[str, ...] = ()
+    """Nodes whose inputs are kept, e.g. [actor.update_actor]; [] for all."""
+    keep_inputs: int = 2
+    """Older steps are deleted once there are so many; 0 keeps no inputs at all, of failures neither."""
     notice_file: PathText | None = None
     """When this file appears the run saves, and ends with exit code 75, as on SIGTERM; null: what the environment's
     RLHF_DIST_NOTICE_FILE says, or none."""
     notice_s: float = 25.0
     """From such a notice to the end: the step under way has half of it."""
     tracker: str = "none"
-    """`wandb` or `mlflow` beside metrics.jsonl and TensorBoard (extra `tracking`); both stay in the run's folder."""
+    """`wandb` or `mlflow` (extra `tracking`), `trackio` or `swanlab` (extras of that name) beside metrics.jsonl and
+    TensorBoard; all of them stay in the run's folder."""
+    prometheus_port: int | None = None
+    """Port of http://127.0.0.1:PORT/metrics, for Prometheus: the run's metrics, seconds of nodes, this machine and its
+    GPUs (extra `prometheus`); 0 takes a free one. None: nothing listens."""
+    prometheus_host: str = "127.0.0.1"
+    """Address it listens on; another than this machine's own wants RLHF_DIST_PROMETHEUS_TOKEN in the environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Traces of what processes do, for Perfetto or chrome://tracing."""
+
+    steps: tuple[int, ...] = ()
+    """Steps of which every op on every rank writes a trace and what it did to memory, e.g. [3]; [] for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,3 +503,5 @@ class RunConfig:
     """What happens when a part of it fails."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Files out."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Where the time of a step goes."""

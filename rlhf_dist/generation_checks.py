@@ -28,6 +28,9 @@ def check_generation(launch: Launch, pools: Mapping[str, str]) -> None:
             )
         if node.kwargs.get("mixture") is not None:
             _check_mixture(launch, node, rollout, pools)
+    for node in launch.dataflow:
+        for role in node.kwargs.get("speakers", {}).values() if node.op == "run_episodes" else ():
+            _check_one_process(node, role, pools, "plays episodes in which speaks")
 
 
 def check_templates(launch: Launch) -> None:
@@ -65,12 +68,15 @@ def _check_mixture(launch: Launch, node: Node, rollout: RolloutConfig, pools: Ma
                 f"{node.line}: {node.name} draws from a mixture of logits, which {one.engine} cannot: it draws from "
                 f"one model; set {role}.rollout.engine=transformers"
             )
+    _check_one_process(node, other, pools, "mixes its logits with those of")
+
+
+def _check_one_process(node: Node, other: str, pools: Mapping[str, str], does: str) -> None:
     mine, its = (pools.get(rollout_of(role), pools[role]) for role in (node.role, other))
     if mine != its:
         raise ConfigError(
-            f"{node.line}: {node.name} mixes the logits of {node.role!r}, which generates in pool {mine!r}, and "
-            f"{other!r}, in pool {its!r}: both must be in one process; set "
-            f"'placement.rollout={{{node.role}: {mine}, {other}: {mine}}}'"
+            f"{node.line}: {node.name}, which generates in pool {mine!r}, {does} {other!r}, which does in pool "
+            f"{its!r}: both must be in one process; set 'placement.rollout={{{node.role}: {mine}, {other}: {mine}}}'"
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 
 from rlhf_dist.process_state import ProcessState
 
@@ -39,3 +42,12 @@ class Beat:
     def main(self) -> Doing | None:
         """What it has been at the longest."""
         return self.doing[0] if self.doing else None
+
+
+def stacks_of(frames: Mapping[int, FrameType]) -> str:
+    """Threads of this process by name, and where each stands."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(thread, thread)}:\n{''.join(traceback.format_stack(frame))}"
+        for thread, frame in frames.items()
+    )

@@ -19,12 +19,18 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from rlhf_dist.algorithms.contract import Loss, columns_read
 from rlhf_dist.algorithms.outputs import OF_LANGUAGE_MODELS, OF_VALUE_MODELS, Head
 from rlhf_dist.batch import Batch
-from rlhf_dist.config import FunctionConfig, LanguageModelConfig, RewardConfig, ValueModelConfig
+from rlhf_dist.config import (
+    FunctionConfig,
+    LanguageModelConfig,
+    RemoteJudgeConfig,
+    RewardConfig,
+    ValueModelConfig,
+)
 from rlhf_dist.dispatch import ALL_MICRO_ROWS, ROWS, TransferProtocol
 from rlhf_dist.environments import Environment, EpisodeLimits
 from rlhf_dist.parsers import Parser, columns_of
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE
+from rlhf_dist.schema import GENERATED, SEQUENCE, TRAINABLE, TREE
 from rlhf_dist.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,14 +134,19 @@ def _episode_reads(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     environment = kwargs["environment"]
     if not isinstance(environment, Environment):
         raise ValueError(f"run_episodes needs environment=, an Environment, got {environment!r}")
+    if not isinstance(environment.leaves, int) or environment.leaves < 1:
+        name = type(environment).__name__
+        raise ValueError(f"{name}.leaves, the most rows of an episode, must be at least 1, got {environment.leaves!r}")
     if not inspect.iscoroutinefunction(environment.episode):
         raise ValueError(f"{type(environment).__name__}.episode must be written with `async def`")
     return tuple(dict.fromkeys((*EPISODE_READS, *environment.reads)))
 
 
 def _episode_writes(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    rewards = ("rewards", "token_rewards") if getattr(kwargs.get("environment"), "rewards", True) else ()
-    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", *rewards)
+    environment = kwargs.get("environment")
+    rewards = ("rewards", "token_rewards") if getattr(environment, "rewards", True) else ()
+    tree = TREE if getattr(environment, "leaves", 1) > 1 else ()
+    return ("prompt_ids", *GENERATED, "turn", "turns", "outcome", "transcript", "speaker", *tree, *rewards)
 
 
 def _asked_columns(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -246,9 +257,16 @@ class LanguageModel(OfTrunk, Protocol):
         n: int = 1,
         greedy: bool = False,
         limits: EpisodeLimits | None = None,
+        speakers: Mapping[str, LanguageModel] | None = None,
+        rows_of: tuple[str, ...] = (),
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
-        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`."""
+        masked. Episodes that ended through no doing of the policy's are no rows; see `environments/outcomes.py`. One
+        that branches is several rows, at most the environment's `leaves`.
+
+        speakers: other roles that the environment lets speak, as `chat.speaker(name)`, in the same pool. rows_of:
+        those of them whose sides are rows, too; `spoken_by(batch, name="...")` parts rows by who drew them.
+        """
         ...
 
     @op(reads=_encoding_reads, writes=_encoded_columns)
@@ -367,6 +385,34 @@ class Opponent(LanguageModel, Protocol):
 
 class Judge(LanguageModel, Protocol):
     """A language model that says which response is better."""
+
+
+class RemoteJudge(Function, Protocol):
+    """A judge behind an OpenAI-compatible endpoint; what it answers is kept, and not asked for twice."""
+
+    worker: ClassVar[str | type] = "workers.remote_judge:RemoteJudgeWorker"
+    settings: ClassVar[type] = RemoteJudgeConfig
+
+    @op(
+        reads=lambda kwargs: kwargs["template"].columns if isinstance(kwargs.get("template"), Template) else (),
+        writes=lambda kwargs: ("prompt", "response", *(columns_of(kwargs["parser"]) if kwargs.get("parser") else ())),
+        rows="expand",
+    )
+    def ask(
+        self,
+        batch: Batch,
+        *,
+        template: Template,
+        parser: Parser | None = None,
+        n: int = 1,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+    ) -> Batch:
+        """`n` answers to the question that the template makes of each row, as columns where there is a parser. A row
+        that got none has no verdict: its columns are missing, and `parsed` is 0."""
+        ...
 
 
 class Critic(ValueModel, Protocol):

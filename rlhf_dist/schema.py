@@ -63,7 +63,19 @@ COLUMNS: dict[str, ColumnSpec] = {
     "turn": _spec("[B, T]", "int32", "which turn of the episode drew the token, from 0; -1 for what was said to it"),
     "turns": _spec("[B]", "int32", "turns that the model had in the episode"),
     "outcome": _spec("[B]", "text", "how the episode ended: finished, length, turns or policy_error"),
+    "speaker": _spec("[B]", "text", "who drew the row: the role whose op it was, or a name among its speakers"),
     "transcript": _spec("[B]", "text", "the episode piece by piece, for people: a JSON list"),
+    # What episodes that branch or compact their context emit besides.
+    "tree": _spec("[B]", "int64", "rows of one episode share it; unique within a run"),
+    "branch": _spec(
+        "[B]", "text", "path of branches from the start, such as 0/2; .k behind it once k contexts were closed"
+    ),
+    "leaf": _spec(
+        "[B]", "uint8", "1 where an episode, or a branch of it, ended; 0 for a context that was closed before"
+    ),
+    "segment": _spec(
+        "[B, T]", "int32", "stretch between two forks of the tree; rows of one tree share the tokens of one segment"
+    ),
     "text_ends": _spec("[B, T]", "int32", "characters of `response` that are there after each token"),
     # What forward passes emit.
     "old_log_probs": _spec("[B, T]", "float32", "log pi_old(y_t) recomputed by the training engine, nats"),
@@ -103,6 +115,9 @@ GENERATED: tuple[str, ...] = (
     *("rollout_log_probs", "policy_version"),
 )
 """What generation writes of a row."""
+
+TREE: tuple[str, ...] = ("tree", "branch", "leaf", "segment")
+"""What episodes write besides that may become several rows."""
 
 TRAINABLE: tuple[str, ...] = (*SEQUENCE, "response_mask", "group_id")
 """What every update reads besides what its loss asks for."""

@@ -35,7 +35,7 @@ ALLOWED: dict[tuple[type, str], tuple[str | None, ...]] = {
     (config.SourceConfig, "rows"): ("prompts", "examples", "preferences"),
     (config.SourceConfig, "turns"): ("all", "last"),
     (config.PoolConfig, "device"): ("auto", "cuda", "cpu"),
-    (config.OutputConfig, "tracker"): ("none", "wandb", "mlflow"),
+    (config.OutputConfig, "tracker"): ("none", "wandb", "mlflow", "trackio", "swanlab"),
     (config.RunConfig, "resume"): ("never", "auto", "overwrite"),
 }
 """Fields that are one of a few words."""

@@ -51,6 +51,23 @@ class Given:
     """[B] what the controller knows of each row and the op reads: `row_id`, `parent_id`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a process keeps of a call, so that people may look inside: files that it writes itself."""
+
+    inputs: str = ""
+    """Folder of the step's calls (`saved_calls.py`); empty: none are kept."""
+    due: bool = False
+    """They are kept whatever happens; else only where the call fails."""
+    part: int = 0
+    streamed: bool = False
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """See `saved_calls.SavedCall`, all four."""
+    profile: str = ""
+    """Folder for a trace of the call; empty: none is made."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call(Given):
     """One op on one rank, with the rows of its first batch."""
@@ -66,6 +83,7 @@ class Call(Given):
     out: Mapping[str, str] = field(default_factory=dict)
     """The op's column name -> the recipe's, where they differ."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    look: Look | None = None
 
     @property
     def batches(self) -> tuple[Given, ...]:
@@ -137,7 +155,7 @@ class WorkerContext:
 
     role: str
     rank: int
-    """Rank in the pool's process group."""
+    """Rank in the pool, and in its process group where there is one for all."""
     world: int
     device: str
     """`cpu`, `cuda:0`, ..."""
@@ -152,6 +170,8 @@ class WorkerContext:
     """Role -> worker of this process, those that were started before."""
     nodes: tuple[int, ...] = ()
     """[world] which machine each rank of the pool is on; empty for one machine."""
+    team: tuple[int, ...] = ()
+    """Ranks of the pool that share a process group with this one, itself among them; empty: all do."""
     sync_timeout_s: float = 300.0
     """Longest a weight sync may take."""
     frozen_folders: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +184,18 @@ class WorkerContext:
     """The arbiter of this process's device (`workers/memory/arbiter.py`). None: nothing limits its engines."""
     phase: Callable[[str], None] = lambda text: None
     """To be told what of the start-up begins: people see it."""
+    here: bool = False
+    """A person is at a debugger: functions that have a process of their own are called in this one."""
+
+    @property
+    def group_rank(self) -> int:
+        """Rank in the process group."""
+        return self.team.index(self.rank) if self.team else self.rank
+
+    @property
+    def group_world(self) -> int:
+        """Ranks of the process group."""
+        return len(self.team) or self.world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +206,8 @@ class Bridge:
     """Of training rank 0's machine, as all others reach it."""
     port: int
     """A free port there."""
+    secret: str = field(default="", repr=False)
+    """What the keys of the meeting begin with."""
     senders: int
     """Training ranks; they are ranks 0 .. senders - 1 of the bridge."""
     receivers: int

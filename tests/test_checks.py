@@ -274,7 +274,8 @@ def test_a_head_size_vllm_refuses_on_a_cpu_names_the_other_engine(
     assert "8 wide" in failure("grpo", narrow, "ray.address=auto", "placement.pools.main.device=cpu")
 
 
-def test_a_hub_id_is_not_downloaded_and_says_what_to_do(model: Path) -> None:
+def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = failure("grpo", model, "actor.model.path=meta-llama/Llama-3-8B")
-    assert "nothing is downloaded here" in text
-    assert text.endswith("--local-dir models/Llama-3-8B`, and set actor.model.path=models/Llama-3-8B")
+    assert "is not in the cache" in text and "hf download meta-llama/Llama-3-8B`" in text
+    assert text.endswith("with --local-dir FOLDER to set actor.model.path=FOLDER")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import sqlite3
 import time
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -168,6 +171,45 @@ def test_mlflow_gets_every_step_in_the_runs_folder(tmp_path: Path) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "a-run" and run.info.status == "FINISHED"
     assert [point.value for point in client.get_metric_history(run.info.run_id, "gae-2/kl")] == [0.5, 0.25]
+
+
+def test_trackio_writes_a_database_in_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec("trackio") is None:  # not imported here: it reads its folder when it is
+        pytest.skip("extra trackio")
+    for name in ("TRACKIO_DIR", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    told: list[str] = []
+    with MetricsWriter(tmp_path, 0, new_tracker("trackio", "a-run", tmp_path, {"seed": 3}, told.append)) as writer:
+        writer.write(0, {"actor/loss": 0.5, "bad": math.nan})
+        writer.write(1, {"actor/loss": 0.25})
+    with closing(sqlite3.connect(tmp_path / "trackio/rlhf-dist.db")) as database:
+        rows = list(database.execute("select run_name, step, metrics from metrics order by step"))
+        ((config,),) = database.execute("select config from configs")
+    assert [(name, step, json.loads(metrics)["actor/loss"]) for name, step, metrics in rows] == [
+        ("a-run", 0, 0.5),
+        ("a-run", 1, 0.25),
+    ]
+    assert json.loads(config)["seed"] == 3 and not told
+    assert "rackio" not in capfd.readouterr().out, "what a run prints is the run's"
+    other = tmp_path / "other"
+    with MetricsWriter(other, 0, new_tracker("trackio", "b-run", other, {}, told.append)) as writer:
+        writer.write(0, {"actor/loss": 1.0})
+    assert (other / "trackio_missed.jsonl").exists(), "nothing goes to another run's folder"
+    assert "set TRACKIO_DIR for all of them" in told[0]
+
+
+def test_swanlab_stays_offline_in_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("swanlab", reason="extra swanlab")
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    told: list[str] = []
+    with MetricsWriter(tmp_path, 0, new_tracker("swanlab", "a-run", tmp_path, {"seed": 3}, told.append)) as writer:
+        writer.write(0, {"actor/loss": 0.5, "bad": math.nan})
+        writer.write(1, {"actor/loss": 0.25})
+    assert not told and not (tmp_path / "swanlab_missed.jsonl").exists()
+    written = b"".join(file.read_bytes() for file in tmp_path.glob("swanlab/run-*/**/*") if file.is_file())
+    assert b"actor/loss" in written
 
 
 def test_wandb_stays_offline_in_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

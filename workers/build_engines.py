@@ -45,7 +45,8 @@ def new_training_engine(
 def new_generation_engine(
     model_path: str, rollout: RolloutConfig, context: WorkerContext, copies: Sequence[Sequence[int]]
 ) -> GenerationEngine:
-    """The engine `rollout.engine` names. copies: ranks that share a copy of the model, by tensor-parallel rank.
+    """The engine `rollout.engine` names. copies: ranks of the process group that share a copy of the model, by
+    tensor-parallel rank.
 
     Raises ValueError for another name.
     """
@@ -58,8 +59,8 @@ def new_generation_engine(
         return VllmEngine(
             model_path=model_path,
             rollout=rollout,
-            rank=context.rank,
-            world=context.world,
+            rank=context.group_rank,
+            world=context.group_world,
             device=device,
             copies=copies,
         )
@@ -67,6 +68,6 @@ def new_generation_engine(
         from workers.engines.generation.transformers import TransformersEngine
 
         return TransformersEngine(
-            model_path=model_path, rollout=rollout, rank=context.rank, world=context.world, device=device
+            model_path=model_path, rollout=rollout, rank=context.group_rank, world=context.group_world, device=device
         )
     raise ValueError(f"rollout.engine must be vllm or transformers, got {rollout.engine!r}")

@@ -95,12 +95,12 @@ def failure_of(error: BaseException) -> Failure:
         text=text_of(error),
         frames=_frames(error),
         kind=kind_of(error),
-        of_peer=_is_of_peer(error),
+        of_peer=is_of_peer(error),
         at_s=time.time(),
     )
 
 
-def _is_of_peer(error: BaseException) -> bool:
+def is_of_peer(error: BaseException) -> bool:
     """Whether it says that another rank is gone, or does not come: that one's end may be the first cause."""
     if type(error).__name__ in OF_PEERS:
         return True

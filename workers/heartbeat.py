@@ -10,14 +10,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from rlhf_dist.heartbeat import Beat, Doing
+from rlhf_dist.heartbeat import Beat, Doing, stacks_of
 from rlhf_dist.process_state import Exits, parent_of
 
 WAITING = (
@@ -75,7 +74,7 @@ class Activity:
         seen = {pid: state for pid in about if (state := self._exits.state(pid)) is not None}
         own = threading.get_ident()
         told = {thread: frame for thread, frame in frames.items() if thread != own} if stacks else {}
-        return Beat(doing=tuple(doing), seen=seen, stacks=_stacks(told))
+        return Beat(doing=tuple(doing), seen=seen, stacks=stacks_of(told))
 
 
 def place_of(frame: FrameType | None) -> tuple[str, bool]:
@@ -104,11 +103,3 @@ def _entered(frame: FrameType) -> str:
         name = name if at.f_code.co_name == WRAPPER else at.f_code.co_name
         at = at.f_back
     return name
-
-
-def _stacks(frames: dict[int, FrameType]) -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"thread {names.get(thread, thread)}:\n{''.join(traceback.format_stack(frame))}"
-        for thread, frame in frames.items()
-    )

@@ -27,6 +27,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
 from workers.failures import refuse_breakpoint, reported
 from workers.heartbeat import Activity
+from workers.looking import Seen, looked_at
 from workers.states import check_values, held_state, read_state, values_of, write_state
 from workers.store import RayStore, Store
 
@@ -62,14 +64,17 @@ class WorkerProcess:
         log_file: str | None,
         store: Store | None = None,
         folder: str | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """store: where columns lie; None: Ray's, and this process is one of its actors. folder: what relative paths are
+        """variables: of the environment, which only this call shows. store: where columns lie; None: Ray's, and this process is one of its actors. folder: what relative paths are
         relative to, where this node has it: the controller's."""
+        os.environ.update(variables or {})
         self.pool, self.rank, self.world = pool, rank, world
         self.store: Store = store or RayStore()
         self.is_actor = store is None
         self.device = "cpu"
         self._joined = False
+        self._team: tuple[int, ...] = ()
         self._memory: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
@@ -98,28 +103,43 @@ class WorkerProcess:
         return self.activity.beat(about, stacks)
 
     @reported
-    def open_port(self) -> tuple[str, int]:
-        """Where ranks can meet this one, whose process listens there from now on; called on rank 0."""
-        from workers.network import reserve_port
+    def open_port(self) -> tuple[str, int, str]:
+        """Where ranks can meet this one, whose process listens there from now on, and the secret of their meeting;
+        called on rank 0."""
+        from workers.network import new_secret, reserve_port
 
         address = self._address()
-        return address, reserve_port(address)
+        return address, reserve_port(address), new_secret()
 
     @reported
-    def join(self, address: str, port: int, device: str, one_node: bool, timeout_s: float) -> str:
-        """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device."""
+    def join(
+        self,
+        address: str,
+        port: int,
+        secret: str,
+        device: str,
+        one_node: bool,
+        timeout_s: float,
+        team: tuple[int, ...] = (),
+    ) -> str:
+        """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device.
+
+        team: the ranks that share one with this, where not all of the pool do; they meet at the first of them.
+        """
         from workers.device import device_for, init_distributed
         from workers.network import use_network
 
+        self._team = team
         chosen = device_for(self._device_index(), device)
         use_network(self._address(), one_node)
         init_distributed(
-            rank=self.rank,
-            world=self.world,
+            rank=team.index(self.rank) if team else self.rank,
+            world=len(team) or self.world,
             master_addr=address,
             master_port=port,
             device=chosen,
             timeout_s=timeout_s,
+            secret=secret,
         )
         self.device, self._joined = str(chosen), True
         _log.info(
@@ -166,6 +186,7 @@ class WorkerProcess:
             device=self.device,
             peers=self._roles,
             memory=self._memory,
+            team=self._team,
             phase=phase,
             **context,
         )
@@ -218,8 +239,11 @@ class WorkerProcess:
         batches = [pull(given, self.store) for given in call.batches]
         pulled = time.perf_counter()
         given = tuple(batches) if call.others else batches[0]
-        returned = getattr(self._roles[role], op)(given, call, **call.kwargs)
-        result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+        worker = self._roles[role]
+        with self._looked_at(call, batches, worker=worker) as seen:
+            returned = getattr(worker, op)(given, call, **call.kwargs)
+            result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+            seen.result = result
         if self._memory is not None:
             result = replace(result, metrics={**result.metrics, **self._memory.report()})
         return _reply(result, call, batches[0], started, pulled, self.store)
@@ -287,13 +311,15 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if op.draws:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
-        result: HostResult = as_result(op.function(*batches, **settings))
-        made = OpResult(
-            columns=result.columns,
-            parent=result.parent_for(op.name, op.rows),
-            groups=result.groups,
-            metrics=result.metrics,
-        )
+        with self._looked_at(call, batches) as seen:
+            result: HostResult = as_result(op.function(*batches, **settings))
+            made = OpResult(
+                columns=result.columns,
+                parent=result.parent_for(op.name, op.rows),
+                groups=result.groups,
+                metrics=result.metrics,
+            )
+            seen.result = made
         return _reply(made, call, batches[0], started, pulled, self.store)
 
     @reported
@@ -307,17 +333,24 @@ class WorkerProcess:
         if RANDOM in inspect.signature(function).parameters:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
         makes = function.op_spec.rows == "new"
-        new, returned = function(values, **settings) if makes else function(values, batch, **settings)
-        check_values(type(state).__name__, new)
-        result = returned if isinstance(returned, HostResult) else HostResult(columns=Batch({}, 0), metrics=returned)
-        made = OpResult(
-            columns=result.columns,
-            parent=result.parent_for(op, function.op_spec.rows),
-            groups=result.groups,
-            metrics=result.metrics,
-            state=new,
-        )
+        with self._looked_at(call, [batch], state=dict(values)) as seen:
+            new, returned = function(values, **settings) if makes else function(values, batch, **settings)
+            check_values(type(state).__name__, new)
+            result = (
+                returned if isinstance(returned, HostResult) else HostResult(columns=Batch({}, 0), metrics=returned)
+            )
+            made = OpResult(
+                columns=result.columns,
+                parent=result.parent_for(op, function.op_spec.rows),
+                groups=result.groups,
+                metrics=result.metrics,
+                state=new,
+            )
+            seen.result = made
         return _reply(made, call, batch, started, pulled, self.store)
+
+    def _looked_at(self, call: Call, batches: Sequence[Batch], **of: Any) -> AbstractContextManager[Seen]:
+        return looked_at(call, batches, who=f"{self.pool}-{self.rank}", rank=self.rank, **of)
 
     @reported
     def save_state(self, held: HeldState, folder: str) -> None:

@@ -26,9 +26,9 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
-from workers.episodes.play import Episode
+from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, log_lost
-from workers.episodes.run import run_episodes
+from workers.episodes.run import Speaker, run_episodes
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
@@ -67,7 +67,7 @@ class RolloutWorker:
         self.context, self.config, self.max_staleness = context, config, max_staleness
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
         self.asker = Asker(config.model.path, context)
-        copies = rollout_grid(axes or consecutive_axes(config, context.world)).tolist()
+        copies = rollout_grid(axes or consecutive_axes(config, context.group_world)).tolist()
         self.engine = new_generation_engine(config.model.path, config.rollout, context, copies)
         self.name, self.memory = rollout_of(context.role.removesuffix(rollout_of(""))), arbiter_of(context)
         if loads:
@@ -108,7 +108,7 @@ class RolloutWorker:
         self._stop.clear()
         sampling = self._sampling(n, greedy, **sampled)
         lender = None if mixture is None else self._lender(mixture[0])
-        self.memory.turn(generating(self.name) if lender is None else self.memory.add_mixture(self.name, lender.name))
+        self.memory.turn(generating(self.name) if lender is None else self.memory.add_together(self.name, lender.name))
         staleness = self._staleness(call.step)
         asked = self.asker.ask(batch, template, decode, prefix)
         fits = self._fits(asked, drops=parser is not None)
@@ -191,13 +191,15 @@ class RolloutWorker:
         return staleness
 
     def _lender(self, role: str) -> RolloutWorker:
-        """Whose logits are mixed with these: the worker of this process that generates for `role`."""
+        """The worker of this process that generates for `role`: whose logits are mixed with these, or who speaks."""
+        if role == self.name.removesuffix(rollout_of("")):
+            return self
         for name in (rollout_of(role), role):
             worker = self.context.peers.get(name)
             found = worker if isinstance(worker, RolloutWorker) else getattr(worker, "generation", None)
             if isinstance(found, RolloutWorker):
                 return found
-        raise ValueError(f"{self.name} mixes its logits with {role!r}, which does not generate in this process")
+        raise ValueError(f"{self.name} generates beside {role!r}, which does not generate in this process")
 
     def _fits(self, asked: Asked, *, drops: bool) -> NDArray[np.bool_]:
         """[B] prompts that are asked. drops: those too long are not, and count as not parsed; else a ValueError names
@@ -256,10 +258,18 @@ class RolloutWorker:
         n: int = 1,
         greedy: bool = False,
         limits: EpisodeLimits | None = None,
+        speakers: Mapping[str, str] = MappingProxyType({}),
+        rows_of: Sequence[str] = (),
     ) -> OpResult:
-        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over."""
+        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
+
+        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows."""
         assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
-        self.memory.turn(generating(self.name))
+        lenders = {name: self._lender(role) for name, role in speakers.items()}
+        others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
+        self.memory.turn(self.memory.add_together(self.name, *others))
+        for one in lenders.values():
+            one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
         episodes = run_episodes(
             self.engine,
@@ -270,32 +280,58 @@ class RolloutWorker:
             limits or EpisodeLimits(),
             self._sampling(n, greedy),
             rollout.max_prompt_tokens,
+            [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
         )
         self._log(episodes, batch, call, n)
-        kept = np.array([at for at, episode in enumerate(episodes) if episode.trains], dtype=np.int64)
-        columns = episode_columns([episodes[at] for at in kept], rewards=environment.rewards)
+        kept = [episode for episode in episodes if episode.trains]
+        played = np.array([episode.number for episode in kept], dtype=np.int64)
+        trees = None
+        if environment.leaves > 1:
+            rows, copies = call.row_index[played // n].tolist(), (played % n).tolist()
+            trees = [seed_of(call.step, call.node, row, copy) for row, copy in zip(rows, copies, strict=True)]
+        columns = episode_columns(kept, rewards=environment.rewards, trees=trees)
+        role = self.name.removesuffix(rollout_of(""))
+        speaker = np.array([episode.speaker or role for episode in kept], dtype=object)
+        columns["speaker"] = Column.strings(speaker.tolist())
         lengths = columns["response_ids"].lengths
         tokens = columns["prompt_ids"].lengths + lengths
-        rows, trained = float(len(kept)), float(columns["response_mask"].values.sum())
+        count, trained = float(len(kept)), float(columns["response_mask"].values.sum())
         metrics: Metrics = {
-            **episode_metrics(episodes),
-            "response_tokens": Mean(float(lengths.sum()), rows),
-            "drawn_tokens": Mean(trained, rows),
+            **episode_metrics([episode for episode in episodes if not episode.speaker]),
+            "response_tokens": Mean(float(lengths.sum()), count),
+            "drawn_tokens": Mean(trained, count),
             "longest_response": Largest(float(lengths.max(initial=0))),
-            "finished": Mean(float(columns["finished"].values.sum()), rows),
-            "rows": Mean(rows, 0),
+            "finished": Mean(float(columns["finished"].values.sum()), count),
+            "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
-            "staleness": Mean(staleness * rows, rows),
+            "staleness": Mean(staleness * count, count),
         }
         if environment.rewards:
-            metrics |= reward_metrics(columns["rewards"].values)
-        return OpResult(columns=Batch(columns, len(kept)), parent=kept // n, tokens=tokens, metrics=metrics)
+            metrics |= reward_metrics(columns["rewards"].values[speaker == role])
+        for name in rows_of:
+            theirs = speaker == name
+            metrics[f"rows_of_{name}"] = Mean(float(theirs.sum()), 0)
+            if environment.rewards:
+                metrics[f"reward_of_{name}"] = Mean(float(columns["rewards"].values[theirs].sum()), float(theirs.sum()))
+        return OpResult(columns=Batch(columns, len(kept)), parent=played // n, tokens=tokens, metrics=metrics)
+
+    def _speaker(self, name: str, learns: bool) -> Speaker:
+        """This role in another's episodes, as its own settings have it generate."""
+        model, rollout = self.config.model.path, self.config.rollout
+        return Speaker(
+            name=name,
+            engine=self.engine,
+            model=model,
+            sampling=self._sampling(1, False),
+            prompt_tokens=rollout.max_prompt_tokens,
+            learns=learns,
+        )
 
     def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
         groups = batch["group_id"].values
         places = [
-            {"step": call.step, "node": call.node, "group_id": int(groups[at // n]), "copy": at % n}
-            for at in range(len(episodes))
+            {"step": call.step, "node": call.node, "group_id": int(groups[number // n]), "copy": number % n}
+            for number in (episode.number for episode in episodes)
         ]
         role = self.name.removesuffix(rollout_of(""))
         file = Path(self.context.folder) / "episodes" / f"lost_{role}_rank_{self.context.rank}.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf_dist.batch import Batch
 from rlhf_dist.missing import MISSING
 from rlhf_dist.rewards.child import Limits
+from rlhf_dist.rewards.here import ScoringHere
 from rlhf_dist.rewards.load import LoadedReward
 from rlhf_dist.rewards.process import ScoringProcess
 from rlhf_dist.rewards.rule import arguments, reward_columns
@@ -20,7 +21,7 @@ class RuleRewardWorker:
         """`failed_reward`: of a row whose call failed, "missing" for none; None: that is an error naming the row."""
         self.function = function
         self.failed_reward = float(MISSING) if isinstance(failed_reward, str) else failed_reward
-        self.process = ScoringProcess(function, limits, context.role)
+        self.process = ScoringHere(function) if context.here else ScoringProcess(function, limits, context.role)
 
     def compute_reward(self, batch: Batch, call: Call) -> OpResult:
         """The reward of every row."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -132,7 +132,7 @@ class Local:
         """There is no object store to watch."""
         return {}
 
-    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
+    def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
         """This process as a pool of one, in a process group of one. Raises ClusterError where it cannot be."""
         process = _Process(name)
         opened = process.worker.open_port()
@@ -143,6 +143,10 @@ class Local:
             raise ClusterError(f"this process could not be a worker: {device.text}")
         self.pools[name] = Pool(name, (process,), devices=(device,), pids=(os.getpid(),))
         return self.pools[name]
+
+    def change_pool(self, name: str, pool: PoolConfig, dead: Collection[int]) -> Pool:
+        """There is one process. Raises ClusterError."""
+        raise ClusterError("a local run has one process, which no pool can grow or shrink beyond; run on a cluster")
 
     def end_pool(self, name: str) -> None:
         """Free what a pool's workers hold."""

@@ -39,6 +39,10 @@ class NoRoom(ClusterError):
     kind = FailureKind.CODE  # of the placement: asking again would wait again
 
 
+class LostInStart(ClusterError):
+    """A process died while it started: another may do better."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """A pool's processes, by rank."""
@@ -50,6 +54,10 @@ class Pool:
     pids: tuple[int, ...] = ()
     leads: tuple[tuple[int, ...], ...] = ()
     """Ranks that share a machine; the first of them relays calls to the others. Empty: every rank is called."""
+    team: int = 0
+    """Consecutive ranks that share a process group, and come and go together; 0: all of the pool."""
+    bundles: tuple[tuple[Any, int], ...] = ()
+    """Of each rank: what its slot was reserved with, a placement group and the bundle in it; empty: nothing was."""
     logs: tuple[str, ...] = ()
     """File of each rank that has everything it prints, tracebacks among it; empty where they are not kept."""
 

@@ -12,27 +12,27 @@ import contextlib
 import importlib
 import logging
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, NoRoom, Pool
+from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, LostInStart, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
+from controller.cluster.reservations import Place, Reservations
 from controller.cluster.store_room import remark_on_room
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
+from rlhf_dist.secret_settings import kept_variables, plain_variables
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
@@ -40,6 +40,8 @@ from rlhf_dist.placement.roles import HOST_POOL
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 """What tells glibc to keep freed memory."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
+ROOM_S = 20.0
+"""Longest wait for slots that a pool grows into: the run stands still meanwhile."""
 KEEPER_PATH = ("workers.keeper", "Keeper")
 
 
@@ -59,8 +61,8 @@ class Cluster:
     """How calls to its processes are waited for."""
     watch: Watch = field(init=False)
     """Finds which of its processes is lost."""
-    _groups: dict[str, Any] = field(default_factory=dict)
-    """Pool -> its placement group."""
+    _reserved: Reservations = field(init=False)
+    """Slots of its pools."""
     _keepers: dict[str, Any] = field(default_factory=dict)
     """Node -> its process that keeps copies of what ranks on another hold."""
     _started: bool = False
@@ -74,6 +76,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.replies, self.log_folder)
+        self._reserved = Reservations(self.config.ready_timeout_s)
 
     def __enter__(self) -> Cluster:
         send_user_files_by_value()
@@ -101,19 +104,29 @@ class Cluster:
             self._check_size(address)
             return
         remark = remark_on_room(self.config.object_store_bytes)
+        try:
+            self._start_own(**options)
+        except ClusterError as error:
+            if "timed out" not in str(error):
+                raise
+            self._start_own(**options)  # Ray gives its own processes 30 s, which a busy machine may not be able to keep
+        aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
+        self.about = f"in a Ray cluster of its own{aside}{f'; {remark}' if remark else ''}"
+
+    def _start_own(self, **options: Any) -> None:
         self._own, self._set_aside, self._reaper = True, prepare_own(), Reaper()
         with self._reaper.marking():
             self._init(
                 "could not start a cluster on this machine",
                 address="local",
-                num_cpus=self.slots + self.host_processes + 1,
+                num_cpus=self.slots + self.config.spare_slots + self.host_processes + 1,
                 object_store_memory=self.config.object_store_bytes,
                 include_dashboard=False,
+                # Ray would start a process a CPU ahead; ours have an environment of their own and cannot use them.
+                _system_config={"prestart_worker_first_driver": False},
                 **options,
             )
         self._reaper.tell(_session_folder())
-        aside = f"; RAY_ADDRESS={self._set_aside} is left alone, ray.address=auto joins it" if self._set_aside else ""
-        self.about = f"in a Ray cluster of its own{aside}{f'; {remark}' if remark else ''}"
 
     def _init(self, failing: str, **options: Any) -> None:
         # Ray puts its own debugger into the environment: in this process breakpoint() stays what it was.
@@ -152,46 +165,87 @@ class Cluster:
     ) -> None:
         self.close()
 
-    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
-        """Reserve the slots, start their processes and join them into one process group.
+    def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
+        """Reserve the slots, start their processes and join them into one process group, or one for each `team`
+        consecutive ranks, which can come and go (`change_pool`).
 
         With `pool.nodes`, ranks are in node order and every node has as many. Raises ClusterError when the slots
         are not free within `ready_timeout_s`.
         """
-        gpus = self._gpus_per_slot(pool)
-        bundle: dict[str, float] = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
-        if pool.nodes:
-            whole = {what: amount * pool.slots for what, amount in bundle.items()}
-            group = self._reserve(name, [whole] * pool.nodes, "STRICT_SPREAD")
-            processes = self._start(name, pool.slots * pool.nodes, group, gpus, per_bundle=pool.slots)
-        else:
-            group = self._reserve(name, [bundle] * pool.slots)
-            processes = self._start(name, pool.slots, group, gpus)
-        waiting = self.config.ready_timeout_s
-        whereabouts = self._get(name, [process.pid.remote() for process in processes], waiting)
-        node_ids = tuple(node for _, node in whereabouts)
-        address, port = self._get(name, [processes[0].open_port.remote()], waiting)[0]
-        devices = self._get(
-            name,
-            [
-                process.join.remote(address, port, pool.device, len(set(node_ids)) == 1, self.config.call_timeout_s)
-                for process in processes
-            ],
-            waiting + 60,
-        )
-        leads = self._introduce(name, processes, node_ids)
+        ranks = range(pool.slots * max(pool.nodes, 1))
+        places = self._reserved.take(name, pool, team, ranks, self._slot(pool))
+        return self._fill(Pool(name, (), team=team), pool, places, len(ranks))
+
+    def change_pool(self, name: str, pool: PoolConfig, dead: Collection[int]) -> Pool:
+        """Give a pool of teams the size that `pool` says: ranks at its end are ended or added, and `dead` ones
+        replaced, wherever there is room; all others keep their processes. Raises NoRoom before anything has changed,
+        ClusterError when a process does not come up, which leaves the pool with those it had."""
+        old, size = self.pools[name], pool.slots * max(pool.nodes, 1)
+        _kill(old.processes[rank] for rank in dead)
+        again = [rank for rank in range(size) if rank in dead or rank >= old.size]
+        places = {rank: old.bundles[rank] for rank in again if pool.nodes}  # others of their nodes are in them too
+        if not places:
+            # A process that is stopped does not hear that it is to end; without its reservation it is killed.
+            gone = {old.bundles[rank][0] for rank in dead}
+            self._reserved.release(name, {group for group, _ in old.bundles} - gone)
+            places = self._reserved.take(name, pool, old.team, again, self._slot(pool), ROOM_S)
+        made = self._fill(old, pool, places, size)
+        _kill(old.processes[size:])
+        self._reserved.release(name, {group for group, _ in made.bundles})
+        return made
+
+    def _fill(self, old: Pool, pool: PoolConfig, places: Mapping[int, Place], size: int) -> Pool:
+        """`old` with `size` ranks, those in `places` with new processes there."""
+        name = old.name
+        started = self._start(name, size, places, self._gpus_per_slot(pool))
+        try:
+            at = self._get(name, {k: one.pid.remote() for k, one in started.items()}, self.config.ready_timeout_s)
+            devices = self._meet(old, pool, started, {rank: node for rank, (_, node) in at.items()}, size)
+        except BaseException:
+            _kill(started.values())
+            self._reserved.release(name, {group for group, _ in old.bundles})
+            raise
+
+        def filled(before: Sequence[Any], new: Mapping[int, Any]) -> tuple[Any, ...]:
+            return tuple(new[rank] if rank in new else before[rank] for rank in range(size))
+
+        processes = filled(old.processes, started)
+        node_ids = filled(old.node_ids, {rank: node for rank, (_, node) in at.items()})
         made = Pool(
             name,
-            tuple(processes),
-            tuple(devices),
+            processes,
+            filled(old.devices, devices),
             node_ids,
-            tuple(pid for pid, _ in whereabouts),
-            leads,
-            self._logs(name, len(processes)),
+            filled(old.pids, {rank: pid for rank, (pid, _) in at.items()}),
+            self._introduce(name, processes, node_ids),
+            old.team,
+            filled(old.bundles, places),
+            self._logs(name, size),
         )
+        self.watch.remove(name)
         self.pools[name] = made
         self.watch.add(made)
         return made
+
+    def _meet(
+        self, old: Pool, pool: PoolConfig, started: Mapping[int, Any], nodes: Mapping[int, str], size: int
+    ) -> dict[int, Any]:
+        """Join these processes into their process groups, at the first rank of each; rank -> device."""
+        waiting, limit_s = self.config.ready_timeout_s, self.config.call_timeout_s
+        teams = {rank: _team(old.team, rank) or tuple(range(size)) for rank in started}
+        firsts = dict.fromkeys(team[0] for team in teams.values())
+        ports = self._get(old.name, {rank: started[rank].open_port.remote() for rank in firsts}, waiting)
+        joining = {
+            rank: process.join.remote(
+                *ports[teams[rank][0]],
+                pool.device,
+                len({nodes[other] for other in teams[rank]}) == 1,
+                limit_s,
+                _team(old.team, rank),
+            )
+            for rank, process in started.items()
+        }
+        return self._get(old.name, joining, waiting + 60)
 
     def metrics(self) -> dict[str, float]:
         """What its object store holds, every few seconds; nothing in between."""
@@ -199,25 +253,23 @@ class Cluster:
 
     def add_host_pool(self) -> Pool:
         """Start the CPU processes for sources, rule rewards and host ops."""
-        group = self._reserve(HOST_POOL, [{"CPU": 1.0}] * self.host_processes)
-        processes = self._start(HOST_POOL, self.host_processes, group, gpus=0)
-        whereabouts = self._get(HOST_POOL, [process.pid.remote() for process in processes], self.config.ready_timeout_s)
+        count = self.host_processes
+        places = self._reserved.take(HOST_POOL, PoolConfig(), 0, range(count), {"CPU": 1.0})
+        started = self._start(HOST_POOL, count, places, gpus=0)
+        asked = {rank: process.pid.remote() for rank, process in started.items()}
+        whereabouts = self._get(HOST_POOL, asked, self.config.ready_timeout_s).values()
         pids, nodes = tuple(pid for pid, _ in whereabouts), tuple(node for _, node in whereabouts)
-        made = Pool(HOST_POOL, tuple(processes), node_ids=nodes, pids=pids, logs=self._logs(HOST_POOL, len(processes)))
+        made = Pool(HOST_POOL, tuple(started.values()), node_ids=nodes, pids=pids, logs=self._logs(HOST_POOL, count))
         self.pools[HOST_POOL] = made
         self.watch.add(made)
         return made
 
     def end_pool(self, name: str) -> None:
         """End one pool's processes at once, whatever they are at, and free its slots; also one that is starting."""
-        pool, group = self.pools.pop(name, None), self._groups.pop(name, None)
+        pool = self.pools.pop(name, None)
         self.watch.remove(name)
-        for process in pool.processes if pool else ():
-            with contextlib.suppress(Exception):
-                ray.kill(process)
-        if group is not None:
-            with contextlib.suppress(Exception):
-                remove_placement_group(group)
+        _kill(pool.processes if pool else ())
+        self._reserved.release(name)
 
     def keeper(self, node_id: str) -> Any:
         """A process on the next node of the pools' (on the same, where there is one) that keeps copies for this one."""
@@ -232,9 +284,7 @@ class Cluster:
 
     def end_keepers(self) -> None:
         """End those processes."""
-        for keeper in self._keepers.values():
-            with contextlib.suppress(Exception):
-                ray.kill(keeper)
+        _kill(self._keepers.values())
         self._keepers.clear()
 
     def close(self, grace_s: float = 5.0) -> None:
@@ -246,7 +296,7 @@ class Cluster:
         elif ray.is_initialized():
             self._end_processes(grace_s)
         self.pools.clear()
-        self._groups.clear()
+        self._reserved.forget()
         if self._started and ray.is_initialized():
             ray.shutdown()
         self._reap()
@@ -256,13 +306,9 @@ class Cluster:
         processes = [process for pool in self.pools.values() for process in pool.processes]
         with contextlib.suppress(Exception):
             ray.wait([p.close.remote() for p in processes], num_returns=len(processes), timeout=grace_s)
-        for process in processes:
-            with contextlib.suppress(Exception):
-                ray.kill(process)
+        _kill(processes)
         self.end_keepers()
-        for group in list(self._groups.values()):
-            with contextlib.suppress(Exception):
-                remove_placement_group(group)
+        self._reserved.release_all()
 
     def _reap(self) -> None:
         reaper, self._reaper = self._reaper, None
@@ -277,71 +323,78 @@ class Cluster:
             raise ClusterError("placement asks for device=cuda, but the cluster has no GPU; use device=auto or cpu")
         return int(gpus > 0)
 
+    def _slot(self, pool: PoolConfig) -> dict[str, float]:
+        """Resources of a slot."""
+        return {"CPU": 1.0, **({"GPU": 1.0} if self._gpus_per_slot(pool) else {})}
+
     @property
     def _threads(self) -> int:
         """Threads of a rank: the cores of this machine divided among all slots, or 1 on a cluster we did not start."""
         return max(1, (os.cpu_count() or 1) // max(self.slots, 1)) if self._own else 1
-
-    def _reserve(self, name: str, bundles: list[dict[str, float]], strategy: str = "PACK") -> Any:
-        group = placement_group(bundles, strategy=strategy, name=f"rlhf-dist-{name}-{os.getpid()}-{time.time_ns()}")
-        self._groups[name] = group
-        deadline = time.monotonic() + self.config.ready_timeout_s
-        if not group.wait(timeout_seconds=max(0.1, deadline - time.monotonic())):
-            raise NoRoom(
-                f"pool {name!r} needs {len(bundles)} {'nodes with' if strategy == 'STRICT_SPREAD' else 'slots of'} "
-                f"{_resources(bundles[0])}, not free within "
-                f"{self.config.ready_timeout_s:g} s; the nodes have free: {_free_resources()}. "
-                f"Use fewer slots, add nodes, or end the job that holds them"
-            )
-        return group
 
     def _logs(self, pool: str, count: int) -> tuple[str, ...]:
         if self.log_folder is None:
             return ()
         return tuple(str((self.log_folder / f"{pool}-{rank}.log").resolve()) for rank in range(count))
 
-    def _start(self, pool: str, count: int, group: Any, gpus: int, per_bundle: int = 1) -> list[Any]:
+    def _start(self, pool: str, size: int, places: Mapping[int, Place], gpus: int) -> dict[int, Any]:
+        """Rank -> its new process, in its place."""
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
-        logs = self._logs(pool, count)
-        return [
-            remote.options(
+        logs = self._logs(pool, size)
+        # Two ways: what the runtime environment holds, Ray shows and logs.
+        plain, kept = plain_variables(self.config.worker_env), kept_variables(self.config.worker_env)
+        return {
+            rank: remote.options(
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(gpus, self._threads, self.config.worker_env)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=rank // per_bundle
-                ),
-            ).remote(pool, rank, count, logs[rank] if logs else None, folder=os.getcwd())
-            for rank in range(count)
-        ]
+                runtime_env={"env_vars": _environment(gpus, self._threads, plain)},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            ).remote(pool, rank, size, logs[rank] if logs else None, folder=os.getcwd(), variables=kept)
+            for rank, (group, bundle) in places.items()
+        }
 
-    def _introduce(self, name: str, processes: list[Any], node_ids: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    def _introduce(self, name: str, processes: Sequence[Any], node_ids: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Tell the first rank on each machine of the others there."""
         together: dict[str, list[int]] = {}
         for rank, node in enumerate(node_ids):
             together.setdefault(node, []).append(rank)
         leads = tuple(tuple(ranks) for ranks in together.values())
-        meeting = [processes[ranks[0]].meet.remote({rank: processes[rank] for rank in ranks}) for ranks in leads]
+        meeting = {
+            ranks[0]: processes[ranks[0]].meet.remote({rank: processes[rank] for rank in ranks}) for ranks in leads
+        }
         self._get(name, meeting, self.config.ready_timeout_s)
         return leads
 
-    def _get(self, pool: str, refs: list[Any], timeout_s: float) -> list[Any]:
+    def _get(self, pool: str, refs: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        """Rank -> what it answers."""
         logs = f"; its log is in {self.log_folder}" if self.log_folder else ""
         try:
-            found = list(ray.get(refs, timeout=timeout_s))
+            found = dict(zip(refs, ray.get(list(refs.values()), timeout=timeout_s), strict=True))
         except ray.exceptions.GetTimeoutError:
             raise ClusterError(f"processes of pool {pool!r} did not start within {timeout_s:g} s{logs}") from None
         except ray.exceptions.RayError as error:
-            raise ClusterError(
-                f"a process of pool {pool!r} did not start: {failure_of_call(error).text}{logs}"
-            ) from error
-        for rank, answer in enumerate(found):
+            failure = failure_of_call(error)
+            kind = LostInStart if failure.lost else ClusterError
+            raise kind(f"a process of pool {pool!r} did not start: {failure.text}{logs}") from error
+        for rank, answer in found.items():
             if isinstance(answer, Failure):
-                log = self._logs(pool, len(found))[rank] if self.log_folder else None
+                log = self._logs(pool, rank + 1)[rank] if self.log_folder else None
                 raise ClusterError(f"pool {pool!r}, rank {rank}, did not start: {explained(answer, log)}")
         return found
+
+
+def _team(size: int, rank: int) -> tuple[int, ...]:
+    """The ranks that are in a process group with this one; empty where there is one for the pool."""
+    first = rank - rank % size if size else 0
+    return tuple(range(first, first + size))
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        with contextlib.suppress(Exception):
+            ray.kill(process)
 
 
 def _session_folder() -> str:
@@ -377,17 +430,3 @@ def _environment(gpus: int, threads: int, own: Mapping[str, str]) -> dict[str, s
     }
     here = {name: value for name, value in os.environ.items() if name in defaults or is_sent(name)}
     return {**defaults, **here, **own}
-
-
-def _resources(bundle: Mapping[str, float]) -> str:
-    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-
-
-def _free_resources() -> str:
-    from ray._private.state import available_resources_per_node
-
-    lines = []
-    names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    for node, free in available_resources_per_node().items():
-        lines.append(f"{names.get(node, node)}: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU")
-    return "; ".join(lines) or "no node is alive"

@@ -23,6 +23,7 @@ from controller.cluster.failure_text import shown
 from controller.cluster.head import HeadWatch
 from controller.cluster.pool import BEATS, Pool
 from controller.cluster.replies import Replies
+from controller.cluster.stacks import answered
 from rlhf_dist.heartbeat import Beat
 from rlhf_dist.process_state import Exits, ProcessState, parent_of
 
@@ -203,16 +204,7 @@ class Watch:
             if known.ref is None:
                 process = one.pool.processes[one.rank]
                 asked[process.beat.options(concurrency_group=BEATS).remote((), True)] = f"{one.pool.name} {one.rank}"
-        deadline, told, left = self._clock() + LATE_S, [], list(asked)
-        while left and self._clock() < deadline:
-            ready = self._replies.ready(left, LATE_S)
-            left = [ref for ref in left if ref not in ready]
-            answers: list[Any] = list(self._replies.get(ready, LATE_S)) if ready else []
-            told += [
-                f"== {asked[ref]}, {_at(answer)}\n{answer.stacks}"
-                for ref, answer in zip(ready, answers, strict=True)
-                if isinstance(answer, Beat)
-            ]
+        told, _ = answered(asked, self._replies, LATE_S)
         if not told:
             return ""
         path = self._folder / f"{name}.txt"
@@ -303,7 +295,3 @@ class Watch:
     @staticmethod
     def _pid(one: _Known) -> int:
         return one.pool.pids[one.rank]
-
-
-def _at(beat: Beat) -> str:
-    return "; ".join(f"{one.op}: {one.place}, for {one.seconds:.0f} s" for one in beat.doing) or "idle"

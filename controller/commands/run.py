@@ -25,6 +25,7 @@ def register(commands: Commands) -> None:
         "run path/to/mine.py model=demo actor.optimizer.lr=1e-5 --local",
         "run grpo --config runs/grpo/config.yaml name=again",
         "run stages.yaml ppo.steps=10 resume=auto",
+        "run ppo model=demo task=chain_sum --profile 3",
         "run grpo model=demo task=chain_sum --format json",
         launch=True,
     )  # fmt: skip
@@ -36,6 +37,13 @@ def register(commands: Commands) -> None:
         "--local",
         action="store_true",
         help="in this process, without Ray, line by line: breakpoint() works in the recipe, host ops and losses",
+    )
+    run.add_argument(
+        "--profile",
+        metavar="STEP",
+        type=int,
+        action="append",
+        help="write traces and memory of every rank at this step to RUN/profile; as profile.steps=[STEP]",
     )
     run.add_argument("--format", choices=FORMATS, default="text", help="json: the summary, and nothing else, on stdout")
     check = commands.add(
@@ -55,18 +63,23 @@ def register(commands: Commands) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Run to the end, and print the summary. Raises UserError, and what `lifecycle.run.run` raises."""
     quiet = arguments.quiet or arguments.format == "json"
+    if arguments.profile:
+        arguments.overrides.append(f"profile.steps={arguments.profile}".replace(" ", ""))
     if are_stages(arguments.recipe):
         return run_stages_command(arguments, quiet)
     eager = arguments.eager or arguments.local
     launch, plan, _ = _prepared(arguments, local=arguments.local, eager=eager)
     if not quiet:
         print("\n".join(plan), flush=True)
+    import psutil
+
     from controller.lifecycle.run import run
     from controller.record.display import Display
     from controller.record.run_summary import for_people
 
     with Display(launch.run.name, launch.run.steps, quiet=quiet, lines=eager) as display:
-        summary = run(launch, display=display, eager=eager, local=arguments.local)
+        began_s = psutil.Process().create_time()
+        summary = run(launch, display=display, eager=eager, local=arguments.local, began_s=began_s)
         if arguments.format == "json":
             print(json.dumps(summary))
         else:

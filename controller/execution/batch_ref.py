@@ -34,6 +34,8 @@ class Located:
     refs: tuple[Any, ...]
     object_of: npt.NDArray[np.int32]
     row_of: npt.NDArray[np.int32]
+    pool: str = ""
+    """Whose ranks wrote them, an object each; empty: not those of one pool alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,22 +111,30 @@ class BatchRef:
         """Only these columns."""
         return BatchRef(self.rows, {name: self.columns[name] for name in names})
 
-    def home(self, parts: int) -> IntArray | None:
-        """[B] the part that holds most of a row's columns, where columns were written by as many parts; else None."""
-        candidates = {id(c.at): c.at for c in self.columns.values() if len(c.at.refs) == parts}
+    def home(self, parts: int, pool: str) -> IntArray | None:
+        """[B] the part of `pool` that holds most of a row's columns, where it wrote some in as many parts; else None.
+
+        How many ranks another pool has must decide nothing: they may come and go.
+        """
+        written = (c.at for c in self.columns.values() if c.at.pool == pool and len(c.at.refs) == parts)
+        candidates = {id(at): at for at in written}
         return next(iter(candidates.values())).object_of.astype(np.int64) if candidates else None
+
+
+Names = dict[str, tuple[str, ...]]
+"""A column -> what each object calls it."""
 
 
 class FetchPlan:
     """What ranks have to pull of `batch`: made once for a node, asked once for each rank."""
 
     def __init__(self, batch: BatchRef) -> None:
-        groups: dict[int, tuple[Located, dict[str, tuple[str, ...]]]] = {}
+        groups: dict[int, tuple[Located, Names]] = {}
         for name, column in batch.columns.items():
             groups.setdefault(id(column.at), (column.at, {}))[1][name] = column.names
-        self._alike: dict[tuple[int, int], list[tuple[Located, dict[str, tuple[str, ...]]]]] = {}
+        self._alike: dict[tuple[int, int], list[tuple[Located, _NamesInObjects]]] = {}
         for at, names in groups.values():
-            self._alike.setdefault((id(at.object_of), id(at.row_of)), []).append((at, names))
+            self._alike.setdefault((id(at.object_of), id(at.row_of)), []).append((at, _NamesInObjects(names)))
 
     def fetches(self, index: IntArray) -> tuple[Fetch, ...]:
         """For a rank that is to hold rows `index`: one entry per column group, with the objects it needs only."""
@@ -133,22 +143,45 @@ class FetchPlan:
             first = groups[0][0]
             used, object_of = _used(first.object_of[index])
             row_of = first.row_of[index]
-            plan += (
-                Fetch(
-                    names={seen: tuple(inside[k] for k in used) for seen, inside in names.items()},
-                    refs=tuple(at.refs[k] for k in used),
-                    object_of=object_of,
-                    row_of=row_of,
-                )
-                for at, names in groups
-            )
+            for at, names in groups:
+                refs = tuple([at.refs[k] for k in used])
+                plan.append(Fetch(names=names.of(used), refs=refs, object_of=object_of, row_of=row_of))
         return tuple(plan)
+
+
+class _NamesInObjects:
+    """The names of some columns in the objects that a rank pulls; made once for all ranks that pull as many objects,
+    where all objects have the same ones (all do but joined batches with renamed columns)."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._alike = all(len(set(inside)) == 1 for inside in names.values())
+        self._of_count: dict[int, Names] = {}
+
+    def of(self, used: Sequence[int]) -> Names:
+        """For the objects at places `used`, in that order."""
+        if not self._alike:
+            return {seen: tuple(inside[k] for k in used) for seen, inside in self._names.items()}
+        if len(used) not in self._of_count:
+            self._of_count[len(used)] = {seen: inside[:1] * len(used) for seen, inside in self._names.items()}
+        return self._of_count[len(used)]
+
+
+FEW_ROWS = 64
+"""Up to here Python's set is faster than sorting an array."""
 
 
 def _used(object_of: npt.NDArray[np.int32]) -> tuple[Sequence[int], npt.NDArray[np.int32]]:
     """The distinct objects, ascending, and for each row its position among them."""
     if len(object_of) == 0:
         return (0,), object_of  # A rank without rows learns the columns' types from an object.
+    if len(object_of) <= FEW_ROWS:
+        each = object_of.tolist()
+        few = sorted(set(each))
+        if len(few) == 1:
+            return few, np.zeros(len(each), dtype=np.int32)
+        place = {one: k for k, one in enumerate(few)}
+        return few, np.array([place[one] for one in each], dtype=np.int32)
     if (object_of == object_of[0]).all():  # rows that stayed where they are: the common case
         return (int(object_of[0]),), np.zeros(len(object_of), dtype=np.int32)
     used, inverse = np.unique(object_of, return_inverse=True)
@@ -156,18 +189,18 @@ def _used(object_of: npt.NDArray[np.int32]) -> tuple[Sequence[int], npt.NDArray[
 
 
 def merge_stored(
-    stored: Sequence[Sequence[tuple[tuple[str, ...], Any]]], order: IntArray, counts: Sequence[int]
+    stored: Sequence[Sequence[tuple[tuple[str, ...], Any]]], order: IntArray, counts: Sequence[int], pool: str = ""
 ) -> dict[str, StoredColumn]:
     """Columns of an op's output from what each answering rank stored.
 
     stored: per rank, (column names, object reference) pairs, the same grouping on every rank. counts:
-    rows on each rank. order: [B] positions in the ranks' concatenated rows, in the batch's row order.
+    rows on each rank. order: [B] positions in the ranks' concatenated rows, in the batch's row order. pool: theirs.
     """
     object_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
     row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.empty(0, np.int32)])[order]
     columns: dict[str, StoredColumn] = {}
     for group, (names, _) in enumerate(stored[0] if stored else ()):
-        at = Located(tuple(rank[group][1] for rank in stored), object_of, row_of)
+        at = Located(tuple(rank[group][1] for rank in stored), object_of, row_of, pool)
         columns.update({name: StoredColumn(at, (name,) * len(at.refs)) for name in names})
     return columns
 

@@ -27,12 +27,15 @@ class NodeError(RuntimeError):
     """Whose engine had the rows cut into micro-batches; empty for generation and what is no op of a role."""
     pools: tuple[str, ...] = ()
     """Where it was at work."""
+    of_node: tuple[str, int] | None = None
+    """Node and step."""
 
     def of(self, kind: FailureKind, pending: CalledNode) -> Self:
         """This error, with what is known of it."""
         node = pending.node
         self.kind, self.role = kind, node.role if node.kind == "op" and node.rows != "expand" else ""
         self.pools = tuple(dict.fromkeys(pool.name for pool, _ in pending.callees))
+        self.of_node = (node.name, pending.step)
         return self
 
 

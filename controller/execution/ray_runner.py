@@ -12,7 +12,7 @@ soon as that rank has replied, while the other ranks still generate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from controller.cluster.replies import RayReplies, Replies
 from controller.cluster.watch import Waited, Watch
 from controller.execution.batch_ref import BatchRef, merge_stored
 from controller.execution.executor import Finished
-from controller.execution.failed_calls import FailedCall, NodeError, error_of, lost, overdue
+from controller.execution.failed_calls import FailedCall, NodeError, WorkerLost, error_of, lost, overdue
+from controller.execution.looking import Looking
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
+from controller.execution.replicas import Replicas, hand_over, living, lost_team
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.state_value import resolved, states_read
@@ -32,7 +34,7 @@ from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
-from rlhf_dist.wire import Call, HeldState, Reply, numbers_in
+from rlhf_dist.wire import Call, HeldState, Look, Reply, numbers_in
 
 INDEX_ONLY = ("join", "concat", "refill")
 """Kinds of nodes that the controller does itself: they move row indices."""
@@ -55,6 +57,8 @@ class _Pending:
     started_s: float
     callees: list[tuple[Pool, int]] = field(default_factory=list)
     """Pool and rank in it of each call, in the order of `replies`."""
+    part_of_call: list[int] = field(default_factory=list)
+    """Of generation: which part of the rows each call has."""
     refs: dict[tuple[int, ...], Any] = field(default_factory=dict)
     """Ranks (of the receiving group after the sending one) -> reference to their replies."""
     replies: dict[int, Reply] = field(default_factory=dict)
@@ -65,6 +69,8 @@ class _Pending:
     """Parts of the source's rows that each call of a streamed node has."""
     interrupted: bool = False
     """Its ranks were asked to stop early."""
+    numbers: Mapping[str, Mapping[str, float]] | None = None
+    """Of the states that its settings use, for who looks inside."""
 
     @property
     def before(self) -> BatchRef | None:
@@ -107,11 +113,14 @@ class RayRunner:
         replies: Replies | None = None,
         watch: Watch | None = None,
         check: Callable[[], None] | None = None,
+        replicas: Replicas | None = None,
+        looking: Looking | None = None,
     ) -> None:
         """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
         stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something. watch:
         finds the process that is lost; None: there is none to lose. check: called every second while something is
-        waited for; what it raises ends the wait."""
+        waited for; what it raises ends the wait. replicas: of pools that only generate; None: what is lost is an
+        error. looking: what processes keep of their calls; None: nothing."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {
@@ -126,6 +135,8 @@ class RayRunner:
         self.outputs = Outputs(dataflow)
         self._interrupts, self._beside = interrupts, beside
         self._replies, self._watch, self._check = replies or RayReplies(), watch, check
+        self._replicas = None if interrupts else replicas  # an interrupted replica holds what it has begun
+        self._looking = looking
         self.newest = -1
         """Latest step of which anything has been launched."""
         self._looked_s = 0.0
@@ -161,6 +172,7 @@ class RayRunner:
 
     def launch(self, node: Node, step: int) -> None:
         """Send the node to its ranks."""
+        self._mend(node)
         self.newest = max(self.newest, step)
         if node.weights_written:
             self._writing.append((node, step))
@@ -210,11 +222,12 @@ class RayRunner:
             }
             # A rank that failed must not be waited for behind ranks that wait for it.
             if failed := self._take(waiting, 1.0):
-                raise self._first_of(failed)
+                self._take_over(self._first_of(failed), failed)
+                continue
             if self._watch is not None and time.perf_counter() - self._looked_s > LOOK_S:
                 self._looked_s = time.perf_counter()
                 if cause := self._watch.look([one for pending in self._pending for one in pending.waited]):
-                    raise lost(cause, self._pending, self._watch)
+                    self._take_over(lost(cause, self._pending, self._watch), [])
 
     def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
         """Keep the replies that come within `timeout_s`; returns what came instead of one."""
@@ -301,6 +314,7 @@ class RayRunner:
             ]
             pending.shards = cuts[0][0] if group is groups[0] else pending.shards
             first, parts = pending.ranks, part_of_ranks(node, group)
+            answering = cuts[0][0].answering
             pending.callees += [(group.pool, rank) for rank in range(group.pool.size)]
             calls = [
                 build_call(
@@ -312,12 +326,17 @@ class RayRunner:
                         for reading, (shards, mini_batch) in zip(readings, cuts, strict=False)
                     ],
                     kwargs,
+                    self._look(pending, part, answers=rank in answering),
                 )
-                for part in parts
+                for rank, part in enumerate(parts)
             ]
+            dead: Collection[int] = ()
+            if node.rows == "expand":
+                pending.part_of_call = list(parts)
+                dead = self._replicas.dead(group.pool.name) if self._replicas is not None else ()
             # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
             alone = node.rows == "expand" or len(groups) > 1 or self._beside
-            for ranks in [(rank,) for rank in range(len(calls))] if alone else group.pool.teams:
+            for ranks in [(rank,) for rank in range(len(calls)) if rank not in dead] if alone else group.pool.teams:
                 process = group.pool.processes[ranks[0]]
                 if self._beside:
                     ref = process.call.options(concurrency_group=SIGNALS).remote(group.role, op, calls[ranks[0]])
@@ -328,6 +347,8 @@ class RayRunner:
                     relay = process.relay.options(concurrency_group=RELAYS)
                     ref = relay.remote(group.role, op, relayed, self.call_timeout_s)
                 pending.refs[tuple(first + rank for rank in ranks)] = ref
+            if dead:
+                self._hand_over(pending, sorted(dead))
 
     def _call_host_op(self, pending: _Pending) -> None:
         node, step, readings = pending.node, pending.step, self._readings(pending)
@@ -335,13 +356,60 @@ class RayRunner:
         pending.shards = shards[0] if shards else WHOLE
         for part in range(len(pending.shards.parts)):
             given = [reading.given(one.parts[part], None) for reading, one in zip(readings, shards, strict=True)]
-            call = build_call(node, step, self.seed, given, self._kwargs(pending))
+            call = build_call(node, step, self.seed, given, self._kwargs(pending), self._look(pending, part))
             process = self._host_process(pending, self.host)
             pending.refs[part,] = (
                 process.run_state_op.remote(self.states[node.role], node.op, self.held_state(node.role), call)
                 if node.kind == "state"
                 else process.run_host_op.remote(node.spec, call)
             )
+
+    # --- replicas ----------------------------------------------------------------------------------------
+    def _take_over(self, error: NodeError, failed: Sequence[FailedCall]) -> None:
+        """Have other replicas generate what the lost one has not answered; raises `error` where they cannot."""
+        if self._replicas is None or not isinstance(error, WorkerLost):
+            raise error
+        for pending in self._pending:
+            pools = {pool.name: pool for pool, _ in pending.callees}.values()
+            found = lost_team(self._replicas, pending.node, error, pools)
+            if found is None or any(one.pending is not pending for one in failed):
+                continue
+            pool, team = found
+            calls = [call for call, (at, rank) in enumerate(pending.callees) if at.name == pool.name and rank in team]
+            # What it has answered lies in its own memory, and others may have it by now.
+            if any(call in pending.replies for call in calls) or any(one.call not in calls for one in failed):
+                continue
+            rows = sum(len(pending.shards.parts[part]) for part in {pending.part_of_call[call] for call in calls})
+            self._replicas.lost(pool, team, rows, error)
+            self._hand_over(pending, calls)
+            return
+        raise error
+
+    def _hand_over(self, pending: _Pending, calls: Sequence[int]) -> None:
+        """Send the rows of these calls to replicas that live."""
+        node, before = pending.node, pending.before
+        assert self._replicas is not None and before is not None, "generation has rows"
+        (group,), (reading,) = self._groups_of(node), self._readings(pending)
+        teams = living(group.pool, self._replicas.dead(group.pool.name))
+        pending.shards, pieces = hand_over(pending.shards, pending.part_of_call, calls, teams, before.rows.tokens)
+        settings = self._kwargs(pending)
+        for piece in pieces:
+            given = [reading.given(pending.shards.parts[piece.part], None)]
+            call = build_call(node, pending.step, self.seed, given, settings)
+            for number, rank in zip(piece.calls, piece.ranks, strict=True):
+                if number == len(pending.callees):
+                    pending.callees.append((group.pool, rank))
+                    pending.part_of_call.append(piece.part)
+                pending.callees[number] = (group.pool, rank)
+                pending.refs[number,] = group.pool.processes[rank].call.remote(group.role, node.op, call)
+
+    def _mend(self, node: Node) -> None:
+        """Before anything but generation is asked of a pool, its dead replicas are replaced."""
+        if self._replicas is None or node.rows == "expand":
+            return
+        for name in self.pools_of(node):
+            if self._replicas.dead(name):
+                self.groups = {**self.groups, **self._replicas.mend(name)}
 
     def _launch_again(self, pending: _Pending) -> None:
         """Call the ranks that were interrupted once more; they go on with the responses they hold."""
@@ -351,7 +419,8 @@ class RayRunner:
         for rank, process in enumerate(group.pool.processes):
             if pending.replies[rank].interrupted:
                 given = [reading.given(pending.shards.parts[parts[rank]], None)]
-                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending))
+                look = self._look(pending, parts[rank], answers=rank in pending.shards.answering)
+                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
                 pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False
@@ -392,7 +461,25 @@ class RayRunner:
         (entry,) = node.inputs
         made_of = BatchRef(moved.rows, {c: columns[at.column] for c, at in entry.columns.items()})
         given = [Reading(entry, made_of).given(rows, None)]
-        return build_call(node, pending.step, self.seed, given, self._kwargs(pending))
+        look = self._look(pending, len(pending.bundles), streamed=True)
+        return build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
+
+    def _look(self, pending: _Pending, part: int, *, answers: bool = True, streamed: bool = False) -> Look | None:
+        if self._looking is None:
+            return None
+        node = pending.node
+        if pending.numbers is None:  # the same for all ranks
+            states = {*states_read(node.kwargs), *([node.role] if node.kind == "state" else [])}
+            pending.numbers = {state: dict(self.numbers[state]) for state in states}
+        return self._looking.of(
+            node,
+            pending.step,
+            part=part,
+            answers=answers,
+            streamed=streamed,
+            numbers=pending.numbers,
+            given=self._source_kwargs(node, pending.batches) if node.kind == "source" else {},
+        )
 
     def _host_process(self, pending: _Pending, pool: Pool) -> Any:
         """The next of the CPU processes, for a call of `pending`."""
@@ -457,22 +544,25 @@ class RayRunner:
             self._held[node.role] = output.held
             self._first.pop(node.role, None)  # an op may have let go of what the state began with
         self.outputs.done(node, step)
-        prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
-        suffix = f"#{node.name.split('#')[1]}" if "#" in node.name else ""
+        if self._replicas is not None and node.kind == "reshard":
+            for name in self.pools_of(node):
+                self._replicas.synced(name, step + 1)
         rows = output.batch if node.rows == "expand" and output.batch is not None else pending.before
         return Finished(
             node=node.name,
             step=step,
             started_s=started,
             ended_s=ended,
-            metrics={f"{prefix}{suffix}/{key}": mean.value for key, mean in output.metrics.items()},
+            metrics={f"{metrics_of(node)}/{key}": mean.value for key, mean in output.metrics.items()},
             tokens=0 if rows is None else int(rows.rows.tokens.sum()),
             nbytes=output.nbytes,
         )
 
     def _collect(self, pending: _Pending) -> NodeOutput:
         replies = [pending.replies[rank] for rank in range(pending.ranks)]
-        return collect(pending.node, pending.step, pending.shards, replies, pending.before)
+        pools = {pool.name for pool, _ in pending.callees}
+        pool = pools.pop() if len(pools) == 1 else ""
+        return collect(pending.node, pending.step, pending.shards, replies, pending.before, pool)
 
     def _moved(self, pending: _Pending) -> NodeOutput:
         """The output of a node that moves row indices only."""
@@ -496,6 +586,12 @@ def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, d
     if node.kind == "weights":
         return [("give_weights", {"target": node.role})] * (groups - 1) + [(node.op, settings)]
     return [("send_weights", settings), ("receive_weights", settings)] if groups > 1 else [(node.op, settings)]
+
+
+def metrics_of(node: Node) -> str:
+    """What stands before the names of a node's metrics: `actor`, `actor#2`, `gae`."""
+    prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
+    return f"{prefix}#{node.name.split('#')[1]}" if "#" in node.name else prefix
 
 
 def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:

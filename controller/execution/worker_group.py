@@ -31,7 +31,7 @@ from rlhf_dist.dataflow.graph import Input, Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dispatch import ROWS, Mesh, TransferProtocol, balance, mini_batch_of_row
 from rlhf_dist.metrics import combine
-from rlhf_dist.wire import Call, Given, Reply
+from rlhf_dist.wire import Call, Given, Look, Reply
 
 HOST_SHARD_ROWS = 1024
 """Rows a host op's shard holds at least, unless fewer processes are there than shards."""
@@ -98,7 +98,7 @@ def cut(
     if "mini_batches" in node.kwargs:
         mini_batch = mini_batch_of_row(rows.group, int(node.kwargs["mini_batches"]), (seed, step))
         pieces: list[list[IntArray]] = [[] for _ in range(count)]
-        home = batch.home(count)
+        home = batch.home(count, group.pool.name)
         for k in range(int(node.kwargs["mini_batches"])):
             inside = np.flatnonzero(mini_batch == k)
             groups = None if keep_groups is None else keep_groups[inside]
@@ -107,7 +107,7 @@ def cut(
                 pieces[part].append(inside[chosen])
         parts = tuple(np.concatenate(piece) for piece in pieces)
     else:
-        parts = tuple(balance(rows.tokens, count, groups=keep_groups, home=batch.home(count)))
+        parts = tuple(balance(rows.tokens, count, groups=keep_groups, home=batch.home(count, group.pool.name)))
     return Shards(parts=parts, answering=answering, part_of_answer=part_of_answer), mini_batch
 
 
@@ -133,7 +133,7 @@ def _shards(parts: tuple[IntArray, ...]) -> Shards:
     return Shards(parts=parts, answering=each, part_of_answer=each)
 
 
-def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs: Any) -> Call:
+def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs: Any, look: Look | None = None) -> Call:
     """The instruction for one rank that is given these rows of the node's batches."""
     first = given[0] if given else Given(num_rows=0)
     own = {name: getattr(first, name) for name in ("num_rows", "fetches", "row_index", "mini_batch", "ids")}
@@ -145,12 +145,15 @@ def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs:
         others=tuple(given[1:]),
         out=node.out,
         kwargs=kwargs,
+        look=look,
         **own,
     )
 
 
-def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], before: BatchRef | None) -> NodeOutput:
-    """Put the answering ranks' replies together; before: the node's first batch.
+def collect(
+    node: Node, step: int, shards: Shards, replies: Sequence[Reply], before: BatchRef | None, pool: str = ""
+) -> NodeOutput:
+    """Put the answering ranks' replies together; before: the node's first batch. pool: whose ranks they are.
 
     Rows come out in an order that does not depend on placement: input order for kept rows; by input row
     and then in the worker's order for made rows.
@@ -173,7 +176,7 @@ def collect(node: Node, step: int, shards: Shards, replies: Sequence[Reply], bef
     counts = [len(rows) for rows in made]
     origin = np.concatenate(made) if made else np.empty(0, dtype=np.int64)
     order = np.argsort(origin, kind="stable")
-    stored = merge_stored([reply.stored for reply in answers], order, counts)
+    stored = merge_stored([reply.stored for reply in answers], order, counts, pool)
     if node.rows == "keep":
         if before is None or len(order) != len(before.rows):
             raise RuntimeError(

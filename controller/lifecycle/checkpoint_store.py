@@ -22,6 +22,7 @@ from uuid import uuid4
 from controller.lifecycle import manifest as manifests
 from controller.lifecycle.checkpoint import Checkpoint, DamagedCheckpoint
 from controller.lifecycle.manifest import Damaged
+from rlhf_dist.addresses import make_folder
 from rlhf_dist.config import OutputConfig
 from rlhf_dist.durable_files import sync
 from rlhf_dist.failure import text_of
@@ -60,7 +61,7 @@ class CheckpointStore:
         def attempt() -> None:
             path = f"{self._root}/.probe-{uuid4().hex}"
             try:
-                self._make_folder(self._root)
+                make_folder(self._files, self._root)
                 self._files.pipe_file(path, b"probe")
                 same = self._files.cat_file(path) == b"probe"
                 self._files.rm_file(path)
@@ -176,20 +177,7 @@ class CheckpointStore:
 
     def _make_folders(self, folders: list[str]) -> None:
         for folder in folders:
-            self._make_folder(folder)
-
-    def _make_folder(self, path: str) -> None:
-        """Make it and what is above, where the file system has folders; never a bucket, whose name may be misspelt."""
-        try:
-            self._files.mkdir(path, create_parents=False)
-        except FileExistsError:
-            return
-        except FileNotFoundError:
-            parent = path.rpartition("/")[0]
-            if "/" not in parent:
-                raise
-            self._make_folder(parent)
-            self._files.mkdir(path, create_parents=False)
+            make_folder(self._files, folder)
 
     def _each(self, function: Callable[[str], None], names: list[str]) -> None:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="store") as threads:

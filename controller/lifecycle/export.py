@@ -9,9 +9,11 @@ import errno
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from controller.lifecycle.checkpoint import Checkpoint, checked, find_checkpoints
+from rlhf_dist.addresses import is_address, push
 from rlhf_dist.durable_files import sync
 from rlhf_dist.typed import ConfigError
 from rlhf_dist.weights_files import stored_weights
@@ -21,8 +23,8 @@ TIMEOUT_S = 3600.0
 """Longest an export may take."""
 
 
-def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapter: bool) -> Path:
-    """Write the model of `role` in `checkpoint` to the folder `out`; returns it.
+def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapter: bool) -> Path | str:
+    """Write the model of `role` in `checkpoint` to the folder, or address, `out`; returns where it is.
 
     Raises ConfigError for a folder without a checkpoint, a role it does not have, a damaged file, or an `out` that
     is there already.
@@ -33,10 +35,17 @@ def export(checkpoint: str, out: str, role: str | None, dtype: str | None, adapt
     chosen = role or found.roles[0]
     if chosen not in found.roles:
         raise ConfigError(f"{found.folder} has no role {chosen!r}; it has {', '.join(found.roles)}")
+    if is_address(out):
+        with tempfile.TemporaryDirectory(prefix="rlhf-dist-export-") as made:
+            return push(_written(found, chosen, Path(made) / "model", dtype, adapter), out)
     target = Path(out)
     if target.exists():
         raise ConfigError(f"{target} is there already; choose another folder, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
+    return _written(found, chosen, target, dtype, adapter)
+
+
+def _written(found: Checkpoint, chosen: str, target: Path, dtype: str | None, adapter: bool) -> Path:
     options = [*(["--dtype", dtype] if dtype else []), *(["--adapter"] if adapter else [])]
     command = [sys.executable, "-m", EXPORTER, str(found.folder / chosen), str(target), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

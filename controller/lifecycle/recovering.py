@@ -40,6 +40,7 @@ SOURCES = {
     "memory": "copies in memory",
     "checkpoint": "the checkpoint",
     "start": "the start",
+    "replicas": "other replicas",
 }
 FIRST_CAUSE_S = 5.0
 """Longest wait for the word that a process died, whose peers failed with an error of another kind before it."""
@@ -57,7 +58,7 @@ class Recovery:
     """Steps done when it happened."""
     back_to: int
     source: str
-    """`processes`, `memory`, `checkpoint` or `start`: where the state came from."""
+    """`processes`, `memory`, `checkpoint` or `start`: where the state came from; `replicas`: no step was given up."""
     seconds: float
     """From the failure to the first node of a step."""
 
@@ -105,6 +106,9 @@ class Recoveries:
         domains, replies = self.domains, self._session.cluster.replies
         self._phase("recovery: asking every process to give up the step")
         domains.abandoned()
+        cause = error.cause if isinstance(error, WorkerLost) else None
+        if cause is not None and cause.pool:
+            domains.died(cause.pool)  # A process that is stopped does not answer either: nobody waits for that.
         asked = {
             process.abandon.remote(): name
             for name in domains.those(Health.SUSPECT)
@@ -168,6 +172,22 @@ class Recoveries:
         for name in self.domains.those(Health.CATCHING_UP):
             self.domains.verified(name, incarnations[name], done)
         assert self.domains.serving, "every pool was caught up above"
+
+    def resize(self, pool: str, slots: int, done: int) -> None:
+        """Give a pool of teams another size between two steps, and its new processes the weights of `done` steps.
+
+        Raises NoRoom, with nothing changed; any other error is one to recover from.
+        """
+        try:
+            self._session.change_pool(pool, slots, (), self._phase)
+            self.domains.died(pool)
+            self.domains.up(pool, self.domains.rebuild(pool))
+            self.synced(done)
+        except NoRoom:
+            raise
+        except RECOVERABLE:
+            self.domains.died(pool)
+            raise
 
     def summary(self) -> dict[str, Any]:
         """For summary.json; empty where there was none."""

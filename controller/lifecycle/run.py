@@ -14,17 +14,19 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
-from controller.cluster.pool import ClusterError
+from controller.cluster.pool import ClusterError, NoRoom
+from controller.cluster.stacks import stacks_on_demand
 from controller.execution.eager import run_eagerly
 from controller.execution.executor import StepReport, run_steps
-from controller.execution.failed_calls import NodeError
+from controller.execution.failed_calls import NodeError, WorkerLost
+from controller.execution.looking import Looking
 from controller.execution.ray_runner import RayRunner
 from controller.lifecycle.checkpoint import (
     Checkpoint,
@@ -42,13 +44,17 @@ from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
 from controller.lifecycle.preemption import Notices, Preempted
 from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
+from controller.lifecycle.replicas import DeadReplicas
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
+from controller.lifecycle.scaling import Answer, NotScaled, Scaling, slots_for
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.startup import StartUp
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
 from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
+from controller.record.prometheus import PrometheusEndpoint
 from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
@@ -97,15 +103,18 @@ class _Progress:
     seconds: float = 0.0
 
 
-def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: bool = False) -> dict[str, Any]:
+def run(
+    launch: Launch, display: StepDisplay, *, eager: bool = False, local: bool = False, began_s: float | None = None
+) -> dict[str, Any]:
     """Run a launch to its end and return its summary, which is also written to summary.json.
 
-    eager: line by line. local: in this process, for a launch that `local_launch` made.
+    eager: line by line. local: in this process, for a launch that `local_launch` made. began_s: when the command was
+    started, seconds since 1970.
 
     Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt, and Preempted which is one, pass
     through once every process that was started has ended.
     """
-    launch = with_steps_of_epochs(launch)
+    launch, display = with_steps_of_epochs(launch), StartUp(display, began_s)
     with claim_folder(launch, display.note) as beginning:
         launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
         with said_of_disk(beginning.folder):
@@ -118,7 +127,7 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StartUp, eager: bool, local: bool) -> dict[str, Any]:
     folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
@@ -129,9 +138,11 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
     with (
         ExitStack() as leaving,
+        _endpoint(launch, folder, display.note) as endpoint,  # before the cluster: a port may be taken
         cluster,
         notices.heard(),
-        MetricsWriter(folder, first_step, tracker, display.note) as writer,
+        MetricsWriter(folder, first_step, tracker, display.note, endpoint) as writer,
+        stacks_on_demand(folder, lambda: cluster.pools, cluster.replies),
     ):
         if not isinstance(cluster, Local):
             if launch.run.ray.address is not None:
@@ -161,6 +172,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
         "evaluations": progress.evaluations,
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
+        "startup_s": {part: round(seconds, 2) for part, seconds in display.seconds.items()},
         **progress.recoveries,
     }
     if uploads is not None:
@@ -172,6 +184,17 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
             write_feedback(launch, folder, progress.timeline.finished, progress.seconds / progress.steps, progress.last)
     _write_json(folder / "summary.json", summary)
     return summary
+
+
+def _endpoint(
+    launch: Launch, folder: Path, tell: Callable[[str], None]
+) -> AbstractContextManager[PrometheusEndpoint | None]:
+    output = launch.run.output
+    if output.prometheus_port is None:
+        return nullcontext()
+    endpoint = PrometheusEndpoint(launch.run.name, folder, output.prometheus_host, output.prometheus_port)
+    tell(f"metrics for Prometheus: {endpoint.url}")
+    return endpoint
 
 
 def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
@@ -208,7 +231,14 @@ class _Run:
             rows=output.rollout_rows,
             every=output.rollouts_every,
         )
-        self.notices, self.done = notices, 0
+        self.looking = Looking(
+            folder=folder,
+            every=output.inputs_every,
+            keep=output.keep_inputs,
+            nodes=output.inputs_nodes,
+            profiled=launch.run.profile.steps,
+        )
+        self.notices, self.scaling, self.done = notices, Scaling(folder), 0
         self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
         """Step of the last complete checkpoint."""
         self.runner = self._new_runner()
@@ -234,7 +264,9 @@ class _Run:
     def _new_runner(self) -> RayRunner:
         numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
         # Line by line, anything may be looked at until the step ends, whoever else reads it.
-        return self.session.runner(None if self.eager else self.dataflow, numbers, check=self.notices.check)
+        replicas = DeadReplicas(self.session, self._admit, self.display.phase, self._recovered_from)
+        graph = None if self.eager else self.dataflow
+        return self.session.runner(graph, numbers, check=self.notices.check, replicas=replicas, looking=self.looking)
 
     def execute(self) -> None:
         """From its start, or from a checkpoint, to its end."""
@@ -253,9 +285,20 @@ class _Run:
                     done = self._recover(error)
         except Preempted as notice:
             self._make_room(notice)
-        except BaseException:
+        except BaseException as error:
+            self._say_inputs(error)
             self._keep_pending()
             raise
+
+    def _say_inputs(self, error: BaseException) -> None:
+        """How a person goes on from a node that failed."""
+        self.looking.bound()
+        at = error.of_node if isinstance(error, NodeError) else None
+        if at is not None and self.looking.kept(*at) is not None:
+            node, step = at
+            self.display.note(
+                f"the inputs of {node} are kept: rlhf-dist replay {self.folder} --step {step} --node {node}"
+            )
 
     def _begin(self, first_step: int) -> None:
         if self.checkpoint is not None:
@@ -321,8 +364,9 @@ class _Run:
         self.writer.write(report.step, metrics, report.seconds)
         self.graph_file.saw(report.nodes)
         self.display.step(report.step, metrics, report.seconds)
-        if said := self.progress.warnings.of(report.step, metrics):
-            self.display.note(said)
+        for said in (self.progress.warnings.of(report.step, metrics), *self.looking.after(report.step)):
+            if said:
+                self.display.note(said)
         done = report.step + 1
         self.done = done
         self.furthest = max(self.furthest, done)
@@ -367,6 +411,9 @@ class _Run:
         if self._copies_in_memory and (self._copies_after(done - 1) or done == self.began):
             with self._paused("copy in memory"):
                 self._copy(done)
+        if self.scaling.look() is not None and self._is_settled:
+            with self._paused("scale"):
+                self._scale(done)
         asked = self.notices.wants_checkpoint and self._is_settled
         if done > self.began and (asked or self._checkpoints_after(done - 1)) and self.kept_at != done:
             with self._paused("checkpoint"):
@@ -389,7 +436,7 @@ class _Run:
         return bool(every) and (step + 1) % every == 0
 
     def _is_barrier(self, step: int) -> bool:
-        asked = self.notices.look() or self.notices.wants_checkpoint
+        asked = self.notices.look() or self.notices.wants_checkpoint or self.scaling.look() is not None
         return asked or self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
@@ -405,6 +452,29 @@ class _Run:
     def _is_settled(self) -> bool:
         """Whether weights, states and sources are those after `done` steps: no later step has touched them."""
         return self.runner.newest < self.done or not (self.dataflow.staleness or self.runner.changing)
+
+    def _scale(self, done: int) -> None:
+        """Give a pool that generates the number of replicas that somebody has asked for."""
+        request, started = self.scaling.look(), time.perf_counter()
+        assert request is not None, "somebody asked"
+        try:
+            slots = slots_for(self.session, request)
+            self.display.phase(f"scale: pool {request.pool} to {request.replicas} replicas")
+            self.recoveries.resize(request.pool, slots, done)
+        except (NotScaled, NoRoom) as error:
+            self.scaling.answer(Answer(done=False, text=str(error)))
+            self.display.note(f"not scaled: {error}")
+            return
+        except RECOVERABLE as error:
+            self.scaling.answer(Answer(done=False, text=f"the run recovers from: {error}"))
+            raise
+        self.runner.groups = {**self.runner.groups, **self.session.groups}
+        said = (
+            f"pool {request.pool} has {request.replicas} replicas after {done} steps, with the weights of that step; "
+            f"the steps waited {time.perf_counter() - started:.1f} s"
+        )
+        self.scaling.answer(Answer(done=True, text=said))
+        self.display.note(said)
 
     def _copy(self, done: int) -> None:
         """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
@@ -501,6 +571,7 @@ class _Run:
         """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
         the last attempt, where the run must end."""
         started = time.perf_counter()
+        self.looking.bound()
         while True:
             self.recoveries.admit(error, self.furthest)
             try:
@@ -532,12 +603,22 @@ class _Run:
         recoveries.synced(done)
         self._rewind(done)
         what, seconds = shortened(str(error)), time.perf_counter() - started
-        made = Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
-        recoveries.done.append(made)
-        self.recovered_s.append(seconds)
-        self.progress.recoveries = recoveries.summary()
-        self.display.note(str(made))
+        self._recovered_from(
+            Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
+        )
         return done
+
+    def _recovered_from(self, recovery: Recovery) -> None:
+        """Count it and say so."""
+        self.recoveries.done.append(recovery)
+        self.recovered_s.append(recovery.seconds)
+        self.progress.recoveries = self.recoveries.summary()
+        self.display.note(str(recovery))
+
+    def _admit(self, error: WorkerLost) -> int:
+        """Steps done, where the run may go on without what is lost; raises `error` where it may not."""
+        self.recoveries.admit(error, self.furthest)
+        return self.done
 
     def _last_checkpoint(self) -> Checkpoint | None:
         """The newest that is what was written."""

@@ -38,6 +38,7 @@ from controller.lifecycle.decisive_settings import check_unchanged, decisive_set
 from controller.lifecycle.disk_space import check_kinds, check_space, said_of_disk
 from controller.lifecycle.folder_lock import LOCK, FolderTaken, held, owner_of
 from controller.lifecycle.manifest import Manifest
+from rlhf_dist.addresses import is_address
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import epoch_source
 from rlhf_dist.durable_files import write_durably
@@ -80,6 +81,11 @@ def find_beginning(launch: Launch, *, compare: bool = True, elsewhere: bool = Fa
     compare: with the settings that the checkpoint was made with. elsewhere: the run is for other machines than this
     one, whose disk says nothing then.
     """
+    if is_address(launch.run.output.root):
+        raise ConfigError(
+            f"output.root={launch.run.output.root} must be a folder of this machine, which all nodes share; "
+            f"output.store=URL copies checkpoints elsewhere while the run goes on"
+        )
     folder = Path(launch.run.output.root) / launch.run.name
     _check_writable(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -261,6 +267,18 @@ def _command(launch: Launch, folder: Path) -> str:
 
 def _has_results(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
+
+
+def recipe_of(folder: Path) -> str:
+    """The recipe of a run as its command named it. Raises ConfigError where its config.yaml does not say."""
+    config = folder / "config.yaml"
+    first = config.read_text(encoding="utf-8").splitlines()[:1] if config.is_file() else []
+    words = shlex.split(first[0].removeprefix("#")) if first and first[0].startswith("# ") else []
+    if words[:2] != ["rlhf-dist", "run"] or len(words) < 3:
+        raise ConfigError(
+            f"{config} does not begin with the command that made it (# rlhf-dist run RECIPE ...); add that line"
+        )
+    return words[2]
 
 
 def is_run(folder: Path) -> bool:

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from controller.cluster.blame import FirstCause
 from controller.cluster.failure_text import explained, logs_of
-from controller.cluster.pool import SIGNALS, ClusterError, Pool, machines
+from controller.cluster.pool import SIGNALS, ClusterError, LostInStart, Pool, machines
 from controller.cluster.replies import Replies
 from controller.cluster.shared_files import check_files_are_shared
 from controller.cluster.watch import Waited, Watch
 from controller.execution.executor import Finished
+from controller.execution.looking import Looking
 from controller.execution.ray_runner import RayRunner
+from controller.execution.replicas import Replicas
 from controller.execution.worker_group import WorkerGroup
 from rlhf_dist.compose import Launch
-from rlhf_dist.config import PoolConfig, SourceConfig
+from rlhf_dist.config import LanguageModelConfig, PoolConfig, SourceConfig
 from rlhf_dist.data.of_launch import tokenizer_of, tokenizers
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
@@ -32,7 +34,7 @@ from rlhf_dist.dispatch import ONE_TO_ALL
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
-from rlhf_dist.placement.roles import HOST_POOL, pool_size, resolved, rollout_of
+from rlhf_dist.placement.roles import HOST_POOL, only_generates, pool_size, resolved, rollout_of
 from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base, worker_of
 from rlhf_dist.roles import OpSpec, State
 from rlhf_dist.wire import Bridge, HeldState
@@ -60,8 +62,12 @@ class Processes(Protocol):
         """What finds the process that is lost, where there are several."""
         ...
 
-    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
-        """Processes that share a process group."""
+    def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
+        """Processes that share a process group, or `team` consecutive ones each."""
+        ...
+
+    def change_pool(self, name: str, pool: PoolConfig, dead: Collection[int]) -> Pool:
+        """Replace `dead` ranks of a pool of teams, and give it another size; the others keep their processes."""
         ...
 
     def add_host_pool(self) -> Pool:
@@ -81,8 +87,8 @@ class Processes(Protocol):
         ...
 
 
-_Starting = tuple[WorkerGroup, list[Any]]
-"""A group, and the references to what its ranks answer."""
+_Starting = tuple[WorkerGroup, dict[int, Any]]
+"""A group, and the references to what its ranks answer; those only that are asked."""
 
 
 @dataclass
@@ -95,6 +101,8 @@ class Session:
     states: dict[str, State]
     shifts: Mapping[str, int] = field(default_factory=dict)
     """Source parameter -> see `PromptSource.emit`."""
+    only: Collection[str] | None = None
+    """Groups that are hosted, for a person who looks at one node (`replay.py`); None: all."""
 
     def runner(
         self,
@@ -104,10 +112,13 @@ class Session:
         beside: bool = False,
         limit_s: float | None = None,
         check: Callable[[], None] | None = None,
+        replicas: Replicas | None = None,
+        looking: Looking | None = None,
         **sources: str,
     ) -> RayRunner:
         """A runner over these groups. `sources`: source parameter -> group that feeds it, where they differ.
-        beside, check: see RayRunner. limit_s: longest a call may take, where that is not ray.call_timeout_s."""
+        beside, check, replicas, looking: see RayRunner. limit_s: longest a call may take, where that is not
+        ray.call_timeout_s."""
         run = self.launch.run
         groups = {**self.groups, **{name: self.groups[group] for name, group in sources.items()}}
         rows = {name: {"rows": 0 if group == HELDOUT else run.data.prompts_per_step} for name, group in sources.items()}
@@ -129,6 +140,8 @@ class Session:
             replies=self.cluster.replies,
             watch=self.cluster.watch,
             check=check,
+            replicas=replicas,
+            looking=looking,
         )
 
     def call_role(
@@ -148,7 +161,7 @@ class Session:
     def sync(self, steps_done: int) -> list[Finished]:
         """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps."""
         runner, generating = self.runner(None, {}), self.launch.dataflow.generating
-        synced = [role for role in generating if has_training_engine(self.launch, role)]
+        synced = [role for role in generating if role in self.groups and has_training_engine(self.launch, role)]
         return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
 
     def save_state(self, held: HeldState, folder: Path) -> None:
@@ -180,24 +193,43 @@ class Session:
     def start(self, names: Collection[str], phase: Callable[[str], None]) -> None:
         """Start the processes of these pools and the workers they host, and connect them to each other and to the
         pools that are there. Raises ClusterError when something does not come up."""
-        launch, run, replies = self.launch, self.launch.run, self.cluster.replies
+        launch, run = self.launch, self.launch.run
         pools = {
             name: self.cluster.add_host_pool()
             if name == HOST_POOL
-            else self.cluster.add_pool(name, resolved(run.placement, name))
+            else self.cluster.add_pool(name, resolved(run.placement, name), team_of(launch, name))
             for name in self.pools
             if name in names
         }
-        if placed_pools := {name: pool for name, pool in pools.items() if pool.node_ids}:  # none in a local run
-            placed = pools_of_roles(launch)
-            check_files_are_shared(launch, _folder(launch), placed, placed_pools, replies, run.ray.ready_timeout_s)
+        self._check_files(pools)
         starting: list[_Starting] = []
         if HOST_POOL in pools:
-            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]))
-        starting += _host_roles(launch, pools)
+            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]), self.only)
+        starting += _host_roles(launch, pools, self.only)
         self.groups |= {group.role: group for group, _ in starting}
         _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
         self._connect(names, phase)
+
+    def change_pool(self, name: str, slots: int, dead: Collection[int], phase: Callable[[str], None]) -> None:
+        """Give a pool of teams, which is at nothing, `slots` slots (on each of its nodes), and new processes instead of
+        `dead` ranks. The others keep theirs and what they hold; a sync must follow. Raises NoRoom before anything has
+        changed, or ClusterError."""
+        launch, before = with_slots(self.launch, name, slots), self.cluster.pools[name]
+        pool = self.cluster.change_pool(name, resolved(launch.run.placement, name), dead)
+        self.launch = launch
+        self._check_files({name: pool})
+        new = [rank for rank in range(pool.size) if rank in dead or rank >= before.size]
+        starting = _host_roles(launch, {name: pool}, self.only, new)
+        self.groups |= {group.role: group for group, _ in starting}
+        _await_roles(starting, self.cluster, launch.run.ray.ready_timeout_s + launch.run.ray.call_timeout_s, phase)
+        self._connect((name,), phase)
+
+    def _check_files(self, pools: Mapping[str, Pool]) -> None:
+        """Raises ClusterError where a node lacks files; in a local run there is no other."""
+        launch, wait_s = self.launch, self.launch.run.ray.ready_timeout_s
+        if placed := {name: pool for name, pool in pools.items() if pool.node_ids}:
+            folder, roles = _folder(launch), pools_of_roles(launch)
+            check_files_are_shared(launch, folder, roles, placed, self.cluster.replies, wait_s)
 
     def _connect(self, names: Collection[str], phase: Callable[[str], None]) -> None:
         """Have roles that give each other weights meet, where a process of `names` is one of them."""
@@ -207,7 +239,8 @@ class Session:
             if apart is not None and {groups[role].pool.name, apart.pool.name} & set(names):
                 phase(f"{role}: connecting {groups[role].pool.name} and {apart.pool.name}")
                 _connect(groups[role], apart, cluster, timeout_s)
-        for (source, target), staged in self.launch.dataflow.ways.items():
+        ways = self.launch.dataflow.ways.items()
+        for (source, target), staged in ((way, staged) for way, staged in ways if groups.keys() >= set(way)):
             if {groups[source].pool.name, groups[target].pool.name} & set(names):
                 phase(f"{target}: planning how weights come from {source}")
                 _connect_weights(groups[source], groups[target], staged, cluster, timeout_s)
@@ -226,44 +259,79 @@ class Session:
 
 
 def start_session(launch: Launch, cluster: Processes, phase: Callable[[str], None]) -> Session:
-    """Start pools and role workers; `phase` hears what begins. Raises ClusterError when something does not come up."""
+    """Start pools and role workers; `phase` hears what begins. Where a process dies, all are started once more.
+    Raises ClusterError when something does not come up."""
     session = Session(launch, cluster, {}, {name: kind() for name, kind in launch.recipe.states.items()})
-    session.start(session.pools, phase)
+    try:
+        session.start(session.pools, phase)
+    except LostInStart as error:
+        if not launch.run.recovery.retries:
+            raise
+        phase(f"recovery: starting all processes again, once, after: {error}")
+        for name in session.pools:
+            cluster.end_pool(name)
+        session.groups.clear()
+        session.start(session.pools, phase)
     return session
 
 
-def _host_sources(launch: Launch, first_host: Pool) -> list[_Starting]:
+def _host_sources(launch: Launch, first_host: Pool, only: Collection[str] | None) -> list[_Starting]:
     run, tokenizer = launch.run, tokenizer_of(launch)
     if tokenizer is None:
         raise ClusterError("no role has a model, so there is no tokenizer for the source")
     starting: list[_Starting] = []
     for k, name in enumerate(launch.recipe.sources):
+        if only is not None and name not in only:
+            continue
         group = WorkerGroup(name, first_host)
         own = {"heldout": run.data.heldout, "fields": launch.recipe.source_fields(name), "first_group": k << GROUP_BITS}
         starting.append((group, _host_source(launch, group, launch.source(name), tokenizer, **own)))
-    if run.data.heldout is not None:
+    if run.data.heldout is not None and only is None:
         group = WorkerGroup(HELDOUT, first_host)
         starting.append((group, _host_source(launch, group, run.data.heldout, tokenizer)))
     return starting
 
 
-def _host_roles(launch: Launch, pools: Mapping[str, Pool]) -> list[_Starting]:
-    """Have the processes of these pools build the workers of the roles placed there."""
+def _host_roles(
+    launch: Launch, pools: Mapping[str, Pool], only: Collection[str] | None, ranks: Collection[int] | None = None
+) -> list[_Starting]:
+    """Have the processes of these pools build the workers of the roles placed there. only: see `Session`. ranks: those
+    only."""
     starting: list[_Starting] = []
     placed = pools_of_roles(launch)
     # What learns first: a frozen role may share the base of one with adapters.
     for name in sorted(placed, key=lambda name: not launch.dataflow.facts[name.split(".")[0]].trained):
-        if placed[name] in pools:
+        if placed[name] in pools and (only is None or name in only):
             pool = pools[placed[name]]
             group = WorkerGroup(name, pool, meshes_of(launch, name, pool.nodes))
             worker, settings = worker_of(launch, name)
-            starting.append((group, _host_role(launch, group, worker, settings)))
+            starting.append((group, _host_role(launch, group, worker, settings, ranks, here=only is not None)))
     return starting
 
 
 def pools_of_roles(launch: Launch) -> dict[str, str]:
     """Role -> pool, for the roles the graph uses; `ROLE.rollout` too where generation has a pool of its own."""
     return {name: pool for name, pool in launch.placed.items() if name.split(".")[0] in launch.used_roles}
+
+
+def team_of(launch: Launch, pool: str) -> int:
+    """Ranks of a pool that hold one copy of a model together, and share a process group for that alone: the pool does
+    nothing but generate. 0 where it does more, or its roles differ."""
+    sizes = set()
+    for name in (name for name, placed in pools_of_roles(launch).items() if placed == pool):
+        role = name.split(".")[0]
+        config = launch.roles[role]
+        generates = name != role or only_generates(launch.recipe.roles[role], launch.dataflow.facts[role])
+        sizes.add(config.rollout.tensor_parallel if generates and isinstance(config, LanguageModelConfig) else 0)
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def with_slots(launch: Launch, pool: str, slots: int) -> Launch:
+    """The launch with another number of slots of a pool (on each of its nodes)."""
+    placement = launch.run.placement
+    changed = replace(resolved(placement, pool), slots=slots)
+    placement = replace(placement, pools={**placement.pools, pool: changed})
+    return replace(launch, run=replace(launch.run, placement=placement))
 
 
 def slots_needed(launch: Launch) -> int:
@@ -275,7 +343,7 @@ def _connect(sending: WorkerGroup, receiving: WorkerGroup, cluster: Processes, t
     """Have all ranks of both pools meet, for the weights that go from one to the other."""
     bridge = _bridge(sending, receiving, cluster.replies, timeout_s)
     joining = [
-        (group, [process.connect.remote(group.role, bridge) for process in group.pool.processes])
+        (group, {rank: process.connect.remote(group.role, bridge) for rank, process in _ranked(group)})
         for group in (sending, receiving)
     ]
     _await_roles(joining, cluster, timeout_s)
@@ -289,7 +357,7 @@ def _connect_weights(
     bridge = _bridge(source, target, cluster.replies, timeout_s) if apart else None
     way = (source.role, target.role, bridge, staged)
     joining = [
-        (group, [process.connect_weights.remote(group.role, *way) for process in group.pool.processes])
+        (group, {rank: process.connect_weights.remote(group.role, *way) for rank, process in _ranked(group)})
         for group in ((source, target) if apart else (target,))
     ]
     _await_roles(joining, cluster, timeout_s)
@@ -301,10 +369,11 @@ def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, time
         raise opened
     if isinstance(opened, Failure):
         raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
-    address, port = cast(tuple[str, int], opened)
+    address, port, secret = cast(tuple[str, int, str], opened)
     return Bridge(
         address=address,
         port=port,
+        secret=secret,
         senders=sending.pool.size,
         receivers=receiving.pool.size,
         nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),
@@ -312,7 +381,9 @@ def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, time
     )
 
 
-def _host_source(launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, **own: Any) -> list[Any]:
+def _host_source(
+    launch: Launch, group: WorkerGroup, config: SourceConfig, tokenizer: str, **own: Any
+) -> dict[int, Any]:
     settings = {"config": config, "data": launch.run.data, "tokenizer": tokenizer, **own}
     return _host_role(launch, group, SOURCE_WORKER, settings)
 
@@ -328,7 +399,16 @@ def phases_of_pool(launch: Launch, pool: str) -> tuple[str, ...]:
     return phases_of(launch.dataflow, pools_of_roles(launch), pool, bases)
 
 
-def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings: Mapping[str, Any]) -> list[Any]:
+def _host_role(
+    launch: Launch,
+    group: WorkerGroup,
+    worker: str | type,
+    settings: Mapping[str, Any],
+    ranks: Collection[int] | None = None,
+    *,
+    here: bool = False,
+) -> dict[int, Any]:
+    """ranks: those only. here: see `WorkerContext`."""
     context = {
         "seed": launch.run.seed,
         "frozen_folders": frozen_folders(launch),
@@ -339,14 +419,21 @@ def _host_role(launch: Launch, group: WorkerGroup, worker: str | type, settings:
         "nodes": group.pool.nodes,
         "sync_timeout_s": SYNC_SHARE * launch.run.ray.call_timeout_s,
         "folder": str(_folder(launch)),
+        "here": here,
     }
     memory: dict[str, Any] = {}
     if group.pool.name != HOST_POOL:
         device_bytes = launch.run.placement.pools[group.pool.name].device_bytes
         memory = {"device_bytes": device_bytes, "phases": phases_of_pool(launch, group.pool.name)}
-    return [
-        process.host_role.remote(group.role, worker, settings, context, **memory) for process in group.pool.processes
-    ]
+    return {
+        rank: process.host_role.remote(group.role, worker, settings, context, **memory)
+        for rank, process in _ranked(group)
+        if ranks is None or rank in ranks
+    }
+
+
+def _ranked(group: WorkerGroup) -> Iterable[tuple[int, Any]]:
+    return enumerate(group.pool.processes)
 
 
 def _await_roles(
@@ -358,7 +445,7 @@ def _await_roles(
     """Wait until every rank of every group has answered, `timeout_s` at most for the next; `phase` hears what the
     first rank of each pool is at. Raises ClusterError for the first that failed, or is lost."""
     replies, watch, began = cluster.replies, cluster.watch, time.perf_counter()
-    rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in enumerate(refs)}
+    rank_of = {ref: (group, rank) for group, refs in starting for rank, ref in refs.items()}
     left, answered_s = list(rank_of), time.monotonic()
     phases = _Phases(phase, replies)
     while left:
@@ -398,8 +485,9 @@ def _check_lost(cause: FirstCause | None, starting: Collection[tuple[WorkerGroup
     who = "a worker" if at is None else f"{at[0].role}, rank {cause.rank},"
     log = at[0].pool.log(cause.rank) if at is not None else None
     text = f"{who} could not start: {cause.text}{logs_of([log]) if log else ''}"
-    # Nothing is rebuilt without Ray's head: the run ends.
-    raise ClusterError(text).of(FailureKind.CODE if cause.fatal else FailureKind.INFRASTRUCTURE)
+    if cause.fatal:  # Nothing is rebuilt without Ray's head: the run ends.
+        raise ClusterError(text).of(FailureKind.CODE)
+    raise LostInStart(text)
 
 
 def _check_started(answer: Any, group: WorkerGroup, rank: int) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from controller.record.outbox import Outbox
+from controller.record.prometheus import PrometheusEndpoint
 from controller.record.tracking import TensorBoard
 
 NAME = "metrics.jsonl"
@@ -31,8 +32,9 @@ class MetricsWriter:
         first_step: int = 0,
         tracker: Outbox | None = None,
         tell: Callable[[str], None] = print,
+        endpoint: PrometheusEndpoint | None = None,
     ) -> None:
-        """tell: shows people a line, where TensorBoard's files cannot be written."""
+        """tell: shows people a line, where TensorBoard's files cannot be written. endpoint: is told as trackers are."""
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / NAME
@@ -40,7 +42,7 @@ class MetricsWriter:
             tell(f"{self._path}: {faulty} faulty or cut lines of the earlier run are left out")
         self._file = self._path.open("a", encoding="utf-8")
         board = Outbox("tensorboard", lambda: TensorBoard(self._folder / "tensorboard", first_step), self._folder, tell)
-        self._trackers = [board] if tracker is None else [board, tracker]
+        self._trackers = [one for one in (board, tracker, endpoint) if one is not None]
         self._told: dict[str, int] = {}
         """Kind of line -> the last step that trackers were told of."""
 

@@ -1,7 +1,9 @@
-"""Trackers beside metrics.jsonl: TensorBoard, and Weights & Biases and MLflow from the extra `tracking`.
+"""Trackers beside metrics.jsonl: TensorBoard; Weights & Biases and MLflow (extra `tracking`), Trackio (extra `trackio`)
+and SwanLab (extra `swanlab`).
 
-None of them delays or ends a run (`outbox.py`). The latter two write into the run's folder unless their own environment
-variables say otherwise (WANDB_MODE=online, MLFLOW_TRACKING_URI=...), so a run needs no network and no account.
+None of them delays or ends a run (`outbox.py`). All but TensorBoard write into the run's folder unless their own
+environment variables say otherwise (WANDB_MODE=online, MLFLOW_TRACKING_URI=..., TRACKIO_DIR, TRACKIO_SPACE_ID or
+TRACKIO_SERVER_URL, SWANLAB_MODE=online), so a run needs no network and no account.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from controller.record.outbox import Outbox
+from controller.record.outbox import Outbox, Tracker
 
 
 class WandbTracker:
@@ -70,6 +72,76 @@ class MlflowTracker:
         self._client.set_terminated(self._id)
 
 
+class TrackioTracker:
+    """A Trackio run: a database in the run's folder unless TRACKIO_DIR, or a server, is set in the environment."""
+
+    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Raises RuntimeError where an earlier run of this process has another folder: Trackio reads it once."""
+        told = os.environ.get("TRACKIO_DIR")
+        wanted = Path(told) if told else folder.resolve() / "trackio"
+        os.environ["TRACKIO_DIR"] = str(wanted)
+        try:
+            import trackio
+            import trackio.run
+            import trackio.utils
+        finally:
+            if told is None:
+                del os.environ["TRACKIO_DIR"]
+        if Path(trackio.utils.TRACKIO_DIR) != wanted:
+            raise RuntimeError(
+                f"Trackio writes to {trackio.utils.TRACKIO_DIR} in this process, as an earlier run has told it; set "
+                "TRACKIO_DIR for all of them"
+            )
+        # Else it tells how to look at it, in the middle of what a run prints.
+        for module in (trackio, trackio.run, trackio.utils):
+            vars(module)["print"] = _unsaid
+        self._run = trackio.init(
+            project="rlhf-dist",
+            name=name,
+            config=dict(settings),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See Tracker."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """See Tracker."""
+        self._run.finish()
+
+
+def _unsaid(*words: object, **how: Any) -> None:
+    """A `print` that says nothing."""
+
+
+class SwanlabTracker:
+    """A SwanLab run: files in the run's folder unless SWANLAB_MODE=online; `swanlab sync` sends them later."""
+
+    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        import swanlab
+
+        self._run = swanlab.init(
+            project="rlhf-dist",
+            name=name,
+            log_dir=str(folder.resolve() / "swanlab"),
+            mode=os.environ.get("SWANLAB_MODE", "offline"),
+            config=dict(settings),
+            settings=swanlab.Settings(interactive=False),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See Tracker."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """See Tracker."""
+        self._run.finish()
+
+
 class TensorBoard:
     """TensorBoard's event files, written without torch."""
 
@@ -103,5 +175,10 @@ def new_tracker(
 
     tell: shows people a line, once, when it does not work.
     """
-    kinds: dict[str, type[WandbTracker] | type[MlflowTracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+    kinds: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+        "wandb": WandbTracker,
+        "mlflow": MlflowTracker,
+        "trackio": TrackioTracker,
+        "swanlab": SwanlabTracker,
+    }
     return Outbox(kind, lambda: kinds[kind](name, folder, settings), folder, tell) if kind in kinds else None

@@ -63,6 +63,10 @@ class Domains:
         self._silent_s, self._clock = silent_s, clock
         self._goal: int | None = None
 
+    def add(self, name: str) -> None:
+        """A domain that is healthy, unless it is known."""
+        self._domains.setdefault(name, _Domain(since_s=self._clock()))
+
     def health(self, name: str) -> Health:
         """What is known of a domain."""
         return self._domains[name].health

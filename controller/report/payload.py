@@ -52,13 +52,25 @@ def run_payload(files: RunFiles, rollouts: Sequence[Mapping[str, Any]], unreadab
 
 def _facts(files: RunFiles, config: Mapping[str, Any]) -> list[list[str]]:
     if files.summary is not None:
-        return [[label, str(value)] for label, value in for_people(files.summary).items()]
+        return [*([label, str(value)] for label, value in for_people(files.summary).items()), *_looked_at(files)]
     done = files.steps[-1]["step"] + 1 if files.steps else 0
     return [
         ["state", "no summary yet: it goes on, or ended before its last step"],
         ["steps", f"{done} of {config.get('steps', '?')}"],
         ["folder", str(files.folder)],
+        *_looked_at(files),
     ]
+
+
+def _looked_at(files: RunFiles) -> list[list[str]]:
+    """Traces and inputs that the run has kept."""
+    rows = [
+        [folder, "; ".join(f"{process}: {', '.join(nodes)}" for process, nodes in processes.items())]
+        for folder, processes in files.profiles.items()
+    ]
+    if files.inputs:
+        rows.append(["inputs kept", f"of step {', '.join(map(str, files.inputs))}: rlhf-dist replay {files.folder}"])
+    return rows
 
 
 def _notes(files: RunFiles, rollouts: Sequence[Mapping[str, Any]], unreadable: Sequence[str]) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from controller.execution.looking import PROFILES, TRACE
 from controller.lifecycle.plan_feedback import REPORT
 from controller.lifecycle.run_folder import is_run
 from controller.record import graph_file
 from controller.record.metrics import read_metrics
+from rlhf_dist.saved_calls import saved_steps
 from rlhf_dist.typed import ConfigError
 
 EVALUATION = "evaluation"
@@ -30,6 +33,10 @@ class RunFiles:
     trace: list[dict[str, Any]] | None = None
     plan: dict[str, Any] | None = None
     graph: dict[str, Any] | None = None
+    profiles: Mapping[str, Mapping[str, list[str]]] = field(default_factory=dict)
+    """Folder of a profiled step -> process -> nodes of which there are traces."""
+    inputs: Mapping[int, list[str]] = field(default_factory=dict)
+    """Step -> nodes whose inputs were kept."""
 
     @property
     def name(self) -> str:
@@ -53,7 +60,18 @@ def read_run(folder: Path) -> RunFiles:
         trace=None if trace is None else list(trace.get("traceEvents", [])),
         plan=_json(folder / REPORT),
         graph=_json(folder / graph_file.NAME),
+        profiles=_profiles(folder),
+        inputs=saved_steps(folder),
     )
+
+
+def _profiles(folder: Path) -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = {}
+    traces = (folder / PROFILES).glob(f"step_*/*/[!.]*{TRACE}")
+    for trace in sorted(traces, key=lambda trace: (trace.parent, trace.name.removesuffix(TRACE))):
+        of_step = found.setdefault(str(trace.parents[1].relative_to(folder)), {})
+        of_step.setdefault(trace.parent.name, []).append(trace.name.removesuffix(TRACE))
+    return found
 
 
 def _text(path: Path) -> str:

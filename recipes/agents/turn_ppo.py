@@ -5,7 +5,9 @@ The critic sees the whole conversation, and each turn's reward counts from where
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+from recipes.agents._episodes import Constraints
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
@@ -21,7 +23,27 @@ PAPERS = {
         status="outline",
         needs=("TURN", "ROLL", "CRIT", "ADV"),
         assumed="RAGEN's setting with advantages of tokens, and a game of guesses",
-    )
+    ),
+    "corgi": Paper(
+        title="CORGI: improvement over attempts with a critique",
+        year=2024,
+        rows=(173,),
+        status="outline",
+        needs=("TURN", "ROLL", "VER", "CRIT"),
+        settings={"algorithm.game": "constraints"},
+        assumed="four constraints on a text in place of its tasks; every attempt is rewarded; 3 attempts",
+    ),
+    "lmrl_gym": Paper(
+        title="LMRL-Gym: online PPO",
+        year=2023,
+        arxiv="2311.18232",
+        rows=(176,),
+        status="study",
+        needs=("TURN", "ROLL", "CRIT", "MIX", "EVAL"),
+        settings={"algorithm.most": 31, "algorithm.guesses": 6, "algorithm.gamma": 0.99},
+        assumed="a guessing game in place of its eight tasks; what it compares besides are sft (BC), rejection "
+        "(filtered BC) and imagined_dialogues (value-based, and returns)",
+    ),
 }
 
 
@@ -29,12 +51,14 @@ PAPERS = {
 class TurnPPO:
     """Settings of PPO on a game of guesses."""
 
+    game: Literal["guesses", "constraints"] = "guesses"
+    """Find a number; or write a text that meets constraints, told which it does not."""
     samples_per_prompt: int = 4
     """Episodes of each prompt."""
     most: int = 15
     """Largest number to be guessed."""
     guesses: int = 4
-    """Turns of an episode."""
+    """Turns of an episode, guesses or attempts."""
     seconds: float = 60.0
     """Longest that an episode may take."""
     gamma: float = 1.0
@@ -54,7 +78,8 @@ class TurnPPO:
 @recipe
 def turn_ppo(prompts: Prompts, actor: Actor, critic: Critic, cfg: TurnPPO) -> None:
     """PPO with a reward each turn."""
-    game = HigherLower(most=cfg.most, guesses=cfg.guesses)
+    guesses = HigherLower(most=cfg.most, guesses=cfg.guesses)
+    game = guesses if cfg.game == "guesses" else Constraints(attempts=cfg.guesses)
     limits = EpisodeLimits(turns=cfg.guesses, seconds=cfg.seconds)
     batch = actor.run_episodes(prompts, environment=game, n=cfg.samples_per_prompt, limits=limits)
     batch = actor.compute_log_prob(batch)

@@ -15,7 +15,7 @@ from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.parsers import Choice, Number, Numbers
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.roles import Actor, Judge, Prompts, Reference
+from rlhf_dist.roles import Actor, Judge, Prompts, Reference, RemoteJudge
 from rlhf_dist.transforms import both_orders, grpo_advantage, list_scores, listed, verdict_means, win_rates
 
 POINTWISE = """\
@@ -96,6 +96,8 @@ class JudgeGRPO:
     """What the judge is asked, with the same fields; empty for this file's own words."""
     marker: str = "Score:"
     """What stands before the verdict in its answer."""
+    remote: bool = False
+    """Ask the endpoint of the role `remote` (remote.url, remote.served_model) in place of the model of `judge`."""
     clip: float = 0.2
     """The probability ratio is cut at 1 - clip and 1 + clip."""
     kl_coef: float = 0.0
@@ -103,7 +105,9 @@ class JudgeGRPO:
 
 
 @recipe
-def judge_grpo(prompts: Prompts, actor: Actor, reference: Reference, judge: Judge, cfg: JudgeGRPO) -> None:
+def judge_grpo(
+    prompts: Prompts, actor: Actor, reference: Reference, judge: Judge, remote: RemoteJudge, cfg: JudgeGRPO
+) -> None:
     """GRPO without a reward function."""
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
     if cfg.mode == "pointwise":
@@ -114,7 +118,8 @@ def judge_grpo(prompts: Prompts, actor: Actor, reference: Reference, judge: Judg
     else:
         asked, question, parser, scored = listed(batch), LISTWISE, Numbers(cfg.marker), list_scores
     template = Template(cfg.question or question)
-    verdicts = judge.generate_sequences(asked, template=template, parser=parser, n=cfg.votes)
+    ask = remote.ask if cfg.remote else judge.generate_sequences
+    verdicts = ask(asked, template=template, parser=parser, n=cfg.votes)
     batch, _ = scored(batch, verdicts, column=next(iter(parser.columns))).where("judged")
     if cfg.kl_coef:
         batch = reference.compute_ref_log_prob(batch)

@@ -19,6 +19,11 @@ Without one (`without_reference`); p(y) = exp(mean log pi(y_t))
     slic        max(0, d - log pi(w) + log pi(l)) - lambda log pi(w)      SLiC-HF, 2305.10425
     cpl         -log s(a sum_t g^t log pi(w_t) - lambda a sum_t g^t log pi(l_t))                CPL, 2310.13639
     alphapo     -log s(beta (1 - p(w)^-a) / a - beta (1 - p(l)^-a) / a - gamma)                 AlphaPO, 2501.03884
+
+With a chance p = `win` that the row labelled +1 is the better one (`soft_pairs`)
+
+    reference   -p log s(beta D) - (1 - p) log s(-beta D)                 OSP, 2405.14103; p = 1 is DPO
+    mean        the same with D = mean log pi(w) - mean log pi(l)         DPPO, 2301.12842, in outline
 """
 
 from __future__ import annotations
@@ -108,6 +113,24 @@ def without_reference(
         good, bad = (-(-alpha * mean).expm1() / alpha for mean in (mean_won, mean_lost))
         value = -log_sigmoid(beta * (good - bad) - gap)
     return value, metrics_of(value, mean_won, mean_lost)
+
+
+@loss(
+    reads=lambda settings: ("label", "win", *(("ref_log_probs",) if settings["kind"] == "reference" else ())),
+    average="groups",
+)
+def soft_pairs(
+    model: ModelOutput, rows: Rows, beta: float = 0.1, *, kind: Literal["reference", "mean"] = "reference"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss of the table above, averaged over pairs."""
+    if kind == "reference":
+        score = beta * rows.sum_tokens(model.log_probs - rows["ref_log_probs"])
+    else:
+        score = beta * rows.mean_tokens(model.log_probs)
+    won, lost = chosen_and_rejected(score, rows)
+    chance, _ = chosen_and_rejected(rows["win"], rows)
+    value = -chance * log_sigmoid(won - lost) - (1 - chance) * log_sigmoid(lost - won)
+    return value, metrics_of(value, won, lost)
 
 
 def log_odds(mean_log_prob: Tensor) -> Tensor:

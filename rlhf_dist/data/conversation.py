@@ -16,7 +16,7 @@ A tokenizer without a chat template, or a row whose prompt is its plain text, is
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,20 @@ class Conversation:
     def messages(self) -> Messages:
         """The whole conversation, as messages."""
         return [*self._messages, *self._said]
+
+    def copy(self) -> Conversation:
+        """This conversation, to go on by itself; tokens are shared."""
+        return replace(
+            self,
+            prompt=list(self.prompt),
+            pieces=list(self.pieces),
+            _messages=[dict(message) for message in self._messages],
+            _said=list(self._said),
+        )
+
+    def anew(self) -> Conversation:
+        """The same row's conversation before anything was said."""
+        return Conversation(self.tokenizer, self.row_prompt, self.row_text, self.ends, self.tools)
 
     def say(self, role: str, text: str) -> None:
         """Put a message behind what is there."""

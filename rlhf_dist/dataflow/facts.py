@@ -9,7 +9,7 @@ Nobody asks for a role's name or kind to know this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,8 @@ def drawn_by(dataflow: Dataflow, node: Node) -> frozenset[str]:
     """Roles whose generation made rows that `node` has; none for rows of a file."""
     makers = _makers(dataflow, node)
     generating = [role for role, facts in dataflow.facts.items() if facts.generates]
-    return frozenset(role for role in generating if any(_draws(one, role) for one in makers))
+    parted = {str(one.kwargs["name"]) for one in makers if one.op == "spoken_by"}
+    return frozenset(role for role in generating if any(_draws(one, role, parted) for one in makers))
 
 
 def nodes_on_own_rows(dataflow: Dataflow, role: str) -> frozenset[str]:
@@ -113,5 +114,10 @@ def _of_another_policy(node: Node) -> bool:
     return asked or node.kind == "state" and node.rows == "new"
 
 
-def _draws(node: Node, role: str) -> bool:
-    return node.role == role and node.rows == "expand" and f"{role}.rollout" in node.weights_read
+def _draws(node: Node, role: str, parted: Collection[str] = ()) -> bool:
+    """Whether `role` draws rows of this node. parted: names whose rows are meant, of an episode in which several speak;
+    none for all."""
+    if node.rows != "expand" or f"{role}.rollout" not in node.weights_read:
+        return False
+    others = {name: node.kwargs["speakers"][name] for name in node.kwargs.get("rows_of", ())}
+    return any(one == role for name, one in {node.role: node.role, **others}.items() if name in parted or not parted)

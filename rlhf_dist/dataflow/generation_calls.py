@@ -1,4 +1,4 @@
-"""What a call says beside rows and n: template, parser, sampling, mixture; checked while traced."""
+"""What a call says beside rows and n: template, parser, sampling, mixture, speakers; checked while traced."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def generation_settings(
     Adds `decode`, whose tokenizer each token column of the template belongs to, and puts a role's name in its place.
     Raises GraphError with the recipe's line for what cannot be meant.
     """
+    if "environment" in settings:
+        return _episode_settings(line, where, settings)
     template, parser = settings.get("template"), settings.get("parser")
     if isinstance(template, Template) or ("parser" in settings and template is not None):
         settings = {**settings, "decode": _decoders(line, where, batch, template)}
@@ -39,10 +41,10 @@ def generation_settings(
             columns_of(parser)
         except ValueError as error:
             raise GraphError(f"{line}: {where}: {error}") from error
-    if settings["prefix"] is not None:
+    if settings.get("prefix") is not None:
         _check_prefix(line, where, batch, settings["prefix"])
     _check_sampling(line, where, settings)
-    if settings["mixture"] is None:
+    if settings.get("mixture") is None:
         return settings, ()
     role, share = _mixed_with(line, where, settings["mixture"])
     return {**settings, "mixture": (role, share)}, (role,)
@@ -94,7 +96,7 @@ def _check_sampling(line: str, where: str, settings: Mapping[str, Any]) -> None:
         raise GraphError(f"{line}: {where} needs stop, a tuple of texts, got {settings['stop']!r}; write stop=('###',)")
     known: dict[str, Any] = {}
     for key in SAMPLING:
-        value = settings[key]
+        value = settings.get(key)
         whole = key in ("top_k", "max_tokens") and not isinstance(value, StateValue)
         known |= {} if value is None else {key: value.first if isinstance(value, StateValue) else value}
         if key in known and (isinstance(known[key], bool) or not isinstance(known[key], int if whole else int | float)):
@@ -105,19 +107,48 @@ def _check_sampling(line: str, where: str, settings: Mapping[str, Any]) -> None:
         raise GraphError(f"{line}: {where}: {error}") from error
 
 
+def _episode_settings(line: str, where: str, settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    given, rows_of = settings.get("speakers") or {}, settings.get("rows_of", ())
+    own, found = where.partition(".")[0], dict[str, str]()
+    for name, role in given.items() if isinstance(given, Mapping) else [(str(given), given)]:
+        named = _role_of(role)
+        if named is None or name == own:
+            raise GraphError(
+                f"{line}: {where} got speakers={given!r}; it maps names that the environment uses, {own!r} not among "
+                "them, to language models of the recipe: speakers={'user': simulator}"
+            )
+        found[name] = named
+    if isinstance(rows_of, str) or any(name not in found for name in rows_of):
+        raise GraphError(f"{line}: {where} needs rows_of, a tuple of names in speakers, got {rows_of!r}")
+    leaves = getattr(settings["environment"], "leaves", 1)
+    if rows_of and leaves != 1:
+        raise GraphError(
+            f"{line}: {where} keeps rows of {', '.join(rows_of)}, and its episodes branch (leaves={leaves}); episodes "
+            "in which several learn are one row for each"
+        )
+    lenders = tuple(dict.fromkeys(role for role in found.values() if role != own))
+    return {**settings, "speakers": found, "rows_of": tuple(rows_of)}, lenders
+
+
+def _role_of(given: Any) -> str | None:
+    """The name of a language model of the recipe; None for anything else."""
+    named = given.weight_role() if hasattr(type(given), "weight_role") else None
+    return named.name if named is not None and LanguageModel in named.interface.__mro__ else None
+
+
 def _mixed_with(line: str, where: str, mixture: Any) -> tuple[str, Any]:
     """(role, share) of a mixture."""
     given: Any
     given, share = mixture if isinstance(mixture, tuple) and len(mixture) == 2 else (None, None)
-    named = given.weight_role() if hasattr(type(given), "weight_role") else None
-    if named is None or LanguageModel not in named.interface.__mro__:
+    named = _role_of(given)
+    if named is None:
         raise GraphError(
             f"{line}: {where} got mixture={mixture!r}; it is (role, share), another language model of the recipe and "
             "its share of the logits: mixture=(reference, 0.125)"
         )
     known = share.first if isinstance(share, StateValue) else share
     if isinstance(known, bool) or not isinstance(known, int | float) or not 0 <= known <= 1:
-        raise GraphError(f"{line}: {where} mixes with a share in [0, 1] of {named.name!r}, got {share!r}")
-    if named.name == where.partition(".")[0]:
-        raise GraphError(f"{line}: {where} mixes {named.name!r} with itself, which changes nothing; name another role")
-    return named.name, share
+        raise GraphError(f"{line}: {where} mixes with a share in [0, 1] of {named!r}, got {share!r}")
+    if named == where.partition(".")[0]:
+        raise GraphError(f"{line}: {where} mixes {named!r} with itself, which changes nothing; name another role")
+    return named, share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rlhf_dist.dataflow.graph import Dataflow, GraphError, Node
 from rlhf_dist.dataflow.host import HostOp
@@ -38,15 +39,26 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
         elif node.kind == "concat" or "terms" in node.kwargs:
             found[node.name] = _together(dataflow, node, found)
         else:
-            copies = node.kwargs.get("n", 1) if node.rows == "expand" else _copies(node)
+            copies = _asked(node) if node.rows == "expand" else _copies(node)
             rows = before[0].rows * (copies if node.rows in ("expand", "derive") else 1)
             exact = before[0].exact and node.rows not in ("drop", "derive") and not getattr(node.spec, "loses", False)
             found[node.name] = replace(before[0], rows=rows, exact=exact)
     return found
 
 
+def _leaves(node: Node) -> int:
+    """Most rows of one episode; 1 where responses are generated."""
+    leaves: int = getattr(node.kwargs.get("environment"), "leaves", 1)
+    return leaves
+
+
 def _copies(node: Node) -> int:
     return node.spec.copies_for(node.kwargs) if isinstance(node.spec, HostOp) else 1
+
+
+def _asked(node: Node) -> Any:
+    """Rows asked for of each: of an episode its leaves, or one for each of those whose rows are kept."""
+    return node.kwargs.get("n", 1) * max(_leaves(node), 1 + len(node.kwargs.get("rows_of", ())))
 
 
 def _refilled(dataflow: Dataflow, node: Node, found: Mapping[str, Amount]) -> Amount:
@@ -82,8 +94,8 @@ def rows_per_group(node: Node, before: int | None) -> int | None:
     if node.rows == "keep" or before is None:
         return before
     if node.rows == "expand":
-        n = node.kwargs.get("n", 1)
-        return before * n if isinstance(n, int) else None
+        n = _asked(node)
+        return before * n if isinstance(n, int) and _leaves(node) == 1 else None
     return 1 if node.rows == "drop" and before == 1 else None
 
 

@@ -13,9 +13,10 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rlhf_dist.environments.environment import Chat, Environment, Row
+from rlhf_dist.environments.environment import Chat
 from rlhf_dist.environments.outcomes import PolicyError
 from rlhf_dist.environments.tool_calls import JsonCalls, ToolParser
+from rlhf_dist.environments.tool_use import ToolUse
 
 _OPERATORS: dict[type, Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -56,41 +57,16 @@ def _value(node: ast.expr) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calculator(Environment):
+class Calculator(ToolUse):
     """Sums with a calculator at hand; 1 for the right answer. The last turn without a call is the answer."""
 
     parser: ToolParser = field(default_factory=lambda: JsonCalls(names=("calculator",)))
     """How calls are written."""
     argument: str = "expression"
     """The argument of a call that is calculated."""
-    turn_tokens: int | None = None
-    """Most tokens of a turn; None: what is left."""
-    call_reward: float = 0.0
-    """For each call that has a value."""
     forgiving: bool = False
     """Tell the model what is wrong with a call; False ends the episode as a policy error."""
-    unfinished_reward: float = 0.0
-    """See Environment."""
 
-    async def episode(self, chat: Chat, row: Row) -> None:
-        """See Environment."""
-        while True:
-            reply = await chat.generate(max_tokens=self.turn_tokens)
-            try:
-                answers = [self._answer(call.arguments) for call in self.parser.calls(reply.text)]
-            except PolicyError as error:
-                if not self.forgiving:
-                    raise
-                chat.say(f"error: {error}", role="tool")
-                continue
-            if not answers:
-                break
-            chat.reward(self.call_reward * len(answers))
-            chat.say("\n".join(answers), role="tool")
-        chat.reward(float(reply.text.strip() == row.answer.strip()))
-
-    def _answer(self, arguments: object) -> str:
-        expression = arguments.get(self.argument) if isinstance(arguments, dict) else None
-        if not isinstance(expression, str):
-            raise PolicyError(f"a call needs the argument {self.argument!r}, a text")
-        return calculate(expression)
+    async def use(self, chat: Chat, argument: str) -> str:
+        """See ToolUse."""
+        return calculate(argument)

@@ -15,17 +15,32 @@
 
 The object travels to the workers by value and serves all their episodes at one time: what belongs to one episode is
 kept in local variables of `episode`, never on `self`.
+
+An episode may part into branches, each of which goes on from what was said and drawn so far, and is a row of its own:
+
+    class Answers(Environment):
+        leaves = 4                                            # rows that an episode may become
+
+        async def episode(self, chat, row):
+            await chat.generate(max_tokens=32)                # a beginning that all four share
+            await chat.branch(self.answer, n=4)
+
+        async def answer(self, branch):
+            reply = await branch.generate(max_tokens=32)
+            branch.reward(float(branch.row.answer in reply.text))
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
+
+from rlhf_dist.environments.outcomes import Outcome
 
 T = TypeVar("T")
 
@@ -44,12 +59,14 @@ class EpisodeLimits:
     concurrent: int = 256
     """Episodes under way at one time, in each process that generates."""
     retries: int = 2
-    """Times that an episode is started again after an infrastructure error."""
+    """Times that an episode is started again after an infrastructure error; a branch by itself."""
+    branches: int = 256
+    """Branches that one episode may make in all, those that are no rows included."""
     message_characters: int = 20_000
     """Longest text that may be said at one time; a longer one is an environment error, never cut in silence."""
 
     def __post_init__(self) -> None:
-        for name in ("turns", "seconds", "tool_seconds", "concurrent", "message_characters"):
+        for name in ("turns", "seconds", "tool_seconds", "concurrent", "branches", "message_characters"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"EpisodeLimits.{name} must be > 0, got {getattr(self, name)}")
         if self.retries < 0:
@@ -97,7 +114,12 @@ class Chat(Protocol):
 
     row: Row
     rng: np.random.Generator
-    """Random numbers that depend on (run seed, step, node, row, copy) only."""
+    """Random numbers that depend on (run seed, step, node, row, copy, branch) only."""
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """The conversation so far, as `{"role": ..., "content": ...}`; the first is the prompt."""
+        ...
 
     def say(self, text: str, role: str = "user") -> None:
         """Put a message (user, tool, system) behind what is there; the model reads it at the next `generate`.
@@ -120,13 +142,59 @@ class Chat(Protocol):
         turn and for what is no finite number."""
         ...
 
+    def speaker(self, name: str) -> Chat:
+        """Another role that speaks in this episode, as its own side of it: with `say`, `generate` and `reward` of its
+        own, and nothing said to it yet. Names are those of `run_episodes(..., speakers={name: role})`; raises
+        ValueError for another."""
+        ...
+
     async def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
         """Call a function that blocks, in a thread of its own. Raises what it raises, ToolTimeout after `seconds`."""
         ...
 
     def end(self) -> None:
-        """End the episode here, as `finished`."""
+        """End the episode (a branch: itself alone) here, as `finished`."""
         ...
+
+    async def branch(
+        self, function: Callable[[Chat], Awaitable[T]], *, n: int = 2, seconds: float | None = None
+    ) -> list[Branch[T]]:
+        """Play `n` branches that go on from here, all at one time, and wait for them: `function` is given each one.
+
+        A branch has all that was said, drawn and rewarded so far, turns and tokens used up included, random numbers of
+        its own, and an outcome of its own: what ends it or goes wrong in it is no error here. It is a row of the batch,
+        unless it is discarded, or branches further and draws nothing after that. This chat may go on, too, and is a row
+        where it draws something. `seconds`: longest that a branch may take; it then ends as `deadline`.
+
+        Raises ValueError where the environment's `leaves` or `EpisodeLimits.branches` forbid it, and on a branch that
+        ended otherwise than `finished`.
+        """
+        ...
+
+    def compact(self) -> None:
+        """Close the context: what was said and drawn so far is a row, and the conversation goes on behind a new prompt,
+        which is what is said next (the row's own where nothing is). Turns are counted on, tokens anew.
+
+        All rows of an episode have its whole reward; see `docs/episodes.md`.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Make no rows of this branch, nor of those that go on from it; counted. Not for the episode itself."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Branch(Generic[T]):
+    """A branch that has been played."""
+
+    chat: Chat
+    """It takes rewards, may be discarded and (where it has finished) branched further until the episode is over."""
+    outcome: Outcome
+    detail: str
+    """Why, one line; empty where it just finished."""
+    returned: T | None
+    """What the function returned; None where it did not."""
 
 
 class Environment(ABC):
@@ -138,11 +206,19 @@ class Environment(ABC):
     """JSON schemas that the chat template is given, where `episode` says the prompt itself."""
     template_args: Mapping[str, Any] = {}
     """Arguments of the chat template beside messages and tools, as `data.train.template_args` has."""
+    leaves: int = 1
+    """Most rows that an episode becomes, where it branches or compacts its context; the batch has the columns `tree`,
+    `branch`, `leaf` and `segment` where that is more than 1."""
     rewards: ClassVar[bool] = True
     """Whether episodes give rewards: one that finishes without any is an environment error. False: a reward role
     does."""
     unfinished_reward: float = 0.0
     """Added where an episode ends as `length`, `turns` or `policy_error`; such rows are counted."""
+
+    def prepare(self) -> None:
+        """Called before episodes are played, in each process that plays them and at every step: where what they share
+        is loaded, an index or a sandbox, once. It may take its time; what it raises ends the run."""
+        return None
 
     @abstractmethod
     async def episode(self, chat: Chat, row: Row) -> None:

@@ -112,6 +112,11 @@ def pool_size(placement: PlacementConfig, name: str) -> int:
     return size
 
 
+def pool_slots(placement: PlacementConfig, name: str) -> int:
+    """Slots of pool `name` as settings say them: on each of its nodes, where it has any."""
+    return resolved(placement, name).slots
+
+
 def resolved(placement: PlacementConfig, name: str) -> PoolConfig:
     """Pool `name` with its slots as a number, where they are a share."""
     pool = placement.pools[name]

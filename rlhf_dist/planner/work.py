@@ -118,7 +118,7 @@ def make_problem(
     for work in nodes:
         if work.phase == "host":
             node = dataflow[work.name]
-            needs_model = node.kind != "weights" or node.role not in shapes
+            needs_model = node.kind not in ("weights", "reshard") or node.role not in shapes
             if node.role in placed and needs_model and (node.weights_read or node.weights_written):
                 raise ConfigError(f"models.{node.role}: {work.name} runs a model, so it cannot be a rule; give one")
     return Problem(dataflow=dataflow, models=shapes, workload=workload, nodes=nodes)
@@ -131,17 +131,20 @@ def _nodes(
     rows = {name: one.rows for name, one in amounts(dataflow, dict.fromkeys(sources, workload.prompts)).items()}
     prompts: dict[str, int] = {}
     found: list[NodeWork] = []
+    asked = {node.role for node in dataflow if node.kind == "op" and node.rows == "expand"}
     for node in dataflow:
         before = [batch.rows for batch in node.inputs]
         if node.rows in ("new", "expand"):
             prompts[node.name] = sum(rows[name] for name in before) if node.rows == "expand" else rows[node.name]
         else:
             prompts[node.name] = sum(prompts[name] for name in (before if node.kind == "concat" else before[:1]))
+        # A copy beside steps of minutes, or a sync to who speaks in another's episodes: their time is not modelled.
+        free = node.kind == "weights" or node.kind == "reshard" and node.role not in asked
         found.append(
             NodeWork(
                 name=node.name,
-                phase=_phase(node, models),
-                role=node.role if node.role in models and node.kind != "weights" else "",
+                phase="host" if free else _phase(node, models),
+                role=node.role if node.role in models and not free else "",
                 rows=rows[node.name],
                 prompts=prompts[node.name],
                 mini_batches=_cut(node, "mini_batches", workload.mini_batches, cuts_of_graph),
@@ -161,8 +164,6 @@ def _cut(node: Node, name: str, asked: int, of_graph: bool) -> int:
 def _phase(node: Node, models: Mapping[str, ModelSpec]) -> Phase:
     if node.role not in models:
         return "host"
-    if node.kind == "weights":
-        return "host"  # a copy beside steps of minutes: its time is not modelled
     if node.kind == "reshard":
         return "reshard"
     if any(state.endswith(".train") for state in node.weights_written):

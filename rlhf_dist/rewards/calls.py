@@ -15,6 +15,7 @@ import os
 import signal
 import time
 import traceback
+from bdb import BdbQuit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,6 +95,8 @@ class Calls:
             returned = self._function(**given)
             return self._finished(call, returned, num_rows)
         except BaseException as error:
+            if not self._alone and isinstance(error, (BdbQuit, KeyboardInterrupt)):  # a person's, at a debugger
+                raise
             return self._failed(call, error, num_rows)
         finally:
             self._clean_up(process)

@@ -27,7 +27,7 @@ from rlhf_dist.testing.failed import CheckFailed
 from rlhf_dist.testing.tiny_model import save_llama
 
 if TYPE_CHECKING:
-    from workers.episodes.play import Episode
+    from workers.episodes.leaves import Episode
 
 PROMPT_TOKENS = 256
 TOLERANCE = 1e-3
@@ -43,17 +43,19 @@ def check_environment(
     response_tokens: int = 128,
     model: str | Path | None = None,
     seed: int = 0,
+    speakers: Sequence[str] = (),
 ) -> list[list[dict[str, Any]]]:
     """Raises CheckFailed for what does not hold (see the module's docstring). Returns each episode's transcript.
 
     rows: `prompt`, `answer` and what else the environment's `reads` name, texts and numbers. n: episodes of each.
-    model: a folder; None for a tiny one with a token for each character.
+    model: a folder; None for a tiny one with a token for each character. speakers: names of others who speak in it, all
+    played by that model.
     """
     name = type(environment).__name__
-    _check_traced(name, environment)
+    _check_traced(name, environment, speakers)
     with tempfile.TemporaryDirectory(prefix="check_environment_") as scratch:
         folder = Path(model) if model is not None else save_llama(Path(scratch) / "model", hidden=64)
-        stage = _Stage(folder, response_tokens, n, seed)
+        stage = _Stage(folder, response_tokens, n, seed, speakers)
         limits = limits or EpisodeLimits()
         first = stage.play(_travelled(name, environment), rows, limits)
         _check_ends(name, first, rows, n)
@@ -68,13 +70,14 @@ def check_environment(
 class _Stage:
     """A tiny engine, on which episodes are played."""
 
-    def __init__(self, folder: Path, response_tokens: int, n: int, seed: int) -> None:
+    def __init__(self, folder: Path, response_tokens: int, n: int, seed: int, speakers: Sequence[str]) -> None:
         import torch
 
         from rlhf_dist.config import ModelConfig, RolloutConfig
         from workers.engines.generation.transformers import TransformersEngine
 
         self.folder, self.response_tokens, self.n, self.seed = folder, response_tokens, n, seed
+        self.speakers = speakers
         self.engine = TransformersEngine(
             model_path=str(folder),
             rollout=RolloutConfig(
@@ -89,14 +92,26 @@ class _Stage:
     def play(self, environment: Environment, rows: Sequence[Mapping[str, Any]], limits: EpisodeLimits) -> list[Episode]:
         from rlhf_dist.sampling import Sampling
         from rlhf_dist.wire import Call
-        from workers.episodes.run import run_episodes
+        from workers.episodes.run import Speaker, run_episodes
 
         batch, count = _batch(self.folder, rows), len(rows)
         call = Call(
             num_rows=count, row_index=np.arange(count), step=0, node="check_environment", line="", seed=self.seed
         )
         sampling = Sampling(n=self.n, max_tokens=self.response_tokens)
-        return run_episodes(self.engine, str(self.folder), batch, call, environment, limits, sampling, PROMPT_TOKENS)
+        model = str(self.folder)
+        others = [
+            Speaker(
+                name=name,
+                engine=self.engine,
+                model=model,
+                sampling=sampling,
+                prompt_tokens=PROMPT_TOKENS,
+                learns=False,
+            )
+            for name in self.speakers
+        ]
+        return run_episodes(self.engine, model, batch, call, environment, limits, sampling, PROMPT_TOKENS, others)
 
     def check_exact(self, name: str, episodes: Sequence[Episode]) -> None:
         import torch
@@ -125,7 +140,7 @@ def _travelled(name: str, environment: Environment) -> Environment:
         raise CheckFailed(name, f"it cannot be sent to workers: {type(error).__name__}: {error}") from error
 
 
-def _check_traced(name: str, environment: Environment) -> None:
+def _check_traced(name: str, environment: Environment, speakers: Sequence[str]) -> None:
     from rlhf_dist.dataflow.recipe import recipe
     from rlhf_dist.dataflow.trace import trace
     from rlhf_dist.roles import Actor, Prompts
@@ -134,7 +149,7 @@ def _check_traced(name: str, environment: Environment) -> None:
         fields = {column: "text" for column in environment.reads if column not in COLUMNS}
 
     def check(prompts: Batch, actor: Any) -> None:
-        actor.run_episodes(prompts, environment=environment)
+        actor.run_episodes(prompts, environment=environment, speakers=dict.fromkeys(speakers, actor))
 
     check.__annotations__ = {"prompts": Own, "actor": Actor, "return": None}
     try:
@@ -157,23 +172,30 @@ def _batch(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def _check_ends(name: str, episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], n: int) -> None:
-    for number, episode in enumerate(episodes):
+    for episode in episodes:
         if not episode.trains:
-            turn = episode.chat.conversation.turns
-            where = f"episode {number % n} of {rows[number // n]}, turn {turn}"
+            where = f"{_named(episode, n)} of {rows[episode.number // n]}, turn {episode.chat.turns}"
             raise CheckFailed(name, f"{where}: {episode.outcome}: {episode.detail} {episode.traceback[-600:]}")
 
 
 def _check_same(name: str, first: Sequence[Episode], second: Sequence[Episode], n: int) -> None:
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+    branches = [[(episode.number, episode.branch) for episode in episodes] for episodes in (first, second)]
+    if branches[0] != branches[1]:
+        only = sorted(set(branches[0]) ^ set(branches[1]))[:1]
+        raise CheckFailed(name, f"it has other branches when it is played again: (episode, branch) {only} only once")
+    for one, other in zip(first, second, strict=True):
         for what in ("prompt", "turns", "outcome", "rewards", "tokens"):
             mine, theirs = _part(one, what), _part(other, what)
             if mine != theirs:
                 raise CheckFailed(
                     name,
-                    f"episode {number % n} of row {number // n} has other {what} when it is played again: {mine} and "
+                    f"{_named(one, n)} of row {one.number // n} has other {what} when it is played again: {mine} and "
                     f"{theirs}; it depends on something besides its row and chat.rng (time, what it keeps on itself)",
                 )
+
+
+def _named(episode: Episode, n: int) -> str:
+    return f"episode {episode.number % n}" + (f", branch {episode.branch}," if episode.branch else "")
 
 
 def _part(episode: Episode, what: str) -> Any:

@@ -18,6 +18,9 @@ from rlhf_dist.transforms.shape_rewards import (
     whiten_rewards_by_prompt,
 )
 from rlhf_dist.transforms.spans import span_rewards
+from rlhf_dist.transforms.spoken_by import spoken_by
+from rlhf_dist.transforms.tree_advantage import tree_advantage
+from rlhf_dist.transforms.tree_steps import tree_nodes, tree_pairs
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
@@ -41,6 +44,10 @@ __all__ = [
     "remax_advantage",
     "rewards_against_reference",
     "rloo_advantage",
+    "spoken_by",
+    "tree_advantage",
+    "tree_nodes",
+    "tree_pairs",
     "span_rewards",
     "verdict_means",
     "whiten",

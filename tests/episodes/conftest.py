@@ -16,7 +16,7 @@ from rlhf_dist.sampling import Sampling
 from rlhf_dist.testing.tiny_model import VOCABULARY, save_llama
 from rlhf_dist.wire import Call
 from workers.engines.generation.transformers import TransformersEngine
-from workers.episodes.play import Episode
+from workers.episodes.leaves import Episode
 from workers.episodes.run import run_episodes
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 48

@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_dist.environments import Chat, Environment, EpisodeLimits, Row
 from tests.episodes.conftest import Play
 from workers.engines.generation.transformers import TransformersEngine
-from workers.episodes.play import Episode
+from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns
 
 

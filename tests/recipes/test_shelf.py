@@ -21,7 +21,11 @@ QUIET = {
     "shaped_rewards/omit_long": "nearly every response of a random model is cut by the limit",
     **dict.fromkeys(("grpo/countdown", "grpo/toolrl", "grpo/bleuberi"), "no response of a random model has the format"),
     **dict.fromkeys(("personal/vpl", "personal/dmoerm"), "a network of a state learns, and no model"),
-    **{name: "nothing learns" for name in PAPERS if name.startswith(("pair_accuracy/", "best_of_list/"))},
+    **{
+        name: "nothing learns"
+        for name in PAPERS
+        if name.startswith(("pair_accuracy/", "best_of_list/", "guided_decoding/"))
+    },
 }
 """Variants without a gradient at this size, and why."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import replace
 
 from controller.cluster.pool import Pool
@@ -25,8 +26,12 @@ class WarmCluster(Cluster):
         self.idle += self.pools.values()
         self.pools.clear()
 
-    def add_pool(self, name: str, pool: PoolConfig) -> Pool:
-        return self._again(name, pool.slots, False) or self._kept(super().add_pool(name, pool))
+    def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
+        return self._again(name, pool.slots, False, team) or self._kept(super().add_pool(name, pool, team))
+
+    def change_pool(self, name: str, pool: PoolConfig, dead: Collection[int]) -> Pool:
+        self._reserved.rename(self._slots.pop(self.pools[name].processes[0]), name)
+        return self._kept(super().change_pool(name, pool, dead))
 
     def add_host_pool(self) -> Pool:
         return self._again(HOST_POOL, self.host_processes, True) or self._kept(super().add_host_pool())
@@ -39,16 +44,17 @@ class WarmCluster(Cluster):
     def _kept(self, pool: Pool) -> Pool:
         """Its slots are given back in the end, whatever other pools of its name there are until then."""
         kept = self._slots[pool.processes[0]] = f"kept {next(self._count)}"
-        self._groups[kept] = self._groups.pop(pool.name)
+        self._reserved.rename(pool.name, kept)
         return pool
 
     def end_pool(self, name: str) -> None:
         if name in self.pools:
-            self._groups[name] = self._groups.pop(self._slots.pop(self.pools[name].processes[0]))
+            self._reserved.rename(self._slots.pop(self.pools[name].processes[0]), name)
         super().end_pool(name)
 
-    def _again(self, name: str, size: int, host: bool) -> Pool | None:
-        found = next((one for one in self.idle if one.size == size and (one.name == HOST_POOL) == host), None)
+    def _again(self, name: str, size: int, host: bool, team: int = 0) -> Pool | None:
+        wanted = (size, host, team)
+        found = next((one for one in self.idle if (one.size, one.name == HOST_POOL, one.team) == wanted), None)
         if found is not None:
             self.idle.remove(found)
             self.pools[name] = replace(found, name=name)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
 from rlhf_dist.data.conversation import Conversation
-from rlhf_dist.environments import EpisodeLimits, Reply, Row, ToolTimeout
+from rlhf_dist.data.messages import Messages
+from rlhf_dist.environments import Branch, Chat, EpisodeLimits, Reply, Row, ToolTimeout
 from rlhf_dist.environments.outcomes import Outcome
 from rlhf_dist.sampling import Sampling, seed_of
 from workers.engines.generation.interface import Request, Response
@@ -24,6 +26,9 @@ Generate = Callable[[Request], Awaitable[Response]]
 
 class EpisodeEnded(BaseException):
     """The episode is over; no `Exception`, so that code which catches those does not go on."""
+
+    of: LiveChat | None = None
+    """Whose limit it was."""
 
     def __init__(self, outcome: Outcome, detail: str) -> None:
         super().__init__(outcome, detail)
@@ -39,6 +44,48 @@ class Budget:
     """n is 1, max_tokens those of the whole row's response."""
     prompt_tokens: int
     """Most tokens of the prompt."""
+    leaves: int = 1
+    """Most rows of an episode; 1: it neither branches nor compacts its context."""
+    environment: str = "the environment"
+    """What its class is called, for errors."""
+
+
+Segment = tuple[tuple[int, ...], int]
+"""A stretch between two forks: the branch it is of, and which of the branch's."""
+
+
+@dataclass(eq=False)
+class Tree:
+    """What all branches of one attempt at an episode share."""
+
+    branches: int = 0
+    """Made so far."""
+    over: bool = False
+    """No branch takes anything more."""
+    tasks: list[asyncio.Task[Any]] = field(default_factory=list)
+    """Those of branches."""
+    names: Iterator[int] = field(default_factory=itertools.count)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A conversation that was closed by `compact`."""
+
+    conversation: Conversation
+    number: int
+    """Which of the contexts on its path."""
+    first_turn: int
+    segments: tuple[tuple[int, Segment], ...]
+
+
+class BranchPlayer(Protocol):
+    """Plays branches of a chat to their ends."""
+
+    async def __call__(
+        self, chat: LiveChat, function: Callable[[Chat], Awaitable[T]], n: int, seconds: float | None
+    ) -> list[Branch[T]]:
+        """See Chat.branch."""
+        ...
 
 
 @dataclass(eq=False)
@@ -50,15 +97,61 @@ class LiveChat:
     conversation: Conversation
     budget: Budget
     seed: str
-    """What every seed of the episode begins with."""
+    """What every seed of the episode (of this branch of it) begins with."""
     name: str
-    """Unique among all attempts at episodes: what its requests are called."""
+    """Unique among all attempts at episodes and branches: what its requests are called."""
     generate_one: Generate
+    play_branches: BranchPlayer
+    tree: Tree = field(default_factory=Tree)
+    path: tuple[int, ...] = ()
+    """Which branch of which branch it is, from the episode itself."""
     rewards: dict[int, float] = field(default_factory=dict)
-    """Turn -> its reward."""
+    """Turn -> its reward; those of closed contexts, too."""
     ended: EpisodeEnded | None = None
-    """How the episode ended; it takes nothing more then."""
+    """How it ended; it takes nothing more then, but for rewards while the tree goes on."""
+    traceback: str = ""
+    """Of the error that it ended with."""
+    first_turn: int = 0
+    """Turns before this context."""
+    forked_at: int = 0
+    """Turns that it began with."""
+    segments: tuple[tuple[int, Segment], ...] = ((0, ((), 0)),)
+    """(piece of the conversation from which on, segment), the last of one piece counts."""
+    contexts: int = 0
+    """Closed on its path before this one."""
+    closed: list[Context] = field(default_factory=list)
+    """Those of them that were closed in this branch."""
+    children: list[LiveChat] = field(default_factory=list)
+    discarded: bool = False
+    drew: bool = False
+    """Has drawn something since it began, or last branched: it is a row of its own."""
+    speakers: Mapping[str, LiveChat] = field(default_factory=dict)
+    """Name -> the side of another role that speaks in the same episode."""
+    learns: bool = True
+    """Whether the conversation is a row of the batch: its limits are ends of the episode."""
+    whole: LiveChat | None = None
+    """Of another's side: the episode's own chat, which ends for all."""
     _generating: bool = False
+
+    def speaker(self, name: str) -> LiveChat:
+        """See Chat."""
+        if name not in self.speakers:
+            has = ", ".join(self.speakers) or "none"
+            raise ValueError(
+                f"no {name!r} speaks in this episode, there are: {has}; write run_episodes(..., speakers={{{name!r}: "
+                "ROLE})"
+            )
+        return self.speakers[name]
+
+    @property
+    def messages(self) -> Messages:
+        """See Chat."""
+        return self.conversation.messages or [{"role": "user", "content": self.conversation.row_text}]
+
+    @property
+    def turns(self) -> int:
+        """Turns from the start of the episode."""
+        return self.first_turn + self.conversation.turns
 
     def say(self, text: str, role: str = "user") -> None:
         """See Chat."""
@@ -80,8 +173,8 @@ class LiveChat:
             raise ValueError(f"max_tokens must be a number >= 1, got {max_tokens!r}")
         if self._generating:
             raise RuntimeError("chat.generate() may be awaited once at a time: the next turn is behind this one")
-        talk, turn = self.conversation, self.conversation.turns
-        if turn >= self.budget.limits.turns:
+        talk, turn = self.conversation, self.turns
+        if self.learns and turn >= self.budget.limits.turns:
             self._end("turns", f"{turn} turns (EpisodeLimits.turns)")
         tokens = talk.context()
         if len(talk.prompt) > self.budget.prompt_tokens:
@@ -91,7 +184,7 @@ class LiveChat:
             )
         left = self.budget.sampling.max_tokens - talk.response_tokens
         if left < 1:
-            self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
+            self._out_of_tokens()
         most = left if max_tokens is None else min(left, max_tokens)
         request = Request(
             name=f"{self.name}/{turn}",
@@ -105,20 +198,22 @@ class LiveChat:
         finally:
             self._generating = False
         text, raw = talk.drew(response.token_ids, response.log_probs, response.versions)
-        if not response.finished and len(response.token_ids) == left:
-            self._end("length", f"{talk.response_tokens} tokens behind the prompt (rollout.max_response_tokens)")
+        self.drew = True
+        if self.learns and not response.finished and len(response.token_ids) == left:
+            self._out_of_tokens()
         return Reply(text=text, raw=raw, finished=response.finished, tokens=len(response.token_ids))
 
     def reward(self, value: float) -> None:
         """See Chat."""
-        self._open()
+        if self.tree.over or not self.path:
+            self._open()
         if isinstance(value, str) or not math.isfinite(float(value)):
             raise ValueError(f"a reward must be a finite number, got {value!r}")
-        if not self.conversation.turns:
+        if not self.turns:
             raise ValueError(
                 "chat.reward() is for a turn of the model, and it has had none; call chat.generate() first"
             )
-        turn = self.conversation.turns - 1
+        turn = self.turns - 1
         self.rewards[turn] = self.rewards.get(turn, 0.0) + float(value)
 
     async def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
@@ -131,13 +226,105 @@ class LiveChat:
         self._open()
         self._end("finished", "")
 
+    async def branch(
+        self, function: Callable[[Chat], Awaitable[T]], *, n: int = 2, seconds: float | None = None
+    ) -> list[Branch[T]]:
+        """See Chat."""
+        if self.tree.over or (not self.path and self.ended is not None):
+            self._open()
+        self._check_leaves("branch")
+        if self._generating:
+            raise RuntimeError("chat.branch() goes on behind a turn that is drawn; await chat.generate() first")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"chat.branch() makes n >= 1 branches, got n={n!r}")
+        if self.ended is not None and self.ended.outcome != "finished":
+            raise ValueError(
+                f"a branch that has finished may be branched further, this one ended as {self.ended.outcome} "
+                f"({self.ended.detail}); look at Branch.outcome first"
+            )
+        most = self.budget.limits.branches
+        if self.tree.branches + n > most:
+            raise ValueError(
+                f"an episode may make at most {most} branches (EpisodeLimits.branches), this would be "
+                f"{self.tree.branches + n}"
+            )
+        self.tree.branches += n
+        return await self.play_branches(self, function, n, seconds)
+
+    def fork(self, number: int) -> LiveChat:
+        """Branch `number` of this chat, which goes on from here; it is not yet among `children`."""
+        path, seed = (*self.path, number), f"{self.seed}/b{number}"
+        pieces = len(self.conversation.pieces)
+        made = replace(
+            self,
+            rng=np.random.default_rng(seed_of(seed, "environment")),
+            conversation=self.conversation.copy(),
+            seed=seed,
+            name=f"{self.name}/b{number}.{next(self.tree.names)}",
+            path=path,
+            rewards=dict(self.rewards),
+            ended=None,
+            traceback="",
+            forked_at=self.turns,
+            segments=(*self.segments, (pieces, (path, 0))),
+            closed=[],
+            children=[],
+            discarded=False,
+            drew=False,
+            _generating=False,
+        )
+        made.speakers = {name: replace(one.fork(number), whole=made) for name, one in self.speakers.items()}
+        return made
+
+    def begin_segment(self) -> None:
+        """What is said and drawn from here on is shared with none of the branches made so far."""
+        self.drew = False
+        self.segments = (*self.segments, (len(self.conversation.pieces), self._next_segment()))
+
+    def compact(self) -> None:
+        """See Chat."""
+        self._open()
+        self._check_leaves("compact")
+        if not self.conversation.turns or self._generating:
+            raise ValueError("chat.compact() closes a context in which the model has had a turn; generate first")
+        self.closed.append(Context(self.conversation, self.contexts, self.first_turn, self.segments))
+        self.first_turn, self.drew = self.turns, False
+        self.contexts += 1
+        self.conversation = self.conversation.anew()
+        self.segments = ((0, self._next_segment()),)
+
+    def discard(self) -> None:
+        """See Chat."""
+        if not self.path:
+            raise ValueError("chat.discard() is for branches; an episode that is not wanted raises PolicyError or ends")
+        self.discarded = True
+
+    def _next_segment(self) -> Segment:
+        return self.path, 1 + max((number for _, (path, number) in self.segments if path == self.path), default=0)
+
+    def _check_leaves(self, what: str) -> None:
+        if self.budget.leaves < 2:
+            raise ValueError(
+                f"chat.{what}() makes several rows of an episode; set {self.budget.environment}.leaves to the most "
+                "there may be"
+            )
+
     def _open(self) -> None:
-        if self.ended is not None:
-            raise self.ended
+        ended = (self.whole or self).ended
+        if ended is not None:
+            raise ended
+
+    def _out_of_tokens(self) -> NoReturn:
+        used = f"{self.conversation.response_tokens} tokens behind the prompt"
+        if not self.learns:  # no doing of the policy's
+            raise RuntimeError(f"another speaker has used up its {used} (its own rollout.max_response_tokens)")
+        self._end("length", f"{used} (rollout.max_response_tokens)")
 
     def _end(self, outcome: Outcome, detail: str) -> NoReturn:
-        self.ended = EpisodeEnded(outcome, detail)
-        raise self.ended
+        ended = EpisodeEnded(outcome, detail)
+        ended.of = self
+        (self.whole or self).ended = ended
+        raise ended
 
 
 async def in_thread(function: Callable[..., T], arguments: tuple[Any, ...], seconds: float) -> T:

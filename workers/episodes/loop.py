@@ -21,11 +21,12 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from workers.engines.generation.interface import GenerationEngine, Request, Response
 
 T = TypeVar("T")
+_Asked: TypeAlias = tuple[Request, GenerationEngine]
 BLOCKED_S = 60.0
 """Longest that the episodes' thread may not answer."""
 _LOOK_S = 1.0
@@ -36,14 +37,14 @@ class EpisodesBlocked(RuntimeError):
 
 
 class EpisodeLoop:
-    """Runs coroutines that may ask the engine for responses. One at a time an engine."""
+    """Runs coroutines that may ask the engine for responses, its own or others. One at a time an engine."""
 
     def __init__(self, engine: GenerationEngine, blocked_s: float = BLOCKED_S) -> None:
         self._engine, self._blocked_s = engine, blocked_s
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Asked | str | None] = queue.SimpleQueue()
         self._futures: dict[str, asyncio.Future[Response]] = {}
         self._loop = asyncio.new_event_loop()
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, GenerationEngine] = {}
         self._asked, self._asked_s = False, 0.0
 
     def run(self, coroutines: Sequence[Callable[[], Awaitable[T]]], concurrent: int) -> list[T]:
@@ -64,18 +65,18 @@ class EpisodeLoop:
         try:
             self._serve(thread)
         finally:
-            for name in self._in_flight:  # the engine is left as it was found
-                self._engine.abort(name)
+            for name, engine in self._in_flight.items():  # engines are left as they were found
+                engine.abort(name)
             self._close(thread)
         if failure:
             raise failure[0]
         return results
 
-    async def generate(self, request: Request) -> Response:
-        """Have the engine draw a response; called in the episodes' thread."""
+    async def generate(self, request: Request, engine: GenerationEngine | None = None) -> Response:
+        """Have an engine (None: the loop's own) draw a response; called in the episodes' thread."""
         future: asyncio.Future[Response] = self._loop.create_future()
         self._futures[request.name] = future
-        self._inbox.put(request)
+        self._inbox.put((request, engine or self._engine))
         try:
             return await future
         finally:
@@ -88,22 +89,21 @@ class EpisodeLoop:
             for item in self._arrived():
                 if item is None:
                     return
-                if isinstance(item, Request):
-                    self._add(item)
+                if isinstance(item, tuple):
+                    self._add(*item)
                 elif item in self._in_flight:
-                    self._in_flight.remove(item)
-                    self._engine.abort(item)
+                    self._in_flight.pop(item).abort(item)
             self._check_answers(thread)
-            if not self._in_flight:
-                continue
-            done = self._engine.step()
-            if done:
-                self._in_flight -= {name for name, _ in done}
-                self._loop.call_soon_threadsafe(self._deliver, done)
+            for engine in {id(one): one for one in self._in_flight.values()}.values():
+                done = engine.step()
+                if done:
+                    for name, _ in done:
+                        del self._in_flight[name]
+                    self._loop.call_soon_threadsafe(self._deliver, done)
 
-    def _arrived(self) -> list[Request | str | None]:
+    def _arrived(self) -> list[_Asked | str | None]:
         """All that has come; waits a little where there is nothing else to do."""
-        items: list[Request | str | None] = []
+        items: list[_Asked | str | None] = []
         try:
             if not self._in_flight:
                 items.append(self._inbox.get(timeout=min(_LOOK_S, self._blocked_s)))
@@ -112,13 +112,13 @@ class EpisodeLoop:
         except queue.Empty:
             return items
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, engine: GenerationEngine) -> None:
         try:
-            self._engine.add(request)
+            engine.add(request)
         except ValueError as error:
             self._loop.call_soon_threadsafe(self._refuse, request.name, error)
             return
-        self._in_flight.add(request.name)
+        self._in_flight[request.name] = engine
 
     def _deliver(self, done: Sequence[tuple[str, Response]]) -> None:
         for name, response in done:

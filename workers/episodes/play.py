@@ -1,4 +1,4 @@
-"""One episode from its start to its outcome, infrastructure errors retried.
+"""One episode from its start to its outcome, infrastructure errors retried; and branches of it, each in the same way.
 
     attempt ──> returned ─────────────────────────────> finished (once it has drawn something, and rewarded it)
        ^    ├─> ended by the chat ────────────────────> length, turns, finished
@@ -8,7 +8,8 @@
        └────┘
             └─> anything else ────────────────────────> environment_error, with its traceback
 
-Whatever the environment's code makes of an end that the chat has said, that end stands.
+Whatever the environment's code makes of an end that the chat has said, that end stands. An episode's rows are made once
+it is over (`leaves.py`): a branch may be rewarded until then.
 """
 
 from __future__ import annotations
@@ -16,105 +17,111 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from rlhf_dist.environments import Environment, EpisodeLimits, InfrastructureError, PolicyError
-from rlhf_dist.environments.outcomes import OF_POLICY, Outcome
+from rlhf_dist.environments import Branch, Chat, Environment, EpisodeLimits, InfrastructureError, PolicyError
+from rlhf_dist.environments.outcomes import Outcome
 from workers.episodes.chat import EpisodeEnded, LiveChat
+from workers.episodes.leaves import Episode, episodes_of
 
+T = TypeVar("T")
 GRACE_S = 1.0
 """What an episode has to end once it is cancelled; it is left behind then."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Episode:
-    """How one ended."""
+async def play(
+    environment: Environment, new_chat: Callable[[], LiveChat], limits: EpisodeLimits, number: int = 0
+) -> list[Episode]:
+    """Play one episode and return what it became: itself, or the leaves of its tree; `new_chat` begins an attempt.
 
-    outcome: Outcome
-    detail: str
-    """Why, one line; empty where it just finished."""
-    traceback: str
-    """Of an environment or infrastructure error."""
-    chat: LiveChat
-    """Of the last attempt."""
-    unrewarded: bool
-    """Ended otherwise than finished, without a reward."""
-    attempts: int
-    seconds: float
-
-    @property
-    def trains(self) -> bool:
-        """Whether it is a row of the batch."""
-        return self.outcome in OF_POLICY and self.chat.conversation.turns > 0
-
-
-async def play(environment: Environment, new_chat: Callable[[], LiveChat], limits: EpisodeLimits) -> Episode:
-    """Play one episode; `new_chat` begins an attempt. Raises nothing of the environment's."""
+    number: of the episode, among those that are played. Raises nothing of the environment's.
+    """
     started = time.monotonic()
     attempts = 0
     while True:
         chat, attempts = new_chat(), attempts + 1
-        outcome, detail, trace = await _attempt(environment, chat, limits.seconds)
-        chat.ended = EpisodeEnded(outcome, detail)
-        if outcome != "infrastructure_error" or attempts > limits.retries:
+        await _attempt(lambda chat: environment.episode(chat, chat.row), chat, limits.seconds)
+        chat.tree.over = True
+        for task in chat.tree.tasks:
+            task.cancel()
+        if _outcome(chat) != "infrastructure_error" or attempts > limits.retries:
             break
-    unrewarded = environment.rewards and outcome in OF_POLICY and not chat.rewards
-    if outcome in OF_POLICY and outcome != "finished" and environment.unfinished_reward and chat.conversation.turns:
-        turn = chat.conversation.turns - 1
-        chat.rewards[turn] = chat.rewards.get(turn, 0.0) + environment.unfinished_reward
-    return Episode(
-        outcome=outcome,
-        detail=detail,
-        traceback=trace,
-        chat=chat,
-        unrewarded=unrewarded,
-        attempts=attempts,
-        seconds=time.monotonic() - started,
-    )
+    return episodes_of(environment, chat, number=number, attempts=attempts, seconds=time.monotonic() - started)
 
 
-async def _attempt(environment: Environment, chat: LiveChat, seconds: float) -> tuple[Outcome, str, str]:
-    """Outcome, detail and traceback of one attempt."""
-    task = asyncio.ensure_future(_guarded(environment, chat))
-    done, _ = await asyncio.wait({task}, timeout=seconds)
+async def play_branches(
+    chat: LiveChat, function: Callable[[Chat], Awaitable[T]], n: int, seconds: float | None
+) -> list[Branch[T]]:
+    """See Chat.branch."""
+    first = len(chat.children)
+    chat.children += [chat.fork(first + k) for k in range(n)]
+    chat.begin_segment()
+    return list(await asyncio.gather(*(_play_branch(chat, first + k, function, seconds) for k in range(n))))
+
+
+async def _play_branch(
+    parent: LiveChat, number: int, function: Callable[[Chat], Awaitable[T]], seconds: float | None
+) -> Branch[T]:
+    attempts = 0
+    while True:
+        branch, attempts = parent.children[number], attempts + 1
+        returned = await _attempt(function, branch, seconds)
+        if _outcome(branch) != "infrastructure_error" or attempts > parent.budget.limits.retries:
+            break
+        parent.children[number] = parent.fork(number)
+    assert branch.ended is not None, "an attempt ends in an outcome"
+    return Branch(chat=branch, outcome=branch.ended.outcome, detail=branch.ended.detail, returned=returned)
+
+
+def _outcome(chat: LiveChat) -> Outcome | None:
+    return None if chat.ended is None else chat.ended.outcome
+
+
+async def _attempt(function: Callable[[LiveChat], Awaitable[T]], chat: LiveChat, seconds: float | None) -> T | None:
+    """Have the environment's code play the chat, which then has ended; returns what that code returned."""
+    task = asyncio.ensure_future(_guarded(function, chat))
+    chat.tree.tasks.append(task)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:  # of a branch whose episode is over, or did not wait for it
+        chat.ended = chat.ended or EpisodeEnded("environment_error", "what it branched from did not wait for it")
+        task.cancel()
+        raise
     if not done:
-        late = f"not over within {seconds:g} s (EpisodeLimits.seconds)"
-        chat.ended = EpisodeEnded("deadline", late)
+        limit = "EpisodeLimits.seconds" if not chat.path else "seconds of chat.branch()"
+        chat.ended = EpisodeEnded("deadline", f"not over within {seconds:g} s ({limit})")
         task.cancel()
         await asyncio.wait({task}, timeout=GRACE_S)
         if task.done() and not task.cancelled():
             task.exception()  # it is looked at, so that asyncio does not complain that nobody did
-        return "deadline", late, ""
+        return None
     if task.cancelled():
-        return "environment_error", "the environment cancelled itself", ""
-    return _classified(environment, chat, task.exception())
+        chat.ended = EpisodeEnded("environment_error", "the environment cancelled itself")
+        return None
+    error = task.exception()
+    if chat.ended is None:
+        chat.ended, chat.traceback = _classified(error)
+    return task.result() if error is None else None
 
 
-async def _guarded(environment: Environment, chat: LiveChat) -> None:
+async def _guarded(function: Callable[[LiveChat], Awaitable[T]], chat: LiveChat) -> T:
     try:
-        await environment.episode(chat, chat.row)
+        return await function(chat)
     except (SystemExit, KeyboardInterrupt) as error:  # would end the loop that all episodes share
         raise RuntimeError(f"the environment raised {error!r}") from error
 
 
-def _classified(environment: Environment, chat: LiveChat, error: BaseException | None) -> tuple[Outcome, str, str]:
-    if chat.ended is not None:
-        outcome, detail = chat.ended.outcome, chat.ended.detail
-    elif isinstance(error, PolicyError):
-        outcome, detail = "policy_error", str(error)
-    elif isinstance(error, InfrastructureError | ConnectionError):
-        return "infrastructure_error", _line(error), _trace(error)
-    elif error is not None:
-        return "environment_error", _line(error), _trace(error)
-    else:
-        outcome, detail = "finished", ""
-    if not chat.conversation.turns:
-        return "environment_error", "the episode ended before chat.generate() had drawn anything", ""
-    if outcome == "finished" and environment.rewards and not chat.rewards:
-        detail = "the episode finished without chat.reward(); set `rewards = False` where a reward role scores it"
-        return "environment_error", detail, ""
-    return outcome, detail, ""
+def _classified(error: BaseException | None) -> tuple[EpisodeEnded, str]:
+    """How the environment's code ended, where the chat had not said so before; and the traceback of an error."""
+    if error is None:
+        return EpisodeEnded("finished", ""), ""
+    if isinstance(error, PolicyError):
+        return EpisodeEnded("policy_error", str(error)), ""
+    kind: Outcome = "environment_error"
+    if isinstance(error, InfrastructureError | ConnectionError):
+        kind = "infrastructure_error"
+    return EpisodeEnded(kind, _line(error)), _trace(error)
 
 
 def _line(error: BaseException) -> str:

@@ -1,10 +1,10 @@
-"""All episodes of one op on one rank: rows in, finished episodes out."""
+"""All episodes of one op on one rank, and who speaks in them: rows in, finished episodes out."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,49 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.chat import Budget, LiveChat
+from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
-from workers.episodes.play import Episode, play
+from workers.episodes.play import play, play_branches
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Speaker:
+    """A role that speaks in episodes."""
+
+    name: str
+    """As the environment calls it; empty for the role whose episodes they are."""
+    engine: GenerationEngine
+    model: str
+    """The folder with its tokenizer."""
+    sampling: Sampling
+    prompt_tokens: int
+    """Most tokens of its prompt."""
+    learns: bool
+    """Whether its side of an episode is a row."""
+
+
+class _Voice:
+    """What all conversations of a speaker share."""
+
+    def __init__(self, of: Speaker, environment: Environment, limits: EpisodeLimits) -> None:
+        self.of, self._tools = of, environment.tools if not of.name else ()
+        self._tokenizer = TextTokenizer(of.model, environment.template_args)
+        self._ends = frozenset(end_token_ids(of.model))
+        self.budget = Budget(
+            limits=limits,
+            sampling=replace(of.sampling, n=1),
+            prompt_tokens=of.prompt_tokens,
+            leaves=1 if of.name else environment.leaves,
+            environment=type(environment).__name__,
+        )
+
+    def conversation(self, text: str, ids: list[int]) -> Conversation:
+        """A new one, about a row's prompt: as its source has rendered it, or another's as that one's template does."""
+        if self.of.name:
+            chat = self._tokenizer.has_chat_template
+            rendered = self._tokenizer.render([{"role": "user", "content": text}]) if chat else text
+            ids = self._tokenizer.encode([rendered], special_tokens=not chat)[0]
+        return Conversation(self._tokenizer, row_prompt=ids, row_text=text, ends=self._ends, tools=self._tools)
 
 
 def run_episodes(
@@ -32,39 +73,45 @@ def run_episodes(
     limits: EpisodeLimits,
     sampling: Sampling,
     prompt_tokens: int,
+    speakers: Sequence[Speaker] = (),
 ) -> list[Episode]:
-    """`sampling.n` episodes of each row, the copies of one adjacent.
+    """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched; behind
+    them the sides of those `speakers` that learn from it.
 
-    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, turn) only.
+    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
     """
-    tokenizer = TextTokenizer(model, environment.template_args)
-    ends = frozenset(end_token_ids(model))
+    environment.prepare()
     loop = EpisodeLoop(engine)
-    budget = Budget(limits=limits, sampling=replace(sampling, n=1), prompt_tokens=prompt_tokens)
-
+    own = Speaker(name="", engine=engine, model=model, sampling=sampling, prompt_tokens=prompt_tokens, learns=True)
+    voices = {one.name: _Voice(one, environment, limits) for one in (own, *speakers)}
     attempts = itertools.count()
 
-    def new_chat(at: int, copy: int) -> LiveChat:
-        seed = f"{call.seed}/{call.step}/{call.node}/{call.row_index[at]}/{copy}"
+    def side(voice: _Voice, at: int, seed: str, attempt: int, **more: Any) -> LiveChat:
         return LiveChat(
             row=Row({name: column.row(at) for name, column in batch.items() if name != "prompt_ids"}),
             rng=np.random.default_rng(seed_of(seed, "environment")),
-            conversation=Conversation(
-                tokenizer,
-                row_prompt=batch["prompt_ids"].row(at).tolist(),
-                row_text=batch["prompt"].row(at),
-                ends=ends,
-                tools=environment.tools,
-            ),
-            budget=budget,
+            conversation=voice.conversation(batch["prompt"].row(at), batch["prompt_ids"].row(at).tolist()),
+            budget=voice.budget,
             seed=seed,
-            name=f"{seed}/{next(attempts)}",
-            generate_one=loop.generate,
+            name=f"{seed}/{attempt}",
+            generate_one=partial(loop.generate, engine=voice.of.engine),
+            play_branches=play_branches,
+            learns=voice.of.learns,
+            **more,
         )
 
+    def new_chat(at: int, copy: int) -> LiveChat:
+        seed, attempt = f"{call.seed}/{call.step}/{call.node}/{call.row_index[at]}/{copy}", next(attempts)
+        whole = side(voices[""], at, seed, attempt)
+        whole.speakers = {
+            one.name: side(voices[one.name], at, f"{seed}/{one.name}", attempt, whole=whole) for one in speakers
+        }
+        return whole
+
     starts: Sequence[Callable[[], Any]] = [
-        partial(play, environment, partial(new_chat, at, copy), limits)
+        partial(play, environment, partial(new_chat, at, copy), limits, at * sampling.n + copy)
         for at in range(batch.num_rows)
         for copy in range(sampling.n)
     ]
-    return loop.run(starts, limits.concurrent) if starts else []
+    played = loop.run(starts, limits.concurrent) if starts else []
+    return [episode for leaves in played for episode in leaves]

@@ -115,12 +115,12 @@ class Arbiter:
             )
         )
 
-    def add_mixture(self, name: str, lender: str) -> str:
-        """Enter the phase in which `name` draws from a mixture with `lender`'s logits, both `ROLE.rollout`; its name.
-        Raises DeviceTooSmall."""
-        phase = generating(name, lender)
+    def add_together(self, name: str, *lenders: str) -> str:
+        """Enter the phase in which `name` generates beside `lenders`, all `ROLE.rollout`: from a mixture of their
+        logits, or in episodes in which they speak; its name. Raises DeviceTooSmall."""
+        phase = generating(name, *lenders)
         if self.limited and phase not in self.ledger.phases:
-            needs = [self.ledger.phases[generating(one)].needs for one in (name, lender)]
+            needs = [self.ledger.phases[generating(one)].needs for one in (name, *lenders)]
             self._enter(Phase(name=phase, needs=frozenset().union(*needs)))
         return phase
 
@@ -225,7 +225,7 @@ def new_arbiter(device: str, device_bytes: int | None, phases: Sequence[str], po
 
 
 def generating(*rollouts: str) -> str:
-    """The phase in which `ROLE.rollout` generates, `ROLE.generate`; `A+B.generate` where A draws from a mixture."""
+    """The phase in which `ROLE.rollout` generates, `ROLE.generate`; `A+B.generate` where A does beside B."""
     return generation_phase(rollout.removesuffix(".rollout") for rollout in rollouts)
 
 

@@ -1,0 +1,1 @@
+"""Trees of responses: advantages and preferences of steps, values of steps, search with them."""
