@@ -12,6 +12,14 @@ PAPERS = {
         needs=("SFT", "PREF", "VER", "ROLL", "CRIT", "EVAL", "AUX"),
         assumed="the reward of a verified answer is 1, not alpha = 10; one learning rate a stage",
     ),
+    "alpaca_farm": Paper(
+        title="AlpacaFarm",
+        year=2023,
+        arxiv="2305.14387",
+        rows=(5,),
+        needs=("ROLL", "RM", "REF", "CRIT", "JUDGE", "PAIRJ", "FILT", "EVAL"),
+        assumed="binary FeedME is the recipe kto's data, and not a stage; constants are those of the recipes",
+    ),
     "summarize_from_feedback": Paper(
         title="Learning to summarize from human feedback",
         year=2020,
