@@ -124,7 +124,11 @@ class _Sources:
         """Texts of an exception that is raised; empty for one that was caught before."""
         if isinstance(error, ast.IfExp):
             return self._raised(module, scope, error.body) + self._raised(module, scope, error.orelse)
-        if isinstance(error, ast.Call) and isinstance(error.func, ast.Attribute) and error.func.attr in ("of", "with_traceback"):
+        if (
+            isinstance(error, ast.Call)
+            and isinstance(error.func, ast.Attribute)
+            and error.func.attr in ("of", "with_traceback")
+        ):
             return self._raised(module, scope, error.func.value)
         if not isinstance(error, ast.Call):
             return self._text(module, scope, error, DEPTH) if isinstance(error, ast.Name) else []
@@ -336,6 +340,8 @@ def _hole(value: ast.expr) -> Text:
 
 
 def _kind(error: ast.expr) -> str:
-    while isinstance(error, ast.Call) and isinstance(error.func, ast.Attribute) and isinstance(error.func.value, ast.Call):
+    while (
+        isinstance(error, ast.Call) and isinstance(error.func, ast.Attribute) and isinstance(error.func.value, ast.Call)
+    ):
         error = error.func.value  # ClusterError(text).of(kind)
     return ast.unparse(error.func if isinstance(error, ast.Call) else error)

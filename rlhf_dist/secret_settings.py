@@ -31,7 +31,9 @@ def check_secrets(worker_env: Mapping[str, str], store_options: Mapping[str, Any
                 f"'ray.worker_env={{{name}: ${name}}}' in single quotes"
             )
         if asked is not None and asked not in os.environ:
-            raise ConfigError(f"ray.worker_env.{name} is ${asked}, which is not set in this environment; export {asked}")
+            raise ConfigError(
+                f"ray.worker_env.{name} is ${asked}, which is not set in this environment; export {asked}"
+            )
     for name in sorted(SECRET_OPTIONS & set(store_options)):
         raise ConfigError(
             f"output.store_options.{name} must not hold a secret, since config.yaml keeps settings; put it where the file "

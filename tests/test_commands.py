@@ -43,7 +43,14 @@ def test_exit_codes_are_the_same_in_the_help_and_in_the_docs() -> None:
 def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "RLHF_DIST_TOKEN", "JUDGE_API_KEY"):
+    for name in (
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "RAY_AUTH_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "RLHF_DIST_TOKEN",
+        "JUDGE_API_KEY",
+    ):
         monkeypatch.setenv(name, SECRET)
     model = save_llama(tmp_path / "model", hidden=64)
     capsys.readouterr()

@@ -181,7 +181,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
     listed = {page for part in yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"] for page in _leaves(part)}
-    there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "adr"}
+    there = {
+        str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "adr"
+    }
     made = {"errors.md", "commands.md", "settings.md"}
     assert listed == there | made
 
