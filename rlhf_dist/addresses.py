@@ -21,9 +21,10 @@ from typing import Any
 from uuid import uuid4
 
 from rlhf_dist.failure import text_of
-from rlhf_dist.model_folder import HUB_ID
 from rlhf_dist.typed import ConfigError
 
+HUB_ID = r"(?!models/|runs/)[A-Za-z0-9][\w.-]*/[\w.-]+"
+"""What `organisation/name` looks like."""
 HUB = "hf://"
 OF_DATA = "hf://datasets/"
 CACHE = "RLHF_DIST_CACHE"
@@ -60,28 +61,30 @@ def local_model(path: str, key: str) -> tuple[str, str]:
     return path, path
 
 
-def pinned_data(path: str, key: str) -> str:
-    """Addresses of data sets of a hub in `path` with their commits; all else as it is. Raises ConfigError."""
-    if HUB not in path:
-        return path
-    names = []
-    for name in path.split(","):
-        if (name := name.strip()).startswith(HUB):
-            repository, inside = _of_data(name, key)
-            folder = _snapshot(*repository, "dataset", key)
-            name = f"{OF_DATA}{repository[0]}@{folder.name}" + (f"/{inside}" if inside else "")
-        names.append(name)
-    return ",".join(names)
+def local_data(path: str, key: str) -> tuple[str, str]:
+    """What `data_files` reads on this machine, and the pinned addresses, of files that the setting `key` names.
+
+    Paths of this machine, alone or with commas between them and addresses, are returned as they are. Raises ConfigError
+    for what cannot be fetched.
+    """
+    if not is_address(path):
+        return path, path
+    found = [_local_rows(name.strip(), key) for name in path.split(",") if name.strip()]
+    return ",".join(local for local, _ in found), ",".join(pinned for _, pinned in found)
 
 
-def local_data(address: str, key: str = "data") -> str:
-    """A file, folder or pattern of this machine for an address. Raises ConfigError for what cannot be fetched."""
-    if address.startswith(HUB):
-        repository, inside = _of_data(address, key)
+def _local_rows(name: str, key: str) -> tuple[str, str]:
+    if name.startswith(HUB):
+        repository, inside = _of_data(name, key)
         folder = _snapshot(*repository, "dataset", key)
-        return str(folder / inside) if inside else str(folder)
-    folder, files = fetched(address, key)
-    return str(files[0]) if len(files) == 1 else str(folder)
+        pinned = f"{OF_DATA}{repository[0]}@{folder.name}"
+        return (f"{folder}/{inside}", f"{pinned}/{inside}") if inside else (str(folder), pinned)
+    if not is_address(name):
+        return name, name
+    folder, files = fetched(name, key)
+    if (base := _base(name)) is not None:
+        return f"{folder}/{name[len(base) + 1 :]}", name
+    return str(files[0] if len(files) == 1 else folder), name
 
 
 def fetched(address: str, key: str) -> tuple[Path, list[Path]]:
@@ -204,8 +207,7 @@ def _snapshot(name: str, revision: str | None, kind: str, key: str) -> Path:
 
 def _listed(files: Any, root: str) -> tuple[Sequence[str], str]:
     """The files at a path, pattern or folder, and what their names begin with."""
-    if any(sign in root for sign in "*?["):
-        base = re.split(r"[*?\[]", root)[0].rpartition("/")[0]
+    if (base := _base(root)) is not None:
         names = sorted(name for name in files.glob(root) if not files.isdir(name))
     elif files.isfile(root):
         return [root], root.rpartition("/")[0]
@@ -214,6 +216,12 @@ def _listed(files: Any, root: str) -> tuple[Sequence[str], str]:
     if not names:
         raise FileNotFoundError("there is no such file")
     return [str(name) for name in names], base
+
+
+def _base(path: str) -> str | None:
+    """The folder above a pattern; None for what is none."""
+    parts = re.split(r"[*\[]", path)  # a "?" is part of addresses of the web
+    return parts[0].rpartition("/")[0] if len(parts) > 1 else None
 
 
 def _copy(files: Any, names: Sequence[str], sizes: Sequence[int], inside: Sequence[str], folder: Path) -> None:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_dist import typed
-from rlhf_dist.addresses import is_address, is_hub_name, local_model, pinned_data
+from rlhf_dist.addresses import is_address, is_hub_name, local_data, local_model
 from rlhf_dist.auto_settings import settle
 from rlhf_dist.config import (
     MISSING,
@@ -273,13 +273,13 @@ def _build(root: type, composed: DictConfig, unused_roles: Set[str]) -> Any:
     settings = _resolved(composed)
     if not followed:
         settings["model"] = None  # Every role has a model of its own, so the shared one may be missing.
-    _fetch_models(settings, composed, unused_roles)
+    _fetch(settings, composed, unused_roles)
     return typed.build(root, settings)
 
 
-def _fetch_models(settings: dict[str, Any], composed: DictConfig, unused_roles: Set[str]) -> None:
-    """Put folders of this machine in place of models of a hub, or of another file system; and into what is kept of the
-    settings which revision that was."""
+def _fetch(settings: dict[str, Any], composed: DictConfig, unused_roles: Set[str]) -> None:
+    """Put paths of this machine in place of models and data of a hub, or of another file system; and into what is kept
+    of the settings which revision that was."""
     pinned: dict[str, str] = {}
     for role, section in settings.items():
         model: Any = section.get("model") if isinstance(section, dict) else None
@@ -294,8 +294,8 @@ def _fetch_models(settings: dict[str, Any], composed: DictConfig, unused_roles: 
         shared["path"] = local_model(pinned[shared["path"]], "model.path")[0]
     for key, source in _sources(settings["data"]):
         if isinstance(source.get("path"), str) and is_address(source["path"]):
-            source["path"] = pinned_data(source["path"], f"{key}.path")
-            OmegaConf.update(composed, f"{key}.path", source["path"])
+            source["path"], pinned_rows = local_data(source["path"], f"{key}.path")
+            OmegaConf.update(composed, f"{key}.path", pinned_rows)
 
 
 def _sources(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -83,7 +83,8 @@ class EngineConfig:
     packing: bool = True
     """Rows lie one after the other without padding. False pads every row to the longest, to compare."""
     share_prompts: bool = True
-    """Rows of one forward pass that have the same prompt compute it once (not with `sequence_parallel`)."""
+    """What rows of one forward pass begin with, a prompt or more of a tree, is computed once (not with
+    `sequence_parallel`)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
     compile: bool = False
@@ -398,7 +399,8 @@ class RayConfig:
     call_timeout_s: float = 1800.0
     """Longest a single operation may take before the run fails, naming it."""
     worker_env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...)."""
+    """Environment variables of worker processes, beside those of this one that libraries read (NCCL_*, HF_*, ...).
+    `$NAME` is the value that NAME has where the run is started: secrets are given so, and are written nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,6 +206,8 @@ class Bridge:
     """Of training rank 0's machine, as all others reach it."""
     port: int
     """A free port there."""
+    secret: str = field(default="", repr=False)
+    """What the keys of the meeting begin with."""
     senders: int
     """Training ranks; they are ranks 0 .. senders - 1 of the bridge."""
     receivers: int

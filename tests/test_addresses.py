@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from controller.lifecycle.run_folder import find_beginning
-from rlhf_dist.addresses import CACHE, local_model, pinned_data, push
+from rlhf_dist.addresses import CACHE, local_data, local_model, push
 from rlhf_dist.compose import Launch, compose
 from rlhf_dist.data.files import data_files, read_files
 from rlhf_dist.typed import ConfigError
@@ -82,14 +82,17 @@ def test_a_model_that_is_not_there_is_one_line(hub: Path, path: str, said: str) 
 
 def test_data_of_a_hub_are_files_of_the_cached_commit(hub: Path) -> None:
     made = launch("model.path=org/tiny", "data.train.path=hf://datasets/org/rows/data/train-*.jsonl")
-    assert made.run.data.train.path == f"hf://datasets/org/rows@{NEW}/data/train-*.jsonl"
-    assert made.run.data.train.path in made.yaml
-    (file,) = data_files(made.run.data.train.path)
-    assert [placed.row for placed in read_files([file])] == [{"prompt": "a"}]
-    with pytest.raises(ConfigError, match="data of a hub are hf://datasets/"):
-        pinned_data("hf://org/rows", "data.train.path")
+    assert f"path: hf://datasets/org/rows@{NEW}/data/train-*.jsonl" in made.yaml
+    assert made.run.data.train.path is not None
+    assert rows_of(made.run.data.train.path) == ["a"]
+    with pytest.raises(ConfigError, match="data.train.path: data of a hub are hf://datasets/"):
+        launch("model.path=org/tiny", "data.train.path=hf://org/rows")
     with pytest.raises(ConfigError, match="hf download org/other --repo-type dataset"):
-        data_files("hf://datasets/org/other")
+        local_data("hf://datasets/org/other", "data.train.path")
+
+
+def rows_of(path: str) -> list[str]:
+    return [placed.row["prompt"] for placed in read_files(data_files(path))]
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +111,18 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fsspec.Abstract
 
 def test_data_and_models_come_from_s3_once_for_each_version(bucket: fsspec.AbstractFileSystem) -> None:
     bucket.pipe({"bucket/rows/train-0.jsonl": b'{"prompt": "a"}\n', "bucket/rows/train-1.jsonl": b'{"prompt": "b"}\n'})
-    files = data_files("s3://bucket/rows/train-*.jsonl,s3://bucket/rows/train-0.jsonl")
-    assert [placed.row["prompt"] for placed in read_files(files)] == ["a", "b", "a"]
-    assert data_files("s3://bucket/rows") == files[:2], "the same copy"
+    several, kept = local_data("s3://bucket/rows/train-*.jsonl, s3://bucket/rows/train-0.jsonl", "data.train.path")
+    assert rows_of(several) == ["a", "b", "a"] and kept.startswith("s3://bucket/rows/train-*.jsonl,s3://")
+    whole, _ = local_data("s3://bucket/rows", "data.train.path")
+    assert several.split(",")[0] == f"{whole}/train-*.jsonl", "the same copy"
     bucket.pipe("bucket/rows/train-0.jsonl", b'{"prompt": "c"}\n')
-    changed = data_files("s3://bucket/rows/train-0.jsonl")
-    assert [placed.row["prompt"] for placed in read_files(changed)] == ["c"] and changed != files[2:]
+    changed, _ = local_data("s3://bucket/rows/train-0.jsonl", "data.train.path")
+    assert rows_of(changed) == ["c"] and changed != several.split(",")[1]
     bucket.pipe({"bucket/m/config.json": b"{}", "bucket/m/model.safetensors": b"x" * 9})
     folder, pinned = local_model("s3://bucket/m", "actor.model.path")
     assert pinned == "s3://bucket/m" and (Path(folder) / "model.safetensors").stat().st_size == 9
-    with pytest.raises(ConfigError, match=r"data: s3://bucket/none.jsonl cannot be read .*no such file"):
-        data_files("s3://bucket/none.jsonl")
+    with pytest.raises(ConfigError, match=r"data.train.path: s3://bucket/none.jsonl cannot be read .*no such file"):
+        local_data("s3://bucket/none.jsonl", "data.train.path")
 
 
 def test_an_export_is_pushed_whole_and_never_over_another(bucket: fsspec.AbstractFileSystem, tmp_path: Path) -> None:

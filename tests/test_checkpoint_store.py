@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from controller.lifecycle import uploads as uploads_module
 from controller.lifecycle.checkpoint import Checkpoint, DamagedCheckpoint, begin_checkpoint
@@ -152,21 +154,22 @@ def test_an_upload_that_never_arrives_is_said_and_the_run_goes_on(
 def test_a_slow_store_delays_nobody_and_its_files_are_not_deleted_under_it(
     store: CheckpointStore, tmp_path: Path
 ) -> None:
+    asked, answers = Event(), Event()
+
     def fault(number: int, content: bytes) -> bytes:
-        time.sleep(0.2)
+        asked.set()
+        assert answers.wait(60)
         return content
 
     Faulty.fault = staticmethod(fault)
     notes: list[str] = []
     with Uploads(store, keep=0, retry_s=20, tell=notes.append) as uploads:
         first = checkpoint(tmp_path, 2)
-        started = time.monotonic()
         uploads.add(first)
-        while uploads._moving is None:
-            time.sleep(0.01)
-        assert uploads.in_use(first.folder) and time.monotonic() - started < 0.2
+        assert asked.wait(60) and uploads.in_use(first.folder)
         uploads.add(checkpoint(tmp_path, 4))
         uploads.add(checkpoint(tmp_path, 6))
+        answers.set()
     assert (uploads.done, uploads.failed, store.steps()) == ([2, 6], [4], [2, 6])
     assert any("after 4 steps is not copied: one before it is under way" in note for note in notes)
     assert not first.folder.exists(), "it was to be deleted, and is once it is not needed"
@@ -178,6 +181,7 @@ def test_a_slow_store_delays_nobody_and_its_files_are_not_deleted_under_it(
 )
 def test_a_store_that_is_none_is_refused(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)  # where another test has loaded it
     with pytest.raises(ConfigError, match=f"output.store={url}: .*{said}"):
         CheckpointStore(url, "x", {})
 

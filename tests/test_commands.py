@@ -13,6 +13,7 @@ import pytest
 
 from controller.commands.cli import _parsed, main
 from controller.commands.registry import EXIT_CODES, all_commands
+from rlhf_dist.secret_settings import kept_variables, plain_variables
 from tests.tiny import save_llama
 
 COMMANDS = all_commands()
@@ -42,12 +43,13 @@ def test_exit_codes_are_the_same_in_the_help_and_in_the_docs() -> None:
 def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "RLHF_DIST_TOKEN"):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "RLHF_DIST_TOKEN", "JUDGE_API_KEY"):
         monkeypatch.setenv(name, SECRET)
     model = save_llama(tmp_path / "model", hidden=64)
     capsys.readouterr()
     settings = [f"model.path={model}", "task=addition", f"output.root={tmp_path}", "data.prompts_per_step=2", "steps=1"]
     short = ["actor.rollout.max_response_tokens=2", "output.save_model=false", "output.checkpoint_every=null"]
+    short.append("ray.worker_env={JUDGE_API_KEY: $JUDGE_API_KEY}")
     assert main(["run", "remax", "--local", "--format", "json", *settings, *short]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed)["steps"] == 1 and printed.count("\n") == 1
@@ -57,6 +59,26 @@ def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
     for path in files:
         for text in (path.read_bytes(), *_blocks(path)):
             assert SECRET.encode() not in text, path
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["ray.worker_env={JUDGE_API_KEY: PLANTED}", "output.store_options={secret: PLANTED}", "ray.worker_env={A: $NOT_SET_4711}"],
+    ids=["variable", "store", "not set"],
+)  # fmt: skip
+def test_a_secret_is_no_setting(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "remax", "--local", "model.path=nowhere", "task=addition", f"output.root={tmp_path}"]
+    assert main([*arguments, setting.replace("PLANTED", SECRET)]) == 2
+    said = capsys.readouterr().err
+    assert "must not hold a secret" in said or "which is not set" in said
+    assert SECRET not in said and not any(tmp_path.iterdir())
+
+
+def test_workers_get_secrets_in_a_call_and_all_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", SECRET)
+    given = {"JUDGE_API_KEY": "$JUDGE_API_KEY", "OTHER_TOKEN": "${JUDGE_API_KEY}", "LD_LIBRARY_PATH": "/opt/lib"}
+    assert plain_variables(given) == {"LD_LIBRARY_PATH": "/opt/lib"}
+    assert kept_variables(given) == {"JUDGE_API_KEY": SECRET, "OTHER_TOKEN": SECRET}
 
 
 def _blocks(path: Path) -> list[bytes]:

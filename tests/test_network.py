@@ -6,9 +6,21 @@ import os
 import socket
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from controller.cluster.worker_environment import is_sent
-from workers.network import interface_of, own_address, rendezvous, reserve_port, use_network
+from workers.device import init_distributed
+from workers.network import (
+    interface_of,
+    keys_there,
+    new_secret,
+    own_address,
+    remove_keys,
+    rendezvous,
+    reserve_port,
+    use_network,
+)
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP")
 
@@ -68,6 +80,31 @@ def test_a_port_stays_ours_from_when_it_is_told_until_the_store_has_it(address: 
     assert rendezvous(address, port, hosts=False, timeout_s=5.0).get("key") == b"value"
     assert own_address(address) == address
     early.close()
+
+
+def test_a_meeting_is_for_those_who_know_its_secret_and_leaves_no_key() -> None:
+    address, port, secret = "127.0.0.1", reserve_port("127.0.0.1"), new_secret()
+    init_distributed(
+        rank=0,
+        world=1,
+        master_addr=address,
+        master_port=port,
+        device=torch.device("cpu"),
+        timeout_s=10.0,
+        secret=secret,
+    )
+    try:
+        stranger = rendezvous(address, port, hosts=False, timeout_s=5.0)
+        assert [key for key in keys_there(stranger) if secret in key] == []
+        known = rendezvous(address, port, hosts=False, timeout_s=5.0, secret=secret)
+        known.set("weights", "mine")
+        stranger.set("weights", "another's")
+        assert known.get("weights") == b"mine" and keys_there(known) == ["weights"]
+        remove_keys(known, ["weights", "gone already"])
+        assert keys_there(known) == []
+        dist.barrier()  # the group needs the store no more
+    finally:
+        dist.destroy_process_group()
 
 
 def test_workers_get_what_their_libraries_read_and_nothing_secret() -> None:

@@ -183,7 +183,10 @@ def test_nothing_is_kept_where_it_is_switched_off(place: Path) -> None:
     [
         (("nowhere", "--step", "1", "--node", "centred"), "nowhere is not the folder of a run"),
         (("RUN", "--step", "7", "--node", "centred"), "no inputs of step 7; it has those of step 1, 2"),
-        (("RUN", "--step", "2", "--node", "center"), "unknown node with inputs center"),
+        (
+            ("RUN", "--step", "2", "--node", "center"),
+            "no inputs of center, did you mean centred? there are those of actor.",
+        ),
         (("RUN", "--step", "2"), "--step and --node are given together"),
         (("RUN", "--step", "2", "--node", "actor.update_actor", "--weights", "step_9"), "has no such checkpoint"),
         (("RUN", "--step", "2", "--node", "centred", "actor.lr=1"), "did you mean actor.optimizer.lr"),

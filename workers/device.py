@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from workers.network import rendezvous
+from workers.network import keys_there, remove_keys, rendezvous
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
 
@@ -90,20 +90,26 @@ def init_distributed(
     master_port: int,
     device: torch.device,
     timeout_s: float,
+    secret: str = "",
 ) -> None:
     """Join the default process group; every collective in it, this call included, ends within `timeout_s` or raises.
 
-    The interface is the environment's (`use_network`). Raises RuntimeError if this process is already in a group.
+    The interface is the environment's (`use_network`). secret: of the meeting (`new_secret`). Raises RuntimeError if this process is already in a group.
     """
     if dist.is_initialized():
         raise RuntimeError("this process has joined a process group already; a process belongs to one worker group")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = rendezvous(master_addr, master_port, hosts=rank == 0, timeout_s=timeout_s, secret=secret)
     dist.init_process_group(
         backend_for(device),
-        store=rendezvous(master_addr, master_port, hosts=rank == 0, timeout_s=timeout_s),
+        store=store,
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+    if device.type == "cpu":  # gloo has connected all ranks by now; NCCL comes back to the store
+        met = keys_there(store) if rank == 0 else []  # before the others may go on and write new ones
+        dist.barrier()
+        remove_keys(store, met)

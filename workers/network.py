@@ -5,7 +5,8 @@
     vLLM asks which interface leads to the internet
 
 What the environment says already is a user's own choice and stays. Stores of process groups listen on a socket that
-was open from the moment its port was told, so nobody can take the port in between.
+was open from the moment its port was told, so nobody can take the port in between. Their keys begin with a secret that
+travels with the address, and are removed once they have been read: the store itself knows no passwords.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import secrets
 import socket
+from collections.abc import Iterable
 from datetime import timedelta
 
 import psutil
@@ -79,11 +82,32 @@ def reserve_port(address: str) -> int:
     return port
 
 
-def rendezvous(address: str, port: int, hosts: bool, timeout_s: float) -> dist.TCPStore:
+def new_secret() -> str:
+    """What the keys of one meeting begin with: only those that were told it meet there."""
+    return secrets.token_hex(16)
+
+
+def rendezvous(address: str, port: int, hosts: bool, timeout_s: float, secret: str = "") -> dist.Store:
     """The store at which ranks meet; the one that `hosts` it listens on `address` and nowhere else.
 
-    Raises RuntimeError where it cannot.
+    secret: `new_secret`, the same for all of them. Raises RuntimeError where it cannot.
     """
+    store = _store(address, port, hosts, timeout_s)
+    return dist.PrefixStore(secret, store) if secret else store
+
+
+def keys_there(store: dist.Store) -> list[str]:
+    """The keys of a store now, to be removed with `remove_keys` once all ranks have read them."""
+    return list(store.list_keys())  # type: ignore[attr-defined]  # torch offers it and does not declare it
+
+
+def remove_keys(store: dist.Store, keys: Iterable[str]) -> None:
+    """Take these keys away, those that are gone already too."""
+    for key in keys:
+        store.delete_key(key)
+
+
+def _store(address: str, port: int, hosts: bool, timeout_s: float) -> dist.TCPStore:
     if not hosts:
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
     try:

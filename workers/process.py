@@ -64,9 +64,11 @@ class WorkerProcess:
         log_file: str | None,
         store: Store | None = None,
         folder: str | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """store: where columns lie; None: Ray's, and this process is one of its actors. folder: what relative paths are
+        """variables: of the environment, which only this call shows. store: where columns lie; None: Ray's, and this process is one of its actors. folder: what relative paths are
         relative to, where this node has it: the controller's."""
+        os.environ.update(variables or {})
         self.pool, self.rank, self.world = pool, rank, world
         self.store: Store = store or RayStore()
         self.is_actor = store is None
@@ -101,16 +103,24 @@ class WorkerProcess:
         return self.activity.beat(about, stacks)
 
     @reported
-    def open_port(self) -> tuple[str, int]:
-        """Where ranks can meet this one, whose process listens there from now on; called on rank 0."""
-        from workers.network import reserve_port
+    def open_port(self) -> tuple[str, int, str]:
+        """Where ranks can meet this one, whose process listens there from now on, and the secret of their meeting;
+        called on rank 0."""
+        from workers.network import new_secret, reserve_port
 
         address = self._address()
-        return address, reserve_port(address)
+        return address, reserve_port(address), new_secret()
 
     @reported
     def join(
-        self, address: str, port: int, device: str, one_node: bool, timeout_s: float, team: tuple[int, ...] = ()
+        self,
+        address: str,
+        port: int,
+        secret: str,
+        device: str,
+        one_node: bool,
+        timeout_s: float,
+        team: tuple[int, ...] = (),
     ) -> str:
         """Join the pool's process group, whose collectives end within `timeout_s` or raise. Returns the device.
 
@@ -129,6 +139,7 @@ class WorkerProcess:
             master_port=port,
             device=chosen,
             timeout_s=timeout_s,
+            secret=secret,
         )
         self.device, self._joined = str(chosen), True
         _log.info(

@@ -41,15 +41,14 @@ def profiled(folder: Path, node: str) -> Iterator[None]:
     trace = folder / f".{node}.partial.json.gz"
     profiler.export_chrome_trace(str(trace))
     trace.replace(folder / f"{node}.json.gz")
+    operators = profiler.key_averages()
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     said = [
         f"{node}: host memory of the process {before // MIB} MiB before, {after // MIB} MiB after; "
         f"{most // MIB} MiB at most since it started",
         *([torch.cuda.memory_summary()] if on_gpu else []),
-        profiler.key_averages().table(sort_by=by, row_limit=MOST_ROWS),
-        profiler.key_averages().table(
-            sort_by="self_device_memory_usage" if on_gpu else "self_cpu_memory_usage", row_limit=MOST_ROWS
-        ),
+        operators.table(sort_by=by, row_limit=MOST_ROWS),
+        operators.table(sort_by="self_device_memory_usage" if on_gpu else "self_cpu_memory_usage", row_limit=MOST_ROWS),
     ]
     table = folder / f".{node}.partial.txt"
     table.write_text("\n\n".join(said), encoding="utf-8")

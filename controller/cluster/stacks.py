@@ -15,16 +15,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from controller.cluster.pool import BEATS, ClusterError, Pool
 from controller.cluster.replies import Replies
+from rlhf_dist.failure import text_of
 from rlhf_dist.heartbeat import Beat, stacks_of
 
 LOOK_S = 1.0
-ANSWER_S = 10.0
+ANSWER_S = 20.0
 ASK, LOGS = ".stacks-*.ask", "logs"
 
 
@@ -52,9 +53,10 @@ def stacks_on_demand(folder: Path, pools: Callable[[], Mapping[str, Pool]], repl
 
     def look() -> None:
         while not ended.wait(LOOK_S):
-            for asking in folder.glob(ASK):
-                asking.unlink(missing_ok=True)
-                _write(folder / LOGS / f"{asking.stem[1:]}.txt", _all_stacks(dict(pools()), replies))
+            with suppress(OSError):  # the disk is full or gone: who asks is told that nobody answers
+                for asking in folder.glob(ASK):
+                    asking.unlink(missing_ok=True)
+                    _write(folder / LOGS / f"{asking.stem[1:]}.txt", _all_stacks(dict(pools()), replies))
 
     for old in folder.glob(ASK):  # of who asked an earlier run
         old.unlink(missing_ok=True)
@@ -95,7 +97,10 @@ def _all_stacks(pools: Mapping[str, Pool], replies: Replies) -> str:
         if pool.node_ids  # of a local run: this process
         for rank, process in enumerate(pool.processes)
     }
-    told, silent = answered(asked, replies, ANSWER_S)
+    try:
+        told, silent = answered(asked, replies, ANSWER_S)
+    except Exception as error:  # whatever Ray raises when it is gone
+        return "\n".join([*parts, f"== the other processes could not be asked: {text_of(error)}\n"])
     if silent:
         parts.append(f"== no answer within {ANSWER_S:g} s: {', '.join(silent)}\n")
     return "\n".join([*parts, *sorted(told)])

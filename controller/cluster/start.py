@@ -32,6 +32,7 @@ from controller.cluster.store_room import remark_on_room
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
+from rlhf_dist.secret_settings import kept_variables, plain_variables
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
@@ -121,6 +122,8 @@ class Cluster:
                 num_cpus=self.slots + self.config.spare_slots + self.host_processes + 1,
                 object_store_memory=self.config.object_store_bytes,
                 include_dashboard=False,
+                # Ray would start a process a CPU ahead; ours have an environment of their own and cannot use them.
+                _system_config={"prestart_worker_first_driver": False},
                 **options,
             )
         self._reaper.tell(_session_folder())
@@ -339,14 +342,16 @@ class Cluster:
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
         logs = self._logs(pool, size)
+        # Two ways: what the runtime environment holds, Ray shows and logs.
+        plain, kept = plain_variables(self.config.worker_env), kept_variables(self.config.worker_env)
         return {
             rank: remote.options(
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(gpus, self._threads, self.config.worker_env)},
+                runtime_env={"env_vars": _environment(gpus, self._threads, plain)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-            ).remote(pool, rank, size, logs[rank] if logs else None, folder=os.getcwd())
+            ).remote(pool, rank, size, logs[rank] if logs else None, folder=os.getcwd(), variables=kept)
             for rank, (group, bundle) in places.items()
         }
 

@@ -6,6 +6,8 @@ before a run is meant for the run; what says where one process runs, and what is
 
 from __future__ import annotations
 
+from rlhf_dist.secret_settings import SECRET
+
 SENT = (
     "CUDA_",
     "DS_",
@@ -30,10 +32,8 @@ SENT = (
 """Starts of names: collectives and their transports, devices, threads, compilers and their caches, model libraries."""
 OF_ONE_PROCESS = frozenset({"CUDA_VISIBLE_DEVICES", "VLLM_HOST_IP"})
 """Another on every node, and Ray's or the worker's to set."""
-SECRET = ("_KEY", "_PASSWORD", "_SECRET", "_TOKEN")
-"""Ends of names; a worker needs none of them, for nothing is downloaded."""
 
 
 def is_sent(name: str) -> bool:
-    """Whether workers get this variable."""
+    """Whether workers get this variable. They need no secret, for nothing is downloaded."""
     return name.startswith(SENT) and name not in OF_ONE_PROCESS and not name.endswith(SECRET)

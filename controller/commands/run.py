@@ -71,12 +71,15 @@ def run_command(arguments: argparse.Namespace) -> int:
     launch, plan, _ = _prepared(arguments, local=arguments.local, eager=eager)
     if not quiet:
         print("\n".join(plan), flush=True)
+    import psutil
+
     from controller.lifecycle.run import run
     from controller.record.display import Display
     from controller.record.run_summary import for_people
 
     with Display(launch.run.name, launch.run.steps, quiet=quiet, lines=eager) as display:
-        summary = run(launch, display=display, eager=eager, local=arguments.local)
+        began_s = psutil.Process().create_time()
+        summary = run(launch, display=display, eager=eager, local=arguments.local, began_s=began_s)
         if arguments.format == "json":
             print(json.dumps(summary))
         else:

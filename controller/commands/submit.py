@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,10 @@ def register(commands: Commands) -> None:
     submit.add_argument("--wait", metavar="SECONDS", type=float, help="ray: wait so long for slots to be free")
     submit.add_argument("--stop-with-me", action="store_true", help="Ctrl-C stops the job too")
     submit.add_argument("--pip", metavar="PACKAGE", action="append", default=[], help="install it for the job (ray)")
-    submit.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help="the job's environment")
+    submit.add_argument(
+        "--env", metavar="NAME[=VALUE]", action="append", default=[],
+        help="the job's environment; NAME alone: as it is here, so that no process argument shows it",
+    )  # fmt: skip
     submit.add_argument("--option", metavar="OPTION", action="append", default=[], help="slurm: an option of sbatch")
     submit.add_argument("--folder", metavar="DIR", help="slurm: where job folders go; all nodes must see it")
     submit.add_argument("--image", metavar="IMAGE", help="k8s: the container image, with rlhf-dist in it")
@@ -205,8 +209,10 @@ def _nodes(arguments: argparse.Namespace) -> int:
 
 def _variable(text: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
+    if not sign and name in os.environ:
+        return name, os.environ[name]
     if not sign or not name:
-        raise ConfigError(f"--env must be NAME=VALUE, got {text!r}")
+        raise ConfigError(f"--env must be NAME=VALUE, or the NAME of a variable that is set here, got {text!r}")
     return name, value
 
 

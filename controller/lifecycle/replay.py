@@ -11,9 +11,10 @@ recipe gives what the run kept of the step.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from controller.cluster.failure_text import explained
 from controller.cluster.local import POOL, Local, local_launch
 from controller.cluster.pool import ClusterError, Pool
 from controller.execution.failed_calls import NodeError
-from controller.execution.looking import WITHOUT_ROWS
 from controller.execution.ray_runner import metrics_of
 from controller.execution.worker_group import build_call
-from controller.lifecycle.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from controller.lifecycle.checkpoint import load_checkpoint
+from controller.lifecycle.replay_weights import Weights, roles_of, weights_of, writers_before
 from controller.lifecycle.replayed import Replayed
 from controller.lifecycle.run_folder import is_run, recipe_of
 from controller.lifecycle.session import Session, pools_of_roles
@@ -42,27 +43,13 @@ from rlhf_dist.failure import Failure
 from rlhf_dist.metrics import combine
 from rlhf_dist.placement.roles import HOST_POOL
 from rlhf_dist.planner.launch import compose_planned
-from rlhf_dist.role_kinds import role_with_base
 from rlhf_dist.saved_calls import STATE, SavedCall, SavedRows, read_calls, saved_steps, step_folder, together
 from rlhf_dist.typed import ConfigError, unknown
 from rlhf_dist.wire import Fetch, Given, HeldState, Reply
 
-START = "start"
-"""Weights that the run began with."""
-
 
 class _Over(BaseException):
     """The node has run: the rest of the recipe is not called."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Where the weights of a replay come from."""
-
-    checkpoint: Checkpoint | None
-    """None: as the settings give them."""
-    about: str
-    """For people."""
 
 
 def replay(folder: Path, step: int, node: str, overrides: Sequence[str] = (), weights: str | None = None) -> Replayed:
@@ -77,27 +64,10 @@ def replay(folder: Path, step: int, node: str, overrides: Sequence[str] = (), we
         raise ConfigError(unknown(node, [one.name for one in launch.dataflow], "node"))
     before = writers_before(launch, found, step)
     saved = {node: calls} | {one.name: read_calls(step_folder(folder, step), one.name) for one in before}
-    from_ = _weights(folder, launch, [*before, found], step, saved, weights)
+    from_ = weights_of(folder, launch, [*before, found], step, saved, weights)
     with Local(launch.run.ray.call_timeout_s) as cluster:
         session = _session(launch, cluster, [*before, found])
         return _Replay(folder, launch, session, step, saved, from_).run([*before, found])
-
-
-def writers_before(launch: Launch, node: Node, step: int) -> list[Node]:
-    """Nodes of the same step that changed the weights `node` uses before it ran, in order."""
-    nodes = [one for one in launch.dataflow if one.runs_at(step)]
-    chosen: set[str] = set()
-
-    def look(one: Node) -> None:
-        used = {state for state in (*one.weights_read, *one.weights_written) if state.split(".")[0] in launch.roles}
-        for other in nodes[: nodes.index(one)]:
-            if used.intersection(other.weights_written) and other.name not in chosen:
-                chosen.add(other.name)
-                look(other)
-
-    if node in nodes:
-        look(node)
-    return [one for one in nodes if one.name in chosen]
 
 
 # --- what is there ---------------------------------------------------------------------------------------
@@ -113,7 +83,9 @@ def _saved(folder: Path, step: int, node: str) -> list[SavedCall]:
     if step not in steps:
         raise ConfigError(f"{folder} has no inputs of step {step}; it has those of step {', '.join(map(str, steps))}")
     if node not in steps[step]:
-        raise ConfigError(f"of step {step} {unknown(node, steps[step], 'node with inputs')}")
+        near = difflib.get_close_matches(node, steps[step], n=1)
+        meant = f", did you mean {near[0]}?" if near else ";"
+        raise ConfigError(f"step {step} has no inputs of {node}{meant} there are those of {', '.join(steps[step])}")
     return read_calls(step_folder(folder, step), node)
 
 
@@ -126,63 +98,8 @@ def _launch(folder: Path, overrides: Sequence[str]) -> Launch:
     return replace(made, run=replace(made.run, name="replay", output=output))
 
 
-def _weights(
-    folder: Path,
-    launch: Launch,
-    nodes: Sequence[Node],
-    step: int,
-    saved: Mapping[str, Sequence[SavedCall]],
-    told: str | None,
-) -> Weights:
-    learned = sorted(_roles(launch, nodes).intersection(launch.learning_roles))
-    if not learned:
-        return Weights(checkpoint=None, about="no weights that the run learned are used")
-    whose, there = ", ".join(learned), {one.step: one for one in list_checkpoints(folder / "checkpoints")}
-    if told is not None:
-        return _told(folder, told, whose, there)
-    needed = step
-    generated = [call.weights_step for call in saved[nodes[-1].name] if call.weights_step is not None]
-    if generated and all(state.endswith(".rollout") for state in nodes[-1].weights_read):
-        needed = generated[0] if len(nodes) == 1 else step
-    missing = [one.name for one in nodes[:-1] if one.kind not in WITHOUT_ROWS and not saved[one.name]]
-    reason = ""
-    if missing:
-        reason = f"{missing[0]} changed them in step {step} before {nodes[-1].name} ran, and its inputs were not kept"
-    elif needed and needed not in there:
-        have = ", ".join(f"step_{one}" for one in there) or "no checkpoint"
-        reason = f"they are those after {needed} steps, and {folder}/checkpoints has {have}"
-    if reason:
-        others = "|".join([START, *(f"step_{one}" for one in there)])
-        raise ConfigError(
-            f"the weights of {whose} at step {step} are not there: {reason}; --weights {others} takes others, and the "
-            "numbers will differ (output.checkpoint_every=K with the same K as output.inputs_every keeps both)"
-        )
-    again = f", then {', '.join(one.name for one in nodes[:-1])} of step {step} again" if nodes[:-1] else ""
-    where = f"{there[needed].folder}" if needed else "the run's start, as its settings give them"
-    return Weights(checkpoint=there[needed] if needed else None, about=f"{whose} from {where}{again}")
-
-
-def _told(folder: Path, told: str, whose: str, there: Mapping[int, Checkpoint]) -> Weights:
-    if told == START:
-        return Weights(
-            checkpoint=None, about=f"{whose} from the run's start, as --weights says: the numbers may differ"
-        )
-    number = told.removeprefix("step_")
-    if not number.isdigit() or int(number) not in there:
-        have = ", ".join([START, *(f"step_{one}" for one in there)])
-        raise ConfigError(f"--weights {told}: {folder}/checkpoints has no such checkpoint; there is {have}")
-    one = there[int(number)]
-    return Weights(checkpoint=one, about=f"{whose} from {one.folder}, as --weights says: the numbers may differ")
-
-
-def _roles(launch: Launch, nodes: Sequence[Node]) -> set[str]:
-    """Roles whose workers these nodes need."""
-    found = {role for one in nodes for role in (one.role, *one.senders) if role in launch.roles}
-    return found | {base for role in found if (base := role_with_base(launch, role)) is not None}
-
-
 def _session(launch: Launch, cluster: Local, nodes: Sequence[Node]) -> Session:
-    roles = _roles(launch, nodes)
+    roles = roles_of(launch, nodes)
     sources = {one.role for one in nodes if one.kind == "source"}
     states = {name: kind() for name, kind in launch.recipe.states.items()}
     session = Session(launch, cluster, {}, states, only=roles | sources)

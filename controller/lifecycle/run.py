@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +48,7 @@ from controller.lifecycle.replicas import DeadReplicas
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.scaling import Answer, NotScaled, Scaling, slots_for
 from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.startup import StartUp
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
@@ -102,15 +103,18 @@ class _Progress:
     seconds: float = 0.0
 
 
-def run(launch: Launch, display: StepDisplay, *, eager: bool = False, local: bool = False) -> dict[str, Any]:
+def run(
+    launch: Launch, display: StepDisplay, *, eager: bool = False, local: bool = False, began_s: float | None = None
+) -> dict[str, Any]:
     """Run a launch to its end and return its summary, which is also written to summary.json.
 
-    eager: line by line. local: in this process, for a launch that `local_launch` made.
+    eager: line by line. local: in this process, for a launch that `local_launch` made. began_s: when the command was
+    started, seconds since 1970.
 
     Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt, and Preempted which is one, pass
     through once every process that was started has ended.
     """
-    launch = with_steps_of_epochs(launch)
+    launch, display = with_steps_of_epochs(launch), StartUp(display, began_s)
     with claim_folder(launch, display.note) as beginning:
         launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
         with said_of_disk(beginning.folder):
@@ -123,11 +127,10 @@ def _cluster(launch: Launch, folder: Path) -> Cluster:
     return Cluster(launch.run.ray, slots_needed(launch), launch.run.placement.host_processes, folder / "logs")
 
 
-def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: bool, local: bool) -> dict[str, Any]:
+def _run_in(beginning: Beginning, launch: Launch, display: StartUp, eager: bool, local: bool) -> dict[str, Any]:
     folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
-    endpoint = _endpoint(launch, folder, display.note)
     progress = _Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
@@ -135,6 +138,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     # After the cluster: Ray sets a SIGTERM handler of its own when it starts.
     with (
         ExitStack() as leaving,
+        _endpoint(launch, folder, display.note) as endpoint,  # before the cluster: a port may be taken
         cluster,
         notices.heard(),
         MetricsWriter(folder, first_step, tracker, display.note, endpoint) as writer,
@@ -168,6 +172,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
         "evaluations": progress.evaluations,
         "steps_without_signal": progress.warnings.steps,
         "auto": {key: choice.value for choice in launch.choices for key in choice.keys},
+        "startup_s": {part: round(seconds, 2) for part, seconds in display.seconds.items()},
         **progress.recoveries,
     }
     if uploads is not None:
@@ -181,10 +186,12 @@ def _run_in(beginning: Beginning, launch: Launch, display: StepDisplay, eager: b
     return summary
 
 
-def _endpoint(launch: Launch, folder: Path, tell: Callable[[str], None]) -> PrometheusEndpoint | None:
+def _endpoint(
+    launch: Launch, folder: Path, tell: Callable[[str], None]
+) -> AbstractContextManager[PrometheusEndpoint | None]:
     output = launch.run.output
     if output.prometheus_port is None:
-        return None
+        return nullcontext()
     endpoint = PrometheusEndpoint(launch.run.name, folder, output.prometheus_host, output.prometheus_port)
     tell(f"metrics for Prometheus: {endpoint.url}")
     return endpoint

@@ -369,10 +369,11 @@ def _bridge(sending: WorkerGroup, receiving: WorkerGroup, replies: Replies, time
         raise opened
     if isinstance(opened, Failure):
         raise ClusterError(f"{sending.role}, rank 0, could not listen for weight syncs: {opened.text}")
-    address, port = cast(tuple[str, int], opened)
+    address, port, secret = cast(tuple[str, int, str], opened)
     return Bridge(
         address=address,
         port=port,
+        secret=secret,
         senders=sending.pool.size,
         receivers=receiving.pool.size,
         nodes=machines((*sending.pool.node_ids, *receiving.pool.node_ids)),

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from socketserver import ThreadingMixIn
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -73,6 +74,14 @@ class PrometheusEndpoint:
         """See Tracker; returns at once."""
         self._last = {**self._last, **metrics}
         self._step, self._at_s = step, time.time()
+
+    def __enter__(self) -> PrometheusEndpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self, wait_s: float | None = None) -> None:
         """Answer no more; calling it again does nothing."""

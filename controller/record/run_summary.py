@@ -20,6 +20,10 @@ def for_people(summary: Mapping[str, Any]) -> dict[str, object]:
         "time": f"{summary['wall_s']:.4g} s in all, {summary['step_s']:.3g} s a step, "
         f"{summary['tokens_per_s']:,.0f} tokens/s",
     }
+    if startup := summary.get("startup_s"):
+        rows["start-up"] = f"{sum(startup.values()):.1f} s to the end of the first step: " + ", ".join(
+            f"{part} {seconds:.1f}" for part, seconds in startup.items()
+        )
     if recoveries := summary.get("recoveries"):
         pools = ", ".join(sorted({pool for one in recoveries for pool in one["pools"]}))
         rows["recoveries"] = f"{len(recoveries)} in {summary['recovery_s']:.4g} s, of {pools}"

@@ -92,7 +92,8 @@ class TrackioTracker:
                 f"Trackio writes to {trackio.utils.TRACKIO_DIR} in this process, as an earlier run has told it; set "
                 "TRACKIO_DIR for all of them"
             )
-        for module in (trackio, trackio.run):  # else it tells how to look at it, in the middle of what a run prints
+        # Else it tells how to look at it, in the middle of what a run prints.
+        for module in (trackio, trackio.run, trackio.utils):
             vars(module)["print"] = _unsaid
         self._run = trackio.init(
             project="rlhf-dist",

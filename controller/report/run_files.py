@@ -67,7 +67,8 @@ def read_run(folder: Path) -> RunFiles:
 
 def _profiles(folder: Path) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
-    for trace in sorted((folder / PROFILES).glob(f"step_*/*/[!.]*{TRACE}")):
+    traces = (folder / PROFILES).glob(f"step_*/*/[!.]*{TRACE}")
+    for trace in sorted(traces, key=lambda trace: (trace.parent, trace.name.removesuffix(TRACE))):
         of_step = found.setdefault(str(trace.parents[1].relative_to(folder)), {})
         of_step.setdefault(trace.parent.name, []).append(trace.name.removesuffix(TRACE))
     return found

@@ -4,7 +4,6 @@ data/train.parquet            a file
 data                          a folder: its data files, in the order of their names
 data/train-*.parquet          a pattern
 a.jsonl,more/*.jsonl.gz       several of these
-s3://bucket/train.parquet     any of these elsewhere (addresses.py)
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rlhf_dist.addresses import is_address, local_data
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".arrow")
 SPLITS = {"train": "train", "test": "test", "eval": "test", "validation": "test", "valid": "test", "val": "test"}
@@ -58,8 +55,6 @@ def read_files(files: list[Path]) -> Iterator[Placed]:
 
 
 def _files_of(name: str) -> list[Path]:
-    if is_address(name):
-        return _files_of(local_data(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return _files_in(path)

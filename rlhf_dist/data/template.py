@@ -27,15 +27,18 @@ def render(
 ) -> tuple[str, list[Span]]:
     """The messages under the template, and the spans of its `generation` blocks.
 
-    `arguments`: special tokens by name and the template's own. Raises jinja2.TemplateError and whatever else a
+    `arguments`: special tokens by name and the template's own. Raises jinja2.TemplateError, TemplateTooLong among
+    them for one that does not end within seconds (`template_limits.py`), and whatever else a
     template may raise on messages it does not take.
     """
     for message in messages:
         if isinstance(message.get("content"), str) and re.search(f"[{BEGIN}{END}]", message["content"]):
             raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters; take them out")
-    marked: str = _compiled(template).render(
-        messages=messages, add_generation_prompt=generation_prompt, tools=tools, documents=None, **arguments
-    )
+    from rlhf_dist.data.template_limits import bounded, joined
+
+    given = {"messages": messages, "add_generation_prompt": generation_prompt, "tools": tools, "documents": None}
+    with bounded():
+        marked = joined(_compiled(template).generate(**given, **arguments))
     pieces = re.split(f"([{BEGIN}{END}])", marked)
     spans, text, begin = list[Span](), "", 0
     for piece in pieces:
@@ -55,11 +58,12 @@ def _compiled(template: str) -> Any:
 
 @functools.cache
 def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates: sandboxed, with the same few extras."""
+    """Jinja as transformers sets it up for chat templates: sandboxed, with the same few extras; and bounded."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from rlhf_dist.data.template_limits import BoundedEnvironment
 
     class GenerationBlock(Extension):
         tags = {"generation"}
@@ -84,7 +88,7 @@ def _environment() -> Any:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
     )
     environment.filters["tojson"] = to_json

@@ -45,9 +45,9 @@ def make_files(folder: Path) -> Made:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     passages = [" ".join(one + two for one in letters[k::6] for two in letters) for k in range(6)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
-    queries = [{"prompt": row["prompt"], "answer": json.dumps([0, 3])} for row in rows]
+    queries = [{"prompt": row["prompt"], "answer": json.dumps([0, 1, 2, 3, 4, 5])} for row in rows]
     (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    texts = [{"prompt": "", "answer": f"{a} and {b}. so {a + b}. that is all."} for a, b in sums]
+    texts = [{"prompt": "text", "answer": f"{a} and {b}. so {a + b}. that is all."} for a, b in sums]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return {
         "selects": folder / "selects.jsonl",
@@ -242,11 +242,14 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "self_play": lambda made: {"algorithm.episodes": 8, "algorithm.moves": "[a,e,i]"},
     "frozen_partner": lambda made: {
         **LONG,
-        **{"frozen.model.path": made["other"], "frozen.rollout.max_response_tokens": 24},
+        **{"frozen.model.path": made["other"], "frozen.rollout.max_response_tokens": 160},
         **{"algorithm.turn_tokens": 8, "algorithm.frozen_tokens": 8, "actor.rollout.max_prompt_tokens": 128},
         "frozen.rollout.max_prompt_tokens": 128,
     },
-    "query_expansion": lambda made: {"algorithm.corpus": made["corpus"], "data.train.path": made["queries"]},
+    "query_expansion": lambda made: {
+        **{"algorithm.corpus": made["corpus"], "data.train.path": made["queries"]},
+        "actor.rollout.max_response_tokens": 48,
+    },
     "refuel": lambda made: {
         **LONG,
         **{"user.model.path": made["other"], "user.rollout.max_response_tokens": 64},
@@ -261,7 +264,7 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "ask_for_help": lambda made: {
         **{"agent.rollout.max_response_tokens": 64, "helper.rollout.max_prompt_tokens": 256},
         **{"algorithm.turns": 3, "algorithm.turn_tokens": 4, "algorithm.samples_per_prompt": 2},
-        "algorithm.seconds": 300.0,
+        **{"algorithm.seconds": 300.0, "scorer.model.path": made["scores"]},
     },
     "imagined_dialogues": lambda made: {
         **{"imaginer.rollout.max_response_tokens": 64, "imaginer.model.path": made["other"]},
@@ -397,7 +400,7 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
         **{f"data.sources.{name}.path": made["labelled"] for name in ("prompts", "pairs")},
         **{"judge.model.path": made["judge"], "judge.rollout.max_response_tokens": 30, "algorithm.marker": ""},
         **{"algorithm.question": "{prompt} {response_ids}", "algorithm.samples_per_prompt": 4},
-        "algorithm.mini_batches": 1,
+        **{"algorithm.highest": 1e30, "algorithm.mini_batches": 1},  # the judge says numbers of many digits
     },
     "teacher_forced": lambda made: {"teacher.model.path": made["other"]},
     "critic_spans": lambda made: {

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BroadcastOptions
 
 from rlhf_dist.failure import FailureKind
+from workers.network import keys_there, remove_keys
 from workers.reshard import connect
 from workers.reshard.watch import SILENCE_S, Trouble, Watch
 
@@ -134,6 +135,8 @@ class Link:
             where = "; ".join(self._watch.table(told)) or "never seen"
             cause = f"not there within {self._timeout_s} s, last seen: {where}"
             raise self._stopped(told, "", Trouble(told, cause))
+        if self.rank == 0:
+            self._at_store(self._forget_earlier, others)
         if any(mark["broken"] for mark in told):
             self.shut()
             self.phase = "connect"
@@ -314,6 +317,11 @@ class Link:
 
     def _next_epoch(self) -> int:
         return int(self._store.get("epoch")) if self._store.check(["epoch"]) else 0
+
+    def _forget_earlier(self) -> None:
+        """Remove what earlier meetings left: everybody has come to this one, and reads it no more."""
+        left = [key for key in keys_there(self._store) if key.partition("/")[0].isdigit()]
+        remove_keys(self._store, [key for key in left if int(key.partition("/")[0]) < self._epoch])
 
     def _retire(self) -> None:
         """Nobody meets in this epoch any more."""

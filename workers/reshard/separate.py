@@ -46,7 +46,7 @@ class _End(ABC):
 
     def __init__(self, bridge: Bridge, rank: int, config: RolloutConfig, device: torch.device) -> None:
         self._bridge, self._rank, self._config, self._device = bridge, rank, config, device
-        store = rendezvous(bridge.address, bridge.port, hosts=rank == 0, timeout_s=bridge.timeout_s)
+        store = rendezvous(bridge.address, bridge.port, rank == 0, bridge.timeout_s, bridge.secret)
         host = bridge.address if rank == 0 else own_address(bridge.address)
         self._link = Link(store, "bridge", rank, bridge.world, device, bridge.timeout_s, host)
         self.bucket_bytes = config.bucket_bytes or default_bucket_bytes(device.type)

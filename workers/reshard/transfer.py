@@ -95,7 +95,8 @@ def bridged(
 ) -> WeightTransfer:
     """A transfer between two pools; rank: in one's own. Exactly one engine is given."""
     sends = source is not None
-    store = rendezvous(bridge.address, bridge.port, hosts=sends and rank == 0, timeout_s=bridge.timeout_s)
+    hosts = sends and rank == 0
+    store = rendezvous(bridge.address, bridge.port, hosts, bridge.timeout_s, bridge.secret)
     among = rank if sends else bridge.senders + rank
     host = bridge.address if among == 0 else own_address(bridge.address)
     link = Link(store, name, among, bridge.world, device, bridge.timeout_s, host)
