@@ -82,8 +82,8 @@ PAPERS = {
         title="Rejection of responses by the geometric mean of sampler and trainer",
         year=2025,
         needs=("ROLL", "VER", "ADV"),
-        settings={**RULES, "algorithm.correction": "geometric", "algorithm.correction_cap": 1.01},
-        assumed="the cap 1.01",
+        settings={**RULES, "algorithm.correction": "geometric", "algorithm.correction_cap": 2.0},
+        assumed="the cap 2, as of the others; with engines that agree one near 1 leaves out what is off",
     ),
     "countdown": Paper(
         title="RL is all you need: R1-Zero on Countdown",

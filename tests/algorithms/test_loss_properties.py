@@ -33,6 +33,7 @@ LOSSES: list[Loss] = [
     ppo_clip(average="rows", row_divisor=7.0),
     ppo_clip(correction="sequence", correction_cap=1.5),
     ppo_clip(on_policy=True, correction="masked"),
+    ppo_clip(on_policy=True, correction="geometric"),
     ppo_clip(average="groups", kl_coef=0.1, kl_estimator="abs", kl_cap=0.5, advantage_clip=0.7),
     ppo_clip(average="rows_with_tokens", old="sampled", ratio="sequence_token"),
     policy_gradient(average="groups", advantage_clip=0.5),
