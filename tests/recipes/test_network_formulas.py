@@ -73,7 +73,7 @@ def test_experts_learn_in_phases() -> None:
     second = experts(2, {**SETTINGS, "phase": 2})
     second.load_state_dict(network.state_dict())
     down, up = second.down[1, 1], second.up[1, 1]
-    own = float(up @ (down @ (better - worse)[0]))
+    own = (up @ (down @ (better - worse)[0])).item()
     gap = second.gap(better, worse, given, None)[0]
     assert gap.tolist() == pytest.approx([2 + own], rel=1e-5)
     gap.sum().backward()
