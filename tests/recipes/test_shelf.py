@@ -20,6 +20,7 @@ VARIANTS = [
 QUIET = {
     "shaped_rewards/omit_long": "nearly every response of a random model is cut by the limit",
     **dict.fromkeys(("grpo/countdown", "grpo/toolrl", "grpo/bleuberi"), "no response of a random model has the format"),
+    "self_improving/own_judge": "a random model says few verdicts",
     **dict.fromkeys(("personal/vpl", "personal/dmoerm"), "a network of a state learns, and no model"),
     **{
         name: "nothing learns"
