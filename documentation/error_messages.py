@@ -3,8 +3,8 @@
     raise ValueError(f"{key} must be above 0, got {value}")     ->     "<key> must be above 0, got <value>"
 
 What stands in a message is followed as far as reading can: texts put together by `+`, both sides of a condition, names
-that were given a text before, functions of the same package that return one, and exceptions whose class says the rest. A
-part that is known at run time only becomes `<its expression>`.
+that were given a text before, functions of the same package that return one, and exceptions whose class says the rest.
+A part that is known at run time only becomes `<its expression>`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def errors_page(messages: list[Message]) -> str:
 
 HEAD = """# Every error message
 
-Made from the sources when the site is built: {count} messages, by the module that raises them. `<...>` stands for what is
-put in when it is raised. Search with the field above (the `/` key), or with the browser on this page, for a few words
+Made from the sources when the site is built: {count} messages, by the module that raises them. `<...>` stands for what
+is put in when it is raised. Search with the field above (`/` key), or with the browser on this page, for a few words
 that are no number or name of yours. What to do stands in the message itself; for the usual causes see
 [troubleshooting](troubleshooting.md). `--traceback` shows where a message came from."""
 
@@ -124,7 +124,11 @@ class _Sources:
         """Texts of an exception that is raised; empty for one that was caught before."""
         if isinstance(error, ast.IfExp):
             return self._raised(module, scope, error.body) + self._raised(module, scope, error.orelse)
-        if isinstance(error, ast.Call) and isinstance(error.func, ast.Attribute) and error.func.attr in ("of", "with_traceback"):
+        if (
+            isinstance(error, ast.Call)
+            and isinstance(error.func, ast.Attribute)
+            and error.func.attr in ("of", "with_traceback")
+        ):
             return self._raised(module, scope, error.func.value)
         if not isinstance(error, ast.Call):
             return self._text(module, scope, error, DEPTH) if isinstance(error, ast.Name) else []
@@ -336,6 +340,8 @@ def _hole(value: ast.expr) -> Text:
 
 
 def _kind(error: ast.expr) -> str:
-    while isinstance(error, ast.Call) and isinstance(error.func, ast.Attribute) and isinstance(error.func.value, ast.Call):
+    while (
+        isinstance(error, ast.Call) and isinstance(error.func, ast.Attribute) and isinstance(error.func.value, ast.Call)
+    ):
         error = error.func.value  # ClusterError(text).of(kind)
     return ast.unparse(error.func if isinstance(error, ast.Call) else error)

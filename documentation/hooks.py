@@ -1,8 +1,8 @@
 """What mkdocs adds to `docs/` when it builds the site: pages made from the sources, and the decisions by number.
 
-    errors.md     every message the code can raise      documentation/error_messages.py
-    commands.md   the help of every command             controller/commands/
-    settings.md   every setting, of a recipe with all kinds of roles
+errors.md     every message the code can raise      documentation/error_messages.py
+commands.md   the help of every command             controller/commands/
+settings.md   every setting, of a recipe with all kinds of roles
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from rlhf_dist.output_checks import check_outputs
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.role_kinds import generation_of, kind_of
-from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.secret_settings import check_secrets
+from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.typed import ConfigError
 from rlhf_dist.weight_checks import check_weights
 

@@ -43,7 +43,14 @@ def test_exit_codes_are_the_same_in_the_help_and_in_the_docs() -> None:
 def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "RLHF_DIST_TOKEN", "JUDGE_API_KEY"):
+    for name in (
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "RAY_AUTH_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "RLHF_DIST_TOKEN",
+        "JUDGE_API_KEY",
+    ):
         monkeypatch.setenv(name, SECRET)
     model = save_llama(tmp_path / "model", hidden=64)
     capsys.readouterr()
@@ -63,9 +70,13 @@ def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
 
 @pytest.mark.parametrize(
     "setting",
-    ["ray.worker_env={JUDGE_API_KEY: PLANTED}", "output.store_options={secret: PLANTED}", "ray.worker_env={A: $NOT_SET_4711}"],
+    [
+        "ray.worker_env={JUDGE_API_KEY: PLANTED}",
+        "output.store_options={secret: PLANTED}",
+        "ray.worker_env={A: $NOT_SET_4711}",
+    ],
     ids=["variable", "store", "not set"],
-)  # fmt: skip
+)
 def test_a_secret_is_no_setting(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "remax", "--local", "model.path=nowhere", "task=addition", f"output.root={tmp_path}"]
     assert main([*arguments, setting.replace("PLANTED", SECRET)]) == 2

@@ -1,4 +1,4 @@
-"""README and docs: every command parses and its settings compose, every block is what it says it is, every page is linked."""
+"""README and docs: every command parses and its settings compose, blocks are what they say, every page is linked."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from rlhf_dist.transforms import grpo_advantage
 
 @recipe
 def duel(prompts: Prompts, actor: Actor, opponent: Opponent, reward: Reward) -> None:
-    batch = reward.compute_reward(opponent.generate_sequences(actor.generate_sequences(prompts, n=2), prefix="response"))
+    batch = opponent.generate_sequences(actor.generate_sequences(prompts, n=2), prefix="response")
+    batch = reward.compute_reward(batch)
     actor.update_actor(grpo_advantage(batch), loss=ppo_clip(0.2, on_policy=True))
 """
 
@@ -181,7 +182,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
     listed = {page for part in yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"] for page in _leaves(part)}
-    there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "adr"}
+    there = {
+        str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "adr"
+    }
     made = {"errors.md", "commands.md", "settings.md"}
     assert listed == there | made
 

@@ -1,4 +1,4 @@
-"""The page of all error messages has them: none that the sources raise is left out, and those that a user meets are found."""
+"""The page of all error messages: none that the sources raise is left out, and those that a user meets are found."""
 
 from __future__ import annotations
 
@@ -41,13 +41,21 @@ def test_every_raise_is_on_the_page(messages: list[Message]) -> None:
 
 def _constants(node: ast.Raise) -> list[str]:
     """Texts that stand in the call of the exception itself, as the page has them: each on one line."""
-    texts = [
-        part
-        for call in ast.walk(node.exc) if isinstance(call, ast.Call) and _is_class(call.func)
-        for text in [*call.args, *(part for given in call.args if isinstance(given, ast.JoinedStr) for part in given.values)]
-        if isinstance(text, ast.Constant) and isinstance(text.value, str)
-        for part in [" ".join(text.value.split())]
-    ] if node.exc is not None else []
+    texts = (
+        [
+            part
+            for call in ast.walk(node.exc)
+            if isinstance(call, ast.Call) and _is_class(call.func)
+            for text in [
+                *call.args,
+                *(part for given in call.args if isinstance(given, ast.JoinedStr) for part in given.values),
+            ]
+            if isinstance(text, ast.Constant) and isinstance(text.value, str)
+            for part in [" ".join(text.value.split())]
+        ]
+        if node.exc is not None
+        else []
+    )
     return [text for text in texts if len(WORDS.findall(text)) > 2]
 
 

@@ -32,10 +32,10 @@ from controller.cluster.store_room import remark_on_room
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
-from rlhf_dist.secret_settings import kept_variables, plain_variables
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.failure import Failure, failure_of_call, text_of
 from rlhf_dist.placement.roles import HOST_POOL
+from rlhf_dist.secret_settings import kept_variables, plain_variables
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 """What tells glibc to keep freed memory."""

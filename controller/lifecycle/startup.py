@@ -64,4 +64,3 @@ class StartUp:
         if self._part:
             self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
         self._part, self._since = ("" if self._part == "" else following), now
-
