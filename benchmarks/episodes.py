@@ -4,7 +4,8 @@
     waves          the same episodes in lock-step: all turns of a round are drawn, then all tools are waited for
     engine_bound   the same turns with tools that take no time: what the engine alone allows
 
-The three draw the same tokens, which is checked. One JSON line last.
+The three draw the same tokens, which is checked. Beside them, training on the leaves of episodes that branch, with and
+without computing once what they share (`tree_training.py`). One JSON line last.
 
     make bench-episodes ARGS="--turn-tokens 32"
 """
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.tree_training import Branching, tree_training
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ModelConfig, RolloutConfig
 from rlhf_dist.data.conversation import Conversation
@@ -36,6 +38,7 @@ from rlhf_dist.testing.tiny_model import VOCABULARY, save_llama
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.leaves import Episode
+from workers.episodes.rows import episode_columns
 from workers.episodes.run import run_episodes
 
 TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--episodes", type=int, default=256)
     parser.add_argument("--turn-tokens", type=int, default=16)
+    parser.add_argument("--trees", type=int, default=8, help="episodes that branch, for the part about training")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
@@ -78,6 +82,7 @@ def main() -> None:
         bound_s, bound = bench.ours(arguments.episodes, slow=0.0)
         ours_s, ours = bench.ours(arguments.episodes, slow=1.0)
         waves_s, waves = bench.waves(arguments.episodes)
+        trained = tree_training(bench.model, bench.leaves(arguments.trees), budget=8192, turns=5)
         bench.engine.close()
     if waves != _turns(ours) or _turns(bound) != waves:
         raise SystemExit("the three ways must draw the same tokens, and did not")
@@ -95,6 +100,7 @@ def main() -> None:
         "waves": _speed(tokens, waves_s),
         "engine_bound": _speed(tokens, bound_s),
         "ours_over_waves": round(waves_s / ours_s, 2),
+        "tree_training": trained,
     }
     print(json.dumps(result))
 
@@ -134,6 +140,17 @@ class Bench:
             self.engine, str(self.model), batch, call, environment, limits, sampling, self.tokens + 8
         )
         return time.perf_counter() - started, episodes
+
+    def leaves(self, count: int) -> Batch:
+        """The rows of episodes that branch, two turns' tokens a turn."""
+        batch, call = _rows(count)
+        environment, sampling = Branching(self.turn_tokens * 2), Sampling(max_tokens=self.tokens)
+        episodes = run_episodes(
+            self.engine, str(self.model), batch, call, environment, EpisodeLimits(), sampling, self.tokens + 8
+        )
+        columns = episode_columns(episodes, rewards=True, trees=[episode.number for episode in episodes])
+        groups = np.array([episode.number for episode in episodes], dtype=np.int64)
+        return Batch({**columns, "group_id": Column(groups)})
 
     def waves(self, count: int) -> tuple[float, list[list[list[int]]]]:
         """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""

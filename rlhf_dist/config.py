@@ -83,7 +83,8 @@ class EngineConfig:
     packing: bool = True
     """Rows lie one after the other without padding. False pads every row to the longest, to compare."""
     share_prompts: bool = True
-    """Rows of one forward pass that have the same prompt compute it once (not with `sequence_parallel`)."""
+    """What rows of one forward pass begin with, a prompt or more of a tree, is computed once (not with
+    `sequence_parallel`)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
     compile: bool = False

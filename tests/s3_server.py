@@ -22,7 +22,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     options = {"key": "testing", "secret": "testing", "endpoint_url": f"http://127.0.0.1:{port}"}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240  # on a machine that does much else
             while True:
                 try:
                     socket.create_connection(("127.0.0.1", port), timeout=1).close()

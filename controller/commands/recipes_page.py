@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+PICTURES = 2
+"""Of recipes of a family."""
 HEAD = """# Recipes
 
 Made by `rlhf-dist recipes --format markdown > docs/recipes.md`; a test says when it is not current.
@@ -14,7 +16,8 @@ Made by `rlhf-dist recipes --format markdown > docs/recipes.md`; a test says whe
 A recipe is launched by its name (`rlhf-dist run dpo`), a row of settings on it by both (`rlhf-dist run dpo/ipo`), a
 file of stages as a recipe (`rlhf-dist run tulu3`). *exact*: the formula is the paper's. *outline*: its shape is.
 *study*: a comparison or measurement. What is assumed stands below a table. `rlhf-dist graph NAME` draws the graph,
-`rlhf-dist config NAME` lists all settings. Numbers are those of the catalogue of {rows} systems and algorithms that
+`rlhf-dist config NAME` lists all settings. The recipes of a family that most papers stand in have a picture here: solid
+arrows are columns, dotted ones weights. Numbers are those of the catalogue of {rows} systems and algorithms that
 recipes are written from; {covered} of them are covered. Not yet: {missing}.
 """
 
@@ -30,10 +33,22 @@ def recipes_page() -> str:
     found = sorted(shelf_facts(), key=lambda one: (one["family"], one["file"]))
     for family, of_family in groupby(found, key=lambda one: one["family"]):
         page.append(f"\n## {family}\n\n{families[family]}\n")
-        for file, of_file in groupby(of_family, key=lambda one: one["file"]):
+        files = {file: list(of_file) for file, of_file in groupby(of_family, key=lambda one: one["file"])}
+        main = sorted((file for file in files if file.endswith(".py")), key=lambda file: -len(files[file]))[:PICTURES]
+        for file, entries in files.items():
             where = Path(file).relative_to(recipes_folder())
-            page.append(f"\n### {where.stem}\n\n`recipes/{where}`\n\n{_quoted(Path(file))}\n{_table(list(of_file))}")
+            page.append(f"\n### {where.stem}\n\n`recipes/{where}`\n\n{_quoted(Path(file))}\n{_table(entries)}")
+            page.append(_picture(where.stem) if file in main else "")
     return "".join(page)
+
+
+def _picture(name: str) -> str:
+    """A recipe's graph under its own settings."""
+    from rlhf_dist.dataflow.draw import to_mermaid
+    from rlhf_dist.dataflow.trace import trace
+    from rlhf_dist.recipe_files import load_recipe
+
+    return f"\n```mermaid\n{to_mermaid(trace(load_recipe(name)))}\n```\n"
 
 
 def _quoted(file: Path) -> str:

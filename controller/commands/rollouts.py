@@ -104,7 +104,8 @@ def _kept(step: int, number: int, rows: int, row: Mapping[str, Any]) -> Shown:
     outcome = row.get("outcome") or ("finished" if row.get("finished", 1) else "length")
     reward = f", reward {row['rewards']:g}" if "rewards" in row else ""
     turns = f", {row['turns']} turns" if "turns" in row else ""
-    title = f"step {step}, row {number} of {rows}: group {row.get('group_id', '?')}, {outcome}{turns}{reward}"
+    branch = f", branch {row['branch']}" if row.get("branch") else ""
+    title = f"step {step}, row {number} of {rows}: group {row.get('group_id', '?')}{branch}, {outcome}{turns}{reward}"
     return Shown(title, outcome, json.loads(row["transcript"]) if "transcript" in row else _flat(row))
 
 

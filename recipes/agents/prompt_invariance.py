@@ -34,16 +34,20 @@ PAPERS = {
 }
 
 
-@host_op(reads=("group_id",), writes=("state", "group_id"), scope="batch", rows="drop")
+@host_op(reads=("group_id",), writes=("state", "group_id", "other_format"), scope="batch", rows="derive", copies=2)
 def two_states(batch: Batch) -> HostResult:
-    """One row of each state, two states to a group, in their order; the last is dropped where their number is odd.
-    state: 0 or 1, which of the group's two."""
+    """Two copies of one row of each state, two states to a group, in their order; the last is left out where their
+    number is odd. state: 0 or 1, which of the group's two; other_format: 1 for the second copy."""
     first = np.sort([int(rows[0]) for rows in batch.group()]).astype(np.int64)
     keep = first[: len(first) // 2 * 2]
     pairs = np.arange(len(keep)) // 2
     groups = batch["group_id"].values[keep][2 * pairs] if len(keep) else np.empty(0, np.int64)
-    columns = {"state": Column((np.arange(len(keep)) % 2).astype(np.float32)), "group_id": Column(groups)}
-    return HostResult(columns=Batch(columns, len(keep)), keep=keep)
+    columns = {
+        "state": Column(np.repeat(np.arange(len(keep)) % 2, 2).astype(np.float32)),
+        "group_id": Column(np.repeat(groups, 2)),
+        "other_format": Column(np.tile(np.array([0, 1], np.uint8), len(keep))),
+    }
+    return HostResult(columns=Batch(columns, 2 * len(keep)), parent=np.repeat(keep, 2))
 
 
 @loss(reads=("state",), outputs=("hidden",), average="groups")
@@ -96,8 +100,8 @@ class PromptInvariance:
 def prompt_invariance(prompts: Prompts, actor: Actor, critic: Critic, reward: Reward, cfg: PromptInvariance) -> None:
     """PPO in the prompts' own format, beside the contrast of two."""
     batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
-    one = two_states(batch)
-    other = actor.encode(one, template=Template(cfg.other_format))
+    other, one = two_states(batch).where("other_format")
+    other = actor.encode(other, template=Template(cfg.other_format))
     batch = critic.compute_values(actor.compute_log_prob(batch))
     batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam))
     critic.update_critic(batch, loss=value_clip(0.2), mini_batches=cfg.mini_batches)

@@ -30,7 +30,17 @@ PAPERS = {
         status="outline",
         needs=("TURN", "ROLL", "VER", "ADV", "TREE"),
         assumed="weights of the reward's parts and the form of its exploration term; SQLite",
-    )
+    ),
+    "tree_decoding": Paper(
+        title="ReEx-SQL, tree decoding",
+        year=2025,
+        arxiv="2505.12768",
+        rows=(161,),
+        status="outline",
+        needs=("TURN", "ROLL", "VER", "ADV", "TREE"),
+        settings={"algorithm.branches": 4, "algorithm.samples_per_prompt": 2},
+        assumed="leaves part behind the first result, and train as rows; nothing chooses among them",
+    ),
 }
 STEPS = 50_000
 """Instructions of SQLite's machine that a query may take, in hundreds."""

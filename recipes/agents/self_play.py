@@ -46,7 +46,7 @@ class SelfPlay:
     """How a side says its moves."""
     nonsense_reward: float = -3.0
     """For what is no move."""
-    kl_coef: float = 0.5
+    kl_coef: float = 0.7
     """Weight of the KL to the magnet."""
     magnet_every: int = 0
     """Steps after which a magnet becomes the policy that it holds back; 0: it stays where it began."""

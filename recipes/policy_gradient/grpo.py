@@ -78,6 +78,13 @@ PAPERS = {
         needs=("ROLL", "VER", "ADV"),
         settings={**RULES, "algorithm.correction": "masked", "algorithm.correction_cap": 2.0},
     ),
+    "geometric_rejection": Paper(
+        title="Rejection of responses by the geometric mean of sampler and trainer",
+        year=2025,
+        needs=("ROLL", "VER", "ADV"),
+        settings={**RULES, "algorithm.correction": "geometric", "algorithm.correction_cap": 1.01},
+        assumed="the cap 1.01",
+    ),
     "countdown": Paper(
         title="RL is all you need: R1-Zero on Countdown",
         year=2025,
@@ -161,11 +168,11 @@ class GRPO:
     """Advantages are cut to +-this; 0 for no bound."""
     mask_cut: bool = False
     """Responses that the token limit cut have no loss; average=rows_with_tokens leaves them out of the count, too."""
-    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    correction: Literal["none", "token", "sequence", "masked", "geometric"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
-    sequence, masked, or none."""
+    sequence, masked per token, responses left out by their geometric mean, or none."""
     correction_cap: float = 2.0
-    """Largest importance weight, >= 1."""
+    """Largest importance weight (of geometric: mean), >= 1."""
 
 
 @recipe

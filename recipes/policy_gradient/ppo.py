@@ -17,6 +17,18 @@ PAPERS = {
         rows=(1,),
         needs=("PLACE", "ROLL", "RM", "REF", "CRIT", "ADV"),
     ),
+    "realhf": Paper(
+        title="ReaLHF: placement and parallelism of each node",
+        year=2024,
+        arxiv="2406.14088",
+        rows=(2,),
+        needs=("PLACE", "ROLL", "RM", "REF", "CRIT"),
+        settings={"placement": "standalone"},
+        assumed=(
+            "every role, and generation, on devices and with parallelism of its own; `rlhf-dist plan` searches the "
+            "plan by a cost model; weights move between roles and generation, not between two calls of one role"
+        ),
+    ),
 }
 
 
@@ -56,11 +68,11 @@ class PPO:
     """Taken off the reward of a response that the token limit cut, reward units; 0 for none."""
     critic_warmup: int = 0
     """Steps in which only the critic learns."""
-    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    correction: Literal["none", "token", "sequence", "masked", "geometric"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
-    sequence, masked, or none."""
+    sequence, masked per token, responses left out by their geometric mean, or none."""
     correction_cap: float = 2.0
-    """Largest importance weight, >= 1."""
+    """Largest importance weight (of geometric: mean), >= 1."""
 
 
 @recipe

@@ -30,11 +30,11 @@ class ReMax:
     """Estimator of the KL in the reward; k1 is log pi - log pi_ref."""
     kl_cap: float = 0.0
     """Largest penalised KL estimate of a token, nats; 0 for none."""
-    correction: Literal["none", "token", "sequence", "masked"] = "none"
+    correction: Literal["none", "token", "sequence", "masked", "geometric"] = "none"
     """Importance correction for rows of an older policy (placement.max_staleness): truncated per token or per
-    sequence, masked, or none."""
+    sequence, masked per token, responses left out by their geometric mean, or none."""
     correction_cap: float = 2.0
-    """Largest importance weight, >= 1."""
+    """Largest importance weight (of geometric: mean), >= 1."""
 
 
 @recipe

@@ -9,6 +9,7 @@ Too cold, and responses are alike (n' is small); too hot, and few are right (n' 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from rlhf_dist.algorithms import nll
 from rlhf_dist.batch import Batch, Column, IntArray
@@ -86,9 +87,10 @@ def balanced(batch: Batch, *, thresholds: tuple[float, ...], wanted: float, righ
     return HostResult(columns=Batch({}, len(keep)), keep=keep, metrics=metrics)
 
 
-def _selected(batch: Batch, temperature: float, threshold: float):  # type: ignore[no-untyped-def]
-    here = np.isclose(batch["temperature"].values, temperature)
-    return here & (batch["scored"].values >= threshold)
+def _selected(batch: Batch, temperature: float, threshold: float) -> npt.NDArray[np.bool_]:
+    """[B] what this choice takes."""
+    found: npt.NDArray[np.bool_] = np.isclose(batch["temperature"].values, temperature)
+    return found & (batch["scored"].values >= threshold)
 
 
 @recipe

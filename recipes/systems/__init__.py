@@ -12,6 +12,14 @@ PAPERS = {
         needs=("SFT", "PREF", "VER", "ROLL", "CRIT", "EVAL", "AUX"),
         assumed="the reward of a verified answer is 1, not alpha = 10; one learning rate a stage",
     ),
+    "alpaca_farm": Paper(
+        title="AlpacaFarm",
+        year=2023,
+        arxiv="2305.14387",
+        rows=(5,),
+        needs=("ROLL", "RM", "REF", "CRIT", "JUDGE", "PAIRJ", "FILT", "EVAL"),
+        assumed="binary FeedME is the recipe kto's data, and not a stage; constants are those of the recipes",
+    ),
     "summarize_from_feedback": Paper(
         title="Learning to summarize from human feedback",
         year=2020,
@@ -86,6 +94,15 @@ PAPERS = {
         status="study",
         needs=("EVAL", "RMT"),
         assumed="one of the 69 shifts a launch",
+    ),
+    "weak_to_strong_deception": Paper(
+        title="Super(ficial) alignment: weak-to-strong deception",
+        year=2024,
+        arxiv="2406.11431",
+        rows=(131,),
+        status="study",
+        needs=("XLM", "RMT", "PREF", "EVAL"),
+        assumed="reward models, no DPO and SimPO; a conflicting target is what the pairs of the weak stage prefer",
     ),
     "concise_reasoning": Paper(
         title="Concise reasoning by a second phase of RL",

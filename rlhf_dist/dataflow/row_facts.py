@@ -48,7 +48,8 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
 
 def _leaves(node: Node) -> int:
     """Most rows of one episode; 1 where responses are generated."""
-    return getattr(node.kwargs.get("environment"), "leaves", 1)
+    leaves: int = getattr(node.kwargs.get("environment"), "leaves", 1)
+    return leaves
 
 
 def _copies(node: Node) -> int:

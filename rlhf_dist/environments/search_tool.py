@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.environments.environment import Chat
+from rlhf_dist.environments.environment import Chat, Row
 from rlhf_dist.environments.tool_calls import JsonCalls, ToolParser
 from rlhf_dist.environments.tool_use import ToolUse
 
@@ -53,6 +53,7 @@ def read_corpus(file: str | Path, column: str) -> list[str]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"a corpus is a Parquet or JSON-lines file, and there is no {path}")
+    found: list[Any] | None
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -117,7 +118,7 @@ class Search(ToolUse):
         found = await chat.run(self._search, argument)
         return "\n".join(f"[{number}] {text}" for number, text in enumerate(found, start=1)) or "nothing was found"
 
-    def score(self, answer: str, row: Any) -> float:
+    def score(self, answer: str, row: Row) -> float:
         """See ToolUse."""
         wanted = " ".join(row.answer.lower().split())
         return float(bool(wanted) and wanted in " ".join(answer.lower().split()))

@@ -9,7 +9,8 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult, host_op
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import Mean, Metrics
+from rlhf_dist.transforms.columns import mask_and_offsets
 
 
 def _reads(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -26,8 +27,8 @@ def span_rewards(batch: Batch, *, spans: Mapping[str, float], separator: str = "
     """
     if not spans:
         raise ValueError('span_rewards needs columns with parts of responses: spans={"good": 1.0, "bad": -1.0}')
-    mask = batch["response_mask"]
-    rewards = np.zeros(len(mask.values), np.float32)
+    mask, offsets = mask_and_offsets(batch)
+    rewards = np.zeros(len(mask), np.float32)
     said = lost = 0
     for name, value in spans.items():
         for row, text in enumerate(batch[name].rows()):
@@ -40,10 +41,10 @@ def span_rewards(batch: Batch, *, spans: Mapping[str, float], separator: str = "
                     lost += 1
                     continue
                 inside = (begins < at + len(part)) & (ends > at) & (ends > begins)
-                rewards[mask.offsets[row] + np.flatnonzero(inside)] += value
-    rewards *= mask.values > 0
-    metrics = {
+                rewards[offsets[row] + np.flatnonzero(inside)] += value
+    rewards *= mask > 0
+    metrics: Metrics = {
         "spans_not_found": Mean(float(lost), float(max(said, 1))),
         "marked_tokens": Mean(float((rewards != 0).sum()), float(max(len(rewards), 1))),
     }
-    return HostResult(columns=Batch({"token_rewards": Column(rewards, mask.offsets)}, batch.num_rows), metrics=metrics)
+    return HostResult(columns=Batch({"token_rewards": Column(rewards, offsets)}, batch.num_rows), metrics=metrics)

@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_dist.algorithms.ragged import Float64Array, row_of_token
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import HostResult, host_op
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.transforms.columns import mask_and_offsets, mean_of
 from rlhf_dist.transforms.forest import TREE_COLUMNS, Forest, forest_of
 
@@ -89,7 +89,7 @@ def _spread(batch: Batch, forest: Forest) -> Float64Array:
     return found
 
 
-def _metrics(batch: Batch, forest: Forest, shared: float, tokens: float) -> dict[str, Mean]:
+def _metrics(batch: Batch, forest: Forest, shared: float, tokens: float) -> Metrics:
     forks = forest.forks()
     equal = [bool(np.all(forest.value[part] == forest.value[part[0]])) for part in forks]
     leaves = float((batch["leaf"].values > 0).sum())

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_dist.algorithms.ragged import Float64Array
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostResult, host_op
-from rlhf_dist.metrics import Mean
+from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.sampling import seed_of
 from rlhf_dist.transforms.columns import mean_of
 from rlhf_dist.transforms.forest import TREE_COLUMNS, Forest, forest_of
@@ -57,7 +57,7 @@ def tree_pairs(batch: Batch, *, least_gap: float = 0.0, value: str | None = None
         "margin": Column(np.array(gaps, dtype=np.float32)),
         "group_id": Column(np.array(names, dtype=np.int64)),
     }
-    metrics = {
+    metrics: Metrics = {
         "forks": Mean(float(len(forks)), 0),
         "pairs": Mean(len(taken) / 2, 0),
         "equal_forks": Mean(len(forks) - len(taken) / 2, float(len(forks))),
@@ -77,7 +77,9 @@ def tree_nodes(batch: Batch, *, backup: Literal["mean", "max"] = "mean", gamma: 
     values = forest.value if backup == "mean" else _best_below(batch, forest, gamma)
     known = np.flatnonzero(forest.leaves > 0)
     columns, parent = _step_rows(batch, forest, known, values)
-    metrics = {"steps": Mean(float(len(known)), 0), "step_value": mean_of(values[known])} if len(known) else {}
+    metrics: Metrics = {"steps": Mean(float(len(known)), 0)}
+    if len(known):
+        metrics["step_value"] = mean_of(values[known])
     return HostResult(columns=Batch(columns, len(known)), parent=parent, metrics=metrics)
 
 
@@ -92,7 +94,8 @@ def _mixed(batch: Batch, forest: Forest, value: str | None, share: float) -> Flo
             said[at] += float(batch[value].values[row])
             count[at] += 1
             at = int(forest.parent[at])
-    return share * forest.value + (1 - share) * said / np.maximum(count, 1)
+    mixed: Float64Array = share * forest.value + (1 - share) * said / np.maximum(count, 1)
+    return mixed
 
 
 def _best_below(batch: Batch, forest: Forest, gamma: float) -> Float64Array:

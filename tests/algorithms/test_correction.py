@@ -62,6 +62,19 @@ def test_tokens_that_do_not_count_are_no_part_of_a_sequences_weight() -> None:
     torch.testing.assert_close(metrics["correction"], tokens(1.0, 1.0, 1.5, 1.5))
 
 
+def test_responses_are_left_out_by_the_geometric_mean_of_their_tokens() -> None:
+    # Of 1/4 and 1 it is 1/2, of 3 and 1.5 it is sqrt(4.5) = 2.12; of the tokens that count alone 1 and 1.5.
+    for mask, cap, weights in (
+        ([1.0] * 4, 2.1, (1, 1, 0, 0)),
+        ([1.0] * 4, 1.9, (0, 0, 0, 0)),
+        ([1.0] * 4, 2.2, (1, 1, 1, 1)),
+        ([0.0, 1.0, 0.0, 1.0], 1.6, (1, 1, 1, 1)),
+    ):
+        output, rows = batch(mask=mask)
+        _, metrics = ppo_clip(correction="geometric", correction_cap=cap)(output, rows)
+        torch.testing.assert_close(metrics["correction"], tokens(*weights))
+
+
 def test_only_a_correction_reads_what_was_sampled() -> None:
     assert "rollout_log_probs" not in ppo_clip().reads and "rollout_log_probs" not in policy_gradient().reads
     assert "rollout_log_probs" in ppo_clip(correction="masked").reads
@@ -71,5 +84,7 @@ def test_only_a_correction_reads_what_was_sampled() -> None:
 def test_a_cap_below_one_and_an_unknown_word_are_refused() -> None:
     with pytest.raises(ValueError, match="correction_cap must be at least 1"):
         ppo_clip(correction="token", correction_cap=0.5)
-    with pytest.raises(ValueError, match="correction must be one of none, token, sequence, masked, got 'tis'"):
+    with pytest.raises(
+        ValueError, match="correction must be one of none, token, sequence, masked, geometric, got 'tis'"
+    ):
         policy_gradient(correction="tis")  # type: ignore[arg-type]

@@ -181,7 +181,7 @@ def test_a_temperature_of_zero_is_refused() -> None:
 def test_packed_attention_keeps_sequences_apart(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = [2, 4, 4, 7]
-    packing = Packing.of([(length, (0, 0)) for length in lengths], CPU)
+    packing = Packing.of([(length, ()) for length in lengths], CPU)
     query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
     attended, _ = packed_attention(
         nn.Identity(), query, key, value, None, packing=packing, scaling=0.3, sliding_window=window
@@ -202,7 +202,7 @@ def test_packed_attention_keeps_sequences_apart(window: int | None) -> None:
 def test_sequences_behind_a_shared_prefix_see_it_as_their_own(window: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     # A prompt of 5 tokens with responses of 2, 2 and 4, behind a sequence by itself.
-    packing = Packing.of([(3, (0, 0)), (5, (0, 0)), (2, (3, 8)), (2, (3, 8)), (4, (3, 8))], CPU)
+    packing = Packing.of([(3, ()), (5, ()), (2, ((3, 8),)), (2, ((3, 8),)), (4, ((3, 8),))], CPU)
     assert [span.count for span in packing.spans] == [1, 1, 2, 1]
     inputs = [torch.randn(1, heads, 16, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
     attended, _ = packed_attention(nn.Identity(), *inputs, None, packing=packing, scaling=0.3, sliding_window=window)
@@ -211,7 +211,7 @@ def test_sequences_behind_a_shared_prefix_see_it_as_their_own(window: int | None
     for row in rows:
         part = [tensor[:, :, row] for tensor in inputs]
         own, _ = packed_attention(
-            nn.Identity(), *part, None, packing=Packing.of([(len(row), (0, 0))], CPU), scaling=0.3,
+            nn.Identity(), *part, None, packing=Packing.of([(len(row), ())], CPU), scaling=0.3,
             sliding_window=window,
         )  # fmt: skip
         new = [k for k, position in enumerate(row) if position >= 8 or row is rows[0] or row is rows[1]]
@@ -247,7 +247,7 @@ def eager(
 def test_masks_soft_caps_and_sinks_are_those_of_each_row_alone(softcap: float | None, sinks: bool, local: str) -> None:
     torch.manual_seed(0)
     lengths = [2, 5, 5, 9]
-    packing = Packing.of([(length, (0, 0)) for length in lengths], CPU)
+    packing = Packing.of([(length, ()) for length in lengths], CPU)
     inputs = [torch.randn(1, heads, sum(lengths), size, requires_grad=True) for heads, size in ((4, 8), (2, 8), (2, 6))]
     sink = torch.randn(4, requires_grad=True) if sinks else None
     config = LlamaConfig(num_hidden_layers=1)

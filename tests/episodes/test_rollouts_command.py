@@ -44,6 +44,15 @@ def test_rows_are_shown_turn_by_turn(run: Path, capsys: pytest.CaptureFixture[st
     assert said[5].startswith("  model turn 1, 3 tokens, v0, reward 0.5")
 
 
+def test_leaves_are_shown_with_their_branch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "rollouts" / "step_000004.parquet"
+    batch = Batch.read_parquet(file)
+    batch.with_columns({"branch": Column.strings(["0/2"])}).write_parquet(file)
+    assert main(["rollouts", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "step 4, row 1 of 1: group 7, branch 0/2, finished, 2 turns, reward 1"
+
+
 def test_lost_episodes_are_shown_with_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rollouts", str(run), "--lost"]) == 0
     said = capsys.readouterr().out

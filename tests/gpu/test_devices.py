@@ -87,7 +87,7 @@ def test_packed_attention_keeps_rows_apart_and_sees_prefixes(
 ) -> None:
     """A row by itself, then a prompt of 5 tokens with responses of 2, 2 and 40 behind it; forward and backward."""
     generator = torch.Generator().manual_seed(0)
-    packing = Packing.of([(3, (0, 0)), (5, (0, 0)), (2, (3, 8)), (2, (3, 8)), (40, (3, 8))], torch.device(device))
+    packing = Packing.of([(3, ()), (5, ()), (2, ((3, 8),)), (2, ((3, 8),)), (40, ((3, 8),))], torch.device(device))
     rows = [list(range(3)), *([*range(3, 8), *own] for own in (range(8, 10), range(10, 12), range(12, 52)))]
     drawn = [torch.randn(1, heads, 52, 64, generator=generator).to(dtype) for heads in (4, 2, 2)]
     inputs = [tensor.to(device).requires_grad_() for tensor in drawn]

@@ -31,6 +31,7 @@ def make_files(folder: Path) -> Made:
             "rejected": str(a),
             "margin": 1.0 + b,
             "sign": 1.0 - 2 * (b % 2),
+            "route": ("verify", "truth", "compare")[b],
             "open": float(b % 2),
             **{"user": a, "task": b, "capability": b},
         }
@@ -44,9 +45,9 @@ def make_files(folder: Path) -> Made:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     passages = [" ".join(one + two for one in letters[k::6] for two in letters) for k in range(6)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
-    queries = [{"prompt": row["prompt"], "answer": json.dumps([0, 3])} for row in rows]
+    queries = [{"prompt": row["prompt"], "answer": json.dumps([0, 1, 2, 3, 4, 5])} for row in rows]
     (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    texts = [{"prompt": "", "answer": f"{a} and {b}. so {a + b}. that is all."} for a, b in sums]
+    texts = [{"prompt": "text", "answer": f"{a} and {b}. so {a + b}. that is all."} for a, b in sums]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return {
         "selects": folder / "selects.jsonl",
@@ -241,11 +242,14 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "self_play": lambda made: {"algorithm.episodes": 8, "algorithm.moves": "[a,e,i]"},
     "frozen_partner": lambda made: {
         **LONG,
-        **{"frozen.model.path": made["other"], "frozen.rollout.max_response_tokens": 24},
+        **{"frozen.model.path": made["other"], "frozen.rollout.max_response_tokens": 160},
         **{"algorithm.turn_tokens": 8, "algorithm.frozen_tokens": 8, "actor.rollout.max_prompt_tokens": 128},
         "frozen.rollout.max_prompt_tokens": 128,
     },
-    "query_expansion": lambda made: {"algorithm.corpus": made["corpus"], "data.train.path": made["queries"]},
+    "query_expansion": lambda made: {
+        **{"algorithm.corpus": made["corpus"], "data.train.path": made["queries"]},
+        "actor.rollout.max_response_tokens": 48,
+    },
     "refuel": lambda made: {
         **LONG,
         **{"user.model.path": made["other"], "user.rollout.max_response_tokens": 64},
@@ -260,7 +264,7 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "ask_for_help": lambda made: {
         **{"agent.rollout.max_response_tokens": 64, "helper.rollout.max_prompt_tokens": 256},
         **{"algorithm.turns": 3, "algorithm.turn_tokens": 4, "algorithm.samples_per_prompt": 2},
-        "algorithm.seconds": 300.0,
+        **{"algorithm.seconds": 300.0, "scorer.model.path": made["scores"]},
     },
     "imagined_dialogues": lambda made: {
         **{"imaginer.rollout.max_response_tokens": 64, "imaginer.model.path": made["other"]},
@@ -281,6 +285,64 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
     "reward_augmented": lambda made: {"reward.model.path": made["scores"], "actor.rollout.max_prompt_tokens": 64},
     "t_reg": lambda made: {"algorithm.better": "good: {prompt}", "algorithm.worse": "bad: {prompt}"},
     "srpo": lambda made: {"algorithm.question": "{prompt} {shown_ids} better:"},
+    "self_preferring": lambda made: {
+        **PAIR,
+        **{"algorithm.rounds": 2, "algorithm.iteration": 1, "actor.rollout.max_prompt_tokens": 256},
+        **{"model.path": made["judge"], "data.prompts_per_step": 8},
+    },
+    "prompted_pairs": lambda made: {
+        **{"algorithm.good": "good: {prompt}", "algorithm.negatives": ("bad:", "less bad:"), "algorithm.every": 1},
+        "reference.model.path": made["other"],
+    },
+    "cyclealign": lambda made: {
+        **{
+            "algorithm.marker": "",
+            "algorithm.question": "{prompt} {listing} scores:",
+            "algorithm.samples_per_prompt": 4,
+        },
+        **{"judge.model.path": made["judge"], "data.prompts_per_step": 12},
+    },
+    "dueling": lambda made: {
+        **ASKED,
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "algorithm.share": 1.0},
+        **{"reward.function": MIXED, "reference.model.path": made["other"]},
+    },
+    "anchored_judge": lambda made: {
+        **PAIR,
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "algorithm.mini_batches": 1},
+    },
+    "vulpo": lambda made: {
+        **ASKED,
+        **{"judge.model.path": made["judge"], "algorithm.samples_per_prompt": 3, "located.function": MIXED},
+    },
+    "oorl": lambda made: {
+        **{"data.sources.groups.path": made["labelled"], "data.sources.groups.rows_per_step": 6},
+        **{"data.sources.prompts.path": made["labelled"], "algorithm.samples_per_prompt": 3},
+        "reward.function": MIXED,
+    },
+    "reward_router": lambda made: {
+        **{"data.train.path": made["labelled"], "data.prompts_per_step": 12, "judge.model.path": made["judge"]},
+        **{"algorithm.marker": "", "algorithm.truth": "{answer} {response}?", "algorithm.first_steps": 1},
+        **{"algorithm.compare": "{response_a} {response_b} better:", "algorithm.mini_batches": 1},
+    },
+    "esrl": lambda made: {"reward.function": MIXED},
+    "sparrow": lambda made: {
+        **{"preference.model.path": made["scores"], "classifier.model.path": made["scores"]},
+        **{"algorithm.rules": ("no one:", "no two:"), "algorithm.rule_prompt": "{rule} {prompt}"},
+        "algorithm.user_turn": "{prompt} more:",
+    },
+    "annotators": lambda made: {
+        **{"algorithm.pool": ("one", "two"), "algorithm.marker": "", "judge.model.path": made["judge"]},
+        **{"algorithm.question": "{annotator} {response_a} {response_b}:", "data.prompts_per_step": 12},
+    },
+    "improvement": lambda made: {
+        **{"algorithm.question": "{prompt} {shown_ids} better:", "algorithm.warmup": 0, "algorithm.harder_after": 1},
+        "reward.model.path": made["scores"],
+    },
+    "credit_beam": lambda made: {
+        **{"policy.model.path": made["other"], "algorithm.chunk": 3, "algorithm.depth": 2, "algorithm.branch": 2},
+    },
+    "ift": lambda made: {"algorithm.mix": 0.5},
     "ultrafeedback": lambda made: {
         **{"judge.model.path": made["judge"], "second.model.path": made["other"]},
         **{"algorithm.marker": "", "algorithm.question": "{prompt} {response} ASPECT: "},
@@ -338,7 +400,7 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
         **{f"data.sources.{name}.path": made["labelled"] for name in ("prompts", "pairs")},
         **{"judge.model.path": made["judge"], "judge.rollout.max_response_tokens": 30, "algorithm.marker": ""},
         **{"algorithm.question": "{prompt} {response_ids}", "algorithm.samples_per_prompt": 4},
-        "algorithm.mini_batches": 1,
+        **{"algorithm.highest": 1e30, "algorithm.mini_batches": 1},  # the judge says numbers of many digits
     },
     "teacher_forced": lambda made: {"teacher.model.path": made["other"]},
     "critic_spans": lambda made: {

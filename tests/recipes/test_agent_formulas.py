@@ -156,8 +156,14 @@ def test_the_contrast_pulls_one_state_in_two_formats_together() -> None:
     assert loss.tolist() == pytest.approx([log(exp(1) + 2) - 1])
     groups = Batch({"group_id": Column.dense(np.array([4, 4, 5, 6]))})
     found = two_states(groups)
-    assert found.keep is not None and found.keep.tolist() == [0, 2]
-    assert found.columns["group_id"].values.tolist() == [4, 4] and found.columns["state"].values.tolist() == [0, 1]
+    assert found.parent is not None and found.parent.tolist() == [0, 0, 2, 2]
+    assert found.columns["group_id"].values.tolist() == [4] * 4 and found.columns["state"].values.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
+    assert found.columns["other_format"].values.tolist() == [0, 1, 0, 1]
 
 
 def test_games_pay_for_what_they_should_not() -> None:

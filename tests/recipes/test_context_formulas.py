@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.evaluation.credit_beam import begun, best_beams, compared, grown, whole
 from recipes.preference._pairs import soft_pairs, without_reference
 from recipes.preference.dppo import predicted_wins
 from recipes.preference.mapl import further_apart, pairs_of_pairs, prompt_pairs
@@ -17,10 +18,11 @@ from recipes.preference.spo_degree import degree_loss, thinned
 from recipes.preference.srpo import generator_loss, reviser_loss, revisions
 from recipes.preference.t_reg import contrast, token_regulariser
 from recipes.preference.typo import kl_from_reference
+from recipes.supervised.ift import discounted_count, mixed_context, weighted_nll
 from recipes.supervised.sft import divergence_loss
 from rlhf_dist.algorithms import dpo, ipo, nll, simpo
 from rlhf_dist.algorithms.contract import ModelOutput
-from rlhf_dist.batch import Batch
+from rlhf_dist.batch import Batch, Column
 from tests.recipes.rows import gradient, masked, micro_batch, numbers, of_rows, ragged, values
 
 
@@ -201,3 +203,66 @@ def test_divergences_have_the_gradient_of_the_likelihood_where_the_policy_is_sur
         assert of_rows(loss, [log(0.25)], {}, [1]) == pytest.approx([value])
         assert gradient(loss, [log(0.25)], {}, [1]) == pytest.approx([slope])
         assert gradient(loss, [0.0], {}, [1]) == pytest.approx(gradient(nll(), [0.0], {}, [1]))
+
+
+def test_a_context_is_partly_the_policys_own_and_its_labels_are_the_datas() -> None:
+    batch = Batch(
+        {
+            "response_ids": ragged([5, 6, 2], [7, 2], dtype="int32"),
+            "response_mask": ragged([1, 0, 1], [1, 1], dtype="uint8"),
+            "top_ids": Column(np.array([[9], [9], [9], [8], [2]], np.int32), np.array([0, 3, 5])),
+        }
+    )
+    all_own = mixed_context(batch, mix=1.0, rng=np.random.default_rng(0))
+    assert [row.tolist() for row in all_own.columns["response_ids"].rows()] == [[9, 6, 9], [8, 2]]
+    assert all_own.columns["gold_ids"].values.tolist() == [[5], [6], [2], [7], [2]]
+    assert all_own.metrics["changed"].value == 3 / 5
+    none = mixed_context(batch, mix=0.0, rng=np.random.default_rng(0))
+    assert values(none.columns, "response_ids") == [5, 6, 2, 7, 2]
+
+
+def test_a_token_weighs_as_much_as_leads_to_it_and_without_discount_it_is_sft() -> None:
+    batch = Batch({"response_mask": masked(3, 1)})
+    np.testing.assert_allclose(values(discounted_count(batch, discount=0.5), "token_weight"), [0.5, 0.75, 0.875, 0.5])
+    assert values(discounted_count(batch, discount=0.0), "token_weight") == [1] * 4
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got 1.0"):
+        discounted_count(batch, discount=1.0)
+    at = torch.tensor([[-1.0], [-2.0]], dtype=torch.float64)
+    value, _ = weighted_nll()(ModelOutput(log_probs_at={"gold_ids": at}), micro_batch({"token_weight": [0.5, 1]}, [2]))
+    assert value.tolist() == [0.5, 2.0]
+
+
+def test_beams_grow_by_their_credits_and_the_best_are_kept() -> None:
+    prompts = Batch({"prompt_ids": ragged([1, 3], dtype="int32")})
+    start = begun(prompts)
+    assert values(start, "credit") == [0] and values(start, "open") == [1]
+    # Credits: 0.5 (1 + 0.5) = 0.75 and 0.5 (-1) of the token that counts, on 1 and 0.
+    batch = Batch(
+        {
+            "prompt_ids": ragged([1, 3], [1, 3], dtype="int32"),
+            "base_ids": ragged([1, 3], [1, 3], dtype="int32"),
+            "response_ids": ragged([5, 6], [7, 2], dtype="int32"),
+            "log_probs": ragged([-1, -1], [-2, -3]),
+            "ref_log_probs": ragged([-2, -1.5], [-1, 0]),
+            "response_mask": ragged([1, 1], [1, 0], dtype="uint8"),
+            "response": Column.strings(["ab", "c"]),
+            "said": Column.strings(["x", "y"]),
+            "credit": numbers(1, 0),
+            "finished": numbers(0, 1, dtype="uint8"),
+            "group_id": numbers(4, 4, dtype="int64"),
+        }
+    )
+    made = grown(batch, beta=0.5)
+    assert values(made.columns, "credit") == [1.75, -0.5] and values(made.columns, "open") == [1, 0]
+    assert made.columns["said"].rows() == ["xab", "yc"]
+    assert [row.tolist() for row in made.columns["prompt_ids"].rows()] == [[1, 3, 5, 6], [1, 3, 7, 2]]
+    assert made.metrics["token_credit"].value == pytest.approx((0.5 + 0.25 - 0.5) / 3)
+    grew = Batch({**{name: batch[name] for name in batch}, **{name: made.columns[name] for name in made.columns}})
+    best = best_beams(grew, beams=1)
+    assert best.keep is not None and best.keep.tolist() == [0]
+    ended = whole(grew)
+    assert [row.tolist() for row in ended["response_ids"].rows()] == [[5, 6], [7, 2]]
+    assert [row.tolist() for row in ended["prompt_ids"].rows()] == [[1, 3]] * 2
+    rewards = {"rewards": numbers(1, 0), "plain_rewards": numbers(0, 0), "credit": numbers(2, 1)}
+    measured = {name: one.value for name, one in compared(Batch(rewards)).metrics.items()}
+    assert measured == {"beam_reward": 0.5, "plain_reward": 0, "beam_wins": 0.75, "implicit_reward": 1.5}

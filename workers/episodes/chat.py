@@ -27,10 +27,12 @@ Generate = Callable[[Request], Awaitable[Response]]
 class EpisodeEnded(BaseException):
     """The episode is over; no `Exception`, so that code which catches those does not go on."""
 
-    def __init__(self, outcome: Outcome, detail: str, of: LiveChat | None = None) -> None:
-        """of: whose limit it was."""
+    of: LiveChat | None = None
+    """Whose limit it was."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
         super().__init__(outcome, detail)
-        self.outcome, self.detail, self.of = outcome, detail, of
+        self.outcome, self.detail = outcome, detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +321,8 @@ class LiveChat:
         self._end("length", f"{used} (rollout.max_response_tokens)")
 
     def _end(self, outcome: Outcome, detail: str) -> NoReturn:
-        ended = EpisodeEnded(outcome, detail, of=self)
+        ended = EpisodeEnded(outcome, detail)
+        ended.of = self
         (self.whole or self).ended = ended
         raise ended
 

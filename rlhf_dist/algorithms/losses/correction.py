@@ -7,6 +7,8 @@
                                                               (Ionides 2008; IMPALA, 1802.01561, eq. 1, its rho bar)
     sequence   w_t = min(prod over the row of rho, cap)       the same for the whole response: unbiased but for the cap
     masked     w_t = rho_t if 1/cap <= rho_t <= cap else 0    tokens that are too far off are left out
+    geometric  w_t = 1 if 1/cap <= (geometric mean of rho over the row) <= cap else 0
+                                                              responses that are; a cap near 1, such as 1.01
 
 The policy's loss is multiplied by w_t, which carries no gradient: with PPO's clipped ratio to pi_old that is
 decoupled PPO (Hilton et al. 2022, 2110.00641, eq. 7; used asynchronously by AReaL, 2505.24298, eq. 5).
@@ -14,6 +16,7 @@ decoupled PPO (Hilton et al. 2022, 2110.00641, eq. 7; used asynchronously by ARe
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.algorithms.contract import Rows
@@ -22,8 +25,8 @@ from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, named_kl
 if TYPE_CHECKING:
     from torch import Tensor
 
-Correction = Literal["none", "token", "sequence", "masked"]
-CORRECTIONS: tuple[str, ...] = ("none", "token", "sequence", "masked")
+Correction = Literal["none", "token", "sequence", "masked", "geometric"]
+CORRECTIONS: tuple[str, ...] = ("none", "token", "sequence", "masked", "geometric")
 
 
 def check_correction(correction: str, cap: float) -> None:
@@ -38,6 +41,9 @@ def importance_weight(log_rho: Tensor, rows: Rows, correction: Correction, cap: 
     """[T] w_t for log rho [T]; see the module."""
     if correction == "none":
         return log_rho.new_ones(log_rho.shape)
+    if correction == "geometric":
+        mean = rows.mean_tokens(log_rho)[rows.row_of_token]
+        return (mean.abs() <= math.log(cap)).to(log_rho.dtype)
     if correction == "sequence":
         log_rho = rows.sum_tokens(log_rho)[rows.row_of_token]
     rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

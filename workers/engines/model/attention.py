@@ -3,7 +3,8 @@
     hidden  [1, N, H]   |  row 0  |  row 1  | prompt | response | response |  response  |
     spans               2 of 9 tokens         1 of 8   2 of 10 after the 8   1 of 12 after the 8
 
-A prompt that several rows begin with is there once: their responses see it too, as if each came right after it.
+What several rows begin with (a prompt, a stretch of a tree) is there once: what follows sees it too, as if it came
+right after it.
 
 No [N, N] mask is built. Rows are packed in order of length, so rows of equal length are neighbours and one
 attention call over a view handles each span. On CUDA in half precision torch's variable-length flash attention
@@ -34,6 +35,9 @@ from rlhf_dist.machine_settings import takes_packs
 from workers.engines.model.attention_map import Watch, attention_of_last_tokens
 from workers.engines.model.token_split import heads_for_tokens, tokens_for_heads
 
+Prefix = tuple[tuple[int, int], ...]
+"""[start, end) of tokens of the pack, in the order of the row: one stretch for a shared prompt, more along a tree."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -42,13 +46,13 @@ class Span:
     count: int
     length: int
     """Tokens of each."""
-    prefix: tuple[int, int] = (0, 0)
-    """[start, end) of the earlier tokens that each of them sees besides its own; empty for none."""
+    prefix: Prefix = ()
+    """The earlier tokens that each of them sees besides its own."""
 
     @property
     def keys(self) -> int:
         """Tokens that the last token of each sequence sees."""
-        return self.prefix[1] - self.prefix[0] + self.length
+        return sum(end - start for start, end in self.prefix) + self.length
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Packing:
 
     @staticmethod
     def of(
-        sequences: Sequence[tuple[int, tuple[int, int]]], device: torch.device, group: dist.ProcessGroup | None = None
+        sequences: Sequence[tuple[int, Prefix]], device: torch.device, group: dist.ProcessGroup | None = None
     ) -> Packing:
         """The packing of sequences in this order: tokens of each (>= 1), and the prefix it sees too, as in `Span`."""
         spans: list[Span] = []
@@ -78,14 +82,14 @@ class Packing:
                 spans.append(Span(1, length, prefix))
         lengths = torch.tensor([length for length, _ in sequences])
         ends = F.pad(lengths.cumsum(0), (1, 0))
-        key_lengths = lengths + torch.tensor([end - start for _, (start, end) in sequences])
+        key_lengths = lengths + torch.tensor([sum(end - start for start, end in prefix) for _, prefix in sequences])
         seen = None
         if any(span.keys > span.length for span in spans):
             starts = ends[:-1].tolist()
             parts = [
                 torch.arange(*bounds)
                 for start, (length, prefix) in zip(starts, sequences, strict=True)
-                for bounds in (prefix, (start, start + length))
+                for bounds in (*prefix, (start, start + length))
             ]
             seen = torch.cat(parts).to(device)
         key_ends = F.pad(key_lengths.cumsum(0), (1, 0))
@@ -106,10 +110,10 @@ class Packing:
         longest = max(keys for *_, keys in sequences)
         tokens = np.zeros((len(sequences), longest), np.int64)
         own, start = [], 0
-        for row, (length, (begin, end), keys) in enumerate(sequences):
-            tokens[row, : end - begin] = np.arange(begin, end)
-            tokens[row, end - begin : keys] = np.arange(start, start + length)
-            own.append(row * longest + np.arange(end - begin, keys))
+        for row, (length, prefix, keys) in enumerate(sequences):
+            seen = [np.arange(*bounds) for bounds in (*prefix, (start, start + length))]
+            tokens[row, :keys] = np.concatenate(seen)
+            own.append(row * longest + np.arange(keys - length, keys))
             start += length
         device = self.ends.device
         return torch.from_numpy(tokens).to(device), torch.from_numpy(np.concatenate(own)).to(device)
@@ -312,7 +316,7 @@ def _after_prefix(states: Tensor, part: slice, span: Span) -> Tensor:
     own = _sequences(states[:, part], span.count)
     if span.keys == span.length:
         return own
-    shared = states[:, slice(*span.prefix)].expand(span.count, -1, -1, -1)
+    shared = torch.cat([states[:, slice(*bounds)] for bounds in span.prefix], dim=1).expand(span.count, -1, -1, -1)
     return torch.cat([shared, own], dim=2)
 
 

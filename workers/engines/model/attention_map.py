@@ -49,7 +49,7 @@ def attention_of_last_tokens(
     found = []
     for at, row, length in zip(sequence, watch.last_token.tolist(), watch.response_tokens.tolist(), strict=True):
         # A padded row's sequence goes on behind its last token, which does not see that.
-        seen = [slice(*prefixes[at]), slice(starts[at], row + 1)]
+        seen = [*(slice(*bounds) for bounds in prefixes[at]), slice(starts[at], row + 1)]
         keys = torch.cat([key[0, :, part] for part in seen], dim=1).repeat_interleave(together, dim=0)
         scores = (keys.float() @ query[0, :, row, :, None].float()).squeeze(-1)
         scores = scores * (size**-0.5 if scaling is None else scaling)

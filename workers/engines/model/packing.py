@@ -4,7 +4,7 @@ rows       prompt p p p | response r r        prompt p | response r r r
 input_ids  p p p r r p r r r                  one row of N tokens, no padding
 before     . . ^ ^ . ^ ^ ^ .                  token j of a response is predicted from the position before it
 padded     p p p r r p r r r .                every row as long as the longest: what packing saves, kept to compare
-shared     p p p r r r r r                    rows of one prompt: the prompt once, each response sees it and itself
+shared     p p p r r r r r                    what rows begin with once (prefixes.py), what follows sees it and itself
 grid       p p p r r . | p r r r . .          [B, L], for models that only the library's own masks keep exact
 
 With sequence parallelism a rank has a piece of the N tokens, and the outputs at its own positions.
@@ -23,7 +23,8 @@ from torch import Tensor
 from rlhf_dist.algorithms.contract import Rows
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dispatch import balance
-from workers.engines.model.attention import Packing
+from workers.engines.model.attention import Packing, Prefix
+from workers.engines.model.prefixes import Places, shared_places
 from workers.engines.model.token_split import WHOLE, TokenSplit
 from workers.engines.model.ways import PACKED, Way
 
@@ -91,27 +92,23 @@ def pack(
         raise ValueError(f"every prompt must have at least one token, row {int(np.argmin(prompts.lengths))} has none")
     if way.grid:
         pad_to = max(pad_to, longest_row(batch))
-    places = _shared_places(batch) if way.shares and not pad_to else _places(batch, pad_to, split.sequence)
+    places = shared_places(batch) if way.shares and not pad_to else _places(batch, pad_to, split.sequence)
     total = sum(length for length, _ in places.sequences)
     # What nobody reads is a real token: states of the padding token may be zero, where norms have no gradient.
     ids = np.full(total, prompts.values[0], dtype=np.int64)
     positions, row_tokens = np.zeros_like(ids), np.ones_like(ids)
-    prompt_at = _within(places.prompts, prompts.lengths)
-    response_at = _within(places.responses, responses.lengths)
-    ids[prompt_at], ids[response_at] = prompts.values, responses.values
-    positions[prompt_at] = _within(np.zeros_like(prompts.lengths), prompts.lengths)
-    positions[response_at] = _within(prompts.lengths, responses.lengths)
     row_lengths = prompts.lengths + responses.lengths
-    row_tokens[prompt_at] = np.repeat(row_lengths, prompts.lengths)
-    row_tokens[response_at] = np.repeat(row_lengths, responses.lengths)
+    starts = np.cumsum(row_lengths) - row_lengths
+    of_prompt = np.zeros(len(places.tokens), dtype=bool)
+    of_prompt[_within(starts, prompts.lengths)] = True
+    ids[places.tokens[of_prompt]], ids[places.tokens[~of_prompt]] = prompts.values, responses.values
+    positions[places.tokens] = _within(np.zeros_like(row_lengths), row_lengths)
+    row_tokens[places.tokens] = np.repeat(row_lengths, row_lengths)
     if way.grid:
         positions = np.tile(np.arange(pad_to), batch.num_rows)
         row_tokens = np.repeat(row_lengths, pad_to)
-    last_of_prompt = places.prompts + prompts.lengths - 1
-    before = response_at - 1
-    firsts = (np.cumsum(responses.lengths) - responses.lengths)[responses.lengths > 0]
-    before[firsts] = last_of_prompt[responses.lengths > 0]
-    last = np.where(responses.lengths > 0, places.responses + responses.lengths - 1, last_of_prompt)
+    before = places.tokens[np.flatnonzero(~of_prompt) - 1]
+    last = places.tokens[starts + row_lengths - 1]
     piece = total // split.sequence
     first = split.rank // split.tensor * piece
     tokens, token_counts = _share(before, piece, split)
@@ -143,53 +140,16 @@ def pack(
     )
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where each row's prompt and response start, the sequences of the pack, and its tokens that are no row's."""
-
-    prompts: IntArray
-    responses: IntArray
-    sequences: list[tuple[int, tuple[int, int]]]
-    padding: int = 0
-
-
-def _places(batch: Batch, pad_to: int, pieces: int) -> _Places:
+def _places(batch: Batch, pad_to: int, pieces: int) -> Places:
     """Each row by itself, padded to `pad_to`; a number of tokens that `pieces` divides."""
-    prompt_lengths = batch["prompt_ids"].lengths
-    tokens = prompt_lengths + batch["response_ids"].lengths
+    tokens = batch["prompt_ids"].lengths + batch["response_ids"].lengths
     lengths = np.maximum(tokens, pad_to)
     starts = np.cumsum(lengths) - lengths
-    sequences = [(int(length), (0, 0)) for length in lengths]
+    sequences: list[tuple[int, Prefix]] = [(int(length), ()) for length in lengths]
     left = -int(lengths.sum()) % pieces
     if left:  # equal pieces: a sequence that nobody reads fills the last one
-        sequences.append((left, (0, 0)))
-    return _Places(starts, starts + prompt_lengths, sequences, int((lengths - tokens).sum()) + left)
-
-
-def _shared_places(batch: Batch) -> _Places:
-    """Rows with a prompt of their own first; then each other prompt with its responses behind it."""
-    rows_with: dict[bytes, list[int]] = {}
-    for row, prompt in enumerate(batch["prompt_ids"].rows()):
-        rows_with.setdefault(prompt.tobytes(), []).append(row)
-    prompts, responses = np.zeros((2, batch.num_rows), dtype=np.int64)
-    prompt_lengths, response_lengths = batch["prompt_ids"].lengths.tolist(), batch["response_ids"].lengths.tolist()
-    sequences: list[tuple[int, tuple[int, int]]] = []
-    at = 0
-    for rows in sorted(rows_with.values(), key=lambda rows: len(rows) > 1):
-        end = at + prompt_lengths[rows[0]]
-        prefix = (at, end) if len(rows) > 1 else (0, 0)
-        prompts[rows] = at
-        if len(rows) > 1:
-            sequences.append((end - at, (0, 0)))
-        for row in rows:
-            responses[row] = end
-            begin, end = end, end + response_lengths[row]
-            if len(rows) == 1:
-                sequences.append((end - at, (0, 0)))
-            elif end > begin:
-                sequences.append((end - begin, prefix))
-        at = end
-    return _Places(prompts, responses, sequences)
+        sequences.append((left, ()))
+    return Places(_within(starts, tokens), sequences, int((lengths - tokens).sum()) + left)
 
 
 def _share(positions: IntArray, piece: int, split: TokenSplit) -> tuple[IntArray, tuple[int, ...]]:

@@ -1,0 +1,96 @@
+"""Pairwise-RL (Xu et al. 2025, arXiv 2504.04950): the reward is the chance to beat an anchor, in both orders.
+
+    r(y) = P(y > y_anchor) = (P("1" | y, y_anchor) + 1 - P("1" | y_anchor, y)) / 2           PPO on r
+
+A generative judge compares, so that it is asked the same question in its training and here. The anchor of a prompt is
+one greedy response of the reference. Responses without a verdict in both orders are left out, and counted.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipes.online_preference.oaif import QUESTION
+from rlhf_dist.algorithms import ppo_clip, value_clip
+from rlhf_dist.batch import Batch, Column
+from rlhf_dist.catalogue import Paper
+from rlhf_dist.dataflow import HostResult, host_op
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.metrics import Mean
+from rlhf_dist.parsers import Choice
+from rlhf_dist.prompt_template import Template
+from rlhf_dist.roles import Actor, Critic, Judge, Prompts, Reference
+from rlhf_dist.transforms import gae, verdict_means, whiten
+
+PAPERS = {
+    "anchored_judge": Paper(
+        title="Pairwise-RL",
+        year=2025,
+        arxiv="2504.04950",
+        rows=(42,),
+        status="outline",
+        needs=("PAIRJ", "JUDGE", "ROLL", "CRIT", "RMT"),
+        assumed="the anchor is the reference's greedy response; the judge is given, trained by sft; PPO's KL",
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchoredJudge:
+    """Settings of PPO against an anchor."""
+
+    samples_per_prompt: int = 1
+    """Responses to each prompt."""
+    votes: int = 1
+    """Verdicts on each response in each order."""
+    question: str = QUESTION
+    """What the judge is asked about {prompt}, {response_a} and {response_b}."""
+    marker: str = "Better:"
+    """What stands before 1, 2 or tie in its answer."""
+    mini_batches: int = 4
+    """Optimizer steps in one pass over the batch."""
+    clip: float = 0.2
+    """The probability ratio is cut at 1 - clip and 1 + clip."""
+    value_clip: float = 0.2
+    """A new value may move this far from the old one."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref in the reward."""
+
+
+@host_op(reads=("first", "second"), writes=("rewards",))
+def chance_to_win(batch: Batch) -> HostResult:
+    """(first + 1 - second) / 2 of the mean verdicts where a row stood first and where it stood second."""
+    first, second = batch["first"].values, batch["second"].values
+    rewards = ((first + 1 - second) / 2).astype(np.float32)
+    agree = np.sign(first - 0.5) == np.sign(0.5 - second)
+    metrics = {"order_agreement": Mean(float(agree.sum()), float(len(agree)))} if len(agree) else {}
+    return HostResult(columns=Batch({"rewards": Column(rewards)}, batch.num_rows), metrics=metrics)
+
+
+def against(batch, judge, anchor: str, question: str, marker: str, votes: int = 1):
+    """A part of a recipe: the rows that have a verdict in both orders, with their chance to beat the text in column
+    `anchor` as their reward."""
+    parser = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=marker)
+    for place, (one, other) in {"first": ("response", anchor), "second": (anchor, "response")}.items():
+        asked = batch.with_columns_of(batch, response_a=one, response_b=other)
+        verdicts = judge.generate_sequences(asked, template=Template(question), parser=parser, n=votes)
+        batch, _ = verdict_means(batch, verdicts, column="choice", into=place).where("judged")
+    return chance_to_win(batch)
+
+
+@recipe
+def anchored_judge(
+    prompts: Prompts, actor: Actor, critic: Critic, reference: Reference, judge: Judge, cfg: AnchoredJudge
+) -> None:
+    """PPO on the chance to beat what the reference says."""
+    anchors = reference.generate_sequences(prompts, greedy=True)
+    batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt).join(anchors, on="group", anchor="response")
+    batch = against(batch, judge, "anchor", cfg.question, cfg.marker, cfg.votes)
+    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
+    batch = whiten(gae(critic.compute_values(batch), gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
+    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
+    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
