@@ -1,8 +1,8 @@
 """Commands and blocks of code in README and docs, as a reader would type them, for the tests that try them.
 
-A command is a line of an indented or plain block, or inline code, that begins with a program. Two spaces or more end it:
-what follows is said about it. `\\` at the end goes on in the next line; `...` stands for settings that are left out, `[x]` for
-what may be left out, `a|b` for one of several.
+A command is a line of an indented or plain block, or inline code, that begins with a program. Two spaces or more end
+it: what follows is said about it. `\\` at the end goes on in the next line; `...` stands for settings that are left
+out, `[x]` for what may be left out, `a|b` for one of several.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     raise ValueError(f"{key} must be above 0, got {value}")     ->     "<key> must be above 0, got <value>"
 
 What stands in a message is followed as far as reading can: texts put together by `+`, both sides of a condition, names
-that were given a text before, functions of the same package that return one, and exceptions whose class says the rest. A
-part that is known at run time only becomes `<its expression>`.
+that were given a text before, functions of the same package that return one, and exceptions whose class says the rest.
+A part that is known at run time only becomes `<its expression>`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def errors_page(messages: list[Message]) -> str:
 
 HEAD = """# Every error message
 
-Made from the sources when the site is built: {count} messages, by the module that raises them. `<...>` stands for what is
-put in when it is raised. Search with the field above (the `/` key), or with the browser on this page, for a few words
+Made from the sources when the site is built: {count} messages, by the module that raises them. `<...>` stands for what
+is put in when it is raised. Search with the field above (`/` key), or with the browser on this page, for a few words
 that are no number or name of yours. What to do stands in the message itself; for the usual causes see
 [troubleshooting](troubleshooting.md). `--traceback` shows where a message came from."""
 

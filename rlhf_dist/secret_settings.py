@@ -27,8 +27,8 @@ def check_secrets(worker_env: Mapping[str, str], store_options: Mapping[str, Any
         asked = name_in(value)
         if asked is None and name.endswith(SECRET):
             raise ConfigError(
-                f"ray.worker_env.{name} must not hold a secret, since config.yaml keeps settings: export {name} and write "
-                f"'ray.worker_env={{{name}: ${name}}}' in single quotes"
+                f"ray.worker_env.{name} must not hold a secret, since config.yaml keeps settings: export {name} and "
+                f"write 'ray.worker_env={{{name}: ${name}}}' in single quotes"
             )
         if asked is not None and asked not in os.environ:
             raise ConfigError(
@@ -36,8 +36,8 @@ def check_secrets(worker_env: Mapping[str, str], store_options: Mapping[str, Any
             )
     for name in sorted(SECRET_OPTIONS & set(store_options)):
         raise ConfigError(
-            f"output.store_options.{name} must not hold a secret, since config.yaml keeps settings; put it where the file "
-            "system looks for it: environment variables such as AWS_SECRET_ACCESS_KEY, or its own file"
+            f"output.store_options.{name} must not hold a secret, since config.yaml keeps settings; put it where the "
+            "file system looks for it: environment variables such as AWS_SECRET_ACCESS_KEY, or its own file"
         )
 
 

@@ -70,9 +70,13 @@ def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
 
 @pytest.mark.parametrize(
     "setting",
-    ["ray.worker_env={JUDGE_API_KEY: PLANTED}", "output.store_options={secret: PLANTED}", "ray.worker_env={A: $NOT_SET_4711}"],
+    [
+        "ray.worker_env={JUDGE_API_KEY: PLANTED}",
+        "output.store_options={secret: PLANTED}",
+        "ray.worker_env={A: $NOT_SET_4711}",
+    ],
     ids=["variable", "store", "not set"],
-)  # fmt: skip
+)
 def test_a_secret_is_no_setting(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "remax", "--local", "model.path=nowhere", "task=addition", f"output.root={tmp_path}"]
     assert main([*arguments, setting.replace("PLANTED", SECRET)]) == 2

@@ -1,4 +1,4 @@
-"""README and docs: every command parses and its settings compose, every block is what it says it is, every page is linked."""
+"""README and docs: every command parses and its settings compose, blocks are what they say, every page is linked."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from rlhf_dist.transforms import grpo_advantage
 
 @recipe
 def duel(prompts: Prompts, actor: Actor, opponent: Opponent, reward: Reward) -> None:
-    batch = reward.compute_reward(opponent.generate_sequences(actor.generate_sequences(prompts, n=2), prefix="response"))
+    batch = opponent.generate_sequences(actor.generate_sequences(prompts, n=2), prefix="response")
+    batch = reward.compute_reward(batch)
     actor.update_actor(grpo_advantage(batch), loss=ppo_clip(0.2, on_policy=True))
 """
 

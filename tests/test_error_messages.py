@@ -1,4 +1,4 @@
-"""The page of all error messages has them: none that the sources raise is left out, and those that a user meets are found."""
+"""The page of all error messages: none that the sources raise is left out, and those that a user meets are found."""
 
 from __future__ import annotations
 

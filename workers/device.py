@@ -94,7 +94,8 @@ def init_distributed(
 ) -> None:
     """Join the default process group; every collective in it, this call included, ends within `timeout_s` or raises.
 
-    The interface is the environment's (`use_network`). secret: of the meeting (`new_secret`). Raises RuntimeError if this process is already in a group.
+    The interface is the environment's (`use_network`). secret: of the meeting (`new_secret`). Raises RuntimeError if
+    this process is already in a group.
     """
     if dist.is_initialized():
         raise RuntimeError("this process has joined a process group already; a process belongs to one worker group")

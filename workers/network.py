@@ -98,7 +98,7 @@ def rendezvous(address: str, port: int, hosts: bool, timeout_s: float, secret: s
 
 def keys_there(store: dist.Store) -> list[str]:
     """The keys of a store now, to be removed with `remove_keys` once all ranks have read them."""
-    return list(store.list_keys())  # type: ignore[attr-defined]  # torch offers it and does not declare it
+    return store.list_keys()
 
 
 def remove_keys(store: dist.Store, keys: Iterable[str]) -> None:

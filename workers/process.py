@@ -66,8 +66,9 @@ class WorkerProcess:
         folder: str | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        """variables: of the environment, which only this call shows. store: where columns lie; None: Ray's, and this process is one of its actors. folder: what relative paths are
-        relative to, where this node has it: the controller's."""
+        """variables: of the environment, which only this call shows. store: where columns lie; None: Ray's, and this
+        process is one of its actors. folder: what relative paths are relative to, where this node has it: the
+        controller's."""
         os.environ.update(variables or {})
         self.pool, self.rank, self.world = pool, rank, world
         self.store: Store = store or RayStore()

@@ -114,11 +114,11 @@ def run(
     Raises NodeError, WorkerLost or ClusterError for what failed; KeyboardInterrupt, and Preempted which is one, pass
     through once every process that was started has ended.
     """
-    launch, display = with_steps_of_epochs(launch), StartUp(display, began_s)
+    launch, startup = with_steps_of_epochs(launch), StartUp(display, began_s)
     with claim_folder(launch, display.note) as beginning:
         launch = replace(launch, run=replace(launch.run, steps=steps_from(launch, beginning.sources)))
         with said_of_disk(beginning.folder):
-            return _run_in(beginning, launch, display, eager, local)
+            return _run_in(beginning, launch, startup, eager, local)
 
 
 def _cluster(launch: Launch, folder: Path) -> Cluster:

@@ -1,8 +1,9 @@
 """What a chat template may take: seconds, steps and characters, counted by the template itself.
 
-A template comes with a model that somebody else made. Jinja's sandbox keeps it from Python, not from running for ever, and a
-worker renders in threads, where no signal ends it. So every round of a loop and every call counts, in whatever thread, and
-looks at the clock now and then; what makes long texts of short ones (`*`, `~`, `+`, padding) is measured before it does.
+A template comes with a model that somebody else made. Jinja's sandbox keeps it from Python, not from running for ever,
+and a worker renders in threads, where no signal ends it. So every round of a loop and every call counts, in whatever
+thread, and looks at the clock now and then; what makes long texts of short ones (`*`, `~`, `+`, padding) is measured
+before it does.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         return _Counting().visit(tree)  # type: ignore[no-any-return]
 
-    def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:
         """Counted, and refused where a method of a text would make a very long one."""
         _step()
         if isinstance(getattr(called, "__self__", None), str):

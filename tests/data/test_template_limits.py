@@ -1,4 +1,4 @@
-"""A template that does not end, or says too much, is an error within seconds, in any thread; usual ones are as they were."""
+"""A template that does not end, or says too much, is an error within seconds, in any thread; others are as before."""
 
 from __future__ import annotations
 
