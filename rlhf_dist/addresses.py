@@ -21,9 +21,10 @@ from typing import Any
 from uuid import uuid4
 
 from rlhf_dist.failure import text_of
-from rlhf_dist.model_folder import HUB_ID
 from rlhf_dist.typed import ConfigError
 
+HUB_ID = r"(?!models/|runs/)[A-Za-z0-9][\w.-]*/[\w.-]+"
+"""What `organisation/name` looks like."""
 HUB = "hf://"
 OF_DATA = "hf://datasets/"
 CACHE = "RLHF_DIST_CACHE"

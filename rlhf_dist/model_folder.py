@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,6 @@ from rlhf_dist.typed import ConfigError
 
 PREPARED_BY = {"models/smollm2": "make smollm2", "runs/demo/model": "make demo"}
 """Folders that are made, not downloaded, and the command that makes them."""
-
-HUB_ID = r"(?!models/|runs/)[A-Za-z0-9][\w.-]*/[\w.-]+"
-"""What `organisation/name` looks like."""
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -53,8 +49,6 @@ def read_shape(path: str, key: str, *, weights: bool = True) -> ModelShape:
         if made_by
         else "give a Hugging Face model folder, or choose model=demo or model=smollm2"
     )
-    if re.fullmatch(HUB_ID, path) and not folder.parent.is_dir():
-        hint = no_download(path, key)
     if not folder.is_dir():
         raise ConfigError(f"{key}: no folder {path!r} (looked for {folder.resolve()}); {hint}")
     file = folder / "config.json"
@@ -116,15 +110,6 @@ def weight_names(folder: Path) -> set[str]:
                 raise ConfigError(f"{file} is no safetensors file, or is cut; copy it again") from error
         names |= header.keys() - {"__metadata__"}
     return names
-
-
-def no_download(hub_id: str, key: str = "model.path") -> str:
-    """What to do with a model that is named as on a hub."""
-    folder = f"models/{hub_id.rpartition('/')[2]}"
-    return (
-        f"nothing is downloaded here: fetch {hub_id} first, with `hf download {hub_id} --local-dir {folder}`, and set "
-        f"{key}={folder}"
-    )
 
 
 def _check_weights(folder: Path, path: str, key: str, hint: str, settings: dict[str, Any]) -> None:

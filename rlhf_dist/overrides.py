@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_dist import typed
-from rlhf_dist.model_folder import HUB_ID, no_download
+from rlhf_dist.addresses import is_address, is_hub_name
 from rlhf_dist.placement.file import AUTO
 from rlhf_dist.typed import ConfigError
 
@@ -88,8 +88,8 @@ def check_option(group: str, value: str, options: Options) -> str:
     if value in there:
         return value
     hint = ""
-    if group == "model" and re.fullmatch(HUB_ID, value) and not Path(value).is_dir():
-        hint = f"; {no_download(value)}"
+    if group == "model" and (is_hub_name(value) or is_address(value)):
+        hint = f"; a model of a hub, or at an address, is given as model.path={value}"
     elif group == "model" and ("/" in value or Path(value).is_dir()):
         hint = f"; a folder is given as model.path={value}"
     elif group == "task" and Path(value).suffix:

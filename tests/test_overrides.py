@@ -143,7 +143,7 @@ def test_every_key_that_names_a_file_is_a_path() -> None:
     ("override", "expected"),
     [
         ("model=/models/llama", "a folder is given as model.path=/models/llama"),
-        ("model=meta-llama/Llama-3-8B", "hf download meta-llama/Llama-3-8B --local-dir models/Llama-3-8B"),
+        ("model=meta-llama/Llama-3-8B", "is given as model.path=meta-llama/Llama-3-8B"),
         ("task=data/train.jsonl", "task=none data.train.path=data/train.jsonl"),
         ("data.train.systm=Answer (A), (B)", "did you mean data.train.system?"),
         ("data.train.generator_args={a: (}", "cannot read the override"),

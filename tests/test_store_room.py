@@ -20,8 +20,13 @@ def test_room_in_shared_memory_on_disk_or_nowhere(tmp_path: Path) -> None:
         remark_on_room(HUGE, tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "file"])
-def test_a_session_needs_a_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "why"), [("file", "File exists"), ("file/below", "Not a directory")])
+def test_a_session_needs_a_folder(tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ClusterError, match=r"keeps its session in .*, which cannot be written \(No.*RAY_TMPDIR"):
+    with pytest.raises(ClusterError, match=rf"keeps its session in .*, which cannot be written \({why}.*RAY_TMPDIR"):
         remark_on_room(1 << 20, tmp_path, tmp_path / name)
+
+
+def test_a_session_s_folder_is_made_as_ray_would(tmp_path: Path) -> None:
+    remark_on_room(1, tmp_path, tmp_path / "new/below")
+    assert (tmp_path / "new/below").is_dir()

@@ -66,6 +66,8 @@ class SourceWorker:
             "answers_missing": counts.without_answer,
             **(self.source.epochs(drawn) if rows else {}),
         }
+        if "label" in emitted:
+            metrics["pairs_equal"] = counts.equal
         if "response_mask" in emitted:
             metrics["trained_tokens"] = emitted["response_mask"].values.sum(dtype=np.int64)
         return OpResult(

@@ -95,6 +95,15 @@ PAPERS = {
         needs=("EVAL", "RMT"),
         assumed="one of the 69 shifts a launch",
     ),
+    "weak_to_strong_deception": Paper(
+        title="Super(ficial) alignment: weak-to-strong deception",
+        year=2024,
+        arxiv="2406.11431",
+        rows=(131,),
+        status="study",
+        needs=("XLM", "RMT", "PREF", "EVAL"),
+        assumed="reward models, no DPO and SimPO; a conflicting target is what the pairs of the weak stage prefer",
+    ),
     "concise_reasoning": Paper(
         title="Concise reasoning by a second phase of RL",
         year=2025,

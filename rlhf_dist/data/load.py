@@ -50,6 +50,8 @@ class Counts:
     """Responses cut."""
     without_answer: int = 0
     """Usable rows that have no ground truth."""
+    equal: int = 0
+    """Usable pairs whose two responses are the same tokens, as they are emitted: no loss on pairs learns from them."""
     shortest_prompt: int | None = None
     """Tokens, too long or not."""
     longest_prompt: int = 0
@@ -58,7 +60,7 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Count `other`'s rows too."""
-        for name in ("rows", "heldout", "too_long", "cut", "without_answer"):
+        for name in ("rows", "heldout", "too_long", "cut", "without_answer", "equal"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         shortest = [one.shortest_prompt for one in (self, other) if one.shortest_prompt is not None]
         self.shortest_prompt = min(shortest, default=None)
@@ -185,6 +187,8 @@ def _columns(rows: Sequence[_Row], part: Part, limits: Limits, counts: Counts, f
         columns["response_ids"] = Column.ragged([each.follows[:limit] for each in flat], dtype=np.int32)
         columns["response_mask"] = Column.ragged([each.mask[:limit] for each in flat], dtype=np.uint8)
     if kind == "preferences":
+        limit = limits.response_tokens or None
+        counts.equal += sum(row.encoded[0].follows[:limit] == row.encoded[1].follows[:limit] for row in rows)
         columns["label"] = Column(np.tile(np.array([1, -1], dtype=np.int8), len(rows)))
         columns["margin"] = Column(np.repeat(np.array([row.item.margin for row in rows], dtype=np.float32), 2))
     return Batch(columns)

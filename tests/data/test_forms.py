@@ -57,6 +57,14 @@ def test_all_forms_of_a_conversational_preference_are_the_same_pair(row: Any, tm
     assert responses(batch) == [[*ids(" yes"), EOS], [*ids(" no"), EOS]]
 
 
+def test_pairs_with_equal_sides_are_kept_and_counted(tmp_path: Path, tokenizer: Path) -> None:
+    pairs = [("ab", "ab"), ("ab", "ac"), ("abc", "abd")]
+    raw = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    given = SourceConfig(path=jsonl(tmp_path, raw), rows="preferences")
+    assert source(given, tokenizer).counts.equal == 1 and source(given, tokenizer).size == 3
+    assert source(given, tokenizer, response=2).counts.equal == 2  # cut to two tokens the last are the same, too
+
+
 def test_a_prompt_inside_texts_is_what_they_share(tmp_path: Path, tokenizer: Path) -> None:
     row = {"chosen": "the sky is blue", "rejected": "the sky is green"}
     batch = rows_of(tmp_path, tokenizer, [row], rows="preferences").emit(0, 1)

@@ -400,7 +400,7 @@ SETTINGS: dict[str, Callable[[Made], dict[str, Any]]] = {
         **{f"data.sources.{name}.path": made["labelled"] for name in ("prompts", "pairs")},
         **{"judge.model.path": made["judge"], "judge.rollout.max_response_tokens": 30, "algorithm.marker": ""},
         **{"algorithm.question": "{prompt} {response_ids}", "algorithm.samples_per_prompt": 4},
-        "algorithm.mini_batches": 1,
+        **{"algorithm.highest": 1e30, "algorithm.mini_batches": 1},  # the judge says numbers of many digits
     },
     "teacher_forced": lambda made: {"teacher.model.path": made["other"]},
     "critic_spans": lambda made: {
