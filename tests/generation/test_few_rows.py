@@ -14,6 +14,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import EngineConfig, LanguageModelConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_dist.dispatch import Mesh
 from rlhf_dist.environments import Chat, Environment, Row
+from rlhf_dist.prompt_template import Template
 from rlhf_dist.reshard.groups import colocated_axes
 from rlhf_dist.roles import Actor, Critic, Reference, Reward, RewardModel, ops_of
 from rlhf_dist.wire import Call, OpResult, WorkerContext
@@ -58,6 +59,7 @@ class OneTurn(Environment):
 SETTINGS: dict[str, dict[str, Any]] = {
     "generate_sequences": {"n": 2},
     "run_episodes": {"environment": OneTurn()},
+    "encode": {"template": Template("{prompt}"), "decode": {}, "response": None},
     "compute_top_k": {"k": 2, "prefix": "top"},
     "compute_heads": {"names": ("quality",)},
 }
