@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.online_preference.oaif import QUESTION
+from recipes.policy_gradient.judge_grpo import PAIRWISE
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -43,9 +43,9 @@ class AnchoredJudge:
     """Responses to each prompt."""
     votes: int = 1
     """Verdicts on each response in each order."""
-    question: str = QUESTION
+    question: str = PAIRWISE
     """What the judge is asked about {prompt}, {response_a} and {response_b}."""
-    marker: str = "Better:"
+    marker: str = "Score:"
     """What stands before 1, 2 or tie in its answer."""
     mini_batches: int = 4
     """Optimizer steps in one pass over the batch."""
