@@ -69,7 +69,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "NFT": ("surrogates/nft", {**OF_8, **TWICE}),
     "CoPG": ("sample_pairs/copg", OF_2),
     "iterative DPO": ("iterative_dpo", OF_8),
-    "Nash-MD": ("nash_md", OF_2),
+    "Nash-MD": ("nash_md", {**OF_2, "reference.rollout.max_response_tokens": 6}),
     "OREAL": ("oreal", OF_8),
     "SPO": ("reinforce/spo", {"data.prompts_per_step": ROWS}),
 }

@@ -13,7 +13,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "episodes.md"
 
 
 def test_the_guides_environment_is_one(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     (tmp_path / "guess.py").write_text(code)
     assert compose_dataflow(str(tmp_path / "guess.py"))["actor.run_episodes"].kwargs["limits"].turns == 5
     environment = load_file(tmp_path / "guess.py").HigherLower()
