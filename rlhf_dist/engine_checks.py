@@ -32,6 +32,7 @@ def check_engines(launch: Launch, shapes: Mapping[str, ModelShape], slots: Mappi
             _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
     _check_vllm_groups(launch)
     _check_episodes(launch)
+    _check_attention(launch)
 
 
 def _check_episodes(launch: Launch) -> None:
@@ -45,6 +46,20 @@ def _check_episodes(launch: Launch) -> None:
                 f"{node.line}: episodes need {node.role}.rollout.tensor_parallel=1, got {rollout.tensor_parallel}; "
                 "each process runs episodes with a copy of the model of its own"
             )
+
+
+def _check_attention(launch: Launch) -> None:
+    """What a last token attends to is looked for where whole rows and all heads are."""
+    for node in launch.dataflow:
+        if node.op != "compute_attention":
+            continue
+        engine = launch.used_roles[node.role].engine
+        for name in ("sequence_parallel", "tensor_parallel"):
+            if getattr(engine, name) > 1:
+                raise ConfigError(
+                    f"{node.line}: compute_attention needs {node.role}.engine.{name}=1, got {getattr(engine, name)}; "
+                    "a rank has a part of each row or of its heads otherwise"
+                )
 
 
 def _check_vllm_groups(launch: Launch) -> None:

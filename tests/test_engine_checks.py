@@ -49,6 +49,12 @@ def test_engine_settings_that_cannot_be_are_named(model: Path, overrides: list[s
     assert expected in failure("ppo", model, *overrides)
 
 
+@pytest.mark.parametrize("name", ["sequence_parallel", "tensor_parallel"])
+def test_attention_is_looked_for_in_whole_rows_and_all_heads(model: Path, name: str) -> None:
+    settings = ["algorithm.kind=attention", f"attentive.engine.{name}=2", f"attentive.model.path={model}"]
+    assert f"compute_attention needs attentive.engine.{name}=1, got 2" in failure("dense_rewards", model, *settings)
+
+
 @pytest.mark.parametrize(
     ("package", "overrides", "extra"),
     [

@@ -102,7 +102,7 @@ PAPERS = {
         rows=(131,),
         status="study",
         needs=("XLM", "RMT", "PREF", "EVAL"),
-        assumed="reward models, no DPO and SimPO; a conflicting target is what the pairs of the weak stage prefer",
+        assumed="reward models, no DPO and SimPO; a conflicting target is what the pairs of the supervisor prefer",
     ),
     "concise_reasoning": Paper(
         title="Concise reasoning by a second phase of RL",
