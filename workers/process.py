@@ -340,9 +340,12 @@ class WorkerProcess:
             result = (
                 returned if isinstance(returned, HostResult) else HostResult(columns=Batch({}, 0), metrics=returned)
             )
+            # First rows that are texts, to be asked about, have no tokens yet; others have those they are written with.
+            blank = makes and not any(name in result.columns for name in SEQUENCE)
             made = OpResult(
                 columns=result.columns,
                 parent=result.parent_for(op, function.op_spec.rows),
+                tokens=np.zeros(result.columns.num_rows, np.int64) if blank else None,
                 groups=result.groups,
                 metrics=result.metrics,
                 state=new,
