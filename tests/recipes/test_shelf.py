@@ -20,6 +20,7 @@ VARIANTS = [
 QUIET = {
     "shaped_rewards/omit_long": "nearly every response of a random model is cut by the limit",
     **dict.fromkeys(("grpo/countdown", "grpo/toolrl", "grpo/bleuberi"), "no response of a random model has the format"),
+    **dict.fromkeys(("reex_sql", "reex_sql/tree_decoding"), "no query of a random model runs"),
     "self_improving/own_judge": "a random model says few verdicts",
     **dict.fromkeys(("personal/vpl", "personal/dmoerm"), "a network of a state learns, and no model"),
     **{
@@ -28,7 +29,7 @@ QUIET = {
         if name.startswith(("pair_accuracy/", "best_of_list/", "guided_decoding/"))
     },
 }
-"""Variants without a gradient at this size, and why."""
+"""Recipes and variants without a gradient at this size, and why."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_a_recipe_runs_alike_as_a_graph_and_line_by_line(name: str, made: Made) 
     steps = check_recipe(name, **{"model.path": made["model"], **settings_for(name, made)})
     learning = [key.removesuffix("/version") for key in steps[-1] if key.endswith("/version")]
     assert any(steps[-1][f"{role}/version"] > 0 for role in learning) or not learning
-    assert all(steps[-1].get(f"{role}/grad_norm", 1) > 0 for role in learning), name
+    assert QUIET.get(name) or all(steps[-1].get(f"{role}/grad_norm", 1) > 0 for role in learning), name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
