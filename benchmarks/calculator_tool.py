@@ -1,4 +1,4 @@
-"""A policy that learns to use a calculator: from a model that seldom calls it, accuracy before and after GRPO, by seed.
+"""Does a policy learn to use a calculator? From a model that seldom calls it, accuracy before and after GRPO, by seed.
 
     1. SFT   a tiny random Llama (a token a character) on sums of two numbers: `share` of the answers by a call of the
              calculator, the others at once and mostly wrong, since it is too small to add
@@ -7,7 +7,8 @@
     python -m benchmarks.calculator_tool --seeds 0 1 2
 
 One line of JSON a seed: accuracy and calls an episode, over the first and the last steps of GRPO. Everything
-in one process on its CPU.
+in one process on its CPU. Not shown so far: the one run that ended (seed 0, 150 steps of SFT, 15 of GRPO) went from 0.030
+to 0.022.
 """
 
 from __future__ import annotations
