@@ -7,8 +7,8 @@
     python -m benchmarks.calculator_tool --seeds 0 1 2
 
 One line of JSON a seed: accuracy and calls an episode, over the first and the last steps of GRPO. Everything
-in one process on its CPU. Not shown so far: the one run that ended (seed 0, 150 steps of SFT, 15 of GRPO) went from 0.030
-to 0.022.
+in one process on its CPU. Not shown so far: the one run that ended (seed 0, 150 steps of SFT, 15 of GRPO) went from
+0.030 to 0.022.
 """
 
 from __future__ import annotations
