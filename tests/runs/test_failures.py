@@ -121,8 +121,8 @@ def test_a_killed_worker_ends_the_run_naming_role_rank_and_step(
     pids: dict[str, tuple[int, ...]] = {}
     original = Cluster.add_pool
 
-    def remembering(self: Cluster, name: str, pool: PoolConfig) -> Any:
-        made = original(self, name, pool)
+    def remembering(self: Cluster, name: str, pool: PoolConfig, team: int = 0) -> Any:
+        made = original(self, name, pool, team)
         pids[name] = made.pids
         return made
 
