@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.recipe_files import load_recipe
-from rlhf_dist.roles import LanguageModel, Reward, base_of
+from rlhf_dist.roles import Function, LanguageModel, Reward, base_of
 from tests.tiny import save_classifier, save_judge, save_llama
 
 Launch = Callable[..., dict[str, Any]]
@@ -74,7 +74,10 @@ def small(recipe: str, data: Path) -> list[str]:
     for role, kind in loaded.roles.items():
         if base_of(kind) is LanguageModel:
             settings += [f"{role}.rollout.engine=transformers", f"{role}.rollout.max_response_tokens=8"]
-        settings.append(f"{role}.function={DIGITS}" if base_of(kind) is Reward else f"{role}.optimizer.lr=1e-3")
+        if base_of(kind) is Reward:
+            settings.append(f"{role}.function={DIGITS}")
+        elif base_of(kind) is not Function:  # it has no weights
+            settings.append(f"{role}.optimizer.lr=1e-3")
     return settings
 
 
