@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos docs gpu-evidence models-table clean
+.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos comparison docs gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,6 +90,9 @@ bench-executor: install  ## schedules against their bounds, data plane, controll
 
 chaos: install  ## faults of every kind, each against an undisturbed run: one JSON line; ARGS="--mode episodes", ARGS="--random 7 --minutes 60"
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+comparison: install  ## the shelf's algorithms on the demo's task from one SFT start, three seeds: a table and one JSON line
+	$(BIN)/python -m benchmarks.comparison $(ARGS)
 
 bench-recovery: install  ## throughput with a fault every 50 steps at 1,024 ranks, on a simulated clock: one JSON line
 	$(BIN)/python -m benchmarks.recovery

@@ -66,11 +66,15 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def comparable(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what a clock has measured."""
+    """Lines of metrics.jsonl without what a clock has measured; what combines in the order of arrival, to 12 digits."""
     clocks = ("time_s/", "store/", "recover", "memory_copy")
     timed = ("_s", "_seconds", "per_s", "step_s")
     return [
-        {name: value for name, value in row.items() if not name.startswith(clocks) and not name.endswith(timed)}
+        {
+            name: float(f"{value:.12g}") if name.endswith("_std") else value
+            for name, value in row.items()
+            if not name.startswith(clocks) and not name.endswith(timed)
+        }
         for row in read_metrics(folder)
     ]
 

@@ -23,7 +23,9 @@ class WarmCluster(Cluster):
         """First process of a pool -> the name its slots are kept under."""
 
     def __exit__(self, *error: object) -> None:
-        self.idle += self.pools.values()
+        for name, pool in self.pools.items():
+            self.idle.append(pool)
+            self.watch.remove(name)
         self.pools.clear()
 
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
@@ -58,4 +60,5 @@ class WarmCluster(Cluster):
         if found is not None:
             self.idle.remove(found)
             self.pools[name] = replace(found, name=name)
+            self.watch.add(self.pools[name])  # under the name that this run knows it by
         return self.pools.get(name)
