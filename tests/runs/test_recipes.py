@@ -187,6 +187,7 @@ def test_each_generation_of_a_step_has_the_weights_of_the_update_before_it(launc
     assert graph and all(np.array_equal(graph[name], eager[name]) for name in graph)
 
 
+@pytest.mark.timeout(600)  # three runs in processes of their own
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
     settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2")
     every_2 = "output.checkpoint_every=2"
