@@ -542,11 +542,12 @@ class _Run:
         left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
         if not any(left):
             self._publish(self.pending)
-            self.saved, self.pending = step, None
+            self.pending = None
 
     def _publish(self, pending: PendingCheckpoint) -> None:
         uploads = self.uploads
         complete = pending.finish() if uploads is None else pending.finish(uploads.in_use)
+        self.saved = pending.step
         if uploads is not None:
             uploads.add(complete)
 
