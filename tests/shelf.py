@@ -51,5 +51,8 @@ def rules_of(recipe: str) -> list[str]:
 
 def questions_of(recipe: str) -> list[str]:
     """Settings that ask a judge of a few hundred tokens less than it takes, where the recipe's own question is long."""
-    short = {"algorithm.question": "'{prompt} {response}'", "actor.rollout.max_prompt_tokens": 256}
-    return [f"{key}={value}" for key, value in short.items()] if recipe == "self_rewarding" else []
+    short = {
+        "self_rewarding": ("algorithm.question='{prompt} {response}'", "actor.rollout.max_prompt_tokens=256"),
+        "domain_features": ("algorithm.question='{prompt} {response_ids}'",),
+    }
+    return list(short.get(recipe, ()))

@@ -31,10 +31,11 @@ PAPERS = {
 }
 
 
-def ndcg(found: Sequence[int], wanted: Collection[int]) -> float:
-    """Normalised discounted cumulative gain of a ranking, with gain 1 for what is wanted."""
+def ndcg(found: Sequence[int], wanted: Collection[int], most: int) -> float:
+    """Normalised discounted cumulative gain of a ranking of at most `most`, with gain 1 for what is wanted: 1 for one
+    that begins with all of it, or with `most`."""
     gain = sum(1 / log2(place + 2) for place, one in enumerate(found) if one in wanted)
-    return gain / (sum(1 / log2(place + 2) for place in range(min(len(wanted), len(found)))) or 1.0)
+    return gain / (sum(1 / log2(place + 2) for place in range(min(len(wanted), most))) or 1.0)
 
 
 def coverage(found: Sequence[int], wanted: Collection[int]) -> float:
@@ -64,7 +65,7 @@ class Expansion(Environment):
         reply = await chat.generate()
         hits = await chat.run(index_of(self.corpus, self.column).search, f"{row.prompt} {reply.text}", self.results)
         found = [number for number, _ in hits]
-        chat.reward(self.relevance * ndcg(found, wanted) + self.covered * coverage(found, wanted))
+        chat.reward(self.relevance * ndcg(found, wanted, self.results) + self.covered * coverage(found, wanted))
 
 
 @dataclass(frozen=True, kw_only=True)

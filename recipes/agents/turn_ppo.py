@@ -30,7 +30,7 @@ PAPERS = {
         rows=(173,),
         status="outline",
         needs=("TURN", "ROLL", "VER", "CRIT"),
-        settings={"algorithm.game": "constraints"},
+        settings={"algorithm.game": "constraints", "algorithm.guesses": 3},
         assumed="four constraints on a text in place of its tasks; every attempt is rewarded; 3 attempts",
     ),
     "lmrl_gym": Paper(

@@ -126,7 +126,7 @@ def compared(batch: Batch) -> HostResult:
 @recipe
 def credit_beam(prompts: Prompts, policy: LanguageModel, reference: Reference, reward: Reward, cfg: CreditBeam) -> None:
     """Credits, and responses by beams of them."""
-    plain = reward.compute_reward(policy.generate_sequences(prompts))
+    plain = reward.compute_reward(policy.generate_sequences(prompts, max_tokens=cfg.chunk * cfg.depth))
     left, done = begun(prompts), None
     for _ in range(cfg.depth):
         drawn = policy.generate_sequences(left, n=cfg.branch, max_tokens=cfg.chunk)

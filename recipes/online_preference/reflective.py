@@ -1,11 +1,11 @@
 """PRS: preference-guided reflective sampling (Ye and Ng 2024, arXiv 2408.12163): a tree of two layers, not n samples.
 
-    y_1 ... y_N/2 ~ pi(. | x, p),   y* = argmax r(x, p, y_i),   f ~ pi(. | x, p, y*)   what could be better
+    y_1 ... y_N/2 ~ pi(. | x),      y* = argmax r(x, p, y_i),   f ~ pi(. | x, p, y*)   what could be better
     y_N/2+1 ... y_N ~ pi(. | x, p, y*, f)
 
-p is the preference in words, a part of both questions. What was refined is a response to the prompt itself: all N are
-compared by the reward, and the policy learns from them as from any, by DPO on the best and the worst or by likelihood
-of the best.
+p is the preference in words, a part of the two questions that follow the first layer. What was refined is a response
+to the prompt itself: all N are compared by the reward, and the policy learns from them as from any, by DPO on the best
+and the worst or by likelihood of the best.
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ PAPERS = {
         year=2024,
         arxiv="2408.12163",
         rows=(86,),
+        status="outline",
         needs=NEEDS,
         assumed="one preference for all prompts, in our own words; the first layer reads the prompt alone",
     ),
@@ -47,6 +48,7 @@ PAPERS = {
         year=2024,
         arxiv="2408.12163",
         rows=(86,),
+        status="outline",
         needs=NEEDS,
         settings={"algorithm.learner": "nll"},
         assumed="one preference for all prompts, in our own words; the first layer reads the prompt alone",

@@ -22,6 +22,7 @@ PAPERS = {
         year=2024,
         arxiv="2406.14088",
         rows=(2,),
+        status="outline",
         needs=("PLACE", "ROLL", "RM", "REF", "CRIT"),
         settings={"placement": "standalone"},
         assumed=(

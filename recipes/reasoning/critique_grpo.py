@@ -37,7 +37,8 @@ PAPERS = {
         rows=(151,),
         status="outline",
         needs=("ROLL", "VER", "JUDGE", "BRANCH", "MIX", "ADV"),
-        assumed="gamma 0.1; the best refinement of each prompt joins; the words of both questions",
+        assumed="gamma 0.1; the best refinement of each prompt joins, be it right or not, as one row of its "
+        "group; the words of both questions",
     )
 }
 CRITIQUE = """\
@@ -102,4 +103,4 @@ def critique_grpo(prompts: Prompts, actor: Actor, judge: Judge, reward: Reward, 
     batch = batch.concat(marked(refined.select(*names, "group_id"), refined=True))
     batch = grpo_advantage(actor.compute_log_prob(batch))
     refined, own = batch.where("refined")
-    actor.update_actor([(own, ppo_clip(cfg.clip)), (refined, shaped_likelihood(cfg.gamma))])
+    actor.update_actor([(own, ppo_clip(cfg.clip)), (refined, shaped_likelihood(cfg.gamma), 1 / cfg.samples_per_prompt)])

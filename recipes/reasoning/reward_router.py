@@ -51,8 +51,10 @@ PAPERS = {
         year=2025,
         arxiv="2503.22230",
         rows=(12,),
+        status="outline",
         needs=("ROLL", "VER", "JUDGE", "SAMP", "BRANCH", "MRM"),
-        assumed="half of the prompts are kept, in each step; 100 first steps; the wording; PPO's constants",
+        assumed="half of the prompts are kept, in each step and not before PPO, rewards of all "
+        "routes ranked together; 100 first steps; the wording; PPO's constants",
     )
 }
 

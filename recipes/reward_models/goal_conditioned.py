@@ -4,7 +4,8 @@
     L_con = -log [ exp(cos(s, g+) / tau) / (exp(cos(s, g+) / tau) + exp(cos(s, g-) / tau)) ]
 
 s is the state at a token of the chosen response, g+ at a later one of the same response, g- at one of the rejected
-response; all three are drawn evenly, anew at every step. The states are those that the score is made of.
+response: s and g- are drawn evenly, g+ evenly of what follows, anew at every step. A pair whose chosen response has one
+token, or whose rejected one has none, has no contrast. The states are those that the score is made of.
 """
 
 from dataclasses import dataclass
@@ -45,17 +46,19 @@ class GoalConditioned:
 
 @host_op(reads=("response_mask", "label"), writes=("source", "goal"), scope="batch")
 def drawn_states(batch: Batch, *, rng: np.random.Generator) -> Batch:
-    """`source` and `goal`: 1 at one token each, the goal not before the source; a rejected response has a goal alone.
-    Rows without tokens have neither."""
+    """`source` and `goal`: 1 at one token each, the goal behind the source; a rejected response has a goal alone.
+    A chosen response of fewer than two tokens has neither, nor has a row without tokens."""
     mask = batch["response_mask"]
     source, goal = np.zeros((2, len(mask.values)), np.float32)
     for row, length in enumerate(mask.lengths):
-        first, second = sorted(rng.integers(0, max(int(length), 1), 2))
-        start = int(mask.offsets[row])
-        if length and batch["label"].values[row] > 0:
-            source[start + first] = 1
-        if length:
-            goal[start + second] = 1
+        start, count = int(mask.offsets[row]), int(length)
+        if batch["label"].values[row] <= 0:
+            if count:
+                goal[start + rng.integers(count)] = 1
+        elif count > 1:
+            at = int(rng.integers(count - 1))
+            source[start + at] = 1
+            goal[start + rng.integers(at + 1, count)] = 1
     return Batch({"source": Column(source, mask.offsets), "goal": Column(goal, mask.offsets)}, batch.num_rows)
 
 
@@ -72,7 +75,8 @@ def contrastive_preference(model, rows, contrast_coef: float = 0.1, tau: float =
         return found / found.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
     here, ahead, other = state(rows["source"]), state(rows["goal"] * chosen), state(rows["goal"] * (1 - chosen))
-    contrast = -log_sigmoid(((here * ahead).sum(1) - (here * other).sum(1)) / tau)
+    drawn = (here.norm(dim=1) > 0) & (other.norm(dim=1) > 0)
+    contrast = -log_sigmoid(((here * ahead).sum(1) - (here * other).sum(1)) / tau) * drawn
     value = -log_sigmoid(won - lost) + contrast_coef * contrast
     metrics = {"accuracy": (won > lost).to(value.dtype), "margin": (won - lost).detach(), "contrast": contrast.detach()}
     return value, metrics

@@ -31,16 +31,18 @@ PAPERS = {
         arxiv="2406.08469",
         rows=(114,),
         needs=("RMT", "HID"),
-        assumed=FROZEN + "K 4, 16 dimensions, f linear; the logistic loss",
+        assumed=FROZEN + "K 4, 16 dimensions, f linear; the logistic loss; learned, and no response is scored",
     ),
     "vpl": Paper(
         title="VPL: variational preference learning",
         year=2024,
         arxiv="2408.10075",
         rows=(113,),
+        status="outline",
         needs=("RMT", "HID", "ALT"),
         settings={"algorithm.kind": "vpl"},
-        assumed=FROZEN + "a user's pairs of the batch are the context; b 0.1; rewards are scaled by nothing",
+        assumed=FROZEN + "a user's pairs of the batch are the context; b 0.1; rewards are not scaled per user, and no "
+        "response is scored",
     ),
     "dmoerm": Paper(
         title="DMoERM: experts of tasks and of capabilities",
@@ -52,7 +54,7 @@ PAPERS = {
         settings={"algorithm.kind": "dmoerm"},
         assumed=FROZEN
         + "experts are maps of rank 4 on the last state in place of adapters of every layer; the task is "
-        "the row's own, not a router's",
+        "the row's own, not a router's; no response is scored",
     ),
 }
 

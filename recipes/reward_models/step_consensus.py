@@ -1,6 +1,7 @@
 """Process reward models from two labellers (Zhang et al. 2025, arXiv 2501.07301): what both agree on is kept.
 
-    Monte Carlo   a step is right if any of n completions from there reaches the right answer
+    Monte Carlo   a step is right if any of n completions from there reaches the right answer; what is judged is the
+                  beginning with its completion, and of a solution that has ended the solution itself
     judge         a language model says whether a step is right
     kept          solutions whose first wrong step is the same for both;  cross-entropy at the ends of their steps, to
                   the first wrong one
@@ -25,7 +26,7 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.missing import is_missing
 from rlhf_dist.parsers import Choice
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.roles import Judge, Opponent, Prompts, Reward, RewardModel
+from rlhf_dist.roles import Judge, Opponent, Prompts, Reward, RewardModel, Speller
 from rlhf_dist.transforms import mean_of_children, verdict_means
 
 QUESTION = """\
@@ -68,15 +69,17 @@ class StepConsensus:
 
 
 @host_op(
-    reads=("response_ids", "response_mask", "row_id"),
-    writes=("response_ids", "response_mask", "solution", "step"),
+    reads=("response_ids", "response_mask", "response", "text_ends", "finished", "row_id"),
+    writes=("response_ids", "response_mask", "so_far", "ended", "solution", "step"),
     rows="derive",
     copies=MOST_STEPS,
 )
 def beginnings(batch: Batch, *, step_tokens: int) -> HostResult:
-    """A row for each step, whose response ends there; `solution`: row_id of the whole one, `step`: from 0. A solution
-    without tokens has no step; one of more than 64 steps is an error."""
+    """A row for each step, whose response ends there; `so_far`: its text, `ended`: whether nothing follows on it,
+    `solution`: row_id of the whole one, `step`: from 0. A solution without tokens has no step; one of more than 64
+    steps is an error."""
     parents, steps, ids, masks = list[int](), list[int](), [], []
+    texts, ended = list[str](), list[float]()
     for row in range(batch.num_rows):
         said, mask = batch["response_ids"].row(row), batch["response_mask"].row(row)
         ends = [*range(step_tokens, len(said), step_tokens), len(said)] if len(said) else []
@@ -89,13 +92,25 @@ def beginnings(batch: Batch, *, step_tokens: int) -> HostResult:
         steps += range(len(ends))
         ids += [said[:end] for end in ends]
         masks += [mask[:end] for end in ends]
+        text, places = batch["response"].row(row), batch["text_ends"].row(row)
+        texts += [text[: places[end - 1]] for end in ends]
+        ended += [float(end == len(said) and batch["finished"].values[row] > 0) for end in ends]
     columns = {
         "response_ids": Column.ragged(ids, dtype="int32"),
         "response_mask": Column.ragged(masks, dtype="uint8"),
+        "so_far": Column.strings(texts),
+        "ended": Column(np.array(ended, np.float32)),
         "solution": Column(batch["row_id"].values[np.array(parents, np.int64)]),
         "step": Column(np.array(steps, np.int64)),
     }
     return HostResult(columns=Batch(columns, len(parents)), parent=np.array(parents, np.int64))
+
+
+@host_op(reads=("so_far", "ended", "response"), writes=("response",))
+def completed_text(batch: Batch) -> Batch:
+    """The beginning and its completion, as text; a solution that has ended has none."""
+    rows = zip(batch["so_far"].rows(), batch["response"].rows(), batch["ended"].values, strict=True)
+    return Batch({"response": Column.strings([a if ended else a + b for a, b, ended in rows])}, batch.num_rows)
 
 
 @host_op(reads=("rewards",), writes=("rewards",))
@@ -170,14 +185,21 @@ def _solutions(batch: Batch) -> list[np.ndarray[Any, Any]]:
 
 @recipe
 def step_consensus(
-    prompts: Prompts, policy: Opponent, judge: Judge, verifier: Reward, learner: RewardModel, cfg: StepConsensus
+    prompts: Prompts,
+    policy: Opponent,
+    judge: Judge,
+    verifier: Reward,
+    learner: RewardModel,
+    speller: Speller,
+    cfg: StepConsensus,
 ) -> None:
     """Labels of steps by completions and by a judge, and a model of those they share."""
-    solutions = policy.generate_sequences(prompts, n=cfg.samples_per_prompt)
+    solutions = speller.spell(policy.generate_sequences(prompts, n=cfg.samples_per_prompt), of="policy")
     # Without the prompt's tokens, what the op writes is of the policy's tokenizer alone, and the judge can be shown it.
     steps = beginnings(solutions.drop("prompt_ids"), step_tokens=cfg.step_tokens)
     steps = steps.join(solutions, on="parent", prompt_ids="prompt_ids")
-    ends = verifier.compute_reward(policy.generate_sequences(steps, prefix="response_ids", n=cfg.completions))
+    ends = completed_text(policy.generate_sequences(steps, prefix="response_ids", n=cfg.completions))
+    ends = verifier.compute_reward(ends)
     steps = mean_of_children(steps, is_right(ends, right=cfg.right), into="completed")
     verdict = Choice({cfg.words[0]: 1.0, cfg.words[1]: 0.0}, after=cfg.marker)
     verdicts = judge.generate_sequences(steps, template=Template(cfg.question), parser=verdict)

@@ -53,8 +53,11 @@ PAPERS = {
         rows=(194,),
         status="outline",
         needs=("CRIT", "ROLL", "RM", "TREE"),
-        settings={"algorithm.look_ahead": 0, "algorithm.pick": "resample", "algorithm.step_tokens": 1},
-        assumed="`expand` samples of the next token in place of its top k; the value model is trained by vas",
+        settings={
+            **{"algorithm.look_ahead": 0, "algorithm.pick": "resample", "algorithm.width": 1},
+            **{"algorithm.step_tokens": 1, "algorithm.steps": 256},
+        },
+        assumed="`expand` samples of the next token in place of its top k, 256 of them; the value model is vas's",
     ),
 }
 QUESTION = """\

@@ -4,7 +4,8 @@
     q       (Q_theta(s) - Q(s))^2,   Q(s) = max over s' that follow on s of gamma Q(s'),  Q(leaf) = reward      QLASS
 
 Responses that are drawn as a tree share beginnings, so that pairs differ from a fork on. A model of `q` guides
-generation: it is the reward of guided_decoding. `imitate` has the policy learn the best leaf of each tree first.
+generation: it is the reward of guided_decoding. `imitate` has the policy learn the best leaf of each prompt
+whose leaves are not all alike, too.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rlhf_dist.algorithms import bradley_terry, nll
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, RewardModel
-from rlhf_dist.transforms import best_of_group, tree_nodes, tree_pairs
+from rlhf_dist.transforms import best_of_group, drop_equal_groups, tree_nodes, tree_pairs
 
 PAPERS = {
     "step_values": Paper(
@@ -71,4 +72,4 @@ def step_values(prompts: Prompts, actor: Actor, reward: RewardModel, cfg: StepVa
     else:
         reward.update_reward_model(tree_nodes(tree, backup="max", gamma=cfg.gamma), loss=step_regression())
     if cfg.imitate:
-        actor.update_actor(best_of_group(tree), loss=nll())
+        actor.update_actor(best_of_group(drop_equal_groups(tree)), loss=nll())

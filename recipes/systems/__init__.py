@@ -17,8 +17,10 @@ PAPERS = {
         year=2023,
         arxiv="2305.14387",
         rows=(5,),
-        needs=("ROLL", "RM", "REF", "CRIT", "JUDGE", "PAIRJ", "FILT", "EVAL"),
-        assumed="binary FeedME is the recipe kto's data, and not a stage; constants are those of the recipes",
+        status="outline",
+        needs=("ROLL", "RM", "REF", "CRIT", "JUDGE", "FILT"),
+        assumed="binary FeedME is sft on rows marked good, best-of-n and win rates are recipes, and none a stage; "
+        "constants are those of the recipes",
     ),
     "summarize_from_feedback": Paper(
         title="Learning to summarize from human feedback",

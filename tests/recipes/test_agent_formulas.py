@@ -75,8 +75,9 @@ def test_what_a_frozen_partner_does_is_what_is_rewarded() -> None:
 
 def test_expansions_are_worth_what_the_engine_finds() -> None:
     # Wanted 3 and 5, found 3, 1, 5: gains 1/log2(2) + 1/log2(4) = 1.5 of at most 1/log2(2) + 1/log2(3).
-    assert ndcg([3, 1, 5], {3, 5}) == pytest.approx(1.5 / (1 + 1 / log2(3))) and coverage([3, 1], {3, 5}) == 0.5
-    assert ndcg([], {3}) == 0 and ndcg([3, 5], {3, 5}) == 1 and coverage([], set()) == 0
+    assert ndcg([3, 1, 5], {3, 5}, 3) == pytest.approx(1.5 / (1 + 1 / log2(3))) and coverage([3, 1], {3, 5}) == 0.5
+    assert ndcg([3], {3, 5}, 10) == pytest.approx(1 / (1 + 1 / log2(3))), "one hit is not all that is wanted"
+    assert ndcg([], {3}, 3) == 0 and ndcg([3, 5], {3, 5}, 2) == 1 and coverage([], set()) == 0
 
 
 def test_refuel_compares_the_first_turn_that_is_not_shared() -> None:

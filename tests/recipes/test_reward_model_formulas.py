@@ -20,7 +20,14 @@ from recipes.reward_models.consistency import (
 )
 from recipes.reward_models.goal_conditioned import contrastive_preference, drawn_states
 from recipes.reward_models.seq2seq_reward import better_after_worse
-from recipes.reward_models.step_consensus import agreed, beginnings, first_wrong, is_right, process_bench
+from recipes.reward_models.step_consensus import (
+    agreed,
+    beginnings,
+    completed_text,
+    first_wrong,
+    is_right,
+    process_bench,
+)
 from rlhf_dist.algorithms import bradley_terry
 from rlhf_dist.algorithms.contract import ModelOutput
 from rlhf_dist.batch import Batch, Column
@@ -57,7 +64,10 @@ def test_source_and_goal_are_drawn_in_order() -> None:
         made = drawn_states(batch, rng=np.random.default_rng(seed))
         source, goal = values(made, "source"), values(made, "goal")
         assert sum(source[:4]) == sum(goal[:4]) == sum(goal[4:]) == 1 and sum(source[4:]) == 0
-        assert source.index(1) <= goal.index(1)
+        assert source.index(1) < goal.index(1)
+    one = Batch({"response_mask": masked(1, 3), "label": numbers(1, -1, dtype="int8")})
+    made = drawn_states(one, rng=np.random.default_rng(0))
+    assert sum(values(made, "source")) == 0 and values(made, "goal")[0] == 0, "one token has none behind it"
 
 
 def test_the_rewriter_reads_the_prompt_and_the_worse_response() -> None:
@@ -143,6 +153,9 @@ def test_a_solution_is_cut_at_the_ends_of_its_steps() -> None:
         {
             "response_ids": ragged([1, 2, 3, 4, 5], [], [6, 7], dtype="int32"),
             "response_mask": masked(5, 0, 2),
+            "response": Column.strings(["abcdef", "", "gh"]),
+            "text_ends": ragged([1, 2, 4, 5, 6], [], [1, 2], dtype="int32"),  # the third token is two characters
+            "finished": numbers(1, 1, 0, dtype="uint8"),
             "row_id": numbers(10, 11, 12, dtype="int64"),
         }
     )
@@ -154,6 +167,10 @@ def test_a_solution_is_cut_at_the_ends_of_its_steps() -> None:
         [1, 2, 3, 4, 5],
         [6, 7],
     ]
+    assert made.columns["so_far"].rows() == ["ab", "abcde", "abcdef", "gh"]
+    assert values(made.columns, "ended") == [0, 0, 1, 0], "the last solution was cut"
+    completions = Batch({**made.columns, "response": Column.strings(["X", "Y", "Z", "W"])}, 4)
+    assert completed_text(completions)["response"].rows() == ["abX", "abcdeY", "abcdef", "ghW"]
     assert values(made.columns, "solution") == [10, 10, 10, 12] and values(made.columns, "step") == [0, 1, 2, 0]
     with pytest.raises(ValueError, match="at most 64 steps, got 65 of 1 tokens; set algorithm.step_tokens to 2"):
         beginnings(
@@ -161,6 +178,7 @@ def test_a_solution_is_cut_at_the_ends_of_its_steps() -> None:
                 {
                     "response_ids": ragged([1] * 65, dtype="int32"),
                     "response_mask": masked(65),
+                    **{"response": Column.strings([""]), "finished": numbers(0), "text_ends": ragged([0] * 65)},
                     "row_id": numbers(1, dtype="int64"),
                 }
             ),

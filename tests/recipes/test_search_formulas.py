@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from math import exp, log
 
 import numpy as np
 import pytest
 
-from recipes.agents.reex_sql import composite, run_sql
+from recipes.agents.reex_sql import Database, composite, run_sql
 from recipes.reasoning.b_star import balance, balanced
 from recipes.reasoning.critique_grpo import shaped_likelihood
 from recipes.reasoning.smart import as_first_attempt
@@ -19,6 +20,7 @@ from recipes.search.step_preferences import visit_smoothed
 from rlhf_dist.algorithms import dpo
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.environments import PolicyError
+from tests.episodes.test_shipped import played
 from tests.recipes.rows import gradient, masked, numbers, of_rows, ragged, values
 
 
@@ -172,3 +174,17 @@ def test_sql_reads_and_nothing_else() -> None:
     ):
         with pytest.raises(PolicyError, match="the query does not run"):
             run_sql(schema, query)
+
+
+def test_an_answer_of_sql_is_worth_what_its_rows_are() -> None:
+    row = {"answer": "select 1", "fields": json.dumps({"schema": "create table t(a); insert into t values (1);"})}
+
+    def of(*turns: str) -> float:
+        return played(Database(), turns, **row).rewards[0]
+
+    # right 1, parsed 0.1, explore 0.1 (1 - 1 / (1 + k)) of k different queries that ran
+    assert of("<sql>select a from t</sql>", "<answer>select a from t</answer>") == pytest.approx(1 + 0.1 + 0.1 / 2)
+    assert of("<sql>select b</sql>", "<answer>select 1</answer>") == pytest.approx(1.1), "a query that does not run"
+    assert of("<answer>select 2</answer>") == pytest.approx(0.1) and of("who knows") == 0.0
+    said = played(Database(), ["<sql>select a from t</sql>", "<answer>select 1</answer>"], **row).said
+    assert said == ["\n(1,)\n"]
