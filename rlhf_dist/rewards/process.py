@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import signal
@@ -26,6 +27,7 @@ from multiprocessing import Pipe
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 from rlhf_dist.rewards.calls import NOT_CALLED, Outcome, Rows
@@ -126,15 +128,15 @@ class ScoringProcess:
                         self.close()
                     return None
             now = time.monotonic()
-            calls, text = np.flatnonzero((started > 0) & (now - started > self._limits.timeout_s + LATE_S)), ""
+            calls, text = under_way(started, now - self._limits.timeout_s - LATE_S), ""
             if ended is not None:
-                calls, text = np.flatnonzero(started > 0), _ending(ended)
+                calls, text = under_way(started), _ending(ended)
             elif len(calls):
                 text = f"did not return within {self._role}.timeout_s={self._limits.timeout_s:g} s"
             elif now - looked > MEMORY_EVERY_S:
                 looked, used = now, child.memory_bytes()
                 if used > self._limits.memory_bytes:
-                    calls = np.flatnonzero(started > 0)
+                    calls = under_way(started)
                     text = (
                         f"took {used >> 20} MiB with what it started, more than {self._role}.memory_bytes="
                         f"{self._limits.memory_bytes}"
@@ -142,6 +144,13 @@ class ScoringProcess:
             if text:
                 rows = left if self._signature.batched and len(calls) else [left[call] for call in calls]
                 return _Failure(text, [row for row in rows if outcomes[row] is None])
+
+
+def under_way(started: npt.NDArray[np.float64], before: float = math.inf) -> npt.NDArray[np.int64]:
+    """Calls that began before a time and have not returned. started: [calls], 0 for one that is not under way; the child
+    writes it meanwhile, so it is read once: what returns between two looks would have begun at 0, long ago."""
+    seen = np.array(started)
+    return np.flatnonzero((seen > 0) & (seen < before))
 
 
 @dataclass(frozen=True)

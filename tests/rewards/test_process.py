@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -15,7 +17,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.rewards.calls import Outcome
 from rlhf_dist.rewards.child import Limits
 from rlhf_dist.rewards.load import load_reward
-from rlhf_dist.rewards.process import OUTPUT_BYTES, ScoringProcess
+from rlhf_dist.rewards.process import OUTPUT_BYTES, ScoringProcess, under_way
 from rlhf_dist.rewards.rule import RewardFunctionError, reward_columns
 
 SOURCE = """
@@ -207,3 +209,19 @@ def test_a_reward_has_none_of_the_runs_secrets_but_those_that_are_named(  # type
     with pytest.raises(RewardFunctionError, match="reward.environment names NOT_THERE, which is not set"):
         with scoring("environment", environment=("NOT_THERE",)):
             pass
+
+
+class _Returning(np.ndarray):  # type: ignore[type-arg]
+    """A table whose calls return between one look and the next."""
+
+    def __gt__(self, other: Any) -> Any:
+        seen = np.asarray(self) > other
+        np.asarray(self)[:] = 0.0
+        return seen
+
+
+def test_a_call_that_returns_while_it_is_looked_at_is_not_overdue() -> None:
+    table = np.array([0.0, 100.0]).view(_Returning)
+    assert under_way(table, before=40.0).tolist() == []
+    assert under_way(np.array([0.0, 30.0, 100.0]), before=40.0).tolist() == [1]
+    assert under_way(np.array([0.0, 30.0, 100.0])).tolist() == [1, 2]
