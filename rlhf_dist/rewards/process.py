@@ -147,8 +147,10 @@ class ScoringProcess:
 
 
 def under_way(started: npt.NDArray[np.float64], before: float = math.inf) -> npt.NDArray[np.int64]:
-    """Calls that began before a time and have not returned. started: [calls], 0 for one that is not under way; the child
-    writes it meanwhile, so it is read once: what returns between two looks would have begun at 0, long ago."""
+    """Calls that began before a time and have not returned. started: [calls], 0 for one that is not under way.
+
+    The child writes it meanwhile, so it is read once: what returns between two looks would have begun at 0, long ago.
+    """
     seen = np.array(started)
     return np.flatnonzero((seen > 0) & (seen < before))
 
