@@ -154,9 +154,12 @@ def _recipes_in(spec: str) -> tuple[str, dict[str, Recipe]]:
             variants = [one for one in load_papers() if one.endswith(f"/{name}")]
             if variants:
                 raise ConfigError(f"unknown recipe {name}; did you mean {' or '.join(variants)}?")
-            message = unknown(name, names, "recipe")
-            there = f" There is {', '.join(names)}." if "did you mean" in message else "."
-            raise ConfigError(f"{message}{there} A recipe of your own is named by its file, path/to/mine.py")
+            message = unknown(name, names, "recipe")  # where nothing is like it, all names: a screenful
+            message = message if "did you mean" in message else f"unknown recipe {name}."
+            raise ConfigError(
+                f"{message} `rlhf-dist recipes --search TEXT` lists those there are ({len(names)}); one of your own is "
+                "named by its file, path/to/mine.py"
+            )
         where, module = f"recipe {name}", _import_ours(names[name])
     found = {
         value.name: value
