@@ -144,6 +144,11 @@ class LiveChat:
         return self.speakers[name]
 
     @property
+    def limits(self) -> EpisodeLimits:
+        """See Chat."""
+        return self.budget.limits
+
+    @property
     def messages(self) -> Messages:
         """See Chat."""
         return self.conversation.messages or [{"role": "user", "content": self.conversation.row_text}]
