@@ -165,7 +165,7 @@ def _most_tokens(request: Mapping[str, Any]) -> int | None:
             continue
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise BadRequest(f"{name} must be a number >= 1, got {most!r}; leave it out for what the episode has left")
-        return most
+        return int(most)
     return None
 
 
