@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -183,9 +183,9 @@ class Numbers:
         return {self.column: [float(one) for one in found]} if found else None
 
 
-def parsed_columns(parser: Parser, texts: list[str]) -> tuple[dict[str, Column], int]:
-    """The columns of some responses, `parsed` among them, and how many could not be parsed."""
-    values = [_checked(parser, _said(parser, text)) for text in texts]
+def parsed_columns(parser: Parser, texts: Sequence[str | None]) -> tuple[dict[str, Column], int]:
+    """The columns of some responses, `parsed` among them, and how many could not be parsed; None: there is none."""
+    values = [None if text is None else _checked(parser, _said(parser, text)) for text in texts]
     columns: dict[str, Column] = {}
     for name, kind in parser.columns.items():
         rows = [None if row is None else row[name] for row in values]

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: asked over HTTP, within bounds, and never twice about the same.
+"""A judge behind an OpenAI-compatible endpoint: asked over HTTP, within bounds; a rank never asks twice about the same.
 
     row ── template ──> messages ── known? ──> the kept answer
                                      │ no
@@ -7,11 +7,13 @@
                ^    │
                │    ├─ 408, 409, 425, 429, 5xx, no connection, no answer in time: again, after Retry-After or back-off
                └────┘
-                    └─ tries or deadline used up: the row has no verdict, which is counted
+                    └─ tries or deadline used up: the row has no verdict, which is counted; the run ends as soon as
+                       more than `most_failed` of all rows have none
         401, 403, 404: the run ends, whatever is asked next would be answered so, too
 
 An answer is kept under a hash of all that it depends on (address, model, messages, sampling, which vote), one line of
-JSON each in the run's folder, so that a run that goes on asks only what it has not heard.
+JSON each in the run's folder, so that a run that goes on asks only what it has not heard. Two ranks with the same
+question in one run ask it twice: files are read when a process starts.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,8 @@ class Counts:
     asked: int = 0
     kept: int = 0
     again: int = 0
+    failed: int = 0
+    """Answers that there will not be; a question that several rows have counts for each."""
     why: str = ""
     """Of the last failure."""
 
@@ -128,12 +133,6 @@ class RemoteJudgeWorker:
         ]
         counts = Counts()
         texts = asyncio.run(self._all(messages, n, asked, counts)) if messages else []
-        failed = sum(text is None for text in texts)
-        if failed > self._config.most_failed * len(texts):
-            raise JudgeUnavailable(
-                f"{failed} of {len(texts)} questions to {self._config.url} have no answer, at most a share of "
-                f"{self._config.most_failed:g} may ({self._role}.most_failed); the last: {counts.why}"
-            )
         parent = np.repeat(np.arange(batch.num_rows), n)
         found = {
             "prompt": Column.strings([one[-1]["content"] for one in messages]).take(parent),
@@ -143,10 +142,10 @@ class RemoteJudgeWorker:
             "asked": Mean(float(counts.asked), 0),
             "kept_answers": Mean(float(counts.kept), 0),
             "asked_again": Mean(float(counts.again), 0),
-            "unanswered": Mean(float(failed), 0),
+            "unanswered": Mean(float(counts.failed), 0),
         }
         if parser is not None:
-            parsed, unparsed = parsed_columns(parser, [text or "" for text in texts])
+            parsed, unparsed = parsed_columns(parser, texts)
             found |= parsed
             metrics["unparsed"] = Mean(float(unparsed), float(len(texts)))
         return OpResult(columns=Batch(found, len(texts)), parent=parent, metrics=metrics)
@@ -172,13 +171,14 @@ class RemoteJudgeWorker:
         requests = [{"model": self._config.served_model, "messages": one, **sampling} for one in messages]
         keys = [self._key(request, vote) for request in requests for vote in range(n)]
         questions = dict(zip(keys, (request for request in requests for _ in range(n)), strict=True))
+        times = Counter(keys)
         try:
             async with (
                 aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
                 asyncio.TaskGroup() as group,
             ):
                 tasks = {
-                    key: group.create_task(self._one(session, room, key, request, counts))
+                    key: group.create_task(self._one(session, room, key, request, counts, (times[key], len(keys))))
                     for key, request in questions.items()
                 }
         except ExceptionGroup as failures:
@@ -190,8 +190,16 @@ class RemoteJudgeWorker:
         return hashlib.sha256(content.encode()).hexdigest()
 
     async def _one(
-        self, session: Any, room: asyncio.Semaphore, key: str, request: Mapping[str, Any], counts: Counts
+        self,
+        session: Any,
+        room: asyncio.Semaphore,
+        key: str,
+        request: Mapping[str, Any],
+        counts: Counts,
+        share: tuple[int, int],
     ) -> str | None:
+        """The answer to a question that so many of all rows have (`share`). Raises JudgeUnavailable once too many of
+        them have none: no more is asked of an endpoint that is down."""
         known = self._verdicts.get(key)
         if known is not None:
             counts.kept += 1
@@ -204,7 +212,15 @@ class RemoteJudgeWorker:
                 text, counts.why = None, f"no answer within {self._config.deadline_s:g} s ({self._role}.deadline_s)"
         if text is not None:
             self._verdicts.put(key, text)
-        return text
+            return text
+        rows, of = share
+        counts.failed += rows
+        if counts.failed > self._config.most_failed * of:
+            raise JudgeUnavailable(
+                f"{counts.failed} of {of} questions to {self._config.url} have no answer, at most a share of "
+                f"{self._config.most_failed:g} may ({self._role}.most_failed); the last: {counts.why}"
+            )
+        return None
 
     async def _answered(self, session: Any, request: Mapping[str, Any], counts: Counts) -> str | None:
         """The answer; None once it was asked for as often as it may be, or cannot be answered."""
@@ -232,7 +248,7 @@ class RemoteJudgeWorker:
                 counts.why = f"{type(error).__name__}: {error}"
             if wait is not None:  # the endpoint's own wish, for all that is sent to it
                 self._not_before = max(self._not_before, time.monotonic() + wait)
-            else:
+            elif attempt + 1 < self._config.tries:
                 most = min(self._config.backoff_most_s, self._config.backoff_s * 2**attempt)
                 await asyncio.sleep(random.uniform(most / 2, most))
         return None

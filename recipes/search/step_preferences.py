@@ -158,7 +158,7 @@ def step_preferences(
     else:
         pairs = tree_pairs(tree, least_gap=cfg.least_gap)
     if cfg.value_loss != "none":
-        terms = [(tree_nodes(tree), step_regression())]
+        terms = [(tree_nodes(tree, most_steps=cfg.depth), step_regression())]
         critic.update_reward_model([*terms, (pairs, bradley_terry())] if cfg.value_loss == "ranked" else terms)
     if cfg.kind == "orpo":
         actor.update_actor(pairs, loss=without_reference("orpo", cfg.beta))

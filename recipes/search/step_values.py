@@ -70,6 +70,7 @@ def step_values(prompts: Prompts, actor: Actor, reward: RewardModel, cfg: StepVa
     if cfg.kind == "pairs":
         reward.update_reward_model(tree_pairs(tree), loss=bradley_terry())
     else:
-        reward.update_reward_model(tree_nodes(tree, backup="max", gamma=cfg.gamma), loss=step_regression())
+        steps = tree_nodes(tree, backup="max", gamma=cfg.gamma, most_steps=cfg.depth)
+        reward.update_reward_model(steps, loss=step_regression())
     if cfg.imitate:
         actor.update_actor(best_of_group(drop_equal_groups(tree)), loss=nll())

@@ -8,7 +8,8 @@
     anything else                                             400
 
 Sampling is the role's: a request for another temperature would be answered with tokens of another policy than the rows
-say. One server for all episodes of an event loop, which stops with the last of them.
+say. A turn that nobody waits for any more is drawn to its end: a client that lost patience and asks again gets it. One
+server for all episodes of an event loop, which stops with the last of them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _TAKEN = frozenset(
 )
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "tool"}
 _LIMIT_BYTES = 16 << 20
+_SHUTDOWN_S = 0.3
+"""What requests have to end with their server: less than a cancelled episode has (`workers/episodes/play.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,27 +64,42 @@ class Session:
     known: list[tuple[Any, ...]] = field(default_factory=list)
     """Messages so far, the model's among them, as `_key` has them."""
     answer: dict[str, Any] | None = None
-    """To the last request."""
+    """To the last request; None while what it said has none."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Requests under way, those that nobody waits for among them."""
+
+    async def answered(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """See complete; it goes on where whoever asked goes away, so that nothing is said twice to who asks again."""
+        task = asyncio.ensure_future(self.complete(request))
+        self.tasks.add(task)
+        task.add_done_callback(self._done)
+        return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is looked at, so that asyncio does not complain that nobody did
 
     async def complete(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request. Raises BadRequest, and what the chat raises."""
-        messages = self._checked(request)
+        messages, most = self._checked(request), _most_tokens(request)
         async with self.lock:
             keys = [_key(message) for message in messages]
             if self.answer is not None and keys == self.known[:-1]:
                 return self.answer
             new = messages[len(self.known) :]
-            if keys[: len(self.known)] != self.known or not new or any(one["role"] == "assistant" for one in new):
+            silent = not new and keys[-1][0] == "assistant"  # what was said and not answered may be asked for again
+            if keys[: len(self.known)] != self.known or silent or any(one["role"] == "assistant" for one in new):
                 raise BadRequest(
                     f"messages must be the {len(self.known)} of the conversation so far, as they were sent and "
                     "answered, and new ones behind them that are not the assistant's; rows are what the model was "
                     "given and drew"
                 )
+            self._check_lengths(new)
             for message in new:
                 self.chat.say(_text(message), role=_ROLES[message["role"]])
-            most = request.get("max_completion_tokens") or request.get("max_tokens")
+            self.known, self.answer = keys, None
             reply = await self.chat.generate(max_tokens=most)
             message = self._message(reply)
             self.known = [*keys, _key(message)]
@@ -113,6 +131,15 @@ class Session:
             _text(message)
         return messages
 
+    def _check_lengths(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        most = self.chat.limits.message_characters
+        longest = max((len(_text(message)) for message in messages), default=0)
+        if longest > most:
+            raise BadRequest(
+                f"a message has at most {most} characters (EpisodeLimits.message_characters), got {longest}; cut it "
+                "where that is meant"
+            )
+
     def _message(self, reply: Reply) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": reply.text}
         try:
@@ -129,6 +156,17 @@ class Session:
                 for number, call in enumerate(calls)
             ]
         return message
+
+
+def _most_tokens(request: Mapping[str, Any]) -> int | None:
+    for name in ("max_completion_tokens", "max_tokens"):
+        most = request.get(name)
+        if most is None:
+            continue
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise BadRequest(f"{name} must be a number >= 1, got {most!r}; leave it out for what the episode has left")
+        return int(most)
+    return None
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -184,15 +222,18 @@ class _Server:
         application = self._web.Application(client_max_size=_LIMIT_BYTES)
         application.router.add_post("/v1/chat/completions", self._complete)
         application.router.add_get("/v1/models", self._models)
-        self._runner = self._web.AppRunner(application, access_log=None, handler_cancellation=True)
+        self._runner = self._web.AppRunner(
+            application, access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S
+        )
         await self._runner.setup()
-        site = self._web.TCPSite(self._runner, "127.0.0.1", 0, shutdown_timeout=1.0)
+        site = self._web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
 
     async def stop(self) -> None:
         runner, self._runner, self.url = self._runner, None, ""
-        await runner.cleanup()
+        if runner is not None:
+            await runner.cleanup()
 
     async def _models(self, request: Any) -> Any:
         if self._session(request) is None:
@@ -207,12 +248,7 @@ class _Server:
             given = await request.json()
             if not isinstance(given, dict):
                 raise BadRequest("a request is a JSON object")
-            task = asyncio.ensure_future(session.complete(given))
-            session.tasks.add(task)
-            try:
-                answer = await task
-            finally:
-                session.tasks.discard(task)
+            answer = await session.answered(given)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whoever asked is told; its own code decides what follows
@@ -239,20 +275,21 @@ async def served(
 ) -> AsyncIterator[Endpoint]:
     """The endpoint of an episode, while it is open. What is still asked at its end is let go of."""
     loop = asyncio.get_running_loop()
-    if loop not in _SERVERS:
-        _SERVERS[loop] = _Server()
-    server = _SERVERS[loop]
     token, session = secrets.token_urlsafe(24), Session(chat, tools, parser)
-    async with server.lock:
-        if not server.sessions:
-            await server.start()
-        server.sessions[token] = session
+    server = _SERVERS.get(loop) or _SERVERS.setdefault(loop, _Server())
+    server.sessions[token] = session  # from here on whoever leaves lets it run
     try:
+        async with server.lock:
+            if not server.url:
+                await server.start()
         yield Endpoint(url=server.url, token=token)
     finally:
-        for task in session.tasks:
+        server.sessions.pop(token, None)  # before anything is awaited: an episode may be cancelled here, too
+        for task in list(session.tasks):
             task.cancel()
         async with server.lock:
-            del server.sessions[token]
             if not server.sessions:
+                # A lock that was waited for refers to the loop, and so would its own entry.
+                if _SERVERS.get(loop) is server:
+                    del _SERVERS[loop]
                 await server.stop()

@@ -117,6 +117,11 @@ class Chat(Protocol):
     """Random numbers that depend on (run seed, step, node, row, copy, branch) only."""
 
     @property
+    def limits(self) -> EpisodeLimits:
+        """How far the episode may go."""
+        ...
+
+    @property
     def messages(self) -> Sequence[Mapping[str, Any]]:
         """The conversation so far, as `{"role": ..., "content": ...}`; the first is the prompt."""
         ...

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_dist.environments.environment import Chat, Row
 from rlhf_dist.environments.tool_calls import JsonCalls, ToolParser
 from rlhf_dist.environments.tool_use import ToolUse
@@ -44,8 +46,9 @@ class Index:
         if not words[0]:
             return []
         scores = self._index.get_scores(words[0])
-        order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))[:most]
-        return [(at, float(scores[at])) for at in order if scores[at] > 0]
+        found = np.flatnonzero(scores > 0)
+        order = found[np.argsort(-scores[found], kind="stable")[:most]]
+        return [(at, float(scores[at])) for at in order.tolist()]
 
 
 def read_corpus(file: str | Path, column: str) -> list[str]:

@@ -69,7 +69,8 @@ class Forest:
 
 
 def forest_of(batch: Batch) -> Forest:
-    """The forest of rows with `TREE_COLUMNS`. Raises ValueError where a tree's rows contradict each other."""
+    """The forest of rows with `TREE_COLUMNS`. Raises ValueError where the context that a row follows on is none
+    of them."""
     rewards, group_of_row = numbers(batch, "rewards", missing=True), groups(batch)
     trees, leaf = batch["tree"].values, batch["leaf"].values > 0
     numbering: dict[Key, int] = {}
@@ -125,7 +126,10 @@ def _place(text: str) -> tuple[tuple[int, ...], int]:
 def _row_before(
     tree: int, place: tuple[tuple[int, ...], int], closed: dict[tuple[int, tuple[int, ...], int], int]
 ) -> int | None:
-    """The row of the context that this one follows on: closed in this branch or in one above it."""
+    """The row of the context that this one follows on: closed in this branch or in one above it; None for the first.
+
+    Raises ValueError where it is missing.
+    """
     path, context = place
     if context == 0:
         return None
@@ -133,7 +137,10 @@ def _row_before(
         row = closed.get((tree, path[:length], context - 1))
         if row is not None:
             return row
-    return None
+    raise ValueError(
+        f"the context that a row follows on must be among the rows, and tree {tree} has none {context - 1} for branch "
+        f"{'/'.join(map(str, path)) + '.' + str(context)!r}; keep rows with leaf 0 with those of their group"
+    )
 
 
 def _added_up(parent: IntArray, ends: list[int], rewards: npt.NDArray[np.float32]) -> tuple[IntArray, Float64Array]:

@@ -66,16 +66,32 @@ def tree_pairs(batch: Batch, *, least_gap: float = 0.0, value: str | None = None
     return HostResult(columns=Batch(columns, len(taken)), parent=parent, metrics=metrics)
 
 
-@host_op(reads=STEP_READS, writes=STEP_WRITES, scope="groups", rows="derive", copies=2)
-def tree_nodes(batch: Batch, *, backup: Literal["mean", "max"] = "mean", gamma: float = 1.0) -> HostResult:
+@host_op(
+    reads=STEP_READS,
+    writes=STEP_WRITES,
+    scope="groups",
+    rows="derive",
+    copies=lambda settings: int(settings["most_steps"]),
+)
+def tree_nodes(
+    batch: Batch, *, backup: Literal["mean", "max"] = "mean", gamma: float = 1.0, most_steps: int = 2
+) -> HostResult:
     """Every step of the trees as a row of its own, with its value as `rewards`: what a step's value model learns from.
 
     backup: the mean reward of its leaves, or Bellman's Q(s) = r(s) + gamma max Q(s'), r the reward of a leaf at its
     last step. Steps without any rewarded leaf below are left out.
+
+    most_steps: most steps for each row, which plans count on: the depth of a search is always enough, 2 is where every
+    fork has at least two branches with leaves. Raises ValueError where there are more.
     """
     forest = forest_of(batch)
     values = forest.value if backup == "mean" else _best_below(batch, forest, gamma)
     known = np.flatnonzero(forest.leaves > 0)
+    if len(known) > most_steps * batch.num_rows:
+        raise ValueError(
+            f"tree_nodes makes at most {most_steps} steps for each row (most_steps), got {len(known)} of "
+            f"{batch.num_rows} rows; set most_steps to the depth of the search"
+        )
     columns, parent = _step_rows(batch, forest, known, values)
     metrics: Metrics = {"steps": Mean(float(len(known)), 0)}
     if len(known):

@@ -330,3 +330,49 @@ def test_a_recipe_knows_how_many_rows_there_may_be() -> None:
     assert (found.rows, found.groups, found.exact) == (60, 4, False)
     assert {"tree", "branch", "leaf", "segment"} <= set(dataflow["actor.run_episodes"].writes)
     assert RESPONSE_TOKENS > 12, "paths of three turns fit"
+
+
+def test_a_reward_that_no_row_would_have_is_refused(play_all: Play) -> None:
+    async def late(chat: Chat) -> None:
+        await turn(chat)
+        (branch,) = await chat.branch(turn, n=1)
+        branch.chat.reward(1.0)
+        chat.reward(2.0)
+
+    (episode, *_) = play_all(Of(late), texts=("2+2=",))
+    assert episode.outcome == "environment_error" and "got 2, which would be lost; reward before" in episode.detail
+
+    async def thrown_away(chat: Chat) -> None:
+        await turn(chat)
+        (branch,) = await chat.branch(turn, n=1)
+        branch.chat.discard()
+        chat.reward(2.0)
+
+    (episode,) = play_all(Of(thrown_away), texts=("2+2=",))
+    assert episode.outcome == "finished" and episode.total >= 2
+
+
+def test_a_branch_that_is_tried_again_begins_where_it_began(play_all: Play) -> None:
+    seen: list[int] = []
+
+    async def parts(chat: Chat) -> None:
+        await turn(chat)
+        gone_on = asyncio.Event()
+
+        async def fails_once(branch: Chat) -> None:
+            seen.append(len(branch.messages))
+            if len(seen) == 1:
+                await gone_on.wait()
+                raise ConnectionError("once")
+            await turn(branch)
+
+        branches = asyncio.ensure_future(chat.branch(fails_once, n=1))
+        await asyncio.sleep(0)
+        await turn(chat)
+        gone_on.set()
+        await branches
+
+    episodes = play_all(Of(parts), texts=("2+2=",))
+    assert seen == [2, 2] and [one.outcome for one in episodes] == ["finished"] * 2
+    columns = episode_columns(episodes, rewards=True, trees=[5, 5])
+    assert [np.unique(columns["segment"].row(row)).tolist() for row in range(2)] == [[0, 1], [0, 2]]

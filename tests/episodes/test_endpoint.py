@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
-from rlhf_dist.environments import EpisodeLimits, Row
-from rlhf_dist.environments.endpoint import Endpoint
+from rlhf_dist.environments import EpisodeLimits, Reply, Row
+from rlhf_dist.environments.endpoint import _SERVERS, BadRequest, Endpoint, Session, served
 from rlhf_dist.environments.openai_agent import OpenAIAgent
 from rlhf_dist.testing import check_environment
 from tests.episodes.conftest import Play
@@ -137,3 +139,93 @@ def goes_on(endpoint: Endpoint, row: Row) -> float:
 def test_an_agent_that_never_stops_ends_at_its_turns(play_all: Play) -> None:
     (episode,) = play_all(OpenAIAgent(agent=goes_on), EpisodeLimits(turns=3, seconds=300), texts=("2+2=",))
     assert (episode.outcome, episode.trains, episode.chat.conversation.turns) == ("turns", True, 3)
+
+
+class Slow:
+    """A chat whose turns take their time."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.limits = seconds, EpisodeLimits(message_characters=5)
+        self.said: list[str] = []
+        self.drawn = 0
+
+    def say(self, text: str, role: str = "user") -> None:
+        self.said.append(text)
+
+    async def generate(self, *, max_tokens: int | None = None) -> Reply:
+        self.drawn += 1
+        await asyncio.sleep(self.seconds)
+        return Reply(text="r", raw="r", finished=True, tokens=1)
+
+
+async def post(endpoint: Endpoint, timeout_s: float) -> str:
+    request, headers = {"messages": [{"role": "user", "content": "a"}]}, {"Authorization": f"Bearer {endpoint.token}"}
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as client:
+        async with client.post(f"{endpoint.url}/chat/completions", json=request) as answer:
+            return str((await answer.json())["choices"][0]["message"]["content"])
+
+
+def test_a_client_that_lost_patience_gets_the_turn_that_is_drawn() -> None:
+    chat: Any = Slow(0.3)
+
+    async def twice() -> str:
+        async with served(chat) as endpoint:
+            with pytest.raises(TimeoutError):
+                await post(endpoint, 0.1)
+            return await post(endpoint, 5.0)
+
+    assert (asyncio.run(twice()), chat.said, chat.drawn) == ("r", ["a"], 1)
+
+
+def test_a_turn_that_is_still_drawn_ends_with_its_episode() -> None:
+    chat: Any = Slow(600.0)
+
+    async def leaves() -> int:
+        async with served(chat) as endpoint:
+            with pytest.raises(TimeoutError):
+                await post(endpoint, 0.1)
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(leaves()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"messages": [{"role": "user", "content": text} for text in ("a", "too long")]}, "at most 5 characters"),
+        ({"max_tokens": 0}, "max_tokens must be a number >= 1, got 0"),
+        ({"max_completion_tokens": "4"}, "max_completion_tokens must be a number >= 1, got '4'"),
+    ],
+)
+def test_a_refusal_leaves_nothing_said(more: dict[str, Any], says: str) -> None:
+    chat: Any = Slow()
+
+    async def refused() -> None:
+        session, good = Session(chat), {"messages": [{"role": "user", "content": "a"}]}
+        with pytest.raises(BadRequest, match=says):
+            await session.answered({**good, **more})
+        assert chat.said == []
+        await session.answered(good)
+
+    asyncio.run(refused())
+    assert chat.said == ["a"]
+
+
+def test_the_last_episode_of_a_loop_leaves_no_server() -> None:
+    async def episode(seconds: float) -> str:
+        chat: Any = Slow()
+        async with served(chat) as endpoint:
+            await asyncio.sleep(seconds)
+            return await post(endpoint, 5.0)
+
+    async def all_of_them() -> list[str]:
+        cancelled = asyncio.ensure_future(episode(600.0))
+        found = await asyncio.gather(*(episode(0.02 * number) for number in range(4)))
+        cancelled.cancel()
+        await asyncio.wait({cancelled})
+        assert not _SERVERS, "dropped while the loop is there"
+        return [*found, await episode(0.0)]
+
+    assert asyncio.run(all_of_them()) == ["r"] * 5 and not _SERVERS

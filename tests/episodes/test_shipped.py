@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from rlhf_dist.environments.python_tool import PythonTool
 from rlhf_dist.environments.search_tool import Index, Search, read_corpus
 from rlhf_dist.environments.simulated_user import SimulatedUser
 from rlhf_dist.rewards.reasoning_gym import answer_json, reasoning_gym
+from rlhf_dist.sandbox import Limits, Result
 from rlhf_dist.testing import check_environment
+from workers.episodes.chat import in_thread
 
 
 @dataclass
@@ -77,6 +80,15 @@ def test_a_search_finds_what_shares_words_with_the_query(corpus: Path) -> None:
     index = Index(read_corpus(corpus, "text"))
     assert [at for at, _ in index.search("capital Italy", 3)] == [1, 0], "both words before one of them"
     assert index.search("zebra", 3) == [] and index.search("?", 3) == []
+    equal = Index(["bb aa", "aa cc", "bb", "aa cc", "aa"])
+    scores = equal.search("aa", 9)
+    assert scores == sorted(scores, key=lambda one: (-one[1], one[0])) and sorted(at for at, _ in scores) == [
+        0,
+        1,
+        3,
+        4,
+    ]
+    assert equal.search("aa", 2) == scores[:2]
     environment = Search(corpus=str(corpus), results=1, passage_characters=12)
     talk = played(environment, [call("search", query="Seine"), "It is paris, of course"], answer="Paris")
     assert talk.said == ["[1] The Seine fl ... (18 characters more)"] and talk.rewards == [0.0, 1.0]
@@ -108,6 +120,21 @@ def test_programs_run_in_a_sandbox_and_the_model_reads_what_they_print() -> None
     assert talk.said[2] == "xxxxxxxxxxxxxxxxxxxx ... (30 characters more)" and talk.rewards[-1] == 1.0
     with pytest.raises(PolicyError, match="<code> is not closed"):
         played(PythonTool(forgiving=False, parser=TextCalls()), ["<code>print(1)"])
+
+
+def test_a_place_in_the_sandbox_may_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def run(self, code: str) -> Result:
+            time.sleep(0.2)
+            return Result(outcome="ok", stdout="1")
+
+    class Threaded(Script):
+        async def run(self, function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+            return await in_thread(function, arguments, 0.1 if seconds is None else seconds)
+
+    monkeypatch.setattr("rlhf_dist.environments.python_tool.sandbox_of", lambda limits: Full())
+    chat: Any = Threaded([], Row({}))
+    assert asyncio.run(PythonTool(sandbox=Limits(wall_s=0.01)).use(chat, "")) == "1"
 
 
 def test_attempts_at_a_puzzle_sum_to_the_best_score() -> None:

@@ -83,7 +83,7 @@ def ask(judge: RemoteJudgeWorker, texts: list[str], **settings: Any) -> OpResult
 
     batch = Batch({"response": Column.strings(texts)})
     call = Call(num_rows=len(texts), row_index=np.arange(len(texts)), step=0, node="remote.ask", line="", seed=0)
-    return judge.ask(batch, call, template=Template("grade {response}"), parser=Number("Score:"), **settings)
+    return judge.ask(batch, call, template=Template("grade {response}"), **{"parser": Number("Score:"), **settings})
 
 
 def counted(result: OpResult) -> dict[str, float]:
@@ -151,6 +151,30 @@ def test_what_never_answers_is_missing_and_counted(server: Server, tmp_path: Pat
     with pytest.raises(JudgeUnavailable, match="the last: 400: too long"):
         ask(worker(server, tmp_path), ["d"])
     assert sum("grade d" in one["messages"][-1]["content"] for one in server.asked) == 1, "a 400 is not tried again"
+
+
+class Silence:
+    """A parser that has a verdict on nothing, too."""
+
+    columns = {"score": "number"}  # noqa: RUF012
+
+    def __call__(self, text: str) -> dict[str, float]:
+        return {"score": float(len(text))}
+
+
+def test_no_answer_is_no_verdict(server: Server, tmp_path: Path) -> None:
+    server.answer = lambda text, times: web.Response(status=400) if "b" in text else says("")
+    found = ask(worker(server, tmp_path, most_failed=0.5), ["a", "b"], parser=Silence())
+    assert found.columns["parsed"].values.tolist() == [1, 0] and found.columns["score"].values[0] == 0
+    assert is_missing(found.columns["score"].values).tolist() == [False, True]
+
+
+def test_a_judge_that_is_down_is_noticed_at_once(server: Server, tmp_path: Path) -> None:
+    server.answer = lambda text, times: web.Response(status=503)
+    judge = worker(server, tmp_path, tries=1, concurrency=1, backoff_s=60.0, backoff_most_s=60.0)
+    with pytest.raises(JudgeUnavailable, match="3 of 20 questions"):
+        ask(judge, [f"<{number}>" for number in range(20)])
+    assert len(server.asked) <= 4, "the rest is not asked, and nobody waits after a last try"
 
 
 def test_time_and_keys(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

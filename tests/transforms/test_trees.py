@@ -149,3 +149,16 @@ def test_steps_have_mean_values_or_bellmans() -> None:
     # Q(1) = max(1, 0) / 2, Q(0) = max(Q(1), Q(2)) / 2 = 1.
     assert best.columns["rewards"].values.tolist() == [1, 0.5, 1, 0, 2, 3]
     assert tree_nodes(batch_of(TWO_TREES), backup="max").columns["rewards"].values.tolist() == [2, 1, 1, 0, 2, 3]
+
+
+def test_a_context_that_a_row_follows_on_is_among_the_rows() -> None:
+    with pytest.raises(ValueError, match="tree 7 has none 0 for branch '0.1'; keep rows with leaf 0"):
+        tree_advantage(batch_of([(7, "0.1", [1], 1.0), (7, "1", [2], 0.0)]))
+
+
+def test_steps_of_a_chain_are_counted_before_a_run() -> None:
+    chain = batch_of([(7, "0/0", [0, 1, 2], 1.0)])
+    with pytest.raises(ValueError, match=r"at most 2 steps for each row \(most_steps\), got 3 of 1 rows"):
+        tree_nodes(chain)
+    assert tree_nodes(chain, most_steps=3).columns.num_rows == 3
+    assert (tree_nodes.copies_for({"most_steps": 3}), tree_nodes.copies_for({})) == (3, 2)

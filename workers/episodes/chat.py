@@ -144,6 +144,11 @@ class LiveChat:
         return self.speakers[name]
 
     @property
+    def limits(self) -> EpisodeLimits:
+        """See Chat."""
+        return self.budget.limits
+
+    @property
     def messages(self) -> Messages:
         """See Chat."""
         return self.conversation.messages or [{"role": "user", "content": self.conversation.row_text}]
@@ -213,6 +218,11 @@ class LiveChat:
             raise ValueError(
                 "chat.reward() is for a turn of the model, and it has had none; call chat.generate() first"
             )
+        if not self.drew and any(not child.discarded for child in self.children):
+            raise ValueError(
+                f"chat.reward() is for a row, and a chat that has branched and drawn nothing since is none, got "
+                f"{float(value):g}, which would be lost; reward before chat.branch(), or reward the branches"
+            )
         turn = self.turns - 1
         self.rewards[turn] = self.rewards.get(turn, 0.0) + float(value)
 
@@ -275,6 +285,11 @@ class LiveChat:
         )
         made.speakers = {name: replace(one.fork(number), whole=made) for name, one in self.speakers.items()}
         return made
+
+    def snapshot(self) -> LiveChat:
+        """The chat as it is now, to fork from later."""
+        speakers = {name: one.snapshot() for name, one in self.speakers.items()}
+        return replace(self, conversation=self.conversation.copy(), rewards=dict(self.rewards), speakers=speakers)
 
     def begin_segment(self) -> None:
         """What is said and drawn from here on is shared with none of the branches made so far."""

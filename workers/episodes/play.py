@@ -54,22 +54,23 @@ async def play_branches(
     chat: LiveChat, function: Callable[[Chat], Awaitable[T]], n: int, seconds: float | None
 ) -> list[Branch[T]]:
     """See Chat.branch."""
-    first = len(chat.children)
-    chat.children += [chat.fork(first + k) for k in range(n)]
+    first, origin = len(chat.children), chat.snapshot()
+    chat.children += [origin.fork(first + k) for k in range(n)]
     chat.begin_segment()
-    return list(await asyncio.gather(*(_play_branch(chat, first + k, function, seconds) for k in range(n))))
+    return list(await asyncio.gather(*(_play_branch(chat, origin, first + k, function, seconds) for k in range(n))))
 
 
 async def _play_branch(
-    parent: LiveChat, number: int, function: Callable[[Chat], Awaitable[T]], seconds: float | None
+    parent: LiveChat, origin: LiveChat, number: int, function: Callable[[Chat], Awaitable[T]], seconds: float | None
 ) -> Branch[T]:
+    """Child `number` of the parent, begun (each time) at `origin`, the parent as it was when it branched."""
     attempts = 0
     while True:
         branch, attempts = parent.children[number], attempts + 1
         returned = await _attempt(function, branch, seconds)
         if _outcome(branch) != "infrastructure_error" or attempts > parent.budget.limits.retries:
             break
-        parent.children[number] = parent.fork(number)
+        parent.children[number] = origin.fork(number)
     assert branch.ended is not None, "an attempt ends in an outcome"
     return Branch(chat=branch, outcome=branch.ended.outcome, detail=branch.ended.detail, returned=returned)
 

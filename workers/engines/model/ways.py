@@ -1,6 +1,6 @@
 """The ways rows can go through a model of the library, from the fastest to the one that is exact by definition.
 
-    shared    one long row, a prompt of several rows once       own attention (attention.py)
+    shared    one long row, common beginnings once              own attention (attention.py)
     packed    one long row, every row with its prompt           own attention
     grid      [B, L], padded on the right                       the library's attention and masks
     alone     one row a pass, whole logits                      the library's attention; the truth, not for training
@@ -26,7 +26,7 @@ class Way:
 
     @property
     def shares(self) -> bool:
-        """Equal prompts of a pass go through the model once."""
+        """What rows of a pass begin with goes through the model once, equal prompts and more (`prefixes.py`)."""
         return self.rows == "shared"
 
     @property
@@ -35,7 +35,7 @@ class Way:
         return self.rows in ("grid", "alone")
 
     def unshared(self) -> Way:
-        """Without sharing prompts."""
+        """Every row with the whole of its own prompt."""
         return replace(self, rows="packed") if self.shares else self
 
     def __str__(self) -> str:
