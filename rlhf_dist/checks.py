@@ -61,8 +61,9 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_name(launch)
     _check_tracker(launch)
     check_no_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
-    check_set_here(launch.run.ray.worker_env)
-    check_rewards(launch)
+    if cluster is None:
+        check_set_here(launch.run.ray.worker_env)
+    check_rewards(launch, here=cluster is None)
     check_weights(launch)
     shapes = {
         role: _shape(model, f"{role}.model.path", cluster is not None)
