@@ -11,16 +11,19 @@ config.yaml then has: the same settings later are the same files.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from rlhf_dist.failure import text_of
+from rlhf_dist.model_folder import WEIGHTS
 from rlhf_dist.typed import ConfigError
 
 HUB_ID = r"(?!models/|runs/)[A-Za-z0-9][\w.-]*/[\w.-]+"
@@ -76,7 +79,7 @@ def local_data(path: str, key: str) -> tuple[str, str]:
 def _local_rows(name: str, key: str) -> tuple[str, str]:
     if name.startswith(HUB):
         repository, inside = _of_data(name, key)
-        folder = _snapshot(*repository, "dataset", key)
+        folder = _snapshot(*repository, "dataset", key, inside)
         pinned = f"{OF_DATA}{repository[0]}@{folder.name}"
         return (f"{folder}/{inside}", f"{pinned}/{inside}") if inside else (str(folder), pinned)
     if not is_address(name):
@@ -98,12 +101,14 @@ def fetched(address: str, key: str) -> tuple[Path, list[Path]]:
         files, root = url_to_fs(address, skip_instance_cache=True, use_listings_cache=False)
         names, base = _listed(files, root)
         infos = [files.info(name) for name in names]
-        versions = [f"{name} {info['size']} {files.ukey(name)}" for name, info in zip(names, infos, strict=True)]
+        versions = [
+            f"{name} {info['size']} {_version(files, name, info)}" for name, info in zip(names, infos, strict=True)
+        ]
         mark = hashlib.sha256("\n".join([str(files.protocol), base, *versions]).encode()).hexdigest()[:24]
         folder = cache() / "files" / mark
         inside = [name[len(base) :].lstrip("/") for name in names]
         if not folder.is_dir():
-            _copy(files, names, [int(info["size"]) for info in infos], inside, folder)
+            _copy(files, names, [info["size"] for info in infos], inside, folder)
         return folder, [folder / name for name in inside]
     except Exception as error:  # whatever the library of a file system raises
         hint = "; pip install 'rlhf-dist[s3]'" if isinstance(error, ImportError) and address.startswith("s3") else ""
@@ -181,14 +186,25 @@ def _of_data(address: str, key: str) -> tuple[tuple[str, str | None], str]:
     return (found[1], found[2]), found[3] or ""
 
 
-def _snapshot(name: str, revision: str | None, kind: str, key: str) -> Path:
-    """The folder of a repository at a revision in the hub's cache; its name is the commit."""
+def _version(files: Any, name: str, info: Mapping[str, Any]) -> str:
+    """What another version of a file has another of: of the web what the server says, since a `ukey` is of the address
+    alone there."""
+    return str(info.get("ETag") or info.get("Last-Modified") or files.ukey(name))
+
+
+def _snapshot(name: str, revision: str | None, kind: str, key: str, inside: str = "") -> Path:
+    """The folder of a repository at a revision in the hub's cache; its name is the commit.
+
+    inside: the files, pattern or folder that is wanted of it; empty: all.
+    """
     from huggingface_hub import constants, snapshot_download
 
-    ignored: Any = NOT_OF_MODELS if kind == "model" else None
-    asked: dict[str, Any] = {"repo_type": kind, "revision": revision, "ignore_patterns": ignored}
+    asked: dict[str, Any] = {"repo_type": kind, "revision": revision, **_wanted(kind, inside)}
+    cached: Path | None = None
     try:
-        return Path(snapshot_download(name, local_files_only=True, **asked))
+        cached = Path(snapshot_download(name, local_files_only=True, **asked))
+        if _is_whole(cached, kind, inside):
+            return cached
     except Exception:  # it is not in the cache, whatever the library calls that
         pass
     try:
@@ -196,6 +212,8 @@ def _snapshot(name: str, revision: str | None, kind: str, key: str) -> Path:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         return Path(snapshot_download(name, etag_timeout=ANSWER_S, **asked))
     except Exception as error:  # no hub, no such repository, no right to it
+        if cached is not None and kind == "model":
+            return cached  # a config alone is enough for model.init=random; else the check of the model says what lacks
         said = " ".join(text_of(error).split())
         at = "" if revision is None else f" --revision {revision}"
         flag = "" if kind == "model" else f" --repo-type {kind}"
@@ -203,6 +221,25 @@ def _snapshot(name: str, revision: str | None, kind: str, key: str) -> Path:
             f"{key}: {name} is not in the cache {constants.HF_HUB_CACHE}, and could not be fetched ({said[:200]}); "
             f"where there is a network run `hf download {name}{flag}{at}`, with --local-dir FOLDER to set {key}=FOLDER"
         ) from error
+
+
+def _wanted(kind: str, inside: str) -> dict[str, Any]:
+    if kind == "model":
+        return {"ignore_patterns": list(NOT_OF_MODELS)}
+    # The hub's patterns are of whole paths, its `*` takes in folders, and `**/` is a folder at least.
+    return {"allow_patterns": [inside, f"{inside}/*", inside.replace("**/", "")] if inside else None}
+
+
+def _is_whole(folder: Path, kind: str, inside: str) -> bool:
+    """Whether a cached snapshot has what is asked for: others fetch single files into it, such as the tokenizer's."""
+    if kind != "model":
+        return not inside or any(glob.iglob(f"{glob.escape(str(folder))}/{inside}", recursive=True))
+    try:
+        indices = [json.loads(file.read_text()) for file in folder.glob("*.safetensors.index.json")]
+    except ValueError:
+        return False
+    shards = {name for index in indices for name in index["weight_map"].values()}
+    return any(any(folder.glob(pattern)) for pattern in WEIGHTS) and all((folder / name).is_file() for name in shards)
 
 
 def _listed(files: Any, root: str) -> tuple[Sequence[str], str]:
@@ -224,14 +261,15 @@ def _base(path: str) -> str | None:
     return parts[0].rpartition("/")[0] if len(parts) > 1 else None
 
 
-def _copy(files: Any, names: Sequence[str], sizes: Sequence[int], inside: Sequence[str], folder: Path) -> None:
+def _copy(files: Any, names: Sequence[str], sizes: Sequence[int | None], inside: Sequence[str], folder: Path) -> None:
+    """sizes: in bytes; None where a server does not say."""
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
     try:
         for name, size, where in zip(names, sizes, inside, strict=True):
             target = partial / where
             target.parent.mkdir(parents=True, exist_ok=True)
             files.get_file(name, str(target))
-            if target.stat().st_size != size:
+            if size is not None and target.stat().st_size != size:
                 raise OSError(f"{name} came with {target.stat().st_size} bytes instead of {size}")
         try:
             partial.rename(folder)

@@ -28,7 +28,7 @@ from rlhf_dist.output_checks import check_outputs
 from rlhf_dist.placement.roles import HOST_POOL, check_staleness, pool_size, rollout_of
 from rlhf_dist.reward_checks import check_rewards
 from rlhf_dist.role_kinds import generation_of, kind_of
-from rlhf_dist.secret_settings import check_secrets
+from rlhf_dist.secret_settings import check_no_secrets, check_set_here
 from rlhf_dist.slot_checks import check_cluster, check_slots
 from rlhf_dist.typed import ConfigError
 from rlhf_dist.weight_checks import check_weights
@@ -60,8 +60,10 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_numbers(launch)
     _check_name(launch)
     _check_tracker(launch)
-    check_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
-    check_rewards(launch)
+    check_no_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
+    if cluster is None:
+        check_set_here(launch.run.ray.worker_env)
+    check_rewards(launch, here=cluster is None)
     check_weights(launch)
     shapes = {
         role: _shape(model, f"{role}.model.path", cluster is not None)

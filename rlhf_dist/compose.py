@@ -55,6 +55,7 @@ from rlhf_dist.recipe_files import (
 )
 from rlhf_dist.role_kinds import RoleConfig, kind_of
 from rlhf_dist.roles import Reward, base_of
+from rlhf_dist.secret_settings import check_addresses
 from rlhf_dist.settings_file import (
     USERS_GROUPS,
     groups_of_ours,
@@ -273,6 +274,7 @@ def _build(root: type, composed: DictConfig, unused_roles: Set[str]) -> Any:
     settings = _resolved(composed)
     if not followed:
         settings["model"] = None  # Every role has a model of its own, so the shared one may be missing.
+    check_addresses(settings)
     _fetch(settings, composed, unused_roles)
     return typed.build(root, settings)
 
@@ -292,7 +294,8 @@ def _fetch(settings: dict[str, Any], composed: DictConfig, unused_roles: Set[str
     if isinstance(shared, dict) and shared.get("path") in pinned:
         OmegaConf.update(composed, "model.path", pinned[shared["path"]])
         shared["path"] = local_model(pinned[shared["path"]], "model.path")[0]
-    for key, source in _sources(settings["data"]):
+    data = settings["data"]  # what is of another form here, `typed.build` says
+    for key, source in _sources(data) if isinstance(data, dict) else ():
         if isinstance(source.get("path"), str) and is_address(source["path"]):
             source["path"], pinned_rows = local_data(source["path"], f"{key}.path")
             OmegaConf.update(composed, f"{key}.path", pinned_rows)
@@ -300,11 +303,14 @@ def _fetch(settings: dict[str, Any], composed: DictConfig, unused_roles: Set[str
 
 def _sources(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every section that says where rows come from, by its key."""
-    named = {f"data.sources.{name}": one for name, one in (data.get("sources") or {}).items()}
-    for key, source in {"data.train": data["train"], "data.heldout": data.get("heldout"), **named}.items():
+    sources = data.get("sources")
+    named = {f"data.sources.{name}": one for name, one in sources.items()} if isinstance(sources, dict) else {}
+    for key, source in {"data.train": data.get("train"), "data.heldout": data.get("heldout"), **named}.items():
         if isinstance(source, dict):
             yield key, source
-            yield from ((f"{key}.mix.{name}", part) for name, part in (source.get("mix") or {}).items())
+            mix = source.get("mix")
+            parts = mix.items() if isinstance(mix, dict) else ()
+            yield from ((f"{key}.mix.{name}", part) for name, part in parts if isinstance(part, dict))
 
 
 def _resolved(composed: DictConfig, section: str = "") -> dict[str, Any]:

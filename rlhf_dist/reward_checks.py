@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rlhf_dist.config import RewardConfig
+from rlhf_dist.config import RemoteJudgeConfig, RewardConfig
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -12,9 +14,12 @@ if TYPE_CHECKING:
     from rlhf_dist.rewards.signature import Signature
 
 
-def check_rewards(launch: Launch) -> None:
-    """Raise ConfigError for a reward without exactly one origin, one that cannot be loaded or asks for no column."""
+def check_rewards(launch: Launch, *, here: bool = True) -> None:
+    """Raise ConfigError for a reward without exactly one origin, one that cannot be loaded or asks for no column, and
+    for a judge without an endpoint. here: whether the run starts here, where its key must be set then."""
     for role, settings in launch.used_roles.items():
+        if isinstance(settings, RemoteJudgeConfig):
+            _check_endpoint(role, settings, launch.run.ray.worker_env, here)
         if not isinstance(settings, RewardConfig):
             continue
         if settings.function is not None and settings.model is not None:
@@ -29,6 +34,25 @@ def check_rewards(launch: Launch) -> None:
             )
         if settings.function is not None:
             _check_columns(launch, role, _loaded(launch, role, settings.function))
+
+
+def _check_endpoint(role: str, settings: RemoteJudgeConfig, worker_env: Mapping[str, str], here: bool) -> None:
+    if not settings.url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{role}.url must be the address of an endpoint, up to and with its version, got {settings.url!r}; set "
+            f"{role}.url=http://HOST:PORT/v1"
+        )
+    if not settings.served_model:
+        raise ConfigError(
+            f"{role}.served_model must be the model's name as {settings.url} calls it, got ''; set "
+            f"{role}.served_model=NAME"
+        )
+    variable = settings.key_variable
+    if here and variable and variable not in os.environ and variable not in worker_env:
+        raise ConfigError(
+            f"{role}.key_variable must name a variable that is set here, got {variable!r}; export {variable}, or set "
+            f"{role}.key_variable= for none"
+        )
 
 
 def _loaded(launch: Launch, role: str, function: str) -> Signature:

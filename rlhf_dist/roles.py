@@ -463,7 +463,7 @@ class Cost(Reward, Protocol):
 BASES: tuple[type, ...] = (LanguageModel, ValueModel, Reward, Function)
 """What every kind of role is one of."""
 KINDS: tuple[type, ...] = (
-    *(Actor, Critic, Reference, Reward, RewardModel, Cost, Teacher, Opponent, Judge),
+    *(Actor, Critic, Reference, Reward, RewardModel, Cost, Teacher, Opponent, Judge, RemoteJudge),
     *(LanguageModel, ValueModel, Function, Speller),
 )
 """The kinds of role there are; recipes may derive their own."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -89,6 +93,63 @@ def test_data_of_a_hub_are_files_of_the_cached_commit(hub: Path) -> None:
         launch("model.path=org/tiny", "data.train.path=hf://org/rows")
     with pytest.raises(ConfigError, match="hf download org/other --repo-type dataset"):
         local_data("hf://datasets/org/other", "data.train.path")
+
+
+def test_of_data_only_the_files_that_are_named_are_fetched_and_a_model_without_weights_is(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    cached_only = huggingface_hub.snapshot_download
+
+    def download(name: str, *, local_files_only: bool = False, **settings: Any) -> str:
+        if local_files_only:
+            return str(cached_only(name, local_files_only=True, **settings))
+        asked.append({"name": name, **settings})
+        if settings["repo_type"] == "dataset":
+            raise ConnectionError("no such file")
+        folder = hub / "models--org--tiny/snapshots" / NEW
+        (folder / "model.safetensors").write_text("")
+        return str(folder)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    local_data("hf://datasets/org/rows/data", "data.train.path")
+    local_data("hf://datasets/org/rows/**/test.jsonl", "data.train.path")
+    assert not asked, "they are in the cache"
+    with pytest.raises(ConfigError, match="org/rows is not in the cache"):
+        local_data("hf://datasets/org/rows/more/**/*.jsonl", "data.train.path")
+    assert asked.pop()["allow_patterns"] == ["more/**/*.jsonl", "more/**/*.jsonl/*", "more/*.jsonl"]
+    for _ in range(2):
+        local_model("org/tiny", "model.path")
+    assert [one["name"] for one in asked] == ["org/tiny"], "once: then it has weights"
+
+
+def test_a_file_of_the_web_is_copied_again_when_the_server_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"etag": "1", "body": b'{"prompt": "a"}\n'}
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("ETag", str(content["etag"]))
+            self.end_headers()  # no Content-Length: its size is not known
+            self.wfile.write(content["body"] if self.command == "GET" else b"")  # type: ignore[arg-type]
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+        first, again = (local_data(address, "data.train.path")[0] for _ in range(2))
+        assert first == again and rows_of(first) == ["a"]
+        content |= {"etag": "2", "body": b'{"prompt": "b"}\n'}
+        assert rows_of(local_data(address, "data.train.path")[0]) == ["b"]
+        server.shutdown()
 
 
 def rows_of(path: str) -> list[str]:

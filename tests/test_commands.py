@@ -13,7 +13,9 @@ import pytest
 
 from controller.commands.cli import _parsed, main
 from controller.commands.registry import EXIT_CODES, all_commands
-from rlhf_dist.secret_settings import kept_variables, plain_variables
+from rlhf_dist.compose import compose
+from rlhf_dist.secret_settings import check_addresses, check_no_secrets, kept_variables, plain_variables
+from rlhf_dist.typed import ConfigError
 from tests.tiny import save_llama
 
 COMMANDS = all_commands()
@@ -73,9 +75,10 @@ def test_a_run_tells_a_script_its_summary_and_keeps_no_secret(
     [
         "ray.worker_env={JUDGE_API_KEY: PLANTED}",
         "output.store_options={secret: PLANTED}",
+        "output.store_options={client_kwargs: {aws_secret_access_key: PLANTED}}",
         "ray.worker_env={A: $NOT_SET_4711}",
     ],
-    ids=["variable", "store", "not set"],
+    ids=["variable", "store", "store, nested", "not set"],
 )
 def test_a_secret_is_no_setting(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "remax", "--local", "model.path=nowhere", "task=addition", f"output.root={tmp_path}"]
@@ -87,9 +90,36 @@ def test_a_secret_is_no_setting(setting: str, tmp_path: Path, capsys: pytest.Cap
 
 def test_workers_get_secrets_in_a_call_and_all_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
-    given = {"JUDGE_API_KEY": "$JUDGE_API_KEY", "OTHER_TOKEN": "${JUDGE_API_KEY}", "LD_LIBRARY_PATH": "/opt/lib"}
+    given = {"JUDGE_API_KEY": "$JUDGE_API_KEY", "OTHER_TOKEN": "$JUDGE_API_KEY", "LD_LIBRARY_PATH": "/opt/lib"}
     assert plain_variables(given) == {"LD_LIBRARY_PATH": "/opt/lib"}
     assert kept_variables(given) == {"JUDGE_API_KEY": SECRET, "OTHER_TOKEN": SECRET}
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "PGPASSWORD", "key", "blob_sas", "AZURE_STORAGE_CONNECTION_STRING"])
+def test_secrets_are_known_by_their_names(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must not hold a secret"):
+        check_no_secrets({name: "x"}, {})
+    with pytest.raises(ConfigError, match=f"store_options.a.{name} must not hold a secret"):
+        check_no_secrets({name: f"${name}"}, {"a": {name: "x"}})
+
+
+def test_what_is_no_secret_is_a_setting() -> None:
+    check_no_secrets({"TOKENIZERS_PARALLELISM": "false", "MONKEY": "1"}, {"token": "anon", "anon": True, "key": None})
+    check_addresses({"data": {"path": "s3://bucket/a.jsonl,hf://datasets/a/b@v1/*[01].jsonl", "text": "a://b:c@d\n"}})
+    with pytest.raises(ConfigError, match=r"ray.worker_env.PATH must be \$NAME alone .* got '/opt:\$PATH'"):
+        check_no_secrets({"PATH": "/opt:$PATH"}, {})
+
+
+@pytest.mark.parametrize(
+    "address",
+    [f"https://me:{SECRET}@host/v1", f"https://host/a?X-Amz-Signature={SECRET}", f"az://a/b?x=1&sig={SECRET}"],
+)
+def test_an_address_holds_no_secret(address: str) -> None:
+    with pytest.raises(ConfigError, match="data.path must be an address without a secret") as error:
+        check_addresses({"data": {"path": f"rows.jsonl,{address}"}})
+    assert SECRET not in str(error.value)
+    with pytest.raises(ConfigError, match="^(model|actor.model).path must be an address without a secret"):
+        compose("sft", [f"model.path={address}", "task=none", "name=x"])
 
 
 def _blocks(path: Path) -> list[bytes]:

@@ -234,6 +234,19 @@ def test_a_mistaken_override_is_named_with_the_way_out(override: str, expected: 
     assert expected in text and "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train.mix={a: a.jsonl}", "data.train.mix.a is a section with path, .* got 'a.jsonl'"),
+        ("data.sources=x", "data.sources must be a mapping, got 'x'"),
+        ("data.train=a.jsonl", "data.train is a section with path, .* got 'a.jsonl'"),
+    ],
+)
+def test_a_text_in_place_of_a_section_of_rows_is_named(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{expected}"):
+        compose("sft", [override, "task=none", "name=x", "model.path=m"])
+
+
 def test_a_missing_model_is_named_with_the_choices() -> None:
     assert message("ppo", "model=none") == (
         "model.path has no value and needs one; set model.path=FOLDER, or choose model=demo, model=smollm2"

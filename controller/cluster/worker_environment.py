@@ -6,7 +6,7 @@ before a run is meant for the run; what says where one process runs, and what is
 
 from __future__ import annotations
 
-from rlhf_dist.secret_settings import SECRET
+from rlhf_dist.secret_settings import is_secret
 
 SENT = (
     "CUDA_",
@@ -35,5 +35,5 @@ OF_ONE_PROCESS = frozenset({"CUDA_VISIBLE_DEVICES", "VLLM_HOST_IP"})
 
 
 def is_sent(name: str) -> bool:
-    """Whether workers get this variable. They need no secret, for nothing is downloaded."""
-    return name.startswith(SENT) and name not in OF_ONE_PROCESS and not name.endswith(SECRET)
+    """Whether workers get this variable. They need no secret: models and data are fetched before they start."""
+    return name.startswith(SENT) and name not in OF_ONE_PROCESS and not is_secret(name)

@@ -42,7 +42,8 @@ def register(commands: Commands) -> None:
     submit.add_argument("--pip", metavar="PACKAGE", action="append", default=[], help="install it for the job (ray)")
     submit.add_argument(
         "--env", metavar="NAME[=VALUE]", action="append", default=[],
-        help="the job's environment; NAME alone: as it is here, so that no process argument shows it",
+        help="the job's environment; NAME alone: as it is here, so that no process argument here shows it (ray, k8s: "
+        "its value goes into the job's runtime environment or manifest, which others of the cluster can read)",
     )  # fmt: skip
     submit.add_argument("--option", metavar="OPTION", action="append", default=[], help="slurm: an option of sbatch")
     submit.add_argument("--folder", metavar="DIR", help="slurm: where job folders go; all nodes must see it")
@@ -150,10 +151,12 @@ def _job(arguments: argparse.Namespace) -> Job:
     from controller.submission.job import Job
     from rlhf_dist.checks import check_one_origin
     from rlhf_dist.planner.launch import compose_planned
+    from rlhf_dist.secret_settings import check_no_secrets
 
     if arguments.to == "ray" and arguments.nodes != "1":
         raise ConfigError("--nodes is for slurm and k8s; a Ray cluster has the nodes it has (placement.pools.*.nodes)")
     launch = compose_planned(arguments.recipe, arguments.overrides, arguments.config)
+    check_no_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
     check_one_origin(launch)  # models and data are looked for where the job runs
     variables = dict(_variable(text) for text in arguments.env)
     return Job(

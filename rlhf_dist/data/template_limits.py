@@ -8,7 +8,6 @@ before it does.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,8 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+from rlhf_dist.data.template_growth import FILTERS, length_of_filter, length_of_method, length_of_percent
 
 SECONDS = 5.0
 """Longest that one rendering may take; a usual one takes a millisecond."""
@@ -75,8 +76,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.filters[_COUNTED], self.filters[_CONCATENATED] = _counted, _concatenated
-        for name in ("center", "indent", "replace", "format", "join"):
-            self.filters[name] = _measured(self.filters[name])
+        for name in FILTERS:
+            self.filters[name] = _measured(name, self.filters[name])
+        self.globals.pop("lipsum", None)  # texts of any length, of nothing
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -85,8 +87,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:
         """Counted, and refused where a method of a text would make a very long one."""
         _step()
-        if isinstance(getattr(called, "__self__", None), str):
-            _check_growth(called.__self__, arguments)
+        method = getattr(called, "__wrapped__", called)  # the sandbox wraps `format`
+        if isinstance(text := getattr(method, "__self__", None), str):
+            _check_length(length_of_method(method.__name__, text, arguments, keywords))
         return super().call(context, called, *arguments, **keywords)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -101,10 +104,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check_length(left.bit_length() * max(right, 0))
         elif operator == "%" and isinstance(left, str):
-            _check_growth(left, [int(number) for number in _numbers(left)])
+            _check_length(length_of_percent(left, right if isinstance(right, tuple) else (right,)))
         return super().call_binop(context, operator, left, right)
 
 
+_ONE_BY_ONE = frozenset({"slice", "wordwrap"})
+"""Filters that are loops of Python themselves."""
 _COUNTED, _CONCATENATED = "counted by rlhf-dist", "concatenated by rlhf-dist"
 """No names that a template can write."""
 
@@ -143,41 +148,22 @@ def _concatenated(pieces: list[Any]) -> str:
     return "".join(texts)
 
 
-def _measured(function: Any) -> Any:
-    """A filter that is refused where it would make a very long text."""
+def _measured(name: str, function: Any) -> Any:
+    """A filter that is refused where it would make very much of what it is given."""
+    passes = hasattr(function, "jinja_pass_arg")  # which of context and environment Jinja puts before the value
 
-    def measured(first: Any, *arguments: Any, **keywords: Any) -> Any:
-        _step()
-        given = [*arguments, *keywords.values()]
-        texts = [one for one in (first, *given) if isinstance(one, str)]
-        _check_growth(texts[0] if texts else "", given)
-        return function(first, *arguments, **keywords)
+    def measured(*given: Any, **keywords: Any) -> Any:
+        first, *others = given[passes:]
+        if isinstance(first, Iterator):
+            first = list(_each(first))
+        length = length_of_filter(name, first, others, keywords)
+        _check_length(length)
+        _step(1 + (length if name in _ONE_BY_ONE else 0))
+        return function(*given[:passes], first, *others, **keywords)
 
-    for marker in ("jinja_pass_arg",):  # which of context and environment Jinja puts before the value
-        if hasattr(function, marker):
-
-            def passed(where: Any, first: Any, *arguments: Any, **keywords: Any) -> Any:
-                _step()
-                _check_growth(first if isinstance(first, str) else "", [*arguments, *keywords.values()])
-                return function(where, first, *arguments, **keywords)
-
-            passed.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
-            return passed
+    if passes:
+        measured.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
     return measured
-
-
-def _check_growth(text: str, arguments: Iterable[Any]) -> None:
-    """Of a method or filter with these arguments: a width says how long its result is, a text may come as often as
-    the first has characters."""
-    for one in itertools.chain(arguments):
-        if isinstance(one, int):
-            _check_length(one)
-        elif isinstance(one, str):
-            _check_length(len(text) * max(len(one), 1) if len(text) > 1 and len(one) > 64 else 0)
-
-
-def _numbers(text: str) -> list[str]:
-    return ["".join(group) for digit, group in itertools.groupby(text, str.isdigit) if digit][:64]
 
 
 def _step(count: int = 1) -> None:

@@ -23,6 +23,18 @@ ENDLESS = {
     "width": "{{ '%9999999999d' % 1 }}",
     "padding": "{{ 'a'.ljust(10000000000) }}",
     "centre": "{{ 'a' | center(10000000000) }}",
+    "format": "{{ '%9999999999d' | format(1) }}",
+    "format, width": "{{ '%*d' | format(9999999999, 1) }}",
+    "str.format": "{{ '{:9999999999}'.format(1) }}",
+    "str.format, width": "{{ '{:{}}'.format(1, '>9999999999') }}",
+    "str.format, often": "{{ ('{0}' * 100000).format('a' * 100000) }}",
+    "batch": "{{ [1] | batch(10000000000, 'x') | list }}",
+    "slice": "{{ [1] | slice(10000000000) | list }}",
+    "wordwrap": "{{ ('a ' * 100000) | wordwrap(1, wrapstring='b' * 100000) }}",
+    "replace": "{{ ('a' * 100000) | replace('a', 'b' * 100000) }}",
+    "str.replace": "{{ ('a' * 100000).replace('', 'b' * 100000) }}",
+    "indent": "{{ ('\\n' * 100000) | indent(100000) }}",
+    "join": "{{ ('a' * 100000) | join('b' * 100000) }}",
 }
 
 
@@ -53,6 +65,17 @@ def test_loops_and_texts_are_what_they_were() -> None:
         "{% for x in messages | selectattr('role', 'equalto', 'user') %}{{ x.content | replace('H', 'h') }}{% endfor %}"
         "{{ ['x', 'y'] | join('-') }}{{ 'c' | center(3) }}{{ '%03d' % 7 }}{{ 2 ** 5 }}{{ [1] + [2] }}"
     )
+    template += (
+        "{{ '%d %s' | format(99999999999, 'a') }}{{ '{:>5} {a}'.format(99999999999, a=1) }}{{ 'ab c' | wordwrap(2) }}"
+        "{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2, 3] | slice(2) | list }}{{ 'a\\nb' | indent(2, true) }}"
+        "{{ ('a' * 100000 + 'b').replace('b', 'c' * 1000) | length }}"
+        "{{ messages | map(attribute='role') | join(', ') }}"
+    )
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     expected = environment.from_string(template).render(messages=CHAT)
     assert render(template, CHAT, generation_prompt=False)[0] == expected
+
+
+def test_a_template_has_no_texts_of_nothing() -> None:
+    with pytest.raises(jinja2.TemplateError, match="'lipsum' is undefined"):
+        render("{{ lipsum(n=100) }}", CHAT, generation_prompt=False)

@@ -12,10 +12,13 @@ import pytest
 from aiohttp import web
 
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.compose import compose
 from rlhf_dist.config import RemoteJudgeConfig
 from rlhf_dist.missing import is_missing
 from rlhf_dist.parsers import Number
 from rlhf_dist.prompt_template import Template
+from rlhf_dist.reward_checks import check_rewards
+from rlhf_dist.typed import ConfigError
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.remote_judge import JudgeUnavailable, RemoteJudgeWorker
 
@@ -197,6 +200,24 @@ def test_time_and_keys(server: Server, tmp_path: Path, monkeypatch: pytest.Monke
         worker(server, tmp_path, key_variable="NO_KEY")
     with pytest.raises(ValueError, match="remote asks an endpoint and needs remote.url="):
         worker(server, tmp_path, url="")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((), "remote.url must be the address of an endpoint, .* got ''; set remote.url=http://HOST:PORT/v1"),
+        (("remote.url=http://h/v1",), "remote.served_model must be the model's name .* got ''"),
+        (
+            ("remote.url=http://h/v1", "remote.served_model=m", "remote.key_variable=NOT_SET_4711"),
+            "remote.key_variable must name a variable that is set here, got 'NOT_SET_4711'; export NOT_SET_4711",
+        ),
+    ],
+)
+def test_an_endpoint_is_checked_before_the_run_where_it_is_asked(settings: tuple[str, ...], said: str) -> None:
+    given = ("model.path=m", "judge.model.path=m", *settings)
+    check_rewards(compose("judge_grpo", given))
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        check_rewards(compose("judge_grpo", [*given, "algorithm.remote=true"]))
 
 
 def test_judge_grpo_asks_an_endpoint(server: Server) -> None:
