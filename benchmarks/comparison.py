@@ -115,6 +115,7 @@ def _started(root: Path) -> Path:
     if not made.exists():
         save_model(root / "random", 0)
         _local("sft", {**COMMON, **SFT, "model.path": root / "random", "name": "sft", "output.root": root})
+        shutil.rmtree(root / ".start", ignore_errors=True)  # of a call that was ended here
         shutil.copytree(root / "sft" / "models" / "actor", root / ".start")
         (root / ".start").rename(made)
     return made

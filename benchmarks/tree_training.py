@@ -28,7 +28,6 @@ from workers.engines.model.ways import Way
 
 CPU = torch.device("cpu")
 EXPAND, DEPTH = 3, 3
-TURNS = 5
 
 
 class Branching(Environment):

@@ -16,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,14 @@ def write_call(step: Path, call: SavedCall, write_state: Any = None) -> Path:
 
 def read_calls(step: Path, node: str) -> list[SavedCall]:
     """The parts of a node, in order. Raises ValueError for files that are not what was written."""
-    folders = [folder for folder in (step / node).glob("part_*") if (folder / "call.json").is_file()]
-    try:
-        return sorted((_read(folder) for folder in folders), key=lambda call: call.part)
-    except (OSError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{step / node} is not what a run wrote ({error}); save the step again") from error
+    with _as_written(step / node) as folders:
+        return [_read(folder) for folder in folders]
+
+
+def failure_of(step: Path, node: str) -> str:
+    """Why a node failed; empty where it did not. Reads none of its rows. Raises ValueError like `read_calls`."""
+    with _as_written(step / node) as folders:
+        return next((said for folder in folders if (said := str(_plain(folder)["failure"]))), "")
 
 
 def saved_steps(run: Path) -> dict[int, list[str]]:
@@ -168,8 +172,23 @@ def _joined(parts: Sequence[SavedRows]) -> SavedRows:
     )
 
 
+@contextmanager
+def _as_written(node: Path) -> Iterator[list[Path]]:
+    """The folders of its parts, in order; what is wrong with their files is said of them."""
+    try:
+        folders = [folder for folder in node.glob("part_*") if (folder / "call.json").is_file()]
+        yield sorted(folders, key=lambda folder: int(folder.name.removeprefix("part_")))
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{node} is not what a run wrote ({error}); save the step again") from error
+
+
+def _plain(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "call.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _read(folder: Path) -> SavedCall:
-    plain = json.loads((folder / "call.json").read_text(encoding="utf-8"))
+    plain = _plain(folder)
     files = sorted(folder.glob("batch_*.arrow"), key=lambda file: int(file.stem.split("_")[1]))
     outputs = _read_arrow(folder / "outputs.arrow") if (folder / "outputs.arrow").is_file() else None
     parent = _values(outputs, PARENT) if outputs is not None else None

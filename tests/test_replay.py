@@ -226,6 +226,20 @@ def test_parts_of_several_ranks_are_one_batch_in_the_order_of_the_whole(tmp_path
         read_calls(tmp_path, "a.b")
 
 
+def test_what_there_is_is_listed_without_reading_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("\ndata:\n\nplacement:\n\noutput:\n")
+    rows = SavedRows(columns=Batch({"x": Column(np.arange(2))}), row_index=np.arange(2))
+    for part, failure in ((0, ""), (1, "too large")):
+        write_call(step_folder(tmp_path, 3), SavedCall(step=3, node="a.b", part=part, failure=failure, batches=(rows,)))
+    for file in tmp_path.rglob("*.arrow"):
+        file.write_text("no rows")
+    assert main(["replay", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "--step 3 --node a.b   failed: too large\n"
+    (step_folder(tmp_path, 3) / "a.b/part_0/call.json").write_text("{")
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "is not what a run wrote" in capsys.readouterr().err
+
+
 def test_a_profiled_step_and_stacks_while_the_run_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,8 +7,10 @@ runs/NAME/profile/step_000003/main-0/actor.update_actor.json.gz   for https://ui
 from __future__ import annotations
 
 import resource
+import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +23,8 @@ MIB = 1 << 20
 
 @contextmanager
 def profiled(folder: Path, node: str) -> Iterator[None]:
-    """Trace what runs inside, and write it; what an op that fails has done until then, too."""
+    """Trace what runs inside, and write it; what an op that fails has done until then, too. A trace that cannot be
+    written is a line in the log, no failure of the op."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
@@ -29,12 +32,27 @@ def profiled(folder: Path, node: str) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats()
     before = psutil.Process().memory_info().rss
     profiler = torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True)
-    with profiler:
-        try:
-            yield
-        finally:
+    profiler.start()
+    try:
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+    except BaseException:
+        with suppress(Exception):  # a device that has failed says so again, of another place
             if on_gpu:
                 torch.cuda.synchronize()
+        raise
+    finally:
+        try:
+            profiler.stop()
+            _write(folder, node, profiler, before, on_gpu)
+        except Exception:
+            print(f"the profile of {node} could not be written", file=sys.stderr)
+            traceback.print_exc()
+
+
+def _write(folder: Path, node: str, profiler: torch.profiler.profile, before: int, on_gpu: bool) -> None:
+    """before: bytes of the process's memory when it began."""
     after = psutil.Process().memory_info().rss
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,10 @@ import os
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,18 @@ def stacks_on_demand(folder: Path, pools: Callable[[], Mapping[str, Pool]], repl
     ended = threading.Event()
 
     def look() -> None:
+        said = False
         while not ended.wait(LOOK_S):
-            with suppress(OSError):  # the disk is full or gone: who asks is told that nobody answers
+            try:
                 for asking in folder.glob(ASK):
                     asking.unlink(missing_ok=True)
                     _write(folder / LOGS / f"{asking.stem[1:]}.txt", _all_stacks(dict(pools()), replies))
+            except OSError:  # the disk is full or gone: who asks is told that nobody answers
+                pass
+            except Exception:  # the next who asks may have an answer
+                if not said:
+                    traceback.print_exc()
+                said = True
 
     for old in folder.glob(ASK):  # of who asked an earlier run
         old.unlink(missing_ok=True)
@@ -91,13 +99,13 @@ def _all_stacks(pools: Mapping[str, Pool], replies: Replies) -> str:
     own = threading.get_ident()
     here = {thread: frame for thread, frame in sys._current_frames().items() if thread != own}
     parts = [f"== the run itself, process {os.getpid()}\n{stacks_of(here)}"]
-    asked = {
-        process.beat.options(concurrency_group=BEATS).remote((), True): f"{name} {rank}"
-        for name, pool in pools.items()
-        if pool.node_ids  # of a local run: this process
-        for rank, process in enumerate(pool.processes)
-    }
     try:
+        asked = {
+            process.beat.options(concurrency_group=BEATS).remote((), True): f"{name} {rank}"
+            for name, pool in pools.items()
+            if pool.node_ids  # of a local run: this process
+            for rank, process in enumerate(pool.processes)
+        }
         told, silent = answered(asked, replies, ANSWER_S)
     except Exception as error:  # whatever Ray raises when it is gone
         return "\n".join([*parts, f"== the other processes could not be asked: {text_of(error)}\n"])
@@ -109,7 +117,7 @@ def _all_stacks(pools: Mapping[str, Pool], replies: Replies) -> str:
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # a line may hold half a character
     partial.replace(file)
 
 

@@ -41,7 +41,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"
 """What tells glibc to keep freed memory."""
 PROCESS_PATH = ("workers.process", "WorkerProcess")
 ROOM_S = 20.0
-"""Longest wait for slots that a pool grows into: the run stands still meanwhile."""
+"""Longest wait for slots that a pool grows into: the run stands still meanwhile, and can go on without them. Slots of
+the dead are waited for as at the start, `ray.ready_timeout_s`: it cannot go on without those."""
 KEEPER_PATH = ("workers.keeper", "Keeper")
 
 
@@ -188,7 +189,7 @@ class Cluster:
             # A process that is stopped does not hear that it is to end; without its reservation it is killed.
             gone = {old.bundles[rank][0] for rank in dead}
             self._reserved.release(name, {group for group, _ in old.bundles} - gone)
-            places = self._reserved.take(name, pool, old.team, again, self._slot(pool), ROOM_S)
+            places = self._reserved.take(name, pool, old.team, again, self._slot(pool), None if dead else ROOM_S)
         made = self._fill(old, pool, places, size)
         _kill(old.processes[size:])
         self._reserved.release(name, {group for group, _ in made.bundles})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,9 +36,9 @@ def replay_command(arguments: argparse.Namespace) -> int:
     from controller.lifecycle.replay import replay
     from rlhf_dist.typed import ConfigError
 
-    if arguments.step is None and arguments.node is None:
-        return _list(arguments.run, arguments.format)
     with users_mistakes():
+        if arguments.step is None and arguments.node is None:
+            return _list(arguments.run, arguments.format)
         if arguments.step is None or arguments.node is None:
             raise ConfigError("--step and --node are given together; without both, what is there is listed")
         done = replay(arguments.run, arguments.step, arguments.node, arguments.overrides, arguments.weights)
@@ -49,14 +48,14 @@ def replay_command(arguments: argparse.Namespace) -> int:
 
 def _list(run: Path, form: str) -> int:
     from controller.lifecycle.run_folder import is_run
-    from rlhf_dist.saved_calls import read_calls, saved_steps, step_folder
+    from rlhf_dist.saved_calls import failure_of, saved_steps, step_folder
     from rlhf_dist.typed import ConfigError
 
     if not is_run(run):
         raise ConfigError(f"{run} is not the folder of a run; give one, e.g. runs/ppo")
     steps = saved_steps(run)
     failed = {
-        step: {node: said for node in nodes if (said := _failure(read_calls(step_folder(run, step), node)))}
+        step: {node: said for node in nodes if (said := failure_of(step_folder(run, step), node))}
         for step, nodes in steps.items()
     }
     if form == "json":
@@ -71,10 +70,6 @@ def _list(run: Path, form: str) -> int:
             said = f"   failed: {failed[step][node]}" if node in failed[step] else ""
             print(f"--step {step} --node {node}{said}")
     return 0
-
-
-def _failure(calls: Iterable[object]) -> str:
-    return next((said for call in calls if (said := str(getattr(call, "failure", "")))), "")
 
 
 def _text(done: Replayed) -> list[str]:

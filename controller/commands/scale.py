@@ -8,7 +8,7 @@ from pathlib import Path
 from controller.commands.registry import Commands
 
 WAIT_S = 900.0
-"""For the end of the step under way, and the start of new processes."""
+"""For the end of a step, usually the next one, and the start of new processes."""
 
 
 def register(commands: Commands) -> None:

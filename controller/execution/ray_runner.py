@@ -395,8 +395,9 @@ class RayRunner:
         settings = self._kwargs(pending)
         for piece in pieces:
             given = [reading.given(pending.shards.parts[piece.part], None)]
-            call = build_call(node, pending.step, self.seed, given, settings)
             for number, rank in zip(piece.calls, piece.ranks, strict=True):
+                look = self._look(pending, piece.part, answers=number in pending.shards.answering)
+                call = build_call(node, pending.step, self.seed, given, settings, look)
                 if number == len(pending.callees):
                     pending.callees.append((group.pool, rank))
                     pending.part_of_call.append(piece.part)

@@ -65,10 +65,12 @@ class DeadReplicas:
         self._domains: dict[str, Domains] = {}
 
     def covers(self, pool: Pool) -> bool:
-        """Whether the pool has other replicas, and a sync comes that gives new ones all the weights they need."""
-        roles = [role for role, name in pools_of_roles(self._session.launch).items() if name == pool.name]
-        synced = all("." in role for role in roles)
-        return 0 < pool.team < pool.size and synced and self._session.launch.run.recovery.retries > 0
+        """Whether the pool has other replicas, and a sync comes in every step that gives new ones all the weights they
+        need: of one role, which learns. Weights that are copied to a role may come many steps later (`every=`)."""
+        launch = self._session.launch
+        roles = [role for role, name in pools_of_roles(launch).items() if name == pool.name]
+        synced = len(roles) == 1 and "." in roles[0] and launch.dataflow.facts[roles[0].split(".")[0]].trained
+        return 0 < pool.team < pool.size and synced and launch.run.recovery.retries > 0
 
     def dead(self, pool: str) -> Collection[int]:
         """See Replicas."""

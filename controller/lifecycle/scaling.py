@@ -1,6 +1,6 @@
 """A run is asked to change the number of replicas of a pool that generates: `rlhf-dist scale RUN`.
 
-    RUN/scale.json            what is asked, by the command; read between two steps, and taken away
+    RUN/scale.json            what is asked, by the command; read at the end of a step, and taken away
     RUN/scale-ID.json         what came of it, by the run; the command shows it, and takes it away
 
 Files, since a run may be on another host than who asks: its folder is what both reach.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,21 +57,21 @@ class Scaling:
         (folder / ASKED).unlink(missing_ok=True)  # of an earlier run
 
     def look(self) -> Request | None:
-        """What is asked and has no answer yet."""
+        """What is asked, and has neither an answer yet nor been withdrawn."""
         now = time.monotonic()
-        if self._request is None and now - self._looked_s > LOOK_S:
+        if self._request is not None or now - self._looked_s > LOOK_S:
             self._looked_s = now
             try:
-                self._request = Request(**json.loads((self._folder / ASKED).read_text()))
-            except (OSError, ValueError, TypeError):
-                return None
+                self._request = _read(self._folder / ASKED)
+            except OSError:  # the disk does not answer just now: nothing says that it is withdrawn
+                pass
         return self._request
 
     def answer(self, answer: Answer) -> None:
         """Say what came of it; the next may ask."""
         assert self._request is not None, "an answer has a question"
         write_durably(self._folder / f"scale-{self._request.id}.json", json.dumps(asdict(answer)))
-        (self._folder / ASKED).unlink(missing_ok=True)
+        _take_away(self._folder / ASKED, self._request.id)
         self._request = None
 
 
@@ -116,5 +117,21 @@ def ask(folder: Path, pool: str, replicas: int, wait_s: float) -> Answer:
             time.sleep(LOOK_S)
         return Answer(**json.loads(answered.read_text()))
     finally:
-        path.unlink(missing_ok=True)
+        _take_away(path, request.id)
         answered.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Request | None:
+    """The request in this file; None where there is none, or something else. Raises OSError where nobody knows."""
+    try:
+        return Request(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _take_away(path: Path, id: str) -> None:
+    """Remove the file while it holds this request: somebody else may have asked since."""
+    with suppress(OSError):
+        found = _read(path)
+        if found is not None and found.id == id:
+            path.unlink(missing_ok=True)

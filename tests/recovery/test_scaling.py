@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from controller.cluster.local import Local
 from controller.commands.cli import main
 from controller.lifecycle.folder_lock import held
-from controller.lifecycle.scaling import ASKED, Answer, NotScaled, Request, Scaling, ask, slots_for
+from controller.lifecycle.scaling import ASKED, LOOK_S, Answer, NotScaled, Request, Scaling, ask, slots_for
 from controller.lifecycle.session import Session, team_of
 from rlhf_dist.compose import compose
 
@@ -66,6 +67,25 @@ def test_a_request_is_read_once_answered_and_leaves_no_file(tmp_path: Path) -> N
         scaling.answer(Answer(done=True, text="yes"))
         asking.join(20.0)
     assert answers == [Answer(done=True, text="yes")] and not list(tmp_path.glob("scale*"))
+
+
+def test_a_withdrawn_request_is_not_done_and_an_answer_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    def ask_for(id: str, replicas: int) -> None:
+        (tmp_path / ASKED).write_text(json.dumps({"id": id, "pool": "gen", "replicas": replicas}))
+
+    scaling = Scaling(tmp_path)
+    ask_for("a", 2)
+    assert scaling.look() == Request(id="a", pool="gen", replicas=2)
+    (tmp_path / ASKED).unlink()
+    assert scaling.look() is None, "who asked has given up"
+    time.sleep(LOOK_S)
+    ask_for("b", 3)
+    assert scaling.look() == Request(id="b", pool="gen", replicas=3)
+    ask_for("c", 4)
+    scaling.answer(Answer(done=True, text="yes"))
+    assert (tmp_path / "scale-b.json").exists()
+    time.sleep(LOOK_S)
+    assert scaling.look() == Request(id="c", pool="gen", replicas=4)
 
 
 def test_the_command_says_in_one_line_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
