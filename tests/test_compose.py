@@ -258,9 +258,9 @@ def test_a_model_for_every_role_makes_the_shared_one_unnecessary() -> None:
     assert compose("ppo", ["model=none", *each]).roles["actor"].model.path == "/m"
 
 
-def test_unknown_recipes_name_the_nearest_and_all() -> None:
+def test_unknown_recipes_name_the_nearest_and_how_to_find_others() -> None:
     text = message("gpro")
-    assert "did you mean grpo?" in text and "safe_rlhf" in text and "path/to/mine.py" in text
+    assert "did you mean grpo?" in text and "`rlhf-dist recipes --search TEXT`" in text and "path/to/mine.py" in text
 
 
 def test_mistakes_in_a_users_file_name_file_and_line(tmp_path: Path) -> None:
