@@ -122,6 +122,8 @@ class VllmEngine(SyncedEngine):
         order = [rank for group in copies for rank in group]
         sees_peers = sees_its_peers(copies, _device_indices(device, world))
         kept = vllm_classes.classes_kept()
+        # vLLM collects garbage three times on its way: what was there before is none (0.7 s each on a slow core).
+        gc.freeze()
         with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order), kept as decorated:
             vllm_config = _engine_args(model_path, rollout, device, sees_peers).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
@@ -292,6 +294,7 @@ class VllmEngine(SyncedEngine):
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
         gc.collect()
+        gc.freeze()
 
     def _running(self, call: str) -> LLMEngine:
         if self._engine is None:
