@@ -21,6 +21,7 @@ from rlhf_dist.dataflow.token_makers import reads_others_tokens
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.generation_checks import check_generation, check_templates
 from rlhf_dist.launch_lines import epoch_lines, model_lines
+from rlhf_dist.looking_checks import check_looking
 from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
@@ -60,6 +61,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_numbers(launch)
     _check_name(launch)
     _check_tracker(launch)
+    check_looking(launch)
     check_no_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
     if cluster is None:
         check_set_here(launch.run.ray.worker_env)
