@@ -22,8 +22,8 @@ ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Dtype that a model computes in -> how far two orders of the same sums may be apart, of the largest number."""
 SMALL = 0.01
 """Metrics are compared as if they were at least so large: means of what cancels (KL, entropy of sure tokens)."""
-NOT_COMPARED = ("_s", "_bytes", "_per_s")
-"""Ends of metrics that measure the machine."""
+NOT_COMPARED = ("_s", "_bytes", "_per_s", "/padding_share")
+"""Ends of metrics that measure the machine, or how rows lie on its ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 INTEGER = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-STRING, NUMBER, BOOLEAN, ANY = {"type": "string"}, {"type": "number"}, {"type": "boolean"}, {}  # type: ignore[var-annotated]
+STRING, NUMBER, BOOLEAN, ANY = {"type": "string"}, {"type": "number"}, {"type": "boolean"}, dict[str, str]()
 STRINGS = {"type": "object", "additionalProperties": STRING}
 POD_TEMPLATE = {"type": "object", "required": ["spec"]}
 
