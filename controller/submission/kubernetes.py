@@ -150,7 +150,7 @@ class RayJobManifests:
 
 def _info(found: dict[str, Any]) -> JobInfo:
     status, labels = found.get("status", {}), found["metadata"].get("labels", {})
-    said = _STATUS.get(status.get("jobStatus", ""), "waiting")
+    said: Status = _STATUS.get(status.get("jobStatus", ""), "waiting")
     if said not in OVER and status.get("jobDeploymentStatus") in _NEVER_RAN:
         said = "failed"
     words = [status.get("reason", ""), " ".join(status.get("message", "").split())]
