@@ -17,6 +17,7 @@ import numpy as np
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.compose import Launch
 from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.role_kinds import generation_of
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Dtype that a model computes in -> how far two orders of the same sums may be apart, of the largest number."""
@@ -145,8 +146,8 @@ def dtypes_of(launch: Launch, node: Node) -> set[str]:
     config = launch.roles.get(node.role)
     if config is None or config.model is None:
         return set()
-    sections = [config.engine, *([config.rollout] if hasattr(config, "rollout") else [])]
-    return {section.dtype for section in sections}
+    rollout = generation_of(launch, node.role)
+    return {config.engine.dtype} if rollout is None else {config.engine.dtype, rollout.dtype}
 
 
 def _rounded(column: Column, kept: Column, rounding: float) -> bool:
