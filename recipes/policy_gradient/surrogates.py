@@ -109,7 +109,7 @@ PAPERS = {
     ),
     "asymre": Paper(
         title="AsymRE: a baseline shifted down",
-        **REC,
+        **REC | {"arxiv": "2506.20520"},
         settings={
             **{"algorithm.kind": "one_side", "algorithm.importance": False, "algorithm.scale": False},
             **{"algorithm.low": 1e3, "algorithm.high": 1e3, "algorithm.shift": -0.1},
