@@ -260,10 +260,12 @@ class RolloutWorker:
         limits: EpisodeLimits | None = None,
         speakers: Mapping[str, str] = MappingProxyType({}),
         rows_of: Sequence[str] = (),
+        held_out: bool = False,
     ) -> OpResult:
         """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
 
-        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows."""
+        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. held_out:
+        no random number depends on the step."""
         assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
@@ -275,14 +277,14 @@ class RolloutWorker:
             self.engine,
             self.config.model.path,
             batch,
-            call,
+            replace(call, step=0) if held_out else call,
             environment,
             limits or EpisodeLimits(),
             self._sampling(n, greedy),
             rollout.max_prompt_tokens,
             [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
         )
-        self._log(episodes, batch, call, n)
+        self._log(episodes, batch, call, n, held_out)
         kept = [episode for episode in episodes if episode.trains]
         played = np.array([episode.number for episode in kept], dtype=np.int64)
         trees = None
@@ -305,6 +307,7 @@ class RolloutWorker:
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
             "staleness": Mean(staleness * count, count),
+            "version": version_metric(columns),
         }
         if environment.rewards:
             metrics |= reward_metrics(columns["rewards"].values[speaker == role])
@@ -327,10 +330,10 @@ class RolloutWorker:
             learns=learns,
         )
 
-    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
-        groups = batch["group_id"].values
+    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int, held_out: bool) -> None:
+        groups, of = batch["group_id"].values, {"held_out": True} if held_out else {}
         places = [
-            {"step": call.step, "node": call.node, "group_id": int(groups[number // n]), "copy": number % n}
+            {"step": call.step, "node": call.node, **of, "group_id": int(groups[number // n]), "copy": number % n}
             for number in (episode.number for episode in episodes)
         ]
         role = self.name.removesuffix(rollout_of(""))
@@ -379,7 +382,14 @@ def generation_metrics(columns: Mapping[str, Column], tokens: NDArray[np.int64],
         "rows": Mean(rows, 0),
         "sequence_tokens": Mean(float(tokens.sum()), 0),
         "staleness": Mean(float(behind.sum()), rows),
+        "version": version_metric(columns),
     }
+
+
+def version_metric(columns: Mapping[str, Column]) -> Mean:
+    """The weight version that drew the tokens, in the mean over them; a whole number where it was one."""
+    drawn = columns["policy_version"].values[columns["response_mask"].values > 0]
+    return Mean(float(drawn.sum(dtype=np.float64)), float(len(drawn)))
 
 
 def asked_columns(
