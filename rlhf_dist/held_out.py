@@ -2,16 +2,18 @@
 held-out row and answered greedily, and what scores it.
 
     actor.generate_sequences(prompts, n=8)                      ->  one greedy response, reward.compute_reward
-    actor.run_episodes(prompts, environment=Calculator(), n=8)  ->  one greedy episode of the same environment, within the
-                                                                    same limits, rewarded by it (by the reward role where
-                                                                    its `rewards` is False)
+    actor.run_episodes(prompts, environment=Calculator(), n=8)  ->  one greedy episode of the same environment, within
+                                                                    its limits, rewarded by it (by the reward role
+                                                                    where its `rewards` is False)
 
-A role whose first rows are episodes of a source's rows plays episodes; any other one responds once.
+A role whose first rows are episodes of a source's rows plays episodes; any other one responds once. A recipe that says
+itself what is evaluated, `@recipe(evaluation=function)`, has that function's graph and no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,9 @@ SCORE = "compute_reward"
 def evaluations(launch: Launch) -> dict[str, Recipe]:
     """Role -> how it is evaluated: every role that generates and learns (every one that generates, where none learns),
     if its episodes give rewards or something scores what it writes: the role called `reward`, or the only one that
-    gives rewards."""
+    gives rewards. The recipe's own evaluation, where it has one, is of no role: it has an empty name."""
+    if launch.recipe.evaluation is not None:
+        return {"": replace(launch.recipe.evaluation, reads=launch.recipe.reads)}
     dataflow, scorer = launch.dataflow, _scorer(launch)
     learning = [role for role in dataflow.generating if dataflow.facts[role].trained]
     found: dict[str, Recipe] = {}
@@ -42,9 +46,12 @@ def evaluations(launch: Launch) -> dict[str, Recipe]:
 
 
 def held_out_fields(launch: Launch) -> dict[str, str]:
-    """Fields of held-out rows, with their kinds, that come as columns of their own: what environments read that are
-    evaluated (`Environment.reads`)."""
+    """Fields of held-out rows, with their kinds, that come as columns of their own: those of the evaluation's source,
+    or what environments read that are evaluated (`Environment.reads`)."""
     fields: dict[str, str] = {}
+    if launch.recipe.evaluation is not None:
+        (source,) = launch.recipe.evaluation.sources
+        return dict(launch.recipe.evaluation.source_fields(source))
     for role in evaluations(launch):
         node = _episodes(launch.dataflow, role)
         fields |= {} if node is None else _fields(launch, node)

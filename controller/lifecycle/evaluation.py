@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,9 +25,11 @@ class Evaluation:
         recipes = evaluations(session.launch) if HELDOUT in session.groups else {}
         self.possible = bool(recipes)
         self._dataflows: dict[str, Dataflow] = {}
+        self._sources: dict[str, str] = {}
         for role, recipe in recipes.items():
             prefix = HELDOUT if len(recipes) == 1 else f"{HELDOUT}/{role}"
-            dataflow = trace(recipe)
+            dataflow = trace(recipe, session.launch.algorithm if recipe.config is not None else None)
+            self._sources[prefix] = next(iter(recipe.sources))
             if rollouts is not None:
                 folder = str((rollouts / prefix).resolve())
                 dataflow = insert_rollout_dump(dataflow, folder=folder, rows=sys.maxsize, every=1)
@@ -41,10 +44,28 @@ class Evaluation:
         """Metrics of held-out rows, prefixed `heldout/`, or `heldout/ROLE/` of several roles; none where there is
         nothing to evaluate."""
         found: dict[str, float] = {}
+        self._session.sync(step, self._synced_by_no_step)
         for prefix, dataflow in self._dataflows.items():
             reports: list[StepReport] = []
-            runner = self._session.runner(dataflow, numbers, check=self._check, prompts=HELDOUT)
+            source = self._sources[prefix]
+            runner = self._session.runner(dataflow, numbers, check=self._check, **{source: HELDOUT})
             run_steps(dataflow, runner, start=step, stop=step + 1, on_step=reports.append)
-            metrics = reports[0].metrics.items()
-            found |= {f"{prefix}/{name.split('/', 1)[1]}": v for name, v in metrics if not name.startswith("prompts/")}
+            found |= {f"{prefix}/{name}": value for name, value in _named(reports[0].metrics, source).items()}
         return found
+
+    @property
+    def _synced_by_no_step(self) -> set[str]:
+        """Roles that learn, and generate here alone."""
+        here = {role for dataflow in self._dataflows.values() for role in dataflow.generating}
+        step = self._session.launch.dataflow
+        return {role for role in here if step.facts[role].synced} - {
+            node.role for node in step if node.kind == "reshard"
+        }
+
+
+def _named(metrics: Mapping[str, float], source: str) -> dict[str, float]:
+    """Without the name of the node that told each, unless several told one of that name; those of rows aside."""
+    told = {name: value for name, value in metrics.items() if not name.startswith(f"{source}/")}
+    short = {name: name.split("/", 1)[1] for name in told}
+    times = Counter(short.values())
+    return {name if times[short[name]] > 1 else short[name]: value for name, value in told.items()}

@@ -247,7 +247,9 @@ class _Run:
         self.graph_file = GraphFile(folder, self.dataflow)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
         if self.evaluation.in_vain:
-            display.note("data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes")
+            display.note(
+                "data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes"
+            )
         self.recoveries = Recoveries(session, display.phase)
         self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()

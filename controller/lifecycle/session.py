@@ -159,9 +159,11 @@ class Session:
         )
         return self.runner(None, {}, beside=beside, limit_s=limit_s).run_node(node, step).metrics
 
-    def sync(self, steps_done: int) -> list[Finished]:
-        """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps."""
-        runner, generating = self.runner(None, {}), self.launch.dataflow.generating
+    def sync(self, steps_done: int, only: Collection[str] | None = None) -> list[Finished]:
+        """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps. only:
+        those; None: all."""
+        runner = self.runner(None, {})
+        generating = [role for role in self.launch.dataflow.generating if only is None or role in only]
         synced = [role for role in generating if role in self.groups and has_training_engine(self.launch, role)]
         return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
 

@@ -90,7 +90,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, root: Path) -> list[str]:
     given = [f"model.path={folder}/model", "model.dtype=float32", "task=none", "data.prompts_per_step=2", "steps=2"]
     given += [f"data.train.path={folder}/train.jsonl", f"data.heldout.path={folder}/heldout.jsonl"]
-    given += [f"output.root={root}", "output.evaluate_every=1", "output.checkpoint_every=null", "output.save_model=false"]
+    given += [f"output.root={root}", "output.evaluate_every=1", "output.checkpoint_every=null"]
+    given += ["output.save_model=false", "actor.rollout.engine=transformers"]
     return [*given, "actor.rollout.max_response_tokens=48", "actor.optimizer.lr=1e-2"]
 
 
@@ -101,7 +102,7 @@ def run(folder: Path, root: Path, recipe: str, *more: str) -> list[dict[str, Any
 
 
 def test_held_out_episodes_are_those_of_the_recipe(folder: Path, tmp_path: Path) -> None:
-    rows = run(folder, tmp_path, "dice", "other.rollout.max_response_tokens=8")
+    rows = run(folder, tmp_path, "dice", "other.rollout.max_response_tokens=8", "other.rollout.engine=transformers")
     assert [(row["step"], row["heldout/version"], row["heldout/staleness"]) for row in rows] == [
         (0, 0, 0), (1, 1, 0), (2, 2, 0)
     ]  # fmt: skip
@@ -109,9 +110,7 @@ def test_held_out_episodes_are_those_of_the_recipe(folder: Path, tmp_path: Path)
         assert (row["heldout/episodes"], row["heldout/rows"], row["heldout/lost"]) == (3, 2, 1), "one of each, not n"
         assert row["heldout/outcome_environment_error"] == 1 and row["heldout/turns"] == 3
         assert row["heldout/outcome_turns"] == 2, "its limits are those of the recipe"
-    played = [
-        Batch.read_parquet(tmp_path / f"dice/rollouts/heldout/step_{step:06d}.parquet") for step in range(3)
-    ]
+    played = [Batch.read_parquet(tmp_path / f"dice/rollouts/heldout/step_{step:06d}.parquet") for step in range(3)]
     texts = [[json.loads(text) for text in batch["transcript"].rows()] for batch in played]
     assert texts[0][0][0]["text"].endswith("say 5"), "the hint is a column of held-out rows, too"
     thrown = [[row[2]["text"] for row in batch] for batch in texts]
