@@ -26,6 +26,7 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
+from workers.episodes.copies import Copy
 from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, log_lost
 from workers.episodes.run import Speaker, run_episodes
@@ -262,28 +263,36 @@ class RolloutWorker:
         rows_of: Sequence[str] = (),
         held_out: bool = False,
     ) -> OpResult:
-        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
+        """`n` episodes of each row, which the first rank of those that share a copy of the model plays, and answers
+        for; the others follow it. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
 
         speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. held_out:
         no random number depends on the step."""
-        assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
         self.memory.turn(self.memory.add_together(self.name, *others))
         for one in lenders.values():
             one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
-        episodes = run_episodes(
-            self.engine,
-            self.config.model.path,
-            batch,
-            replace(call, step=0) if held_out else call,
-            environment,
-            limits or EpisodeLimits(),
-            self._sampling(n, greedy),
-            rollout.max_prompt_tokens,
-            [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
-        )
+        with Copy([self.engine, *(one.engine for one in lenders.values())]) as copy:
+            if copy.leads:
+                episodes = run_episodes(
+                    copy.of(self.engine),
+                    self.config.model.path,
+                    batch,
+                    replace(call, step=0) if held_out else call,
+                    environment,
+                    limits or EpisodeLimits(),
+                    self._sampling(n, greedy),
+                    rollout.max_prompt_tokens,
+                    [
+                        replace(lender._speaker(name, name in rows_of), engine=copy.of(lender.engine))
+                        for name, lender in lenders.items()
+                    ],
+                )
+            else:
+                copy.follow()
+                episodes = []
         self._log(episodes, batch, call, n, held_out)
         kept = [episode for episode in episodes if episode.trains]
         played = np.array([episode.number for episode in kept], dtype=np.int64)
