@@ -207,7 +207,7 @@ class Session:
         self._check_files(pools)
         starting: list[_Starting] = []
         if HOST_POOL in pools:
-            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]), self.only)
+            starting += _host_sources(launch, pools[HOST_POOL].first, self.only)
         starting += _host_roles(launch, pools, self.only)
         self.groups |= {group.role: group for group, _ in starting}
         _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)

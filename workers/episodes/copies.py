@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from workers.engines.generation.interface import GenerationEngine, Request, Response
 
-Told: TypeAlias = list[tuple[int, Literal["add"], Request] | tuple[int, Literal["abort"], str] | tuple[int, Literal["step"]]]
-"""What is done, in this order, each with the engine's place."""
+Told: TypeAlias = list[tuple[int, Literal["add", "abort", "step"], Any]]
+"""What is done, in this order: the engine's place, and the request, the name of one, or nothing."""
 
 
 class Copy:
@@ -44,7 +44,7 @@ class Copy:
 
     def step(self, place: int) -> list[tuple[str, Response]]:
         """Tell, and step."""
-        self._tell([*self._kept, (place, "step")])
+        self._tell([*self._kept, (place, "step", None)])
         self._stepping = True
         done = self.engines[place].step()
         self._stepping = False
@@ -53,14 +53,14 @@ class Copy:
     def follow(self) -> None:
         """Do what the first rank does, until it is done."""
         while (told := self._told(None)) is not None:
-            for place, what, *given in told:
+            for place, what, given in told:
                 engine = self.engines[place]
                 if what == "step":
                     engine.step()
                 elif what == "add":
-                    engine.add(cast(Request, given[0]))
+                    engine.add(given)
                 else:
-                    engine.abort(str(given[0]))
+                    engine.abort(given)
 
     def __enter__(self) -> Copy:
         return self
