@@ -96,7 +96,7 @@ def _recipe(launch: Launch, player: str, episodes: Node | None, scorer: str | No
         if scorer is not None:
             getattr(given[scorer], SCORE)(batch)
 
-    source = Prompts
+    source: type = Prompts
     if episodes is not None and (fields := _fields(launch, episodes)):
         source = type("HeldOut", (Prompts,), {"fields": fields})
     used = dict.fromkeys((player, *speakers.values(), *(() if scorer is None else (scorer,))))

@@ -69,7 +69,9 @@ class Pool:
     @property
     def first(self) -> Pool:
         """Its first process alone, with all that is known of it."""
-        named = {name: getattr(self, name)[:1] for name in ("processes", "devices", "node_ids", "pids", "bundles", "logs")}
+        named = {
+            name: getattr(self, name)[:1] for name in ("processes", "devices", "node_ids", "pids", "bundles", "logs")
+        }
         return replace(self, **named, leads=(), team=0)
 
     def log(self, rank: int) -> str | None:

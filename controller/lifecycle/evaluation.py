@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from controller.execution.executor import StepReport, run_steps
 from controller.lifecycle.session import HELDOUT, Session
@@ -48,7 +49,8 @@ class Evaluation:
         for prefix, dataflow in self._dataflows.items():
             reports: list[StepReport] = []
             source = self._sources[prefix]
-            runner = self._session.runner(dataflow, numbers, check=self._check, **{source: HELDOUT})
+            fed: dict[str, Any] = {source: HELDOUT}
+            runner = self._session.runner(dataflow, numbers, check=self._check, **fed)
             run_steps(dataflow, runner, start=step, stop=step + 1, on_step=reports.append)
             found |= {f"{prefix}/{name}": value for name, value in _named(reports[0].metrics, source).items()}
         return found

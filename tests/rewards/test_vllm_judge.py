@@ -21,6 +21,7 @@ import pytest
 
 from controller.lifecycle.api import launch
 from controller.record.metrics import read_metrics
+from rlhf_dist.sandbox.inside.confine import die_with_parent
 from rlhf_dist.testing.tiny_model import save_llama
 
 START_S = 600.0
@@ -57,7 +58,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent
+        )
     try:
         deadline, one = time.monotonic() + START_S, f"http://127.0.0.1:{port}"
         while not _healthy(one):
