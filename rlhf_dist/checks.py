@@ -22,6 +22,7 @@ from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.generation_checks import check_generation, check_templates
 from rlhf_dist.held_out import held_out_fields
 from rlhf_dist.launch_lines import epoch_lines, model_lines
+from rlhf_dist.looking_checks import check_looking
 from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
@@ -61,6 +62,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_numbers(launch)
     _check_name(launch)
     _check_tracker(launch)
+    check_looking(launch)
     check_no_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
     if cluster is None:
         check_set_here(launch.run.ray.worker_env)

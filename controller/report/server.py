@@ -44,7 +44,9 @@ def serve(folder: Path, port: int = 0) -> None:
     try:
         server = make_server(watched, port)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"--port {port} on {LOOPBACK} is not free ({error}); leave it out for one that is") from error
+        raise ConfigError(
+            f"--port {port} on {LOOPBACK} cannot be listened to ({error}); leave it out for one that can"
+        ) from error
     with server, suppress(KeyboardInterrupt):
         print(f"http://{LOOPBACK}:{server.server_port}/{server.token}/   (Ctrl-C ends it)", flush=True)
         server.serve_forever(poll_interval=0.2)
