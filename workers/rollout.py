@@ -26,6 +26,7 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
+from workers.episodes.copies import Copy
 from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, log_lost
 from workers.episodes.run import Speaker, run_episodes
@@ -260,29 +261,39 @@ class RolloutWorker:
         limits: EpisodeLimits | None = None,
         speakers: Mapping[str, str] = MappingProxyType({}),
         rows_of: Sequence[str] = (),
+        held_out: bool = False,
     ) -> OpResult:
-        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
+        """`n` episodes of each row, which the first rank of those that share a copy of the model plays, and answers
+        for; the others follow it. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
 
-        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows."""
-        assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
+        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. held_out:
+        no random number depends on the step."""
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
         self.memory.turn(self.memory.add_together(self.name, *others))
         for one in lenders.values():
             one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
-        episodes = run_episodes(
-            self.engine,
-            self.config.model.path,
-            batch,
-            call,
-            environment,
-            limits or EpisodeLimits(),
-            self._sampling(n, greedy),
-            rollout.max_prompt_tokens,
-            [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
-        )
-        self._log(episodes, batch, call, n)
+        with Copy([self.engine, *(one.engine for one in lenders.values())]) as copy:
+            if copy.leads:
+                episodes = run_episodes(
+                    copy.of(self.engine),
+                    self.config.model.path,
+                    batch,
+                    replace(call, step=0) if held_out else call,
+                    environment,
+                    limits or EpisodeLimits(),
+                    self._sampling(n, greedy),
+                    rollout.max_prompt_tokens,
+                    [
+                        replace(lender._speaker(name, name in rows_of), engine=copy.of(lender.engine))
+                        for name, lender in lenders.items()
+                    ],
+                )
+            else:
+                copy.follow()
+                episodes = []
+        self._log(episodes, batch, call, n, held_out)
         kept = [episode for episode in episodes if episode.trains]
         played = np.array([episode.number for episode in kept], dtype=np.int64)
         trees = None
@@ -305,6 +316,7 @@ class RolloutWorker:
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
             "staleness": Mean(staleness * count, count),
+            "version": version_metric(columns),
         }
         if environment.rewards:
             metrics |= reward_metrics(columns["rewards"].values[speaker == role])
@@ -327,10 +339,10 @@ class RolloutWorker:
             learns=learns,
         )
 
-    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
-        groups = batch["group_id"].values
+    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int, held_out: bool) -> None:
+        groups, of = batch["group_id"].values, {"held_out": True} if held_out else {}
         places = [
-            {"step": call.step, "node": call.node, "group_id": int(groups[number // n]), "copy": number % n}
+            {"step": call.step, "node": call.node, **of, "group_id": int(groups[number // n]), "copy": number % n}
             for number in (episode.number for episode in episodes)
         ]
         role = self.name.removesuffix(rollout_of(""))
@@ -379,7 +391,14 @@ def generation_metrics(columns: Mapping[str, Column], tokens: NDArray[np.int64],
         "rows": Mean(rows, 0),
         "sequence_tokens": Mean(float(tokens.sum()), 0),
         "staleness": Mean(float(behind.sum()), rows),
+        "version": version_metric(columns),
     }
+
+
+def version_metric(columns: Mapping[str, Column]) -> Mean:
+    """The weight version that drew the tokens, in the mean over them; a whole number where it was one."""
+    drawn = columns["policy_version"].values[columns["response_mask"].values > 0]
+    return Mean(float(drawn.sum(dtype=np.float64)), float(len(drawn)))
 
 
 def asked_columns(
