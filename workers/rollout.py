@@ -26,8 +26,9 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
+from workers.episodes.groups import First
 from workers.episodes.leaves import Episode
-from workers.episodes.rows import episode_columns, episode_metrics, log_lost
+from workers.episodes.rows import episode_columns, episode_metrics, group_metrics, log_lost
 from workers.episodes.run import Speaker, run_episodes
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
@@ -260,10 +261,13 @@ class RolloutWorker:
         limits: EpisodeLimits | None = None,
         speakers: Mapping[str, str] = MappingProxyType({}),
         rows_of: Sequence[str] = (),
+        groups: int | None = None,
+        first: First = "turns",
     ) -> OpResult:
         """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
 
-        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows."""
+        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. groups:
+        rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share."""
         assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
@@ -271,6 +275,7 @@ class RolloutWorker:
         for one in lenders.values():
             one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
+        wanted = groups if call.wanted is None else call.wanted
         episodes = run_episodes(
             self.engine,
             self.config.model.path,
@@ -281,6 +286,8 @@ class RolloutWorker:
             self._sampling(n, greedy),
             rollout.max_prompt_tokens,
             [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
+            wanted=wanted,
+            first=first,
         )
         self._log(episodes, batch, call, n)
         kept = [episode for episode in episodes if episode.trains]
@@ -306,6 +313,8 @@ class RolloutWorker:
             "sequence_tokens": Mean(float(tokens.sum()), 0),
             "staleness": Mean(staleness * count, count),
         }
+        if wanted is not None:
+            metrics |= group_metrics(episodes, wanted=wanted, n=n)
         if environment.rewards:
             metrics |= reward_metrics(columns["rewards"].values[speaker == role])
         for name in rows_of:

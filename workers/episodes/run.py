@@ -19,6 +19,7 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.chat import Budget, LiveChat
+from workers.episodes.groups import First, FirstGroups
 from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
 from workers.episodes.play import play, play_branches
@@ -74,17 +75,22 @@ def run_episodes(
     sampling: Sampling,
     prompt_tokens: int,
     speakers: Sequence[Speaker] = (),
+    *,
+    wanted: int | None = None,
+    first: First = "turns",
 ) -> list[Episode]:
     """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched; behind
     them the sides of those `speakers` that learn from it.
 
-    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
+    model: the folder with the tokenizer. wanted: rows whose episodes are kept, the others are surplus; None: all. What
+    is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
     """
     environment.prepare()
     loop = EpisodeLoop(engine)
     own = Speaker(name="", engine=engine, model=model, sampling=sampling, prompt_tokens=prompt_tokens, learns=True)
     voices = {one.name: _Voice(one, environment, limits) for one in (own, *speakers)}
     attempts = itertools.count()
+    groups = FirstGroups(batch.num_rows, sampling.n, wanted=wanted, first=first, step_seconds=limits.step_seconds)
 
     def side(voice: _Voice, at: int, seed: str, attempt: int, **more: Any) -> LiveChat:
         return LiveChat(
@@ -102,16 +108,20 @@ def run_episodes(
 
     def new_chat(at: int, copy: int) -> LiveChat:
         seed, attempt = f"{call.seed}/{call.step}/{call.node}/{call.row_index[at]}/{copy}", next(attempts)
-        whole = side(voices[""], at, seed, attempt)
+        whole = side(voices[""], at, seed, attempt, begins=partial(groups.begins, at * sampling.n + copy))
         whole.speakers = {
             one.name: side(voices[one.name], at, f"{seed}/{one.name}", attempt, whole=whole) for one in speakers
         }
         return whole
 
+    async def one(at: int, copy: int) -> list[Episode]:
+        number = at * sampling.n + copy
+        leaves = await play(environment, partial(new_chat, at, copy), limits, number, groups.stop_of(number))
+        groups.over(number, leaves)
+        return leaves
+
     starts: Sequence[Callable[[], Any]] = [
-        partial(play, environment, partial(new_chat, at, copy), limits, at * sampling.n + copy)
-        for at in range(batch.num_rows)
-        for copy in range(sampling.n)
+        partial(one, at, copy) for at in range(batch.num_rows) for copy in range(sampling.n)
     ]
     played = loop.run(starts, limits.concurrent) if starts else []
-    return [episode for leaves in played for episode in leaves]
+    return groups.chosen([episode for leaves in played for episode in leaves])
