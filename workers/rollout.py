@@ -29,7 +29,7 @@ from workers.engines.generation.interface import NOTHING_DRAWN, Ends, Generation
 from workers.episodes.groups import First
 from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, group_metrics, log_lost
-from workers.episodes.run import Speaker, run_episodes
+from workers.episodes.run import EpisodesUnderWay, Speaker, begin_episodes
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
@@ -79,14 +79,18 @@ class RolloutWorker:
         """Steps whose updates the weights held contain."""
         self._interrupts, self._stop = interrupts, Event()
         self._begun: dict[tuple[str, int], _Begun] = {}
+        self._under_way: dict[tuple[str, int], EpisodesUnderWay] = {}
 
     def interrupt(self) -> None:
         """Stop generating after the token at hand, if something is generated; called from another thread."""
         self._stop.set()
 
     def abandon(self) -> None:
-        """Forget responses that were interrupted: their step is run again from its start."""
+        """Forget responses and episodes that were interrupted: their step is run again from its start."""
         self._begun.clear()
+        for episodes in self._under_way.values():
+            episodes.loop.abandon()
+        self._under_way.clear()
 
     def generate_sequences(
         self,
@@ -264,11 +268,13 @@ class RolloutWorker:
         groups: int | None = None,
         first: First = "turns",
     ) -> OpResult:
-        """`n` episodes of each row. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
+        """`n` episodes of each row. Where new weights interrupt it (`placement.interrupt`) it is called again, and the
+        episodes go on where they were.
 
         speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. groups:
         rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share."""
         assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
+        self._stop.clear()
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
         self.memory.turn(self.memory.add_together(self.name, *others))
@@ -276,7 +282,7 @@ class RolloutWorker:
             one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
         wanted = groups if call.wanted is None else call.wanted
-        episodes = run_episodes(
+        under_way = self._under_way.pop((call.node, call.step), None) or begin_episodes(
             self.engine,
             self.config.model.path,
             batch,
@@ -289,6 +295,11 @@ class RolloutWorker:
             wanted=wanted,
             first=first,
         )
+        under_way.behind.setdefault(self.engine.weights_version, staleness)
+        episodes = under_way.go_on(self._stop.is_set if self._interrupts else None)
+        if episodes is None:
+            self._under_way[call.node, call.step] = under_way
+            return OpResult(columns=NOTHING, interrupted=True)
         self._log(episodes, batch, call, n)
         kept = [episode for episode in episodes if episode.trains]
         played = np.array([episode.number for episode in kept], dtype=np.int64)
@@ -311,8 +322,11 @@ class RolloutWorker:
             "finished": Mean(float(columns["finished"].values.sum()), count),
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
-            "staleness": Mean(staleness * count, count),
+            "staleness": Mean(_behind(columns["policy_version"], under_way.behind, staleness), count),
         }
+        if len(under_way.behind) > 1:
+            versions = columns["policy_version"].rows()
+            metrics["continued"] = Mean(float(sum(len(set(one.tolist())) > 1 for one in versions)), 0)
         if wanted is not None:
             metrics |= group_metrics(episodes, wanted=wanted, n=n)
         if environment.rewards:
@@ -365,6 +379,12 @@ class RolloutWorker:
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""
         self.engine.close()
+
+
+def _behind(versions: Column, behind: Mapping[int, int], staleness: int) -> float:
+    """Updates that the policy which drew each row's first token was behind, added up. versions: of tokens. staleness:
+    of versions that are none of the role's own."""
+    return float(sum(behind.get(int(row[0]), staleness) for row in versions.rows()))
 
 
 def sync_metrics(report: SyncReport) -> Metrics:

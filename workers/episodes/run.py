@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,30 @@ class _Voice:
         return Conversation(self._tokenizer, row_prompt=ids, row_text=text, ends=self._ends, tools=self._tools)
 
 
-def run_episodes(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EpisodesUnderWay:
+    """Episodes of one op on one rank, which new weights may interrupt."""
+
+    loop: EpisodeLoop
+    groups: FirstGroups
+    behind: dict[int, int] = field(default_factory=dict)
+    """Version of the weights that drew -> updates that it was behind."""
+
+    def go_on(self, stop: Callable[[], bool] | None = None) -> list[Episode] | None:
+        """See `begin_episodes`; None once `stop`, asked after every token, is true: nothing is in flight then, and the
+        next call goes on. What tools do meanwhile, and how long, counts for the episodes' deadlines."""
+        played = self.loop.go_on(stop)
+        return None if played is None else self.groups.chosen([episode for leaves in played for episode in leaves])
+
+
+def run_episodes(*given: Any, **more: Any) -> list[Episode]:
+    """What `begin_episodes` begins, played to its end."""
+    episodes = begin_episodes(*given, **more).go_on()
+    assert episodes is not None, "nobody interrupts it"
+    return episodes
+
+
+def begin_episodes(
     engine: GenerationEngine,
     model: str,
     batch: Batch,
@@ -78,7 +101,7 @@ def run_episodes(
     *,
     wanted: int | None = None,
     first: First = "turns",
-) -> list[Episode]:
+) -> EpisodesUnderWay:
     """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched; behind
     them the sides of those `speakers` that learn from it.
 
@@ -123,5 +146,5 @@ def run_episodes(
     starts: Sequence[Callable[[], Any]] = [
         partial(one, at, copy) for at in range(batch.num_rows) for copy in range(sampling.n)
     ]
-    played = loop.run(starts, limits.concurrent) if starts else []
-    return groups.chosen([episode for leaves in played for episode in leaves])
+    loop.begin(starts, limits.concurrent)
+    return EpisodesUnderWay(loop=loop, groups=groups)
