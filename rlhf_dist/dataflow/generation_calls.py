@@ -135,7 +135,7 @@ def _check_first_groups(line: str, where: str, settings: Mapping[str, Any]) -> N
     groups, first = settings["groups"], settings["first"]
     if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
         raise GraphError(
-            f"{line}: {where} keeps the first groups >= 1 that are complete, or all (None), got {groups!r}"
+            f"{line}: {where} needs groups >= 1, of which it keeps the first, or None for all, got {groups!r}"
         )
     if first not in ("turns", "time"):
         raise GraphError(f"{line}: {where} says what is first= by 'turns' or by 'time', got {first!r}")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from controller.execution.replicas import hand_over
 from controller.execution.worker_group import Shards, _kept
 from controller.record.metrics import read_metrics
 from rlhf_dist.dataflow.graph import GraphError
@@ -132,6 +133,13 @@ def test_ranks_share_what_is_kept_evenly_and_together_have_all_of_it() -> None:
     assert Shards(parts=parts, answering=each, part_of_answer=each).wanted(0) is None
 
 
+def test_what_is_kept_stays_as_much_when_others_take_the_rows_of_a_rank_that_died() -> None:
+    parts = tuple(np.arange(24)[k::3] for k in range(3))
+    shards = Shards(parts=parts, answering=(0, 1, 2), part_of_answer=(0, 1, 2), kept=_kept(parts, 17))
+    after, pieces = hand_over(shards, [0, 1, 2], [1], [(0,), (2,)], np.ones(24, np.int64))
+    assert len(pieces) == 2 and sum(after.wanted(part) or 0 for part in range(len(after.parts))) == 17
+
+
 def traced(**settings: Any) -> Any:
     def played(prompts: Any, actor: Any) -> None:
         actor.compute_log_prob(actor.run_episodes(prompts, environment=Turns(), n=3, **settings))
@@ -144,7 +152,7 @@ def test_what_is_kept_is_known_before_a_run_and_what_cannot_be_is_refused() -> N
     found = amounts(traced(groups=3), {"prompts": 4})["actor.compute_log_prob"]
     assert (found.rows, found.groups, found.exact) == (9, 3, False)
     for settings, says in (
-        ({"groups": 0}, "keeps the first groups >= 1 that are complete, or all (None), got 0"),
+        ({"groups": 0}, "needs groups >= 1, of which it keeps the first, or None for all, got 0"),
         ({"groups": 1.5}, "got 1.5"),
         ({"first": "luck"}, "says what is first= by 'turns' or by 'time', got 'luck'"),
     ):

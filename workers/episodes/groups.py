@@ -50,6 +50,8 @@ class FirstGroups:
         self._places: list[tuple[int, int, int]] = []
         """Of rows that are over and have something to train on, ascending."""
         self._over = 0
+        self._going_on = set(range(rows))
+        """Rows that are not over, and may be kept."""
         self._late: EpisodeEnded | None = None
 
     def stop_of(self, number: int) -> asyncio.Future[EpisodeEnded]:
@@ -87,8 +89,10 @@ class FirstGroups:
         self._over += 1
         if row.trains:
             insort(self._places, self._place(at))
-        for other in range(len(self._rows)):
-            self._look(other)
+        self._going_on.discard(at)
+        if self._wanted is not None and len(self._places) >= self._wanted:
+            for other in list(self._going_on):
+                self._look(other)
 
     def chosen(self, leaves: Sequence[Episode]) -> list[Episode]:
         """All that were played, those of rows that are not kept as surplus."""
@@ -115,6 +119,7 @@ class FirstGroups:
         if self._wanted is None or row.left == 0 or len(self._places) < self._wanted:
             return
         if self._wanted == 0 or self._place(at) > self._places[self._wanted - 1]:
+            self._going_on.discard(at)
             self._end(row, self._surplus())
 
     def _end_step(self) -> None:
