@@ -35,6 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries say at the end of the process what they lost
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout: a wait is no part of a test's time
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     alone = item.get_closest_marker("alone") is not None

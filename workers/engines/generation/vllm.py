@@ -73,7 +73,7 @@ from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
 
 from workers.device import sees_its_peers  # noqa: E402
-from workers.engines.generation import vllm_classes, vllm_trace, vllm_weights  # noqa: E402
+from workers.engines.generation import vllm_classes, vllm_heap, vllm_trace, vllm_weights  # noqa: E402
 from workers.engines.generation.vllm_sampler import FullVocabularySampler  # noqa: E402
 from workers.engines.generation.vllm_sleep import Bed, CudaBed, HostBed  # noqa: E402
 
@@ -122,9 +122,8 @@ class VllmEngine(SyncedEngine):
         order = [rank for group in copies for rank in group]
         sees_peers = sees_its_peers(copies, _device_indices(device, world))
         kept = vllm_classes.classes_kept()
-        # vLLM collects garbage three times on its way: what was there before is none (0.7 s each on a slow core).
-        gc.freeze()
-        with torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order), kept as decorated:
+        heap = vllm_heap.made_beside_a_frozen_heap()
+        with heap, torch.random.fork_rng(), vllm_weights.parameters_kept(), _rank_order(order), kept as decorated:
             vllm_config = _engine_args(model_path, rollout, device, sees_peers).create_engine_config()
             self._engine: LLMEngine | None = LLMEngine(
                 vllm_config,
@@ -283,9 +282,9 @@ class VllmEngine(SyncedEngine):
             return
         core = self._engine.engine_core.engine_core
         core.structured_output_manager.clear_backend()
-        core.model_executor.shutdown()
+        with vllm_heap.frozen_heap_kept():
+            core.model_executor.shutdown()
         core.scheduler.shutdown()
-        gc.unfreeze()
         self.refuse("the engine is closed")
         del core, self._model, self._bed
         self._engine = None
@@ -294,7 +293,6 @@ class VllmEngine(SyncedEngine):
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
         gc.collect()
-        gc.freeze()
 
     def _running(self, call: str) -> LLMEngine:
         if self._engine is None:
