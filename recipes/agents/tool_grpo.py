@@ -39,7 +39,7 @@ class ToolGRPO:
     step_seconds: float | None = None
     """Longest that all episodes of a step may take; what is not over then is lost. None: as long as the last one."""
     groups: int | None = None
-    """Groups of a step that train, the first to be complete; the others of the step's prompts are surplus. None: all."""
+    """Groups of a step that train, the first to be complete; those of its other prompts are surplus. None: all."""
     first: Literal["turns", "time"] = "turns"
     """Which are first: those with the fewest turns, however long tools take, or by the clock."""
     turn_tokens: int | None = None
