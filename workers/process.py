@@ -366,12 +366,18 @@ class WorkerProcess:
         """Read what `save_state` wrote."""
         return held_state(read_state(Path(folder)), self.store)
 
-    def close(self) -> None:
-        """Let every role worker free what outlives the process (shared memory, sockets)."""
+    @reported
+    def release_roles(self) -> None:
+        """Free what the role workers hold; the process stays in its group, for others."""
         for worker in self._roles.values():
             if hasattr(worker, "close"):
                 worker.close()
         self._roles.clear()
+        self._memory = None
+
+    def close(self) -> None:
+        """Let every role worker free what outlives the process (shared memory, sockets)."""
+        self.release_roles()
         if "torch" in sys.modules:
             import torch.distributed
 

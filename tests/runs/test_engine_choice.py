@@ -35,10 +35,10 @@ def same_weights(one: Path, other: Path, roles: tuple[str, ...] = ("actor",)) ->
     return compared
 
 
-def test_ppo_on_deepspeed_with_a_critic_on_fsdp_is_ppo_on_fsdp(launch: Launch, tmp_path: Path) -> None:
+def test_ppo_on_deepspeed_with_a_critic_on_fsdp_is_ppo_on_fsdp(launch_warm: Launch, tmp_path: Path) -> None:
     settings = (*ROLLOUT, *STEADY, "critic.optimizer.eps=1e-3")
-    launch("ppo", *settings, "name=fsdp")
-    launch("ppo", *settings, "name=mixed", "actor.engine=deepspeed", "reference.engine=deepspeed")
+    launch_warm("ppo", *settings, "name=fsdp")
+    launch_warm("ppo", *settings, "name=mixed", "actor.engine=deepspeed", "reference.engine=deepspeed")
     assert same_weights(tmp_path / "mixed", tmp_path / "fsdp", ("actor", "critic")) > 20
 
 
@@ -63,20 +63,20 @@ def test_grpo_is_the_same_on_every_engine(launch_warm: Launch, tmp_path: Path, e
 
 
 def test_a_resumed_deepspeed_run_ends_with_the_weights_of_one_that_never_stopped(
-    launch: Launch, tmp_path: Path
+    launch_warm: Launch, tmp_path: Path
 ) -> None:
     settings = (*TRANSFORMERS, "actor.engine=deepspeed", "output.checkpoint_every=1", "algorithm.samples_per_prompt=2")
-    launch("grpo", *settings, "steps=3", root=tmp_path / "straight")
-    launch("grpo", *settings, "steps=2", root=tmp_path / "resumed")
-    launch("grpo", *settings, "steps=3", "resume=auto", root=tmp_path / "resumed")
+    launch_warm("grpo", *settings, "steps=3", root=tmp_path / "straight")
+    launch_warm("grpo", *settings, "steps=2", root=tmp_path / "resumed")
+    launch_warm("grpo", *settings, "steps=3", "resume=auto", root=tmp_path / "resumed")
     one, other = (weights(tmp_path / way / "grpo/models/actor") for way in ("straight", "resumed"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_export_writes_what_the_run_exported_and_names_what_is_wrong(
-    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    launch_warm: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch("sft", "output.checkpoint_every=1", "actor.engine=deepspeed")
+    launch_warm("sft", "output.checkpoint_every=1", "actor.engine=deepspeed")
     run, out = str(tmp_path / "sft"), tmp_path / "out"
     assert main(["export", run, str(out)]) == 0
     exported = weights(tmp_path / "sft/models/actor")
@@ -98,15 +98,15 @@ def test_export_writes_what_the_run_exported_and_names_what_is_wrong(
     assert "the checkpoint is damaged" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(launch: Launch, tied: Path) -> None:
-    launch("sft", "output.checkpoint_every=1")
+def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(launch_warm: Launch, tied: Path) -> None:
+    launch_warm("sft", "output.checkpoint_every=1")
     wider = tied.with_name("other_config")
     wider.mkdir()
     for file in tied.iterdir():
         (wider / file.name).write_bytes(file.read_bytes())
     (wider / "config.json").write_text((tied / "config.json").read_text().replace('"vocab_size": ', '"vocab_size": 1'))
     with pytest.raises(ConfigError, match="actor.model.path=.* has vocab_size=1"):
-        launch("sft", "resume=auto", "steps=3", f"actor.model.path={wider}")
+        launch_warm("sft", "resume=auto", "steps=3", f"actor.model.path={wider}")
 
 
 NAN_LOSS = '''
@@ -153,9 +153,11 @@ def test_a_loss_that_is_not_a_number_is_skipped_or_stops_the_run_and_leaves_its_
     assert {"prompt_ids", "response_ids", "group_id"} <= set(pq.read_table(dumps[0]).column_names)
 
 
-def test_adapters_train_beside_a_base_that_the_reference_shares(launch: Launch, tmp_path: Path, model: Path) -> None:
+def test_adapters_train_beside_a_base_that_the_reference_shares(
+    launch_warm: Launch, tmp_path: Path, model: Path
+) -> None:
     settings = (*ROLLOUT, "actor.engine.lora.rank=4", "algorithm.samples_per_prompt=4", "output.checkpoint_every=1")
-    summary = launch("grpo", *settings, "actor.optimizer.lr=3e-2", "algorithm.kl_coef=0.1", "steps=4")
+    summary = launch_warm("grpo", *settings, "actor.optimizer.lr=3e-2", "algorithm.kl_coef=0.1", "steps=4")
     assert finite(summary)
     rows = read_metrics(tmp_path / "grpo")
     # The sampler follows the adapters: what vLLM sampled with is what the trainer computes with.

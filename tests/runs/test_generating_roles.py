@@ -69,7 +69,7 @@ def same(one: Path, other: Path, recipe: str, roles: tuple[str, ...]) -> None:
     assert rows[0] and rows[0] == rows[1], other.name
 
 
-def test_an_actor_plays_a_frozen_opponent(launch: Launch, tmp_path: Path, tied: Path) -> None:
+def test_an_actor_plays_a_frozen_opponent(launch_warm: Launch, tmp_path: Path, tied: Path) -> None:
     """About 25 s."""
     file = tmp_path / "duel.py"
     file.write_text(DUEL)
@@ -77,19 +77,19 @@ def test_an_actor_plays_a_frozen_opponent(launch: Launch, tmp_path: Path, tied: 
     for role, tokens, temperature in (("actor", 8, 1.0), ("opponent", 4, 0.5)):
         settings += (f"{role}.rollout.engine=transformers", f"{role}.rollout.max_response_tokens={tokens}")
         settings += (f"{role}.rollout.temperature={temperature}",)
-    summary = launch(str(file), *settings, local=True, root=tmp_path / "local")
+    summary = launch_warm(str(file), *settings, local=True, root=tmp_path / "local")
     assert summary["last"]["opponent/longest_response"] <= 4 < summary["last"]["actor/longest_response"] <= 8
     assert summary["last"]["actor/rollout_mismatch"] > 0.1, "the opponent's rows are no sample of the actor's"
     assert summary["last"]["actor#2/rollout_mismatch"] < 1e-4, "its own rows are"
     assert not (tmp_path / "local/duel/models/opponent").exists(), "it never learns"
-    launch(str(file), *settings, root=tmp_path / "ray")
+    launch_warm(str(file), *settings, root=tmp_path / "ray")
     apart = ("placement.rollout.opponent=other", "placement.rollout.actor=third")
-    launch(str(file), *settings, *APART, *apart, root=tmp_path / "apart")
+    launch_warm(str(file), *settings, *APART, *apart, root=tmp_path / "apart")
     for way in ("ray", "apart"):
         same(tmp_path / "local", tmp_path / way, "duel", ("actor",))
 
 
-def test_two_actors_learn_each_in_its_pool_or_together(launch: Launch, tmp_path: Path, tied: Path) -> None:
+def test_two_actors_learn_each_in_its_pool_or_together(launch_warm: Launch, tmp_path: Path, tied: Path) -> None:
     """About 25 s."""
     file = tmp_path / "pair.py"
     file.write_text(PAIR)
@@ -99,13 +99,13 @@ def test_two_actors_learn_each_in_its_pool_or_together(launch: Launch, tmp_path:
     for role in ("first", "second"):
         settings += (f"{role}.rollout.engine=transformers", f"{role}.rollout.max_response_tokens=6")
         settings += (f"{role}.optimizer.lr=1e-2",)
-    summary = launch(str(file), *settings, local=True, root=tmp_path / "local")
+    summary = launch_warm(str(file), *settings, local=True, root=tmp_path / "local")
     evaluated = {name for name in summary["evaluations"][-1] if name.endswith("/reward")}
     assert evaluated == {"heldout/first/reward", "heldout/second/reward"}
     assert (tmp_path / "local/pair/rollouts/heldout/second/step_000003.parquet").is_file()
-    launch(str(file), *settings, root=tmp_path / "together")
+    launch_warm(str(file), *settings, root=tmp_path / "together")
     apart = ("placement.roles.second=other", "placement.rollout.first=third")
-    launch(str(file), *settings, *APART, *apart, root=tmp_path / "apart")
+    launch_warm(str(file), *settings, *APART, *apart, root=tmp_path / "apart")
     for way in ("together", "apart"):
         same(tmp_path / "local", tmp_path / way, "pair", ("first", "second"))
     started = {role: weights(tmp_path / f"local/pair/models/{role}") for role in ("first", "second")}
@@ -178,12 +178,12 @@ def counting(prompts: Prompts, actor: Actor, counter: Counter) -> None:
 """
 
 
-def test_a_kind_of_role_of_the_users_own_travels_by_value(launch: Launch, tmp_path: Path) -> None:
+def test_a_kind_of_role_of_the_users_own_travels_by_value(launch_warm: Launch, tmp_path: Path) -> None:
     """About 12 s."""
     file = tmp_path / "counting.py"
     file.write_text(COUNTING)
     settings = ("actor.rollout.engine=transformers", "actor.rollout.max_response_tokens=6", "counter.word=1")
     settings += ("placement.pools.main.slots=1", "placement.host_processes=2")
-    launch(str(file), *settings, local=True, root=tmp_path / "local")
-    launch(str(file), *settings, root=tmp_path / "ray")
+    launch_warm(str(file), *settings, local=True, root=tmp_path / "local")
+    launch_warm(str(file), *settings, root=tmp_path / "ray")
     same(tmp_path / "local", tmp_path / "ray", "counting", ("actor",))

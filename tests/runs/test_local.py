@@ -53,11 +53,11 @@ def mine(prompts: Prompts, actor: Actor, reward: Reward) -> None:
 """
 
 
-def test_a_local_run_is_the_run_on_ray(launch: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_local_run_is_the_run_on_ray(launch_warm: Callable[..., Any], tmp_path: Path) -> None:
     one_slot = ("placement=colocate", "placement.pools.main.slots=1", "actor.rollout.engine=transformers")
     settings = (*ROLLOUT, f"cost.function={COST}", "algorithm.mini_batches=2", "steps=3", "output.checkpoint_every=2")
-    launch("safe_rlhf", *settings, *one_slot, root=tmp_path / "ray")
-    local = launch("safe_rlhf", *settings, local=True, root=tmp_path / "local")
+    launch_warm("safe_rlhf", *settings, *one_slot, root=tmp_path / "ray")
+    local = launch_warm("safe_rlhf", *settings, local=True, root=tmp_path / "local")
     for role in ("actor", "critic", "cost_critic"):
         one, other = (weights(tmp_path / way / "safe_rlhf/models" / role) for way in ("ray", "local"))
         assert one.keys() == other.keys() and len(one) > 10
@@ -66,7 +66,7 @@ def test_a_local_run_is_the_run_on_ray(launch: Callable[..., Any], tmp_path: Pat
     assert drawn[0].to_arrow().equals(drawn[1].to_arrow()) and drawn[0].num_rows > 0
     graphs = [json.loads((tmp_path / way / "safe_rlhf/graph.json").read_text()) for way in ("ray", "local")]
     assert graphs[0] == graphs[1] and graphs[0]["metrics"]["actor/grad_norm"] == "actor.update_actor"
-    again = launch("safe_rlhf", *settings[:-1], "steps=4", "resume=auto", local=True, root=tmp_path / "local")
+    again = launch_warm("safe_rlhf", *settings[:-1], "steps=4", "resume=auto", local=True, root=tmp_path / "local")
     assert (local["steps"], again["steps"]) == (3, 4), "a second run in this process, from the first one's checkpoint"
 
 

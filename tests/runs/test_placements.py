@@ -100,12 +100,8 @@ def test_staleness_is_bounded_reported_and_counts_on_after_a_resume(launch_warm:
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_interrupted_responses_go_on_with_the_new_weights(
-    launch: Launch, tmp_path: Path, engine: str, request: pytest.FixtureRequest
-) -> None:
-    if engine != "vllm":  # which wants a process to itself
-        request.getfixturevalue("launch_warm")
-    summary = launch(
+def test_interrupted_responses_go_on_with_the_new_weights(launch_warm: Launch, tmp_path: Path, engine: str) -> None:
+    summary = launch_warm(
         "grpo", "placement=standalone", "placement.max_staleness=1", "placement.interrupt=true", "steps=5",
         f"reward.function={REWARD}", f"actor.rollout.engine={engine}", "actor.rollout.max_response_tokens=250",
         "actor.optimizer.lr=1e-3", "algorithm.samples_per_prompt=4", "algorithm.correction=token",
@@ -155,8 +151,8 @@ def test_a_run_leaves_a_trace_a_drawing_idle_shares_and_a_critical_path(launch_w
     assert read_metrics(tmp_path / "seen")[0]["store/spilled_bytes"] == 0
 
 
-def test_a_planned_placement_runs_and_reports_what_it_predicted(launch: Launch, tmp_path: Path) -> None:
-    launch("ppo", "placement=auto", f"reward.function={REWARD}", *TINY, "name=planned", "steps=2")
+def test_a_planned_placement_runs_and_reports_what_it_predicted(launch_warm: Launch, tmp_path: Path) -> None:
+    launch_warm("ppo", "placement=auto", f"reward.function={REWARD}", *TINY, "name=planned", "steps=2")
     report = json.loads((tmp_path / "planned/plan_report.json").read_text())
     trained = ("actor.generate_sequences", "actor.update_actor", "critic.update_critic")
     for times in (report["predicted"]["nodes"], report["measured"]["nodes"], report["ratio"]):

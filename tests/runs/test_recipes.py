@@ -71,9 +71,9 @@ def test_dpo_raises_the_chosen_over_the_rejected(launch_warm: Launch) -> None:
     assert summary["last"]["actor/margin"] > 0
 
 
-def test_ppo_through_vllm(launch: Launch, tmp_path: Path, model: Path) -> None:
+def test_ppo_through_vllm(launch_warm: Launch, tmp_path: Path, model: Path) -> None:
     settings = ("algorithm.samples_per_prompt=2", "algorithm.mini_batches=2", "output.rollouts_every=1")
-    summary = launch("ppo", *ROLLOUT, *settings)
+    summary = launch_warm("ppo", *ROLLOUT, *settings)
     assert finite(summary)
     assert GENERATING | {"gae/ref_kl", "gae/ref_kl_k3", "actor/old_kl", "actor/old_kl_k3"} <= summary["last"].keys()
     assert 0 < summary["last"]["actor/response_tokens"] <= summary["last"]["actor/longest_response"] <= 8
@@ -86,10 +86,10 @@ def test_ppo_through_vllm(launch: Launch, tmp_path: Path, model: Path) -> None:
         assert re.sub("<(pad|bos|eos|unk)>", "", raw) == plain and raw.endswith("<eos>") == dump["finished"].row(row)
 
 
-def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(launch: Launch, tied: Path) -> None:
+def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(launch_warm: Launch, tied: Path) -> None:
     settings = ("algorithm.samples_per_prompt=4", "algorithm.kl_coef=0", "steps=3", f"model.path={tied}")
     for parallel in (1, 2):
-        summary = launch("grpo", *ROLLOUT, *settings, f"actor.rollout.tensor_parallel={parallel}")
+        summary = launch_warm("grpo", *ROLLOUT, *settings, f"actor.rollout.tensor_parallel={parallel}")
         assert summary["last"]["actor/version"] == 3
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
 
@@ -130,14 +130,10 @@ def test_safe_rlhf_raises_its_multiplier_while_the_cost_is_over_the_limit(launch
 
 
 @pytest.mark.parametrize("recipe", ["ppo", "grpo"])
-def test_the_eager_run_ends_with_the_weights_of_the_graph_run(
-    launch: Launch, tmp_path: Path, recipe: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_eager_run_ends_with_the_weights_of_the_graph_run(launch_warm: Launch, tmp_path: Path, recipe: str) -> None:
     settings = (*(ROLLOUT if recipe == "ppo" else TRANSFORMERS), "algorithm.mini_batches=2", "steps=3")
-    if recipe == "grpo":  # ppo generates with vLLM
-        request.getfixturevalue("launch_warm")
-    launch(recipe, *settings, root=tmp_path / "graph")
-    launch(recipe, *settings, root=tmp_path / "eager", eager=True)
+    launch_warm(recipe, *settings, root=tmp_path / "graph")
+    launch_warm(recipe, *settings, root=tmp_path / "eager", eager=True)
     one, other = (weights(tmp_path / way / recipe / "models/actor") for way in ("graph", "eager"))
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -188,13 +184,13 @@ def test_each_generation_of_a_step_has_the_weights_of_the_update_before_it(launc
 
 
 @pytest.mark.timeout(600)  # three runs in processes of their own
-def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(launch_warm: Launch, tmp_path: Path) -> None:
     settings = (*TRANSFORMERS, f"cost.function={COST}", "algorithm.mini_batches=2")
     every_2 = "output.checkpoint_every=2"
-    straight = launch("safe_rlhf", *settings, every_2, "steps=4", root=tmp_path / "straight")
+    straight = launch_warm("safe_rlhf", *settings, every_2, "steps=4", root=tmp_path / "straight")
     # Without a cadence a run ends with a checkpoint, and more steps continue it.
-    launch("safe_rlhf", *settings, "steps=2", root=tmp_path / "resumed")
-    resumed = launch("safe_rlhf", *settings, "steps=4", "resume=auto", root=tmp_path / "resumed")
+    launch_warm("safe_rlhf", *settings, "steps=2", root=tmp_path / "resumed")
+    resumed = launch_warm("safe_rlhf", *settings, "steps=4", "resume=auto", root=tmp_path / "resumed")
     for role in ("actor", "critic", "cost_critic"):
         one, other = (weights(tmp_path / way / f"safe_rlhf/models/{role}") for way in ("straight", "resumed"))
         assert all(np.array_equal(one[name], other[name]) for name in one), role
@@ -247,9 +243,9 @@ def mine(prompts: Prompts, actor: Actor, reward: Reward, cfg: Mine) -> None:
 '''
 
 
-def test_a_users_recipe_with_its_own_loss_reward_and_advantage(launch: Launch, tmp_path: Path) -> None:
+def test_a_users_recipe_with_its_own_loss_reward_and_advantage(launch_warm: Launch, tmp_path: Path) -> None:
     file = tmp_path / "elsewhere" / "mine.py"
     file.parent.mkdir()
     file.write_text(USERS_RECIPE)
-    summary = launch(str(file), *TRANSFORMERS[:2], "reward.function=my_reward", "algorithm.scale=3.0")
+    summary = launch_warm(str(file), *TRANSFORMERS[:2], "reward.function=my_reward", "algorithm.scale=3.0")
     assert summary["recipe"] == "mine" and "actor/mine" in summary["last"]

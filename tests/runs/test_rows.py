@@ -148,16 +148,16 @@ def test_too_few_groups_stop_the_run_and_say_what_each_round_kept(file: Path) ->
 
 
 def test_on_ray_and_resumed_it_ends_with_the_same_weights(
-    launch: Callable[..., Any], file: Path, data: Path, tmp_path: Path
+    launch_warm: Callable[..., Any], file: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = (
         *(f"data.sources.experts.path={data}", "actor.rollout.max_response_tokens=5", "data.prompts_per_step=2"),
         *("reward.function=length", "placement=colocate", "actor.optimizer.lr=1e-3"),
     )
     ray = ("placement.pools.main.slots=2", "actor.rollout.engine=transformers", "placement.host_processes=2")
-    launch(str(file), *settings, *ray, "steps=4", root=tmp_path / "ray")
-    launch(str(file), *settings, "steps=2", local=True, root=tmp_path / "local")
-    launch(str(file), *settings, "steps=4", "resume=auto", local=True, root=tmp_path / "local")
+    launch_warm(str(file), *settings, *ray, "steps=4", root=tmp_path / "ray")
+    launch_warm(str(file), *settings, "steps=2", local=True, root=tmp_path / "local")
+    launch_warm(str(file), *settings, "steps=4", "resume=auto", local=True, root=tmp_path / "local")
     ours, theirs = (read_metrics(tmp_path / root / "rows") for root in ("local", "ray"))
     assert [row["count/rows"] for row in ours] == [row["count/rows"] for row in theirs]
     for one, other in zip(ours, theirs, strict=True):

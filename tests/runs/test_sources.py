@@ -80,12 +80,12 @@ def sections(files: dict[str, Path]) -> list[str]:
 
 
 def test_offline_pairs_and_online_prompts_in_one_recipe(
-    launch: Callable[..., Any], files: dict[str, Path], tmp_path: Path
+    launch_warm: Callable[..., Any], files: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = (*sections(files), "actor.rollout.max_response_tokens=5", "placement=colocate")
     one_slot = ("placement.pools.main.slots=1", "actor.rollout.engine=transformers")
-    launch(str(files["recipe"]), *settings, *one_slot, root=tmp_path / "ray")
-    launch(str(files["recipe"]), *settings, local=True, root=tmp_path / "local")
+    launch_warm(str(files["recipe"]), *settings, *one_slot, root=tmp_path / "ray")
+    launch_warm(str(files["recipe"]), *settings, local=True, root=tmp_path / "local")
     for step in read_metrics(tmp_path / "ray/hypo"):
         assert (step["pairs/rows"], step["prompts/rows"]) == (4.0, 4.0)  # two pairs, four prompts
     ours, theirs = (weights(tmp_path / root / "hypo/models/actor") for root in ("local", "ray"))

@@ -85,7 +85,7 @@ def test_a_graph_with_states_is_the_run_line_by_line(file: Path) -> None:
 
 
 def test_a_resumed_run_remembers_on_any_number_of_ranks_and_local_is_ray(
-    launch: Callable[..., Any], file: Path, data: Path, tmp_path: Path
+    launch_warm: Callable[..., Any], file: Path, data: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "few.jsonl"
     rows.write_text("".join(data.read_text().splitlines(keepends=True)[:6]))
@@ -94,12 +94,12 @@ def test_a_resumed_run_remembers_on_any_number_of_ranks_and_local_is_ray(
         *("reward.function=rlhf_dist.rewards:share_of_digits", "actor.optimizer.lr=1e-3"),
     )
     ray = ("placement.pools.main.slots=1", "actor.rollout.engine=transformers", "placement.host_processes=2")
-    launch(str(file), *settings, "steps=4", local=True, root=tmp_path / "whole")
-    launch(str(file), *settings, *ray, "steps=2", root=tmp_path / "ray")
+    launch_warm(str(file), *settings, "steps=4", local=True, root=tmp_path / "whole")
+    launch_warm(str(file), *settings, *ray, "steps=2", root=tmp_path / "ray")
     shutil.copytree(tmp_path / "ray", tmp_path / "two")
-    launch(str(file), *settings, *ray, "steps=4", "resume=auto", root=tmp_path / "ray")
+    launch_warm(str(file), *settings, *ray, "steps=4", "resume=auto", root=tmp_path / "ray")
     two = ("placement.pools.main.slots=2", *ray[1:])
-    launch(str(file), *settings, *two, "steps=4", "resume=auto", root=tmp_path / "two")
+    launch_warm(str(file), *settings, *two, "steps=4", "resume=auto", root=tmp_path / "two")
     ours, theirs, others = (read_metrics(tmp_path / root / "states") for root in ("whole", "ray", "two"))
     # Six prompts, four a step: the second step has the two that are left and two of a new epoch, one of them the same.
     assert [row["seen/kept"] for row in ours] == [4.0, 3.0, 0.0, 0.0]

@@ -155,10 +155,10 @@ def test_weights_that_leave_the_device_meanwhile_are_the_same(
 
 
 def test_two_pools_on_ray_end_with_the_weights_of_one_process(
-    launch: Launch, file: Path, small: Path, straight: Any, tmp_path: Path
+    launch_warm: Launch, file: Path, small: Path, straight: Any, tmp_path: Path
 ) -> None:
     pools = ("placement.pools.main.slots=1", "+placement.pools.other.slots=2", "+placement.roles.soup=other")
-    launch(str(file), f"model.path={small}", "steps=4", "actor.optimizer.lr=1e-2", *pools, root=tmp_path)
+    launch_warm(str(file), f"model.path={small}", "steps=4", "actor.optimizer.lr=1e-2", *pools, root=tmp_path)
     same(ended(tmp_path), straight)
 
 

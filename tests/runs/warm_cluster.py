@@ -6,14 +6,19 @@ import itertools
 from collections.abc import Collection
 from dataclasses import replace
 
+import ray
+
 from controller.cluster.pool import Pool
 from controller.cluster.start import Cluster
 from rlhf_dist.config import PoolConfig, RayConfig
 from rlhf_dist.placement.roles import HOST_POOL
 
+RELEASE_S = 60.0
+"""Longest wait for processes to free what a run left; longer: they are not kept."""
+
 
 class WarmCluster(Cluster):
-    """Keeps its processes between runs: pools of the next run that have their size get them, with new role workers."""
+    """Keeps its processes between runs, without roles: pools of the next run that have their size get them."""
 
     def __init__(self) -> None:
         super().__init__(RayConfig(), slots=12, host_processes=1)
@@ -23,10 +28,13 @@ class WarmCluster(Cluster):
         """First process of a pool -> the name its slots are kept under."""
 
     def __exit__(self, *error: object) -> None:
-        for name, pool in self.pools.items():
-            self.idle.append(pool)
+        for name, pool in list(self.pools.items()):
+            freed = [process.release_roles.remote() for process in pool.processes]
+            if len(ray.wait(freed, num_returns=len(freed), timeout=RELEASE_S)[0]) < len(freed):
+                self.end_pool(name)
+                continue
+            self.idle.append(self.pools.pop(name))
             self.watch.remove(name)
-        self.pools.clear()
 
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
         return self._again(name, pool.slots, False, team) or self._kept(super().add_pool(name, pool, team))
