@@ -72,7 +72,8 @@ def test_the_groups_with_fewest_turns_are_kept_whatever_tools_take(play_all: Pla
         time.sleep(0.2)
 
     whole = drawn(play_all(Turns(), texts=TEXTS, n=2))
-    for tools, concurrent in (({"1": slow}, 256), ({}, 1)):
+    ways: list[tuple[dict[str, Tool], int]] = [({"1": slow}, 256), ({}, 1)]
+    for tools, concurrent in ways:
         episodes = play_all(Turns(tools), EpisodeLimits(concurrent=concurrent), texts=TEXTS, n=2, wanted=3)
         assert kept(episodes) == [1, 2, 3], "of equal turns the first rows"
         assert drawn(episodes) == {number: whole[number] for number in drawn(episodes)}
@@ -151,11 +152,12 @@ def traced(**settings: Any) -> Any:
 def test_what_is_kept_is_known_before_a_run_and_what_cannot_be_is_refused() -> None:
     found = amounts(traced(groups=3), {"prompts": 4})["actor.compute_log_prob"]
     assert (found.rows, found.groups, found.exact) == (9, 3, False)
-    for settings, says in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"groups": 0}, "needs groups >= 1, of which it keeps the first, or None for all, got 0"),
         ({"groups": 1.5}, "got 1.5"),
         ({"first": "luck"}, "says what is first= by 'turns' or by 'time', got 'luck'"),
-    ):
+    ]
+    for settings, says in refused:
         with pytest.raises(GraphError) as error:
             traced(**settings)
         assert says in str(error.value)

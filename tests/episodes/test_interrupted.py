@@ -85,7 +85,7 @@ def test_episodes_go_on_with_new_weights_and_each_token_says_which_drew_it(model
         assert columns["turn"][:said].tolist() == [0] * said and said > old_tokens[-1], "it was one turn"
         ids = np.concatenate([columns["prompt_ids"], columns["response_ids"]]).astype(np.int64)
         by = [log_probs(one, ids)[-len(versions) :] for one in (old, new)]
-        wanted = np.where(versions == 0, *by)
+        wanted = np.where(versions == 0, by[0], by[1])
         assert np.abs(wanted - columns["rollout_log_probs"])[drawn].max() < 1e-4
         assert np.abs(by[0] - by[1])[drawn].max() > 1e-2, "the weights differ"
     metrics = {name: one.value for name, one in result.metrics.items()}
