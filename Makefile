@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos comparison docs gpu-evidence models-table clean
+.PHONY: help install demo test test-judge lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos comparison docs gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: ab
 
 test: install  ## all tests (about 30 minutes on 2 cores)
 	$(PYTEST) $(ARGS)
+
+test-judge: install  ## the judge over HTTP against a real vLLM server, which `test` leaves out
+	VLLM_SERVE=1 $(BIN)/python -m pytest -q tests/rewards/test_vllm_judge.py $(ARGS)
 
 lint: install  ## format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .

@@ -65,7 +65,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "GSPO": ("grpo/gspo", {**OF_8, **TWICE}),
     "CISPO": ("surrogates", {**OF_8, **TWICE}),
     "RAFT": ("rejection", OF_8),
-    "Reinforce-Rej": ("reinforce/reinforce_rej", OF_8),
+    "Reinforce-Rej": ("reinforce/reinforce_rej", {**OF_8, **TWICE}),
     "NFT": ("surrogates/nft", {**OF_8, **TWICE}),
     "CoPG": ("sample_pairs/copg", OF_2),
     "iterative DPO": ("iterative_dpo", OF_8),

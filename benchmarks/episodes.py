@@ -6,9 +6,11 @@
 
 The three draw the same tokens, which is checked. Beside them: 64 of these episodes, one of which waits for a tool of
 5 s; and training on the leaves of episodes that branch, with and without computing once what they share
-(`tree_training.py`). One JSON line last.
+(`tree_training.py`). `--simulated`: in place of all that, what up to 10,000 episodes at one time cost beside an engine
+that costs nothing (`many_episodes.py`). One JSON line last.
 
     make bench-episodes ARGS="--turn-tokens 32"
+    make bench-episodes ARGS="--simulated --episodes 10000"
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.many_episodes import many_episodes
 from benchmarks.tree_training import Branching, tree_training
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ModelConfig, RolloutConfig
@@ -82,20 +85,38 @@ class OneStraggler(Tools):
 
 
 def main() -> None:
-    """Run the three and print one JSON line."""
+    """Measure, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
-    parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--simulated", action="store_true", help="cost of the host with an engine that costs nothing")
+    parser.add_argument("--episodes", type=int, help="256, or 10,000 beside a simulated engine")
     parser.add_argument("--turn-tokens", type=int, default=16)
     parser.add_argument("--trees", type=int, default=8, help="episodes that branch, for the part about training")
     arguments = parser.parse_args()
+    if arguments.simulated:
+        simulated(arguments.episodes or 10_000, arguments.turn_tokens)
+    else:
+        measured(arguments)
+
+
+def simulated(most: int, turn_tokens: int) -> None:
+    """The cost of up to `most` episodes beside a simulated engine."""
+    tokens = TURNS * (turn_tokens + len(SAID))
+    counts = [count for count in (100, 1_000) if count < most]
+    found = many_episodes([*counts, most], Tools(1.0, turn_tokens), _rows, tokens)
+    print(json.dumps({"engine": "simulated", "turn_tokens": turn_tokens, "episodes": found}))
+
+
+def measured(arguments: argparse.Namespace) -> None:
+    """The three ways, and training on trees."""
+    count = arguments.episodes or 256
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
         bench.ours(8, slow=0.0)  # what the first call alone costs
-        bound_s, bound = bench.ours(arguments.episodes, slow=0.0)
-        ours_s, ours = bench.ours(arguments.episodes, slow=1.0)
-        waves_s, waves = bench.waves(arguments.episodes)
-        straggler = bench.straggler(min(arguments.episodes, 64))
+        bound_s, bound = bench.ours(count, slow=0.0)
+        ours_s, ours = bench.ours(count, slow=1.0)
+        waves_s, waves = bench.waves(count)
+        straggler = bench.straggler(min(count, 64))
         trained = tree_training(bench.model, bench.leaves(arguments.trees), budget=8192, turns=5)
         bench.engine.close()
     if waves != _turns(ours) or _turns(bound) != waves:
@@ -103,7 +124,7 @@ def main() -> None:
     tokens = sum(len(turn) for turns in waves for turn in turns)
     result = {
         "engine": arguments.engine,
-        "episodes": arguments.episodes,
+        "episodes": count,
         "turn_tokens": arguments.turn_tokens,
         "tokens": tokens,
         "ours": {

@@ -43,9 +43,8 @@ def commands_page() -> str:
 
     os.environ["COLUMNS"] = WIDTH
     commands = all_commands()
-    below = next(action for action in commands.parser._actions if getattr(action, "choices", None))
     parts = [f"# Commands\n\n```text\n{commands.parser.format_help()}```\n"]
-    parts += [f"\n## {name}\n\n```text\n{below.choices[name].format_help()}```\n" for name in commands.run]  # type: ignore[index, union-attr]
+    parts += [f"\n## {name}\n\n```text\n{parser.format_help()}```\n" for name, parser in commands.parsers.items()]
     return "".join(parts)
 
 

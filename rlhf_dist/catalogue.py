@@ -11,6 +11,7 @@ under other settings. A family's package has the entries of the files of stages 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,6 +25,8 @@ CODES = frozenset(
     "HID TREE PAIRJ ALT CO STATE PFX".split()
 )
 """What the catalogue calls the capabilities of an engine."""
+ARXIV = r"\d\d(0[1-9]|1[0-2])\.\d{4,5}"
+"""A preprint's number since 2007: year, month, count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,9 @@ class Paper:
     title: str
     """What the field calls the method."""
     year: int
+    """When it came out: of a preprint the year of its first version, which its number begins with."""
     arxiv: str | None = None
-    """Number of the preprint; None where there is none, or where we are not sure of it."""
+    """Number of the preprint, YYMM.NNNNN; None where there is none, or where we are not sure of it."""
     rows: tuple[int, ...] = ()
     """Numbers of the catalogue; none for a method that it lacks."""
     status: Status = "exact"
@@ -52,6 +56,8 @@ class Paper:
         wrong = [row for row in self.rows if row not in ROWS]
         if wrong:
             raise ValueError(f"{self.title}: rows of the catalogue are {ROWS[0]} to {ROWS[-1]}, got {wrong[0]}")
+        if self.arxiv is not None:
+            self._check_number(self.arxiv)
         strange = sorted(set(self.needs) - CODES)
         if strange or not self.needs:
             raise ValueError(f"{self.title}: needs= has at least one of {', '.join(sorted(CODES))}, got {self.needs}")
@@ -59,6 +65,13 @@ class Paper:
             raise ValueError(f"{self.title}: status is one of {', '.join(get_args(Status))}, got {self.status!r}")
         if self.status == "outline" and not self.assumed:
             raise ValueError(f"{self.title}: an outline says in assumed= what is not the paper's")
+
+    def _check_number(self, number: str) -> None:
+        if not re.fullmatch(ARXIV, number):
+            raise ValueError(f"{self.title}: arxiv= is a number like 2402.03300, without a version, got {number!r}")
+        first = 2000 + int(number[:2])
+        if self.year != first:
+            raise ValueError(f"{self.title}: year= is the preprint's, {first} for {number}, got {self.year}")
 
 
 def papers_of(module: Any) -> Mapping[str, Paper]:

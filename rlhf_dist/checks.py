@@ -20,7 +20,9 @@ from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
 from rlhf_dist.dataflow.token_makers import reads_others_tokens
 from rlhf_dist.engine_checks import check_engines
 from rlhf_dist.generation_checks import check_episodes, check_generation, check_templates
+from rlhf_dist.held_out import held_out_fields
 from rlhf_dist.launch_lines import epoch_lines, model_lines
+from rlhf_dist.looking_checks import check_looking
 from rlhf_dist.machine import described_machine, local_machine
 from rlhf_dist.machine_settings import device_of
 from rlhf_dist.model_folder import ModelShape, check_head, read_shape
@@ -60,6 +62,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_numbers(launch)
     _check_name(launch)
     _check_tracker(launch)
+    check_looking(launch)
     check_no_secrets(launch.run.ray.worker_env, launch.run.output.store_options)
     if cluster is None:
         check_set_here(launch.run.ray.worker_env)
@@ -347,7 +350,7 @@ def _sources(launch: Launch) -> list[tuple[str, SourceConfig, Mapping[str, str]]
     """(settings' key, source, fields of its own) of every source, held-out rows too."""
     recipe, heldout = launch.recipe, launch.run.data.heldout
     found = [(launch.source_key(name), launch.source(name), recipe.source_fields(name)) for name in recipe.sources]
-    return found if heldout is None else [*found, ("data.heldout", heldout, {})]
+    return found if heldout is None else [*found, ("data.heldout", heldout, held_out_fields(launch))]
 
 
 def _check_sources(launch: Launch) -> list[str]:

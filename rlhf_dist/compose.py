@@ -172,6 +172,8 @@ def _launch(
     root = _root(recipe)
     composed = _compose(spec, recipe, root, overrides, planned, config)
     algorithm = _algorithm(recipe, composed)
+    if OmegaConf.select(composed, "data.heldout") is None:  # then nobody needs what only its evaluation asks
+        recipe = replace(recipe, evaluation=None)
     dataflow = trace(recipe, algorithm)
     settings = _build(root, composed, recipe.roles.keys() - dataflow.used_roles)
     _check_rows(recipe, settings)

@@ -31,21 +31,7 @@ def check_engines(launch: Launch, shapes: Mapping[str, ModelShape], slots: Mappi
         if rollout is not None and rollout.engine == "vllm":
             _check_installed("vllm", f"{role}.rollout.engine=vllm", f"{role}.rollout.engine=transformers")
     _check_vllm_groups(launch)
-    _check_episodes(launch)
     _check_attention(launch)
-
-
-def _check_episodes(launch: Launch) -> None:
-    """An environment runs in one process; the ranks of a copy would have to hear of each of its requests in step."""
-    for node in launch.dataflow:
-        if node.op != "run_episodes":
-            continue
-        rollout = generation_of(launch, node.role)
-        if rollout is not None and rollout.tensor_parallel > 1:
-            raise ConfigError(
-                f"{node.line}: episodes need {node.role}.rollout.tensor_parallel=1, got {rollout.tensor_parallel}; "
-                "each process runs episodes with a copy of the model of its own"
-            )
 
 
 def _check_attention(launch: Launch) -> None:

@@ -117,7 +117,9 @@ def combine(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
 
 
 def reward_metrics(rewards: npt.NDArray[Any]) -> Metrics:
-    """`reward` and `reward_std` (divisor n) of rows [B]: what every reward role reports."""
+    """`reward` and `reward_std` (divisor n) of rows [B]: what every reward role reports; nothing of no rows."""
+    if not len(rewards):
+        return {}
     return {
         "reward": Mean(float(rewards.sum(dtype=np.float64)), float(len(rewards))),
         "reward_std": Spread.of(rewards),

@@ -124,7 +124,8 @@ def _read_by_grammar(text: str, keys: Mapping[str, Any]) -> Setting:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"cannot read the override {text!r}; write key=value, got {first_line(error)}") from error
+        where = f" ({first_line(error)})" if "=" in text else ""
+        raise ConfigError(f"cannot read the override {text!r}; write key=value{where}") from error
     if override.is_sweep_override():
         raise ConfigError(f"{text!r} is a sweep; a run has one value for each key (quote a value with commas)")
     key = override.key_or_group

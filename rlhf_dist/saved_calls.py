@@ -53,6 +53,8 @@ class SavedCall:
     line: str = ""
     part: int = 0
     rank: int = 0
+    of_rows: int | None = None
+    """Rows of the node's first batch, of which these are one part; None: not known yet, or it has none."""
     streamed: bool = False
     """Its rows came as they were made: their positions in the whole batch were not known."""
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class SavedCall:
     """Where it was read from."""
 
 
-PLAIN = ("step", "node", "line", "part", "rank", "streamed", "numbers", "given", "weights_step", "failure")
+PLAIN = ("step", "node", "line", "part", "rank", "of_rows", "streamed", "numbers", "given", "weights_step", "failure")
 """Fields in call.json."""
 
 

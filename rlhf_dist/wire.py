@@ -60,10 +60,11 @@ class Look:
     due: bool = False
     """They are kept whatever happens; else only where the call fails."""
     part: int = 0
+    of_rows: int | None = None
     streamed: bool = False
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
-    """See `saved_calls.SavedCall`, all four."""
+    """See `saved_calls.SavedCall`, all five."""
     profile: str = ""
     """Folder for a trace of the call; empty: none is made."""
 

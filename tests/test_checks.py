@@ -201,6 +201,21 @@ def test_a_group_of_one_in_a_users_recipe_names_the_argument(model: Path, tmp_pa
     assert "rloo_advantage compares" in text and "set n of generate_sequences in the recipe to 2 or more" in text
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "output.inputs_nodes=[actor.update]",
+            "output.inputs_nodes: unknown node actor.update; did you mean actor.update_actor?",
+        ),
+        ("profile.steps=[1,100]", "profile.steps must name steps of the run, which are 0 to 99, got 100"),
+        ("profile.steps=[-1]", "which are 0 to 99, got -1"),
+    ],
+)
+def test_what_is_to_be_kept_must_be_there(model: Path, override: str, expected: str) -> None:
+    assert expected in failure("ppo", model, override)
+
+
 # --- placement -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("overrides", "expected"),

@@ -77,10 +77,28 @@ def test_graph_starts_in_less_than_three_seconds() -> None:
     assert fastest < 3.0
 
 
-def test_overrides_may_stand_before_and_after_options() -> None:
-    done = command("graph", "ppo", "algorithm.epochs=2", "--format", "json", "algorithm.clip=0.1")
-    assert done.returncode == 0, done.stderr
-    assert command("graph", "ppo", "--fromat", "json").returncode == 2
+def test_words_may_stand_before_between_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "ppo", "algorithm.epochs=2", "--format", "json", "algorithm.clip=0.1"]) == 0
+    assert main(["jobs", "status", "--to", "slurm", "4711", "--address", "x"]) == 2
+    assert "--address is Ray's dashboard" in capsys.readouterr().err, "the job's id was read"
+    for words, name in ((["graph", "ppo", "--fromat", "json"], "--fromat"), (["jobs", "stop", "1", "2"], "2")):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert f"unknown argument {name}; `rlhf-dist {words[0]} --help` lists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quiet", "run", "ppo"])
+    assert "unknown argument --quiet" in capsys.readouterr().err
+
+
+def test_who_says_nothing_or_finds_nothing_is_told_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "begin with:" in said.err and "exit codes:" in said.err
+    assert main(["recipes", "--search", "nothing is called so"]) == 0
+    said = capsys.readouterr()
+    assert not said.out and "no recipe is like that" in said.err
+    assert main(["graph", "ppo", "steps"]) == 2
+    assert capsys.readouterr().err == "error: cannot read the override 'steps'; write key=value\n"
 
 
 @pytest.mark.parametrize(

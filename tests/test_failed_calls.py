@@ -59,3 +59,9 @@ def test_a_process_that_is_gone_goes_before_those_that_lost_it() -> None:
 def test_a_call_over_its_limit_names_who_has_not_replied() -> None:
     error = overdue(Called(), 30.0, None)
     assert "did not finish within ray.call_timeout_s=30 s; no reply of rank 0, 1, 2; see /logs/main-0.log" in str(error)
+
+
+def test_the_first_process_of_a_pool_is_as_well_known_as_in_the_pool() -> None:
+    """A source lives there, and who starts for long is looked at by node and pid."""
+    pool = Pool("host", (None, None), node_ids=("a", "b"), pids=(11, 12), logs=("x", "y"), leads=((0,), (1,)))
+    assert pool.first == Pool("host", (None,), node_ids=("a",), pids=(11,), logs=("x",))

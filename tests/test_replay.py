@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 from controller.commands.cli import main
+from controller.commands.replay import _text
 from controller.execution.failed_calls import NodeError
-from controller.lifecycle.replay import replay
+from controller.lifecycle.replay import _on_one_rank, replay
+from controller.lifecycle.replayed import Replayed, rounding_of
 from controller.report.payload import run_payload
 from controller.report.run_files import read_run
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.config import EngineConfig, FunctionConfig, LanguageModelConfig, RolloutConfig
 from rlhf_dist.saved_calls import SavedCall, SavedRows, read_calls, saved_steps, step_folder, together, write_call
 from rlhf_dist.typed import ConfigError
 from tests.tiny import save_llama
@@ -224,6 +227,41 @@ def test_parts_of_several_ranks_are_one_batch_in_the_order_of_the_whole(tmp_path
     (tmp_path / "a.b/part_0/call.json").write_text("{")
     with pytest.raises(ValueError, match="is not what a run wrote"):
         read_calls(tmp_path, "a.b")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "rounded"), [("float32", 2e-5, True), ("float32", 1e-3, False), ("bfloat16", 1e-2, True)]
+)
+def test_a_number_is_as_in_the_run_to_the_last_bit_to_rounding_or_not(dtype: str, off: float, rounded: bool) -> None:
+    log_probs = np.asarray([-4.0, -1e-6, np.nan], np.float32)
+    kept = {
+        "ids": Column(np.asarray([7, 8, 9])),
+        "log_probs": Column(log_probs),
+        "text": Column.strings(["a", "b", "c"]),
+    }
+    found = {**kept, "log_probs": Column(log_probs + np.float32(off)), "ids": Column(np.asarray([7, 8, 10]))}
+    done = Replayed(
+        node="a.b", step=3, line="mine.py:7", weights="none", rows=3, of_rows=5, parts=2, failure="",
+        rounding=rounding_of([dtype]), outputs=Batch(found), recorded=Batch(kept),
+        metrics={"loss": 1.0 + off, "nan": np.nan, "own": 1.0}, recorded_metrics={"loss": 1.0, "nan": np.nan},
+    )  # fmt: skip
+    said = {one.name: (one.equal, one.rounded) for one in (*done.columns(), *done.numbers())}
+    assert said["log_probs"] == said["loss"] == (False, rounded)
+    assert said["ids"] == (False, False), "a token has no rounding"
+    assert said["text"] == said["nan"] == (True, False) and said["own"] == (None, False)
+    lines = "\n".join(_text(done))
+    assert "3 rows of the 5 in the run: the processes that had the others kept nothing" in lines
+    assert ("as in the run, to rounding: +" in lines) == rounded
+    assert json.loads(json.dumps(done.as_json()))["columns"]["log_probs"]["rounded"] is rounded
+
+
+def test_settings_that_cut_a_model_over_ranks_are_put_aside() -> None:
+    role = LanguageModelConfig(
+        engine=EngineConfig(tensor_parallel=2, replicas=4), rollout=RolloutConfig(tensor_parallel=2)
+    )
+    whole = _on_one_rank(role)
+    assert (whole.engine.tensor_parallel, whole.engine.replicas, whole.rollout.tensor_parallel) == (1, 1, 1)
+    assert _on_one_rank(FunctionConfig()) == FunctionConfig()
 
 
 def test_what_there_is_is_listed_without_reading_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,7 @@ def _keep(
         line=call.line,
         part=look.part,
         rank=rank,
+        of_rows=look.of_rows,
         streamed=look.streamed,
         numbers=look.numbers,
         given=look.given,

@@ -26,6 +26,7 @@ from rlhf_dist.wire import Bridge, Call, OpResult, WorkerContext
 from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
+from workers.episodes.copies import Copy
 from workers.episodes.groups import First
 from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns, episode_metrics, group_metrics, log_lost
@@ -267,13 +268,15 @@ class RolloutWorker:
         rows_of: Sequence[str] = (),
         groups: int | None = None,
         first: First = "turns",
+        held_out: bool = False,
     ) -> OpResult:
-        """`n` episodes of each row. Where new weights interrupt it (`placement.interrupt`) it is called again, and the
-        episodes go on where they were.
+        """`n` episodes of each row, which the first rank of those that share a copy of the model plays, and answers
+        for; the others follow it. Where new weights interrupt it (`placement.interrupt`, one rank a copy) it is called
+        again, and the episodes go on where they were.
 
         speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. groups:
-        rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share."""
-        assert self.config.rollout.tensor_parallel == 1, "checked before anything starts"
+        rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share.
+        held_out: no random number depends on the step."""
         self._stop.clear()
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
@@ -282,25 +285,37 @@ class RolloutWorker:
             one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
         wanted = groups if call.wanted is None else call.wanted
-        under_way = self._under_way.pop((call.node, call.step), None) or begin_episodes(
-            self.engine,
-            self.config.model.path,
-            batch,
-            call,
-            environment,
-            limits or EpisodeLimits(),
-            self._sampling(n, greedy),
-            rollout.max_prompt_tokens,
-            [lender._speaker(name, name in rows_of) for name, lender in lenders.items()],
-            wanted=wanted,
-            first=first,
-        )
-        under_way.behind.setdefault(self.engine.weights_version, staleness)
-        episodes = under_way.go_on(self._stop.is_set if self._interrupts else None)
-        if episodes is None:
-            self._under_way[call.node, call.step] = under_way
-            return OpResult(columns=NOTHING, interrupted=True)
-        self._log(episodes, batch, call, n)
+        behind = {self.engine.weights_version: staleness}
+        with Copy([self.engine, *(one.engine for one in lenders.values())]) as copy:
+            if copy.leads:
+                under_way = self._under_way.pop((call.node, call.step), None) or begin_episodes(
+                    copy.of(self.engine),
+                    self.config.model.path,
+                    batch,
+                    replace(call, step=0) if held_out else call,
+                    environment,
+                    limits or EpisodeLimits(),
+                    self._sampling(n, greedy),
+                    rollout.max_prompt_tokens,
+                    [
+                        replace(lender._speaker(name, name in rows_of), engine=copy.of(lender.engine))
+                        for name, lender in lenders.items()
+                    ],
+                    wanted=wanted,
+                    first=first,
+                )
+                under_way.behind.setdefault(self.engine.weights_version, staleness)
+                # Ranks that follow would have to be called again, too.
+                interruptible = self._interrupts and rollout.tensor_parallel == 1
+                found = under_way.go_on(self._stop.is_set if interruptible else None)
+                if found is None:
+                    self._under_way[call.node, call.step] = under_way
+                    return OpResult(columns=NOTHING, interrupted=True)
+                episodes, behind = found, under_way.behind
+            else:
+                copy.follow()
+                episodes = []
+        self._log(episodes, batch, call, n, held_out)
         kept = [episode for episode in episodes if episode.trains]
         played = np.array([episode.number for episode in kept], dtype=np.int64)
         trees = None
@@ -322,9 +337,10 @@ class RolloutWorker:
             "finished": Mean(float(columns["finished"].values.sum()), count),
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
-            "staleness": Mean(_behind(columns["policy_version"], under_way.behind, staleness), count),
+            "staleness": Mean(_behind(columns["policy_version"], behind, staleness), count),
+            "version": version_metric(columns),
         }
-        if len(under_way.behind) > 1:
+        if len(behind) > 1:
             versions = columns["policy_version"].rows()
             metrics["continued"] = Mean(float(sum(len(set(one.tolist())) > 1 for one in versions)), 0)
         if wanted is not None:
@@ -350,10 +366,10 @@ class RolloutWorker:
             learns=learns,
         )
 
-    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int) -> None:
-        groups = batch["group_id"].values
+    def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int, held_out: bool) -> None:
+        groups, of = batch["group_id"].values, {"held_out": True} if held_out else {}
         places = [
-            {"step": call.step, "node": call.node, "group_id": int(groups[number // n]), "copy": number % n}
+            {"step": call.step, "node": call.node, **of, "group_id": int(groups[number // n]), "copy": number % n}
             for number in (episode.number for episode in episodes)
         ]
         role = self.name.removesuffix(rollout_of(""))
@@ -408,7 +424,14 @@ def generation_metrics(columns: Mapping[str, Column], tokens: NDArray[np.int64],
         "rows": Mean(rows, 0),
         "sequence_tokens": Mean(float(tokens.sum()), 0),
         "staleness": Mean(float(behind.sum()), rows),
+        "version": version_metric(columns),
     }
+
+
+def version_metric(columns: Mapping[str, Column]) -> Mean:
+    """The weight version that drew the tokens, in the mean over them; a whole number where it was one."""
+    drawn = columns["policy_version"].values[columns["response_mask"].values > 0]
+    return Mean(float(drawn.sum(dtype=np.float64)), float(len(drawn)))
 
 
 def asked_columns(

@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "KINETO_LOG_LEVEL": "6",
 }
 """What worker processes of a cluster have too, and less talk: there is no log file to send it to."""
 

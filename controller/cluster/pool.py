@@ -8,7 +8,7 @@ On a cluster they are Ray actors (`cluster.py`); in a local run they are objects
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from rlhf_dist.failure import FailureKind
@@ -65,6 +65,14 @@ class Pool:
     def size(self) -> int:
         """Number of ranks."""
         return len(self.processes)
+
+    @property
+    def first(self) -> Pool:
+        """Its first process alone, with all that is known of it."""
+        named = {
+            name: getattr(self, name)[:1] for name in ("processes", "devices", "node_ids", "pids", "bundles", "logs")
+        }
+        return replace(self, **named, leads=(), team=0)
 
     def log(self, rank: int) -> str | None:
         """The log of a rank; None where none is kept."""

@@ -428,6 +428,7 @@ def _environment(gpus: int, threads: int, own: Mapping[str, str]) -> dict[str, s
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
+        "KINETO_LOG_LEVEL": "6",  # below it, a line for every start and stop of torch.profiler
     }
     here = {name: value for name, value in os.environ.items() if name in defaults or is_sent(name)}
     return {**defaults, **here, **own}

@@ -25,11 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.parser.add_argument("--version", action=_Version, nargs=0, help="versions of rlhf-dist and its parts")
     if "_ARGCOMPLETE" in os.environ:
         complete(commands.parser)
+    if not arguments:
+        commands.parser.print_help(sys.stderr)
+        return 2
     asked = next((text for text in arguments if not text.startswith("-")), None)
     if asked is not None and asked not in commands.run:
         print(f"error: {_unknown_command(asked, commands.run)}", file=sys.stderr)
         return 2
-    parsed = _parsed(commands, arguments)
+    parsed = _parsed(commands, arguments, asked)
     try:
         return int(commands.run[parsed.command](parsed))
     except BrokenPipeError:  # `rlhf-dist graph ppo | head`
@@ -51,14 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _parsed(commands: Commands, arguments: Sequence[str]) -> argparse.Namespace:
-    """Overrides may stand before and after options; argparse alone takes only the first run of them."""
-    parsed, rest = commands.parser.parse_known_args(arguments)
-    dashed = [text for text in rest if text.startswith("-")]
-    if dashed or (rest and not hasattr(parsed, "overrides")):
-        commands.parser.error(f"unknown argument {(dashed or rest)[0]}")
-    if hasattr(parsed, "overrides"):
-        parsed.overrides = [*parsed.overrides, *rest]
+def _parsed(commands: Commands, arguments: Sequence[str], asked: str | None) -> argparse.Namespace:
+    """What stands behind the command `asked`: words before, between and after options, which argparse's parsers below
+    a parser do not take."""
+    at = len(arguments) if asked is None else arguments.index(asked)
+    if {"-h", "--help", "--version"}.intersection(arguments[:at]) or asked is None:
+        return commands.parser.parse_args(arguments[:at])  # it ends there
+    parsed, rest = commands.parsers[asked].parse_known_intermixed_args(arguments[at + 1 :])
+    if unknown := [*arguments[:at], *(text for text in rest if text.startswith("-")), *rest]:
+        commands.parser.error(f"unknown argument {unknown[0]}; `rlhf-dist {asked} --help` lists those there are")
+    parsed.command = asked
     return parsed
 
 

@@ -147,7 +147,7 @@ def _question(arguments: argparse.Namespace) -> Any:
                 raise ConfigError(
                     f"{name} is asked to run as pp: {given['pp']}, and no engine here has pipelines; set 1"
                 )
-        question = replace(question, space=runnable_space(question.cluster, question.problem))
+        question = replace(question, space=runnable_space(question.cluster))
     return question
 
 

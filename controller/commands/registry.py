@@ -79,6 +79,7 @@ class Commands:
         recipe.completer, settings.completer = recipes, overrides  # type: ignore[attr-defined]  # argcomplete reads it
         self.run: dict[str, Command] = {}
         """Name -> what it does."""
+        self.parsers: dict[str, argparse.ArgumentParser] = {}
         self.examples: dict[str, tuple[str, ...]] = {}
 
     def add(self, name: str, run: Command, help: str, *examples: str, launch: bool = False) -> argparse.ArgumentParser:
@@ -86,7 +87,7 @@ class Commands:
         recipe, settings and --config."""
         assert name not in self.run, f"two modules register the command {name}"
         self.run[name], self.examples[name] = run, examples
-        return self._below.add_parser(
+        self.parsers[name] = self._below.add_parser(
             name,
             parents=[self._launch if launch else self.common],
             help=help,
@@ -94,6 +95,7 @@ class Commands:
             epilog="examples:\n" + "\n".join(f"  rlhf-dist {example}" for example in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        return self.parsers[name]
 
 
 def all_commands() -> Commands:

@@ -73,7 +73,7 @@ def _list(run: Path, form: str) -> int:
 
 
 def _text(done: Replayed) -> list[str]:
-    lines = [f"{done.node} of step {done.step} ({done.line}), {done.rows} rows", f"weights: {done.weights}"]
+    lines = [f"{done.node} of step {done.step} ({done.line}), {_rows(done)}", f"weights: {done.weights}"]
     if done.failure:
         lines.append(f"in the run it failed: {done.failure}")
     for title, found in (("wrote", list(done.columns())), ("metrics", list(done.numbers()))):
@@ -82,6 +82,13 @@ def _text(done: Replayed) -> list[str]:
     return lines
 
 
+def _rows(done: Replayed) -> str:
+    if done.of_rows is not None and done.rows < done.of_rows:
+        return f"{done.rows} rows of the {done.of_rows} in the run: the processes that had the others kept nothing"
+    return f"{done.rows} rows" + (f", which the run had in {done.parts} parts" if done.parts > 1 else "")
+
+
 def _line(one: Difference) -> str:
-    beside = {None: "", True: "   as in the run, to the last bit", False: f"   not as in the run: {one.apart}"}
+    to_rounding = f"   as in the run, to rounding: {one.apart}" if one.rounded else f"   not as in the run: {one.apart}"
+    beside = {None: "", True: "   as in the run, to the last bit", False: to_rounding}
     return f"{one.name:<28} {one.about}{beside[one.equal]}"

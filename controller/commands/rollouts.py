@@ -74,7 +74,9 @@ def kept_lines(folder: Path, step: int | None) -> list[Shown]:
         )
     at = max(files) if step is None else step
     if at not in files:
-        raise ConfigError(f"no rows of step {at} were kept in {folder}/rollouts; there are {_ranges(sorted(files))}")
+        raise ConfigError(
+            f"no rows of step {at} were kept in {folder}/rollouts; those of step {_ranges(sorted(files))} were"
+        )
     batch = Batch.read_parquet(files[at])
     rows = [batch.row(row) for row in range(batch.num_rows)]
     return [_kept(at, number, len(rows), row) for number, row in enumerate(rows, start=1)]

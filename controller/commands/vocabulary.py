@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -94,6 +95,8 @@ def recipes_command(arguments: argparse.Namespace) -> int:
         for one in found
     ]
     lines = _table(rows)
+    if not found:
+        print("no recipe is like that; `rlhf-dist recipes` lists all", file=sys.stderr)
     for family in sorted({one["family"] for one in found}, key=lambda name: (name is None, name)):
         print(f"{family}: {holds[family]}" if family in holds else "yours")
         print("\n".join(line for line, one in zip(lines, found, strict=True) if one["family"] == family))

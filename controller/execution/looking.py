@@ -42,20 +42,24 @@ class Looking:
         step: int,
         *,
         part: int,
+        of_rows: int | None = None,
         answers: bool = True,
         streamed: bool = False,
         numbers: Mapping[str, Mapping[str, Any]],
         given: Mapping[str, Any],
     ) -> Look | None:
-        """What a process is to keep of its call; None: nothing, whatever happens. answers: it is the one of several
-        ranks with the same rows that writes them."""
+        """What a process is to keep of its call; None: nothing, whatever happens. of_rows: see `SavedCall`. answers:
+        it is the one of several ranks with the same rows that writes them."""
         rows = bool(self.keep) and node.kind not in WITHOUT_ROWS and node.op != "dump"
         profile = str(self._root / self.profile_of(step).relative_to(self.folder)) if step in self.profiled else ""
         if not rows and not profile:
             return None
         due = self.due(step) and answers and (not self.nodes or node.name in self.nodes)
         inputs = str(step_folder(self._root, step)) if rows else ""
-        return Look(inputs=inputs, due=due, part=part, streamed=streamed, numbers=numbers, given=given, profile=profile)
+        return Look(
+            inputs=inputs, due=due, part=part, of_rows=of_rows, streamed=streamed, numbers=numbers, given=given,
+            profile=profile,
+        )  # fmt: skip
 
     @cached_property
     def _root(self) -> Path:

@@ -479,6 +479,7 @@ class RayRunner:
             node,
             pending.step,
             part=part,
+            of_rows=None if streamed or pending.before is None else len(pending.before.rows),
             answers=answers,
             streamed=streamed,
             numbers=pending.numbers,

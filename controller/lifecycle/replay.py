@@ -5,8 +5,9 @@
                                     but for those of the step that changed the weights it uses; then NODE runs
     its outputs and metrics ──> compared with what the run kept of them
 
-Rows that several ranks had are one batch here, in the order of the whole; shards of host ops stay apart. `fetch` in the
-recipe gives what the run kept of the step.
+Rows that several ranks had are one batch here, in the order of the whole, and the one rank holds the whole model: what
+it computes of a row or a batch is what they computed, to rounding (`replayed.py`). Shards of host ops stay apart.
+`fetch` in the recipe gives what the run kept of the step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from controller.execution.ray_runner import metrics_of
 from controller.execution.worker_group import build_call
 from controller.lifecycle.checkpoint import load_checkpoint
 from controller.lifecycle.replay_weights import Weights, roles_of, weights_of, writers_before
-from controller.lifecycle.replayed import Replayed
+from controller.lifecycle.replayed import Replayed, dtypes_of, rounding_of
 from controller.lifecycle.run_folder import is_run, recipe_of
 from controller.lifecycle.session import Session, pools_of_roles
 from controller.record import graph_file
@@ -93,9 +94,16 @@ def _launch(folder: Path, overrides: Sequence[str]) -> Launch:
     """Of the run, in this process; what it writes goes to runs/NAME/replay."""
     with rehearsal():
         made = with_steps_of_epochs(compose_planned(recipe_of(folder), overrides, str(folder / "config.yaml")))
-    made = local_launch(made, overrides)
+    made = local_launch(replace(made, roles={role: _on_one_rank(one) for role, one in made.roles.items()}), overrides)
     output = replace(made.run.output, root=str(folder))
     return replace(made, run=replace(made.run, name="replay", output=output))
+
+
+def _on_one_rank(config: Any) -> Any:
+    """The settings of a role whose whole model is held by one rank."""
+    parts = {"engine": ("sequence_parallel", "tensor_parallel", "replicas"), "rollout": ("tensor_parallel",)}
+    cut = [one.name for one in fields(config) if one.name in parts]
+    return replace(config, **{name: replace(getattr(config, name), **dict.fromkeys(parts[name], 1)) for name in cut})
 
 
 def _session(launch: Launch, cluster: Local, nodes: Sequence[Node]) -> Session:
@@ -229,6 +237,9 @@ class _Replay:
             line=node.line,
             weights=self.weights.about,
             rows=sum(rows.columns.num_rows for call in calls for rows in call.batches[:1]),
+            of_rows=next((call.of_rows for call in calls), None),
+            parts=len(self.saved[node.name]),
+            rounding=rounding_of(dtypes_of(self.launch, node)),
             failure="; ".join(dict.fromkeys(call.failure for call in calls if call.failure)),
             outputs=outputs,
             recorded=recorded,

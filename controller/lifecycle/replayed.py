@@ -1,17 +1,29 @@
-"""What a replayed node wrote, beside what the run kept of it."""
+"""What a replayed node wrote, beside what the run kept of it.
+
+A run with one rank gives the same bits again. Where several ranks had the rows, or parts of the model, the same sums
+are made in another order, so floats are compared to rounding too: `ROUNDING` of the largest number of the column. That
+is many times the dtype's own step, since what a layer rounds the next ones multiply, and far below what a wrong row,
+weight or setting does. Tokens, texts and whole numbers have no rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.compose import Launch
+from rlhf_dist.dataflow.graph import Node
 
-NOT_COMPARED = ("_s", "_bytes", "_per_s")
-"""Ends of metrics that measure the machine."""
+ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Dtype that a model computes in -> how far two orders of the same sums may be apart, of the largest number."""
+SMALL = 0.01
+"""Metrics are compared as if they were at least so large: means of what cancels (KL, entropy of sure tokens)."""
+NOT_COMPARED = ("_s", "_bytes", "_per_s", "/padding_share")
+"""Ends of metrics that measure the machine, or how rows lie on its ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +35,8 @@ class Difference:
     """Of what was replayed."""
     equal: bool | None
     """To the last bit; None: there is nothing to compare with."""
+    rounded: bool = False
+    """Not equal, and no further off than rounding is."""
     apart: str = ""
     """How far off."""
 
@@ -36,6 +50,12 @@ class Replayed:
     line: str
     weights: str
     rows: int
+    of_rows: int | None
+    """Of the whole batch; None: not known."""
+    parts: int
+    """Calls of the run whose rows these are."""
+    rounding: float
+    """See `ROUNDING`; 0: no model is computed with."""
     failure: str
     """Why it failed in the run; empty where it did not."""
     outputs: Batch
@@ -48,7 +68,8 @@ class Replayed:
         for name, column in self.outputs.items():
             kept = self.recorded[name] if self.recorded is not None and name in self.recorded else None
             equal, apart = (None, "") if kept is None else compared(column, kept)
-            yield Difference(name=name, about=summary(column), equal=equal, apart=apart)
+            rounded = equal is False and kept is not None and _rounded(column, kept, self.rounding)
+            yield Difference(name=name, about=summary(column), equal=equal, rounded=rounded, apart=apart)
 
     def numbers(self) -> Iterator[Difference]:
         """Each metric, but those of the machine."""
@@ -56,16 +77,20 @@ class Replayed:
             if name.endswith(NOT_COMPARED) or "_bytes_" in name:
                 continue
             kept = self.recorded_metrics.get(name)
-            apart = "" if kept is None or kept == value else f"{value - kept:+.3g} from {kept:.6g}"
-            yield Difference(
-                name=name, about=f"{value:.6g}", equal=None if kept is None else kept == value, apart=apart
-            )
+            equal = None if kept is None else kept == value or bool(np.isnan(kept) and np.isnan(value))
+            apart = "" if kept is None or equal else f"{value - kept:+.3g} from {kept:.6g}"
+            scale = max(abs(kept), SMALL) if kept is not None else 0.0
+            rounded = equal is False and abs(value - kept) <= self.rounding * scale
+            yield Difference(name=name, about=f"{value:.6g}", equal=equal, rounded=rounded, apart=apart)
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
         said = {"node": self.node, "step": self.step, "line": self.line, "weights": self.weights, "rows": self.rows}
         return {
             **said,
+            "of_rows": self.of_rows,
+            "parts": self.parts,
+            "rounding": self.rounding,
             "failed": self.failure or None,
             "columns": {one.name: _plain(one) for one in self.columns()},
             "metrics": {one.name: _plain(one) for one in self.numbers()},
@@ -110,5 +135,29 @@ def compared(column: Column, kept: Column) -> tuple[bool, str]:
     return False, f"{int(unlike.sum())} of {one.size} entries differ"
 
 
+def rounding_of(dtypes: Iterable[str]) -> float:
+    """The largest of these dtypes; 0 without any."""
+    return max((ROUNDING[dtype] for dtype in dtypes), default=0.0)
+
+
+def dtypes_of(launch: Launch, node: Node) -> set[str]:
+    """Dtypes that the model of the node's role computes in; none for host ops, states, sources and functions."""
+    config = launch.roles.get(node.role)
+    if config is None or config.model is None:
+        return set()
+    sections = [config.engine, *([config.rollout] if hasattr(config, "rollout") else [])]
+    return {section.dtype for section in sections}
+
+
+def _rounded(column: Column, kept: Column, rounding: float) -> bool:
+    one, other = column.values, kept.values
+    if column.text or one.dtype.kind != "f" or not np.array_equal(column.lengths, kept.lengths):
+        return False
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    largest = np.abs(other[np.isfinite(other)]).max(initial=0.0)
+    return bool(np.allclose(one, other, rtol=0.0, atol=rounding * float(largest), equal_nan=True))
+
+
 def _plain(one: Difference) -> dict[str, Any]:
-    return {"about": one.about, "equal": one.equal, "apart": one.apart or None}
+    return {"about": one.about, "equal": one.equal, "rounded": one.rounded, "apart": one.apart or None}

@@ -246,6 +246,10 @@ class _Run:
         self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
         self.graph_file = GraphFile(folder, self.dataflow)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
+        if self.evaluation.in_vain:
+            display.note(
+                "data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes"
+            )
         self.recoveries = Recoveries(session, display.phase)
         self.store_metrics, self.uploads = store_metrics, uploads
         self.closed_s = time.perf_counter()
@@ -446,7 +450,9 @@ class _Run:
             self.writer.write_evaluation(done, metrics)
             of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}
             said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
-            self.display.note(f"held-out reward after {done} steps: {said}")
+            lost = sum(value for name, value in metrics.items() if name.endswith("/lost"))
+            missing = f" ({lost:g} episodes are lost: rlhf-dist rollouts {self.folder} --lost)" if lost else ""
+            self.display.note(f"held-out reward after {done} steps: {said or 'none'}{missing}")
 
     @property
     def _is_settled(self) -> bool:

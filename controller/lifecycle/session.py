@@ -32,6 +32,7 @@ from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
+from rlhf_dist.held_out import held_out_fields
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, only_generates, pool_size, resolved, rollout_of
@@ -158,9 +159,11 @@ class Session:
         )
         return self.runner(None, {}, beside=beside, limit_s=limit_s).run_node(node, step).metrics
 
-    def sync(self, steps_done: int) -> list[Finished]:
-        """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps."""
-        runner, generating = self.runner(None, {}), self.launch.dataflow.generating
+    def sync(self, steps_done: int, only: Collection[str] | None = None) -> list[Finished]:
+        """Give every role that generates, and has a training engine, the weights it has after `steps_done` steps. only:
+        those; None: all."""
+        runner = self.runner(None, {})
+        generating = [role for role in self.launch.dataflow.generating if only is None or role in only]
         synced = [role for role in generating if role in self.groups and has_training_engine(self.launch, role)]
         return [runner.run_node(reshard_node(role), steps_done - 1) for role in synced]
 
@@ -204,7 +207,7 @@ class Session:
         self._check_files(pools)
         starting: list[_Starting] = []
         if HOST_POOL in pools:
-            starting += _host_sources(launch, Pool(HOST_POOL, pools[HOST_POOL].processes[:1]), self.only)
+            starting += _host_sources(launch, pools[HOST_POOL].first, self.only)
         starting += _host_roles(launch, pools, self.only)
         self.groups |= {group.role: group for group, _ in starting}
         _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
@@ -288,7 +291,8 @@ def _host_sources(launch: Launch, first_host: Pool, only: Collection[str] | None
         starting.append((group, _host_source(launch, group, launch.source(name), tokenizer, **own)))
     if run.data.heldout is not None and only is None:
         group = WorkerGroup(HELDOUT, first_host)
-        starting.append((group, _host_source(launch, group, run.data.heldout, tokenizer)))
+        fields = held_out_fields(launch)
+        starting.append((group, _host_source(launch, group, run.data.heldout, tokenizer, fields=fields)))
     return starting
 
 

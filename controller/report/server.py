@@ -16,6 +16,7 @@ import hmac
 import secrets
 import sys
 import threading
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,13 +44,12 @@ def serve(folder: Path, port: int = 0) -> None:
     try:
         server = make_server(watched, port)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"--port {port} on {LOOPBACK} is not free ({error}); leave it out for one that is") from error
-    with server:
+        raise ConfigError(
+            f"--port {port} on {LOOPBACK} cannot be listened to ({error}); leave it out for one that can"
+        ) from error
+    with server, suppress(KeyboardInterrupt):
         print(f"http://{LOOPBACK}:{server.server_port}/{server.token}/   (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            return
+        server.serve_forever(poll_interval=0.2)
 
 
 class Watched:

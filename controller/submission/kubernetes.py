@@ -1,7 +1,10 @@
 """KubeRay: a `RayJob` manifest, applied with kubectl.
 
-The operator makes the Ray cluster, runs the command on it and takes the cluster down again. The user's files travel in
-a ConfigMap, which holds at most 1 MiB; larger ones belong into the image or on a volume.
+The operator makes the Ray cluster, runs the command on it and takes the cluster down again. The command and the user's
+files travel in a ConfigMap, which holds at most 1 MiB; larger ones belong into the image or on a volume.
+
+    RayJob.spec.entrypoint   bash /job/run.sh       the operator puts it into a shell script of its own, and `ray job
+    ConfigMap                run.sh, files.tar      submit` into another: quotes and dollar signs would not survive
 """
 
 from __future__ import annotations
@@ -14,22 +17,28 @@ import secrets
 import subprocess
 import tarfile
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from controller.submission.job import Job, JobInfo, Status, SubmitError
+from controller.submission.job import OVER, Job, JobInfo, Status, SubmitError
 
 COMMAND_S = 60.0
 MOST_BYTES = 1_000_000
 """Of a ConfigMap."""
 FILES = "/job"
+SCRIPT, PACKED = "run.sh", "files.tar"
 LABEL = "rlhf-dist/run"
+NAME_CHARACTERS, LABEL_CHARACTERS = 47, 63
+"""Most that the operator takes for a RayJob, and Kubernetes for a label."""
 _STATUS: dict[str, Status] = {
     "": "waiting", "PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "succeeded", "FAILED": "failed",
     "STOPPED": "stopped",
 }  # fmt: skip
+_NEVER_RAN = ("Failed", "ValidationFailed")
+"""Deployment status of a job that Ray may know nothing of: its manifest was refused, no submitter came, time was up."""
 
 
 class RayJobManifests:
@@ -49,39 +58,32 @@ class RayJobManifests:
         return str(yaml.safe_dump_all(self.documents(job), sort_keys=False)).rstrip()
 
     def documents(self, job: Job) -> list[dict[str, Any]]:
-        """ConfigMap, if files travel, and RayJob."""
-        name = f"{_plain(job.name)[:40]}-{secrets.token_hex(3)}".strip("-")
+        """ConfigMap and RayJob."""
+        unique = f"-{secrets.token_hex(3)}"
+        name = _label(job.name, NAME_CHARACTERS - len(unique)) + unique
         labels = {
             "app.kubernetes.io/managed-by": "rlhf-dist",
-            LABEL: _plain(job.name),
-            "rlhf-dist/recipe": _plain(job.recipe),
+            LABEL: _plain(job.name, LABEL_CHARACTERS),
+            "rlhf-dist/recipe": _plain(job.recipe, LABEL_CHARACTERS),
         }
-        made = [self._files(job, name, labels)] if job.travels else []
-        entry = job.command_line("auto")
-        if job.travels:
-            entry = f"python3 -m tarfile -e {FILES}/files.tar . && {entry}"
+        cluster: dict[str, Any] = {
+            "headGroupSpec": {"rayStartParams": {}, "template": self._pod(job, name, "ray-head")}
+        }
+        if (others := job.nodes - 1) > 0:
+            workers = {"groupName": "nodes", "replicas": others, "minReplicas": others, "maxReplicas": others}
+            template = self._pod(job, name, "ray-worker")
+            cluster["workerGroupSpecs"] = [{**workers, "rayStartParams": {}, "template": template}]
         spec = {
-            "entrypoint": f"bash -c {json.dumps(entry)}",
+            "entrypoint": f"bash {FILES}/{SCRIPT}",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "submissionMode": "K8sJobMode",
-            "rayClusterSpec": {
-                "headGroupSpec": {"rayStartParams": {}, "template": self._pod(job, name, "ray-head")},
-                "workerGroupSpecs": [
-                    {
-                        "groupName": "nodes", "replicas": job.nodes - 1, "minReplicas": job.nodes - 1,
-                        "maxReplicas": job.nodes - 1, "rayStartParams": {},
-                        "template": self._pod(job, name, "ray-worker"),
-                    }
-                ] if job.nodes > 1 else [],
-            },
-        }  # fmt: skip
-        if not spec["rayClusterSpec"]["workerGroupSpecs"]:  # type: ignore[index]
-            del spec["rayClusterSpec"]["workerGroupSpecs"]  # type: ignore[attr-defined]
-        made.append(
-            {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name, "labels": labels}, "spec": spec}
-        )
-        return made
+            "rayClusterSpec": cluster,
+        }
+        return [
+            self._files(job, name, labels),
+            {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name, "labels": labels}, "spec": spec},
+        ]
 
     def jobs(self) -> list[JobInfo]:
         """See Target."""
@@ -105,6 +107,7 @@ class RayJobManifests:
         """See Target: its cluster goes with it."""
         found = self.info(job)
         _kubectl("delete", "rayjob", job)
+        _kubectl("delete", "configmap", job, "--ignore-not-found")
         return found
 
     def _pod(self, job: Job, name: str, container: str) -> dict[str, Any]:
@@ -115,15 +118,20 @@ class RayJobManifests:
             "image": self._image,
             "resources": {"limits": limits, "requests": dict(limits)},
             "env": [{"name": key, "value": value} for key, value in job.variables.items()],
-            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "files", "mountPath": FILES}],
         }
-        volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
-        if job.travels:
-            holds["volumeMounts"].append({"name": "files", "mountPath": FILES})
-            volumes.append({"name": "files", "configMap": {"name": name}})
+        volumes = [
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "files", "configMap": {"name": name}},
+        ]
         return {"spec": {"containers": [holds], "volumes": volumes}}
 
     def _files(self, job: Job, name: str, labels: dict[str, str]) -> dict[str, Any]:
+        made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": labels}}
+        unpack = f"python3 -m tarfile -e {FILES}/{PACKED} .\n" if job.travels else ""
+        script = f"set -e\n{unpack}exec {job.command_line('auto')}\n"
+        if not job.travels:
+            return {**made, "data": {SCRIPT: script}}
         packed = io.BytesIO()
         with (
             tempfile.TemporaryDirectory(prefix="rlhf-dist-submit-") as place,
@@ -136,24 +144,29 @@ class RayJobManifests:
                 f"the job's files have {size:,} bytes and a ConfigMap holds {MOST_BYTES:,}; put data and models on a "
                 "volume (absolute paths), name what is not needed in a .rayignore file, or build them into the image"
             )
-        data = {"files.tar": base64.b64encode(packed.getvalue()).decode()}
-        return {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": name, "labels": labels},
-            "binaryData": data,
-        }
+        encoded = base64.b64encode(packed.getvalue()).decode()
+        return {**made, "data": {SCRIPT: script}, "binaryData": {PACKED: encoded}}
 
 
 def _info(found: dict[str, Any]) -> JobInfo:
     status, labels = found.get("status", {}), found["metadata"].get("labels", {})
+    said = _STATUS.get(status.get("jobStatus", ""), "waiting")
+    if said not in OVER and status.get("jobDeploymentStatus") in _NEVER_RAN:
+        said = "failed"
+    words = [status.get("reason", ""), " ".join(status.get("message", "").split())]
     return JobInfo(
         id=found["metadata"]["name"],
         name=labels.get(LABEL, ""),
         recipe=labels.get("rlhf-dist/recipe", ""),
-        status=_STATUS.get(status.get("jobStatus", ""), "waiting"),
-        message=" ".join(status.get("message", "").split()),
+        status=said,
+        message=": ".join(filter(None, words)),
+        started=_seconds(status.get("startTime")),
+        ended=_seconds(status.get("endTime")),
     )
+
+
+def _seconds(time: str | None) -> float | None:
+    return None if time is None else datetime.fromisoformat(time).timestamp()
 
 
 def _kubectl(*command: str, given: str | None = None) -> str:
@@ -172,6 +185,12 @@ def _kubectl(*command: str, given: str | None = None) -> str:
     return done.stdout
 
 
-def _plain(name: str) -> str:
-    """As Kubernetes takes names."""
-    return re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-") or "run"
+def _plain(name: str, most: int) -> str:
+    """As Kubernetes takes the values of labels."""
+    return re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:most].strip("-") or "run"
+
+
+def _label(name: str, most: int) -> str:
+    """As the operator takes names: DNS labels whose first character is a letter."""
+    plain = _plain(name, most)
+    return plain if plain[0].isalpha() else _plain(f"run-{plain}", most)

@@ -1,4 +1,5 @@
-"""When to ask for help under a budget, found by dynamic programming and learnt by imitation (self-regulation, 2025).
+"""When to ask for help under a budget, found by dynamic programming and learnt by imitation (self-regulation, Min et
+al. 2025, arXiv 2502.04576).
 
     s_t   a process reward model's score of turn t without help;   h the score of a turn with help
     V(t, c) = max(s_t + V(t + 1, c),  h + V(t + 1, c - 1)),   V(T, .) = 0,   c <= C interventions are left

@@ -1,5 +1,5 @@
 """Pairs by a reward model that has learnt from an environment's feedback, for a policy of two levels (EPO, Zhao et al.
-2024).
+2024, arXiv 2408.16090).
 
     turn 1   subgoal ~ pi(. | x)             turn 2   action ~ pi(. | x, subgoal)          feedback f of the environment
     reward model   -log s(r(best) - r(worst)) over each group, by f

@@ -1,4 +1,6 @@
-"""An expert's action at each step of a trajectory against the policy's own: StepAgent (Deng et al. 2024).
+"""An expert's action at each step of a trajectory against the policy's own: StepAgent.
+
+Deng et al. 2024, arXiv 2411.03817.
 
     dpo    expert's action chosen, the policy's rejected, at the same state:  DPO of the step, every step's policy anew
     gail   a discriminator tells them apart, -log s(D(expert) - D(policy)); PPO on its score of the policy's action

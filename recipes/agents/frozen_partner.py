@@ -4,7 +4,9 @@
     reflection   the frozen agent tries, reads the reflection, tries again   r = R_2 - R_1             (Retroformer)
     guide        a frozen player acts on what the guide says                 r = its action is what was meant (G4C)
 
-Its tokens are text to the policy, in its own tokenizer and settings; it needs no vocabulary in common.
+EPO: Liu et al. 2025, arXiv 2502.12486. Retroformer: Yao et al. 2023, arXiv 2308.02151. G4C: Zhou et al. 2022, arXiv
+2212.10060. The partner's tokens are text to the policy, in its own tokenizer and settings; it needs no vocabulary in
+common.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""A curriculum of environments whose rewards can be gamed, and probes of the later ones (Denison et al. 2024).
+"""A curriculum of environments whose rewards can be gamed, and probes of the later ones (Denison et al. 2024, arXiv
+2406.10162).
 
     flattery    the reward is for saying what the asker said already                                  early
     checklist   the reward is for claiming that all is done, done or not

@@ -1,5 +1,5 @@
 """PPO, and a contrastive loss that pulls the representations of one state under different prompt formats together
-(prompt overfitting in RL agents, Aissi et al. 2024).
+(prompt overfitting in RL agents, Aissi et al. 2024, arXiv 2410.19920).
 
     z_f(s)   the last state at the end of the prompt, state s in format f, to length 1
     L_c = -log exp(z_a(s) z_b(s) / T) / sum over the other rows of the group exp(z z' / T)

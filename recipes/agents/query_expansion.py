@@ -1,4 +1,4 @@
-"""GRPO on what a search engine finds for the words that the policy adds to a query (LESER, 2025).
+"""GRPO on what a search engine finds for the words that the policy adds to a query (LESER 2025, arXiv 2509.05570).
 
     q' = q + pi(. | q),   D = search(q'),   r = w_rel * nDCG(D) + w_cov * |D and wanted| / |wanted|
 
@@ -23,6 +23,7 @@ PAPERS = {
     "query_expansion": Paper(
         title="LESER: query expansion with a live search engine",
         year=2025,
+        arxiv="2509.05570",
         rows=(163,),
         status="outline",
         needs=("ROLL", "VER", "ADV"),

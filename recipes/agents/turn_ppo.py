@@ -20,6 +20,7 @@ PAPERS = {
     "turn_ppo": Paper(
         title="PPO on rewards of turns",
         year=2025,
+        arxiv="2504.20073",
         status="outline",
         needs=("TURN", "ROLL", "CRIT", "ADV"),
         assumed="RAGEN's setting with advantages of tokens, and a game of guesses",
@@ -27,6 +28,7 @@ PAPERS = {
     "corgi": Paper(
         title="CORGI: improvement over attempts with a critique",
         year=2024,
+        arxiv="2411.01483",
         rows=(173,),
         status="outline",
         needs=("TURN", "ROLL", "VER", "CRIT"),

@@ -1,4 +1,10 @@
-"""Safe RLHF (Dai et al. 2023, arXiv 2310.12773): a reward, a cost, and a multiplier that learns."""
+"""Safe RLHF (Dai et al. 2023, arXiv 2310.12773): a reward, a cost, and a multiplier that learns.
+
+    r_t = r 1[t = T] - beta log pi/pi_ref(y_t)          c_t = c 1[t = T] + beta log pi/pi_ref(y_t)
+    A = (A_r - lambda A_c) / (1 + lambda)               ln lambda grows by lr lambda (mean c - limit)
+
+Leaving the reference lowers the reward and raises the cost, so that its price in A is beta whatever lambda is.
+"""
 
 from dataclasses import dataclass
 from math import exp, log
@@ -27,6 +33,7 @@ PAPERS = {
         year=2023,
         arxiv="2310.12773",
         needs=("RM", "MRM", "STATE", "ROLL", "REF", "CRIT"),
+        assumed="the mean cost is a step's, not one of several; no likelihood of given responses (ptx) beside PPO",
     ),
 }
 
@@ -48,7 +55,7 @@ class SafeRLHF:
     lam: float = 0.95
     """GAE's lambda."""
     kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
+    """Penalty on log pi - log pi_ref, taken off the reward and added to the cost."""
     cost_limit: float = 0.0
     """The mean cost to stay under."""
     pessimism: float = 0.0
@@ -100,7 +107,7 @@ def safe_rlhf(
 
     estimate = {"gamma": cfg.gamma, "lam": cfg.lam}
     batch = gae(batch, kl_coef=cfg.kl_coef, **estimate)
-    costs = gae(batch.rename(rewards="costs", values="cost_values"), **estimate)
+    costs = gae(batch.rename(rewards="costs", values="cost_values"), kl_coef=-cfg.kl_coef, **estimate)
     lagrange.update(batch, limit=cfg.cost_limit, lr=cfg.multiplier_lr, pessimism=cfg.pessimism)
     batch = batch.with_columns_of(costs, cost_advantages="advantages")
     batch = whiten(lagrangian_advantage(batch, lam=lagrange.value("multiplier")))

@@ -1,4 +1,4 @@
-"""On-policy distillation (GKD, Agarwal et al. 2024, arXiv 2306.13649): a teacher corrects the student's own responses.
+"""On-policy distillation (GKD, Agarwal et al. 2023, arXiv 2306.13649): a teacher corrects the student's own responses.
 
 L_t = D(q(. | y_<t) || p(. | y_<t)),  y ~ p          over the whole vocabulary, or the teacher's top k and the rest
 """

@@ -1,4 +1,7 @@
-"""On-policy distillation from two teachers: a weighted sum of their divergences, over the top k tokens of each."""
+"""On-policy distillation from two teachers: a weighted sum of their divergences, over the top k tokens of each.
+
+The divergence is GKD's (Agarwal et al. 2023, arXiv 2306.13649).
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""Online iterative DPO (Xiong et al. 2023, arXiv 2312.11456): pairs from the policy's own responses, every step."""
+"""Online iterative DPO: pairs from the policy's own responses, every step.
+
+Xiong et al. 2023, arXiv 2312.11456; as RLHF Workflow has it, Dong et al. 2024, arXiv 2405.07863.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

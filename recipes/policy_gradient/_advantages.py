@@ -10,6 +10,7 @@ wins           mean_{j != i} [r_i > r_j] + [r_i = r_j] / 2, less 1/2            
 pass_at_k      with N responses, W of them wrong:  R = 1 - C(W, k) / C(N, k),  S = sqrt(R (1 - R))
                right: (1 - R) / S     wrong: (1 - R - C(W - 1, k - 1) / C(N - 1, k - 1)) / S  2508.10751
 shifted        r_i - mean of the group - shift                                                AsymRE, 2506.20520
+signed         1 where r_i > 1/2, else -1                                                     Reinforce-Rej, 2504.11343
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rlhf_dist.transforms.columns import group_metrics, groups, mask_and_offsets
 from rlhf_dist.transforms.reads import with_kl
 
 Baseline = Literal[
-    "loo", "group", "group_mean", "batch", "group_batch", "length", "wins", "pass_at_k", "shifted", "none"
+    "loo", "group", "group_mean", "batch", "group_batch", "length", "wins", "pass_at_k", "shifted", "signed", "none"
 ]
 EPS = 1e-6
 
@@ -43,7 +44,7 @@ def response_advantage(
     batch: Batch, *, baseline: Baseline, kl_coef: float = 0.0, k: int = 4, shift: float = 0.0
 ) -> HostResult:
     """The advantage of the table above at every counted token. kl_coef: the reward is less kl_coef * log pi/pi_ref of
-    the response. k of pass_at_k, whose rewards above 1/2 are right; shift of shifted."""
+    the response. k of pass_at_k, whose rewards above 1/2 are right, as signed's are; shift of shifted."""
     mask, offsets = mask_and_offsets(batch)
     rewards, metrics = penalised_rewards(batch, kl_coef, "k1", 0.0)
     of = advantages_of(rewards, groups(batch), sum_rows(mask > 0, offsets), baseline, k=k, shift=shift)
@@ -67,6 +68,8 @@ def advantages_of(
         return standardised(rewards)
     if baseline == "none":
         return rewards
+    if baseline == "signed":
+        return np.where(rewards > 0.5, 1.0, -1.0)
     if baseline == "wins":
         return np.concatenate([win_shares(rewards[group == one]) for one in range(group.max() + 1)])[
             np.argsort(np.argsort(group, kind="stable"), kind="stable")

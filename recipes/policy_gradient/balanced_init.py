@@ -1,4 +1,4 @@
-"""BAI: a balanced start of the actor (Han et al. 2025): models merged in two stages, then PPO.
+"""BAI: a balanced start of the actor (Zheng et al. 2025, arXiv 2509.00309): a merge in two stages, then PPO.
 
     theta = b [a instruct + (1 - a) reasoner] + (1 - b) pretrained
 
@@ -19,6 +19,7 @@ PAPERS = {
     "balanced_init": Paper(
         title="BAI: balanced actor initialisation",
         year=2025,
+        arxiv="2509.00309",
         rows=(192,),
         needs=("SNAP", "ROLL", "RM", "CRIT"),
         assumed="both shares 0.5",

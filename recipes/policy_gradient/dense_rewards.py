@@ -2,8 +2,8 @@
 
     rto           r_t = b1 log pi_dpo/pi_ref(y_t) - b2 log pi/pi_ref(y_t) + b3 r 1[t = T]   pi_dpo: what DPO has trained
     clip          r_i = min(p_i - eta, 0)      p_i: what a process reward model says after step i (2410.15115)
-    delta         r_i = p_i - p_{i+1}, p after the last step 0:  the rewards from a step on sum to its p
-                  and r at the end, in both
+    delta         r_i = p_i - p_{i+1}, the last step's p taken as 0, for r judges the whole:  the rewards from a step
+                  on sum to its p.  And r at the end, in both
     seq2seq       r_t = b1 log p(y_t | (x, y), y_<t) + b3 r 1[t = T]    p: what seq2seq_reward has trained reads x
                   and y first, and finds likely what it would leave as it is (2409.00162)
     attention     r_t = b1 a_t r + b3 r 1[t = T],  a the reward model's attention at its last token, over the response
@@ -171,9 +171,8 @@ def step_rewards(
     if kind == "clip":
         found = np.minimum(said - eta, 0.0)
     else:
-        following = np.append(said[1:], 0.0)
-        following[np.append(row[ends][1:] != row[ends][:-1], True)] = 0.0
-        found = said - following
+        last = np.append(row[ends][1:] != row[ends][:-1], True)[: len(said)]
+        found = np.where(last, 0.0, said - np.where(np.roll(last, -1), 0.0, np.roll(said, -1)))
     token_rewards = np.zeros(len(row), np.float32)
     token_rewards[ends] = coef * found
     rewards = Column((reward_coef * batch["rewards"].values).astype(np.float32))

@@ -1,4 +1,4 @@
-"""ESRL: efficient sampling (Wang et al. 2024, arXiv 2308.02223): as many responses as a prompt needs.
+"""ESRL: efficient sampling (Wang et al. 2023, arXiv 2308.02223): as many responses as a prompt needs.
 
     1. `probes` responses to each prompt; c, the mean of their rewards in [0, 1], is what the policy can do there
     2. round(most (1 - c)) more of them, at a high temperature where c is below `able`, else at a low one

@@ -88,6 +88,7 @@ PAPERS = {
     "countdown": Paper(
         title="RL is all you need: R1-Zero on Countdown",
         year=2025,
+        arxiv="2503.09512",
         rows=(156,),
         needs=("ROLL", "VER", "ADV"),
         settings={**RULES, "reward.function": "recipes.reasoning._rewards:format_and_answer"},
@@ -115,6 +116,7 @@ PAPERS = {
     "prior_prompt_reason": Paper(
         title="Prior prompt engineering: reason",
         year=2025,
+        arxiv="2505.14157",
         rows=(164,),
         needs=("ROLL", "VER", "ADV"),
         settings={**RULES, "data.train.system": "Think step by step before you answer.", "task": "none"},

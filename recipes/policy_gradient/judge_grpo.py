@@ -1,8 +1,8 @@
 """GRPO on what a judge says: of each response, of pairs of them in both orders, or of the whole group at once.
 
-    pointwise   a score for each response, the mean of several votes
-    pairwise    how often a response wins against others of its group (Think-RM's and Pairwise-RL's verdicts)
-    listwise    one answer with a score for every response of the group (RewardAnything)
+    pointwise   a score for each response, the mean of several votes (Agnihotri and Pandey 2025, arXiv 2506.05748)
+    pairwise    how often a response wins against others of its group (Think-RM, 2505.16265)
+    listwise    one answer with a score for every response of the group (RewardAnything, 2506.03637)
 
 Responses without a verdict are left out of their group, and counted.
 """
@@ -52,6 +52,7 @@ PAPERS = {
     "judge_grpo": Paper(
         title="Online RFT with a plug-and-play judge",
         year=2025,
+        arxiv="2506.05748",
         rows=(14,),
         status="outline",
         needs=("JUDGE", "ROLL", "CRIT", "RMT"),

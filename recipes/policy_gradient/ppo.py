@@ -1,4 +1,8 @@
-"""Proximal policy optimisation for language models (Schulman et al. 2017; Ouyang et al. 2022)."""
+"""Proximal policy optimisation for language models.
+
+Schulman et al. 2017, arXiv 1707.06347; InstructGPT, Ouyang et al. 2022, arXiv 2203.02155. Its graph is the
+first example of HybridFlow (Sheng et al. 2024, arXiv 2409.19256).
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +15,8 @@ from rlhf_dist.transforms import gae, penalise_cut_responses, whiten
 
 PAPERS = {
     "ppo": Paper(
-        title="PPO for language models; HybridFlow",
-        year=2022,
+        title="HybridFlow: PPO for language models",
+        year=2024,
         arxiv="2409.19256",
         rows=(1,),
         needs=("PLACE", "ROLL", "RM", "REF", "CRIT", "ADV"),

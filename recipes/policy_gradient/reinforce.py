@@ -89,9 +89,10 @@ PAPERS = {
         needs=("ROLL", "VER", "FILT", "ADV"),
         settings={
             **TOKENS,
-            "algorithm.baseline": "none",
+            "algorithm.baseline": "signed",
             "algorithm.kl_coef": 0.0,
             "algorithm.drop_equal": True,
+            "algorithm.clip": 0.2,
         },
     ),
     "spo": Paper(

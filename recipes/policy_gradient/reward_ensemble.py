@@ -66,6 +66,7 @@ PAPERS = {
     "rluf": Paper(
         title="RLUF: weighted sum of several rewards",
         year=2025,
+        arxiv="2505.14946",
         rows=(120,),
         needs=("RMT", "MRM", "ROLL", "ADV"),
         settings={"algorithm.combine": "weighted"},
@@ -74,6 +75,7 @@ PAPERS = {
     "multi_objective_grpo": Paper(
         title="Multi-objective GRPO",
         year=2025,
+        arxiv="2503.21819",
         rows=(148,),
         needs=("RMT", "MRM", "ROLL", "ADV"),
         settings={"algorithm.combine": "weighted", "algorithm.kl_coef": 0.0},

@@ -27,6 +27,10 @@ from rlhf_dist.roles import Actor, Prompts, Reward
 
 NEEDS = ("ROLL", "VER", "ADV")
 REC = {"rows": (33,), "year": 2025, "arxiv": "2509.24203", "needs": ("ROLL", "VER", "ADV", "MIX", "FILT")}
+COVARIANCE = {
+    **{"year": 2025, "arxiv": "2505.22617", "needs": NEEDS},
+    "assumed": "tokens are picked once a batch, by the log-probs that it was drawn with, not at each of its steps",
+}
 PAPERS = {
     "surrogates": Paper(
         title="CISPO",
@@ -73,11 +77,10 @@ PAPERS = {
         arxiv="2503.14286",
         needs=NEEDS,
         settings={"algorithm.kind": "topr", "algorithm.scale": False},
+        assumed="rewards are taken over the mean of their group, where the paper's are 1 and -1",
     ),
-    "clip_cov": Paper(
-        title="Clip-Cov", year=2025, arxiv="2505.22617", needs=NEEDS, settings={"algorithm.kind": "clip_cov"}
-    ),
-    "kl_cov": Paper(title="KL-Cov", year=2025, arxiv="2505.22617", needs=NEEDS, settings={"algorithm.kind": "kl_cov"}),
+    "clip_cov": Paper(**COVARIANCE, title="Clip-Cov", settings={"algorithm.kind": "clip_cov"}),
+    "kl_cov": Paper(**COVARIANCE, title="KL-Cov", settings={"algorithm.kind": "kl_cov"}),
     "rec_one_side": Paper(
         title="REC-OneSide without importance weights",
         **REC,
@@ -109,7 +112,7 @@ PAPERS = {
     ),
     "asymre": Paper(
         title="AsymRE: a baseline shifted down",
-        **REC,
+        **REC | {"arxiv": "2506.20520"},
         settings={
             **{"algorithm.kind": "one_side", "algorithm.importance": False, "algorithm.scale": False},
             **{"algorithm.low": 1e3, "algorithm.high": 1e3, "algorithm.shift": -0.1},

@@ -115,6 +115,7 @@ PAPERS = {
     "pedagogical": Paper(
         title="Pedagogical alignment: DPO on pairs of tutors' moves",
         year=2024,
+        arxiv="2402.05000",
         rows=(67,),
         needs=NEEDS,
         assumed="only the pairs differ: data.train.path names them",
@@ -122,6 +123,7 @@ PAPERS = {
     "fipo": Paper(
         title="FIPO: pairs of prompts for an optimiser of prompts",
         year=2024,
+        arxiv="2402.11811",
         rows=(188,),
         needs=("PREF", "SFT"),
         settings={"algorithm.kind": "ipo"},
@@ -130,6 +132,7 @@ PAPERS = {
     "mepo": Paper(
         title="MePO: pairs of prompts by their merits",
         year=2025,
+        arxiv="2505.09930",
         rows=(189,),
         status="outline",
         needs=("PREF", "JUDGE"),

@@ -1,4 +1,4 @@
-"""Multi-level aware preference learning (MAPL): pairs of responses, pairs of prompts, and pairs of pairs.
+"""Multi-level aware preference learning (MAPL, Sun et al. 2025, arXiv 2505.12845): pairs of responses, prompts, pairs.
 
     plain          y_w > y_l under x
     intra-sample   x > x' for y_w: the response belongs to its own prompt             x' the prompt of another pair
@@ -25,10 +25,19 @@ from rlhf_dist.roles import Actor, Preferences, Reference, RewardModel
 NEEDS = ("PREF", "RMT", "AUX")
 ASSUMED = "weights 1 of both levels; another prompt is that of the step's next pair, not the same one with less asked"
 PAPERS = {
-    "mapl": Paper(title="MAPL, a policy (DPO)", year=2025, rows=(58,), status="outline", needs=NEEDS, assumed=ASSUMED),
+    "mapl": Paper(
+        title="MAPL, a policy (DPO)",
+        year=2025,
+        arxiv="2505.12845",
+        rows=(58,),
+        status="outline",
+        needs=NEEDS,
+        assumed=ASSUMED,
+    ),
     "reward": Paper(
         title="MAPL, a reward model",
         year=2025,
+        arxiv="2505.12845",
         rows=(58,),
         status="outline",
         needs=NEEDS,

@@ -1,4 +1,4 @@
-"""Self-supervised preference degrees: DPO, and a head that tells how much of a response is missing.
+"""Self-supervised preference degrees (SPO, Li et al. 2024, arXiv 2409.17791): DPO, and a head that tells what lacks.
 
     y^d = y_w without a share d / D of its key tokens,   d = 0 .. D - 1
     L = L_DPO + gamma L_cls,   L_cls = cross-entropy of a head at the last token that names d
@@ -24,6 +24,7 @@ PAPERS = {
     "spo_degree": Paper(
         title="Self-supervised preference degree (SPO)",
         year=2024,
+        arxiv="2409.17791",
         rows=(56,),
         status="outline",
         needs=("PREF", "AUX", "HID"),

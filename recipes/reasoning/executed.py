@@ -3,6 +3,8 @@
     staged      r = w_form [there is code] + w_run [it runs] + w_right [its last number is the answer's]      SIRL
     structure   r = w_form [there is code] + w_right (share of tests) + w_same (likeness of syntax trees)     VeriReason
 
+SIRL: Chen et al. 2025, arXiv 2505.11792. VeriReason: 2025, arXiv 2505.11849.
+
 A program runs in a sandbox, in a process of its own that has no network. For `staged` the answer is the number that a
 solver would give; for `structure` it is JSON with "tests" (as the code reward takes them) and "program".
 """

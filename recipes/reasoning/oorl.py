@@ -1,4 +1,4 @@
-"""OORL with GEPO: translation of code by unit tests on the policy, and by groups of equivalent programs off it.
+"""OORL with GEPO (Wu et al. 2025, arXiv 2505.12723): code is translated, by unit tests and by equivalent programs.
 
     online     GRPO on r = 1 if the unit tests pass
     offline    a group of representations of one program, equivalent ones E and others N; s = beta log pi/pi_ref
@@ -23,6 +23,7 @@ PAPERS = {
     "oorl": Paper(
         title="OORL with GEPO",
         year=2025,
+        arxiv="2505.12723",
         rows=(43,),
         status="outline",
         needs=("ROLL", "VER", "MIX", "PREF", "AUX"),

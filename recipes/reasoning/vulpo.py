@@ -1,4 +1,4 @@
-"""VULPO: finding vulnerabilities with a reward of several parts, scaled by difficulty.
+"""VULPO (Li et al. 2025, arXiv 2511.11896): a reward of several parts for finding vulnerabilities, by difficulty.
 
     r(y) = d_label d_sample (correct(y) + a located(y) + b relevant(y))          Dr. GRPO's advantage on r
 
@@ -29,6 +29,7 @@ PAPERS = {
     "vulpo": Paper(
         title="VULPO",
         year=2025,
+        arxiv="2511.11896",
         rows=(44,),
         status="outline",
         needs=("ROLL", "JUDGE", "VER", "SHAPE", "ADV"),

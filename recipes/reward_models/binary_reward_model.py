@@ -1,4 +1,4 @@
-"""A reward model of reactions, one response at a time: RLUF's P[Love], outcome models, two classes of text.
+"""A reward model of one response at a time: RLUF's P[Love] (2025, arXiv 2505.14946), outcomes, two classes of text.
 
     L = -[y log s(r) + (1 - y) log s(-r)]          r the score, y `desirable`: 1 or 0
 
@@ -27,6 +27,7 @@ PAPERS = {
     "simplification": Paper(
         title="Health text simplification: a classifier of originals and simplified texts",
         year=2024,
+        arxiv="2401.15043",
         rows=(133,),
         status="outline",
         needs=("RMT", "RM", "ROLL", "CRIT"),

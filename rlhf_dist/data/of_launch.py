@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_dist.config import DataConfig, SourceConfig
 from rlhf_dist.data.source import PromptSource
 from rlhf_dist.dataflow.token_makers import reads_others_tokens
+from rlhf_dist.held_out import held_out_fields
 
 if TYPE_CHECKING:
     from rlhf_dist.compose import Launch
@@ -91,7 +92,7 @@ def heldout_source(launch: Launch) -> PromptSource:
     """The held-out rows of a launch. Raises ValueError for faulty data, and where there are none."""
     if launch.run.data.heldout is None:
         raise ValueError("data.heldout is not set, so there are no held-out rows")
-    return _source(launch, launch.run.data.heldout, "data.heldout", None)
+    return _source(launch, launch.run.data.heldout, "data.heldout", None, held_out_fields(launch))
 
 
 def with_steps_of_epochs(launch: Launch) -> Launch:

@@ -122,6 +122,8 @@ class Dataflow:
     staleness: int = 0
     """Updates that the weights which generate may be behind: generation of step t waits for the reshard of step
     t - 1 - staleness. It never is behind what its own step trained before it."""
+    beside: tuple[Node, ...] = ()
+    """Nodes of the recipe's own evaluation, which is no part of a step: they ask for roles, too."""
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -191,8 +193,9 @@ class Dataflow:
     @property
     def used_roles(self) -> set[str]:
         """Roles that some node runs on or whose state it reads: the others need no process."""
-        states = {state.split(".")[0] for node in self.nodes for state in node.weights_read}
-        return {node.role for node in self.nodes} | states
+        nodes = (*self.nodes, *(node for node in self.beside if node.kind == "op"))
+        states = {state.split(".")[0] for node in nodes for state in node.weights_read}
+        return {node.role for node in nodes} | states
 
     def predecessors(self, name: str) -> set[str]:
         """Nodes whose columns `name` reads, in the same step."""
@@ -201,7 +204,7 @@ class Dataflow:
     @cached_property
     def facts(self) -> Mapping[str, RoleFacts]:
         """What is asked of each role, in the recipe's order."""
-        return facts_of(self.nodes, self.roles)
+        return facts_of((*self.nodes, *self.beside), self.roles)
 
     @property
     def generating(self) -> tuple[str, ...]:

@@ -5,6 +5,8 @@
 
 Parameters are told apart by their annotation: a source (`Prompts`, `Examples`, `Preferences`, plain
 `Batch`), a role interface, a `State`, and `cfg` with the recipe's own frozen dataclass.
+
+`@recipe(evaluation=function)` names another function over (some of) the same roles, which is run on held-out rows.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from rlhf_dist.batch import Batch
 from rlhf_dist.dataflow.graph import GraphError
@@ -36,6 +38,8 @@ class Recipe:
     """The dataclass of the `cfg` parameter; None if the recipe has none."""
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Role -> columns its ops also read where the batch has them: what a reward function names as parameters."""
+    evaluation: Recipe | None = None
+    """What is run on held-out rows; None: what `rlhf_dist/held_out.py` makes of the recipe itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.function(*args, **kwargs)
@@ -73,8 +77,52 @@ def _check_fields(recipe: str, kind: Any) -> None:
             )
 
 
-def recipe(function: Callable[..., None]) -> Recipe:
-    """Make a recipe of a function. Raises GraphError for a parameter whose type says nothing."""
+@overload
+def recipe(function: Callable[..., None]) -> Recipe: ...
+
+
+@overload
+def recipe(*, evaluation: Callable[..., None]) -> Callable[[Callable[..., None]], Recipe]: ...
+
+
+def recipe(
+    function: Callable[..., None] | None = None, *, evaluation: Callable[..., None] | None = None
+) -> Recipe | Callable[[Callable[..., None]], Recipe]:
+    """Make a recipe of a function. Raises GraphError for a parameter whose type says nothing.
+
+    evaluation: a function over one source, which is held-out rows, and roles of the recipe, those that nothing else
+    asks among them; it may read `cfg`, and trains nothing.
+    """
+    if function is not None:
+        return _recipe(function)
+    assert evaluation is not None, "the other way to call it"
+    asks = _recipe(evaluation)
+
+    def make(function: Callable[..., None]) -> Recipe:
+        made = _recipe(function)
+        _check_evaluation(made, asks)
+        return replace(made, evaluation=asks)
+
+    return make
+
+
+def _check_evaluation(made: Recipe, evaluation: Recipe) -> None:
+    where = f"recipe {made.name}: its evaluation {evaluation.name}"
+    others = [name for name, kind in evaluation.roles.items() if made.roles.get(name) is not kind]
+    if others:
+        raise GraphError(
+            f"{where} must have roles of the recipe, with their kinds, got {', '.join(others)}; name them there"
+        )
+    if len(evaluation.sources) != 1 or evaluation.states:
+        raise GraphError(
+            f"{where} must have one source, which is held-out rows, and no state, got "
+            f"{len(evaluation.sources)} sources and {len(evaluation.states)} states"
+        )
+    if evaluation.config not in (None, made.config):
+        raise GraphError(f"{where} must read the recipe's own settings, got {evaluation.config!r}")
+
+
+def _recipe(function: Callable[..., None]) -> Recipe:
     hints = typing.get_type_hints(function)
     sources: dict[str, type] = {}
     roles: dict[str, type] = {}

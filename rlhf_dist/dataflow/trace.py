@@ -11,15 +11,16 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
 import numpy as np
 
-from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError
+from rlhf_dist.dataflow.graph import ColumnOrigin, Dataflow, GraphError, Node
 from rlhf_dist.dataflow.handles import RoleHandle, StateHandle
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.refill import source_node
@@ -119,4 +120,15 @@ def trace(recipe: Recipe, cfg: Any = None) -> Dataflow:
     interfaces = {**recipe.sources, **recipe.roles, **recipe.states}
     roles = {name: kind.__name__ for name, kind in interfaces.items()}
     bases = {name: base.__name__ for name, kind in recipe.roles.items() if (base := base_of(kind)) is not None}
-    return insert_reshard(Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles, bases=bases))
+    beside = () if recipe.evaluation is None else _evaluation(recipe.evaluation, cfg, recipe.reads)
+    return insert_reshard(
+        Dataflow(name=recipe.name, nodes=tuple(tracer.nodes), roles=roles, bases=bases, beside=beside)
+    )
+
+
+def _evaluation(evaluation: Recipe, cfg: Any, reads: Mapping[str, tuple[str, ...]]) -> tuple[Node, ...]:
+    nodes = trace(replace(evaluation, reads=reads), cfg if evaluation.config is not None else None).nodes
+    for node in nodes:
+        if node.weights_written:
+            raise GraphError(f"{node.line}: {node.name} changes weights, and an evaluation only measures; leave it out")
+    return nodes

@@ -85,7 +85,7 @@ def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]
     """
     cluster, efficiency, _ = hardware_of(launch)
     problem = problem_of(launch)
-    space = runnable_space(cluster, problem)
+    space = runnable_space(cluster)
     strategies, _ = asked_strategies(launch, overrides)
     question = Question(
         name=launch.recipe.name,
@@ -103,16 +103,15 @@ def planned_settings(launch: Launch, overrides: Sequence[str]) -> dict[str, Any]
     return sections
 
 
-def runnable_space(cluster: Cluster, problem: Problem) -> Space:
+def runnable_space(cluster: Cluster) -> Space:
     """Strategies that the engines of this system have: any other would make the prediction one of another run.
 
-    A host that is the device has nowhere to offload to. Episodes are played where the whole model is.
+    A host that is the device has nowhere to offload to.
     """
     return Space(
         offload=cluster.gpu.name != "CPU",
         plain_zero=True,
         reallocate=False,
-        generation_tensor=not any(work.name.split("#")[0].endswith(".run_episodes") for work in problem.nodes),
         generation_pipeline=False,
     )
 

@@ -83,8 +83,6 @@ class Space:
     """ZeRO-1 and offloading only without tp and sp: here DeepSpeed does them, and it has neither."""
     reallocate: bool = True
     """Whether inference of a trained role may copy its weights to a holding of its own."""
-    generation_tensor: bool = True
-    """Whether generation may share matrices; episodes do not (`engine_checks.py`)."""
     generation_pipeline: bool = True
     """Whether generation may share layers where a node cannot hold the model."""
 
@@ -121,7 +119,7 @@ def frozen_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Sp
 def generation_strategies(model: ModelSpec, gpus: int, gpus_per_node: int, space: Space) -> Iterator[Generation]:
     """All ways of generating on `gpus` GPUs; pp only with tp over a whole node, for models that need more."""
     for tp, sp in _axes(model, gpus, gpus_per_node):
-        if sp == 1 and (tp == 1 or space.generation_tensor):
+        if sp == 1:
             for pp in (1, 2, 4, 8) if space.generation_pipeline and tp == gpus_per_node else (1,):
                 if gpus % (tp * pp) == 0 and pp <= model.layers:
                     yield Generation(gpus=gpus, tp=tp, pp=pp)

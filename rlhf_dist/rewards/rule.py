@@ -88,7 +88,7 @@ def reward_columns(name: str, batch: Batch, outcomes: Sequence[Outcome], failed:
             scored.setdefault(score, []).append(value)
     column = Column(np.asarray(rewards, dtype=np.float32))
     known = column.values[~is_missing(column.values)]
-    metrics = reward_metrics(known) if len(known) else {}
+    metrics = reward_metrics(known)
     for score, values in scored.items():
         if score != "reward":
             metrics[f"score/{score}"] = Mean(math.fsum(values), len(values))

@@ -21,6 +21,7 @@ from rlhf_dist.transforms.spans import span_rewards
 from rlhf_dist.transforms.spoken_by import spoken_by
 from rlhf_dist.transforms.tree_advantage import tree_advantage
 from rlhf_dist.transforms.tree_steps import tree_nodes, tree_pairs
+from rlhf_dist.transforms.tries import tries
 from rlhf_dist.transforms.whiten import whiten
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "tree_advantage",
     "tree_nodes",
     "tree_pairs",
+    "tries",
     "span_rewards",
     "verdict_means",
     "whiten",

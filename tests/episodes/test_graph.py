@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,27 +62,3 @@ def test_limits_that_cannot_be_are_refused() -> None:
         EpisodeLimits(turns=0)
     with pytest.raises(ValueError, match=r"EpisodeLimits.retries must be >= 0 \(0: never again\), got -1"):
         EpisodeLimits(retries=-1)
-
-
-def test_tensor_parallel_generation_is_refused(tmp_path: Path, model: Path) -> None:
-    from rlhf_dist.checks import check_launch
-    from rlhf_dist.compose import compose
-    from rlhf_dist.typed import ConfigError
-
-    (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
-    settings = [f"model.path={model}", f"data.train.path={tmp_path}/sums.jsonl", "task=none", "data.prompts_per_step=1"]
-    (pool,) = compose("tool_grpo", settings).run.placement.pools
-    launch = compose("tool_grpo", [*settings, "actor.rollout.tensor_parallel=2", f"placement.pools.{pool}.slots=2"])
-    with pytest.raises(ConfigError, match=r"tool_grpo.py:\d+: episodes need actor.rollout.tensor_parallel=1, got 2"):
-        check_launch(launch)
-
-
-def test_the_planner_asks_for_no_generation_that_is_refused() -> None:
-    from rlhf_dist.compose import compose
-    from rlhf_dist.hardware import parse_cluster
-    from rlhf_dist.planner.launch import planned_settings
-
-    settings = ["model.path=llama3-8b", "task=addition", "placement.cluster=1x8xA100-80G"]
-    assert parse_cluster("1x8xA100-80G").gpus == 8
-    found = planned_settings(compose("tool_grpo", settings), settings)
-    assert found["actor"]["rollout"].get("tensor_parallel", 1) == 1

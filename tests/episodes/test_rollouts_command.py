@@ -63,7 +63,7 @@ def test_lost_episodes_are_shown_with_why(run: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--step", "5"], "no rows of step 5 were kept in"),
+        (["--step", "5"], "rollouts; those of step 4 were"),
         (["--outcome", "turns"], "no episodes with outcome 'turns'; there are 1 finished"),
         (["--lost", "--step", "5"], "no lost episodes in"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),

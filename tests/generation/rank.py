@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -265,3 +266,46 @@ def reshard(version: int, seed: int, traces: bool = True) -> dict[str, Any]:
         "planned": _colocated.pieces.planned_bytes if _colocated.pieces else None,
         "world": world,
     }
+
+
+def episodes(prompts: list[str]) -> list[list[tuple[list[int], int, list[int]]]]:
+    """Two turns of each with a tool between, one of them let go of: (context, seed, drawn tokens) of every turn."""
+    import asyncio
+
+    from rlhf_dist.batch import Batch, Column
+    from rlhf_dist.environments import Chat, Environment, EpisodeLimits, Row
+    from rlhf_dist.sampling import seed_of
+    from rlhf_dist.testing.tiny_model import VOCABULARY
+    from rlhf_dist.wire import Call
+    from workers.episodes.copies import Copy
+    from workers.episodes.run import run_episodes
+
+    class Turns(Environment):
+        async def episode(self, chat: Chat, row: Row) -> None:
+            await chat.generate(max_tokens=4)
+            await asyncio.sleep(0.05 * len(row.prompt))
+            chat.say("?")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(chat.generate(max_tokens=5), 1e-3 if row.prompt == "2" else 60)
+            chat.reward(1.0)
+
+    ids = [[1, *(VOCABULARY[one] for one in text)] for text in prompts]
+    batch = Batch({"prompt_ids": Column.ragged(ids, np.int32), "prompt": Column.strings(prompts)})
+    call = Call(num_rows=len(prompts), row_index=np.arange(len(prompts)), step=0, node="n", line="", seed=0)
+    limits, sampling = EpisodeLimits(), Sampling(max_tokens=12)
+    with Copy([_engine]) as copy:
+        if not copy.leads:
+            copy.follow()
+            played = []
+        else:
+            played = run_episodes(copy.of(_engine), str(_folder), batch, call, Turns(), limits, sampling, 200)
+    assert not _engine._added, "nothing is left in flight, on any rank"
+    found = []
+    for episode in played:
+        turns, context = [], list(episode.chat.conversation.prompt)
+        for piece in episode.chat.conversation.pieces:
+            if piece.turn >= 0:
+                turns.append((list(context), seed_of(episode.chat.seed, piece.turn), piece.token_ids.tolist()))
+            context += piece.token_ids.tolist()
+        found.append(turns)
+    return found

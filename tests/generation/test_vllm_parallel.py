@@ -58,7 +58,19 @@ def test_one_copy_over_two_ranks(generation_world2: World, folders: dict[str, Pa
             assert [a[0] for a in answers[0]] == [a[0] for a in answers[1]]
             assert max(world.run(rank.largest_difference, seed, prompts, answers[0], SAMPLING)) < 1e-4
     assert world.run(rank.generate, [], SAMPLING, []) == [[], []]
+    if model == "untied":
+        check_episodes(world)
     world.run(rank.close_engine)
+
+
+def check_episodes(world: World) -> None:
+    """The first rank plays them and the other follows: what was drawn is what a wave of each turn draws."""
+    played, followed = world.run(rank.episodes, ["1+1=", "2", "33+4="])
+    assert followed == [] and [len(turns) for turns in played] == [2, 1, 2], "one turn was let go of"
+    for context, seed, drawn in (turn for turns in played for turn in turns):
+        sampling = Sampling(max_tokens=len(drawn))
+        ours, theirs = world.run(rank.generate, [context], sampling, [seed])
+        assert ours[0][0] == theirs[0][0] == drawn
 
 
 def test_a_rank_that_fails_a_sync_stops_its_whole_copy(generation_world2: World, folders: dict[str, Path]) -> None:

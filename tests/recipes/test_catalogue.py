@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,37 @@ def test_everything_on_the_shelf_says_what_it_is_of() -> None:
         ({"needs": ("PREFS",)}, "at least one of"),
         ({"status": "sure"}, "exact, outline, study"),
         ({"status": "outline"}, "says in assumed="),
+        ({"arxiv": "2401.00001v2"}, "without a version, got '2401.00001v2'"),
+        ({"arxiv": "2413.00001"}, "a number like 2402.03300"),
+        ({"arxiv": "2312.00001"}, "2023 for 2312.00001, got 2024"),
     ],
 )
 def test_a_paper_that_cannot_be_is_refused(given: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         Paper(**{"title": "X", "year": 2024, "needs": ("PREF",), **given})
+
+
+def test_a_preprint_is_of_one_row_of_the_catalogue() -> None:
+    """A number copied to another paper. Entries without a row may share it: they are other parts of the same paper."""
+    rows = defaultdict(set)
+    for paper in PAPERS.values():
+        if paper.arxiv and paper.rows:
+            rows[paper.arxiv].add(paper.rows)
+    assert {number: found for number, found in rows.items() if len(found) > 1} == {}
+
+
+def test_a_file_says_the_number_of_the_paper_that_it_is_of() -> None:
+    """Corrected in one place and not in the other, or written in neither."""
+    found = {file.stem: (paper.arxiv, file) for name, (paper, file) in load_papers().items() if "/" not in name}
+    assert [name for name, (number, file) in found.items() if number and number not in said_of(file)] == []
+
+
+def said_of(file: Path) -> str:
+    """The docstring of a recipe; the comments of a file of stages."""
+    text = file.read_text()
+    if file.suffix == ".py":
+        return ast.get_docstring(ast.parse(text)) or ""
+    return "\n".join(line for line in text.splitlines() if line.startswith("#"))
 
 
 def test_the_page_of_recipes_is_current() -> None:

@@ -16,7 +16,8 @@ from recipes.policy_gradient.vapo import decoupled_gae
 from recipes.preference.active_pairs import most_informative
 from recipes.reasoning.ghpo import all_wrong, with_hint
 from rlhf_dist.batch import Batch, Column
-from rlhf_dist.transforms import gae
+from rlhf_dist.compose import compose_dataflow
+from rlhf_dist.transforms import gae, lagrangian_advantage
 from tests.recipes.rows import masked, numbers, ragged, values
 
 
@@ -96,6 +97,20 @@ def test_a_penalty_is_small_where_the_reference_doubts() -> None:
     )
     expected = [-0.5 * 0.4 * log(2), -0.5 * 0.1 * log(2)]
     np.testing.assert_allclose(values(confident_penalty(batch, coef=0.5), "token_rewards"), expected, rtol=1e-6)
+
+
+def test_safe_rlhfs_price_of_leaving_the_reference_is_beta_whatever_the_multiplier() -> None:
+    # log pi/pi_ref of 1 and 0.5, beta 0.02, values 0, gamma and lambda of GAE 1: what is to come is r - 0.03 and
+    # c + 0.03 at the first token, r - 0.01 and c + 0.01 at the second. With r 3, c 2 and a multiplier of 2, of both:
+    # (3 - 2 * 2) / 3 - 0.03 and - 0.01.
+    nodes = {node.name: node for node in compose_dataflow("safe_rlhf", ["algorithm.lam=1"])}
+    common = {"values": ragged([0, 0]), "old_log_probs": ragged([-1, -1]), "ref_log_probs": ragged([-2, -1.5])}
+    common["response_mask"] = masked(2)
+    gains = gae(Batch({**common, "rewards": numbers(3)}), **nodes["gae"].kwargs)
+    costs = gae(Batch({**common, "rewards": numbers(2)}), **nodes["gae#2"].kwargs)
+    both = Batch({"advantages": gains.columns["advantages"], "cost_advantages": costs.columns["advantages"]})
+    found = values(lagrangian_advantage(both, lam=2.0), "advantages")
+    np.testing.assert_allclose(found, [-1 / 3 - 0.03, -1 / 3 - 0.01], rtol=1e-5)
 
 
 def test_hc_rlhfs_cost_is_pessimistic() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from recipes.evaluation.deception import conflicts
-from recipes.evaluation.samples import best_of_k, pass_at_k, tries
 from recipes.evaluation.win_rate import measured
-from rlhf_dist.batch import Batch
+from rlhf_dist.batch import Batch, Column
 from rlhf_dist.missing import MISSING
+from rlhf_dist.transforms.tries import best_of_k, pass_at_k, tries
 from tests.recipes.rows import masked, numbers
 
 
@@ -31,11 +31,18 @@ def test_tries_at_a_prompt() -> None:
     # 4 tries, 1 right: pass@2 = 1 - C(3, 2) / C(4, 2) = 1/2. Highest of 2 of 0, 0, 1, 2: (0 + 1 + 1 + 2 + 2 + 2) / 6.
     assert pass_at_k(4, 1, 2) == 0.5 and pass_at_k(4, 0, 4) == 0 and pass_at_k(4, 4, 1) == 1
     assert best_of_k([0, 1, 0, 2], 2) == pytest.approx(8 / 6) and best_of_k([3, 1], 1) == 2
-    batch = Batch({"rewards": numbers(0, 1, 0, 0, 1, MISSING), "group_id": numbers(0, 0, 0, 0, 1, 1, dtype="int64")})
+    batch = Batch(
+        {
+            "rewards": numbers(0, 1, 0, 0, 1, MISSING),
+            "group_id": numbers(0, 0, 0, 0, 1, 1, dtype="int64"),
+            "source": Column.strings(["math"] * 4 + [""] * 2),
+        }
+    )
     metrics = tries(batch, right=0.5).metrics
+    assert metrics["math/pass_at_2"].value == 0.5 and metrics["math/reward"].value == 0.25
     assert metrics["pass_at_1"].value == pytest.approx((0.25 + 1) / 2)
     assert metrics["pass_at_2"].value == metrics["best_of_2"].value == 0.5 and metrics["pass_at_4"].value == 1
-    assert metrics["missing_rewards"].value == 1 and metrics["reward"].value == pytest.approx(2 / 5)
+    assert metrics["missing_rewards"].value == 1 and "/reward" not in metrics, "its source has no name"
 
 
 def test_a_win_rate_is_of_the_measured_policy_alone() -> None:

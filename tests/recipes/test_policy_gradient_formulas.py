@@ -31,6 +31,7 @@ REWARDS, GROUP, LENGTHS = [1, 0, 0, 2, 2], np.array([0, 0, 0, 1, 1]), np.array([
     ("baseline", "expected"),
     [
         ("none", [1, 0, 0, 2, 2]),
+        ("signed", [1, -1, -1, 1, 1]),
         ("loo", [1, -1 / 2, -1 / 2, 0, 0]),
         ("group_mean", [2 / 3, -1 / 3, -1 / 3, 0, 0]),
         ("shifted", [2 / 3 + 0.1, -1 / 3 + 0.1, -1 / 3 + 0.1, 0.1, 0.1]),
@@ -296,5 +297,7 @@ def test_token_rewards_of_a_dpo_model_and_of_a_step_model() -> None:
     steps = {"step_tokens": 2, "eta": 0.5, "coef": 1.0, "reward_coef": 1.0}
     # Steps end after tokens 2 and 3 of row 0 and after the token of row 1.
     assert values(step_rewards(batch, kind="clip", **steps), "token_rewards") == [0, 0, -0.25, 0]
-    delta = values(step_rewards(batch, kind="delta", **steps), "token_rewards")
-    assert delta == [0, 0.5, 0.25, 0.5] and sum(delta[:3]) == 0.75  # telescopes to the first step's value
+    # The last step has no reward of its own, so that the one before it has all of its value.
+    assert values(step_rewards(batch, kind="delta", **steps), "token_rewards") == [0, 0.75, 0, 0]
+    delta = values(step_rewards(batch, kind="delta", **steps | {"step_tokens": 1}), "token_rewards")
+    assert delta == [8.25, 0.75, 0, 0] and sum(delta[:3]) == 9  # telescopes to the first step's value

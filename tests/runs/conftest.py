@@ -101,7 +101,7 @@ def warm(cluster: None) -> Iterator[WarmCluster]:
 def launch_warm(
     launch: Callable[..., dict[str, Any]], warm: WarmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[str, Any]]:
-    """`launch`, in processes that are there already, without the roles that were in them. Not where the start or the end
-    of processes is what is tested, or their logs in a run's own folder."""
+    """`launch`, in processes that are there already, without the roles that were in them. Not where the start or the
+    end of processes is what is tested, or their logs in a run's own folder."""
     monkeypatch.setattr("controller.cluster.start.Cluster", lambda *settings: warm)
     return launch

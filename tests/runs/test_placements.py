@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from controller.lifecycle.replay import replay
 from controller.record.metrics import read_metrics
 from controller.record.timeline import draw
 from rlhf_dist.batch import Batch
@@ -71,13 +72,22 @@ def test_all_15_partitions_of_ppos_roles_give_the_same_numbers(launch_warm: Laun
 def test_generation_in_its_own_pool_and_over_groups_of_other_sizes_gives_the_same_numbers(
     launch_warm: Launch, tmp_path: Path
 ) -> None:
-    """Weights cross worlds, rows cross from 2 generating ranks to 1 and 3 training ones."""
+    """Weights cross worlds, rows cross from 2 generating ranks to 1 and 3 training ones. What those were given is one
+    batch again where a node is replayed."""
     launch_warm("ppo", "name=together", *TINY, f"reward.function={REWARD}", "placement.pools.main.slots=1")
-    launch_warm("ppo", "name=apart", *APART, "placement.pools.rollout.slots=2", "placement.pools.critic.slots=3")
+    kept = ("output.inputs_every=1", "output.checkpoint_every=1")
+    slots = ("placement.pools.rollout.slots=2", "placement.pools.critic.slots=3")
+    launch_warm("ppo", "name=apart", *APART, *slots, *kept)
     for together, apart in zip(numbers(tmp_path / "together"), numbers(tmp_path / "apart"), strict=True):
         assert together.keys() == apart.keys()
         for name, value in together.items():
             assert apart[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+    for node, parts in {"actor.generate_sequences": 2, "critic.update_critic": 3, "critic.compute_values": 3}.items():
+        done = replay(tmp_path / "apart", 1, node)
+        compared = [*done.columns(), *done.numbers()]
+        assert (done.parts, done.rows, done.of_rows) == (parts, 4, 4) and "step_1" in done.weights
+        assert all(one.equal is not False or one.rounded for one in compared), (node, compared)
+        assert any(one.equal or one.rounded for one in compared)
 
 
 def test_staleness_is_bounded_reported_and_counts_on_after_a_resume(launch_warm: Launch, tmp_path: Path) -> None:

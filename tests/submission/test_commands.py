@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from controller.commands.cli import main
 from controller.submission.slurm import _info
@@ -19,30 +18,6 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(list(arguments)) == 2
     return capsys.readouterr().err
-
-
-def test_a_ray_job_of_kubernetes_has_the_command_the_files_and_the_nodes(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    text = shown(
-        capsys, "sft", "--to", "k8s", "--image", "registry/rlhf:1", "--nodes", "3", "--gpus-per-node", "8",
-        "--env", "NCCL_DEBUG=INFO", "model.path=/models/m", "data.train.path=rows.jsonl", "name=A Run",
-    )  # fmt: skip
-    files, job = yaml.safe_load_all(text)
-    assert (files["kind"], list(files["binaryData"])) == ("ConfigMap", ["files.tar"])
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    assert job["metadata"]["name"].startswith("a-run-") and files["metadata"]["name"] == job["metadata"]["name"]
-    entry = job["spec"]["entrypoint"]
-    assert "tarfile -e /job/files.tar" in entry and "rlhf-dist run sft" in entry and "ray.address=auto" in entry
-    groups = job["spec"]["rayClusterSpec"]
-    [workers] = groups["workerGroupSpecs"]
-    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 2
-    for group in (groups["headGroupSpec"], workers):
-        [container] = group["template"]["spec"]["containers"]
-        assert container["image"] == "registry/rlhf:1" and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-        assert {"name": "NCCL_DEBUG", "value": "INFO"} in container["env"]
 
 
 def test_the_fewest_nodes_that_it_fits_on_are_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from rlhf_dist.reshard.layout import Box
 from rlhf_dist.reshard.shards import Shards
 from rlhf_dist.sampling import Sampling
 
+T = TypeVar("T")
 Bucket: TypeAlias = list[tuple[str, Tensor]]
 """Some full parameters under their Hugging Face names, in the rollout dtype."""
 SleepPart = Literal["weights", "cache"]
@@ -140,6 +141,15 @@ class GenerationEngine(Protocol):
     @property
     def weights_version(self) -> int:
         """Version of the weights held; -1 for none."""
+        ...
+
+    @property
+    def ranks_of_copy(self) -> tuple[int, int]:
+        """Which of the ranks that share this copy of the model this one is, and how many they are."""
+        ...
+
+    def told(self, said: T) -> T:
+        """What the first rank of the copy says, on all of them, whatever they say; a collective."""
         ...
 
     def generate(
@@ -319,6 +329,15 @@ class SyncedEngine(ABC):
             )
         self._version = version
         return SyncReport(arrivals.count, arrivals.bytes, perf_counter() - started)
+
+    @property
+    def ranks_of_copy(self) -> tuple[int, int]:
+        """See GenerationEngine."""
+        return 0, 1
+
+    def told(self, said: T) -> T:
+        """See GenerationEngine."""
+        return said
 
     def load(self, model: ModelConfig, seed: int) -> None:
         """See GenerationEngine."""

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -77,6 +77,7 @@ from workers.engines.generation import vllm_classes, vllm_heap, vllm_trace, vllm
 from workers.engines.generation.vllm_sampler import FullVocabularySampler  # noqa: E402
 from workers.engines.generation.vllm_sleep import Bed, CudaBed, HostBed  # noqa: E402
 
+T = TypeVar("T")
 _MAX_REQUESTS = 1024
 """Requests in one scheduler step; the KV cache is the tighter limit."""
 _MAX_BATCHED_TOKENS = 8192
@@ -257,6 +258,21 @@ class VllmEngine(SyncedEngine):
         flag = torch.tensor([int(wants)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel_state.get_tp_group().cpu_group)
         return bool(flag)
+
+    @property
+    def ranks_of_copy(self) -> tuple[int, int]:
+        """See GenerationEngine."""
+        group = parallel_state.get_tp_group()
+        return group.rank_in_group, group.world_size
+
+    def told(self, said: T) -> T:
+        """See GenerationEngine."""
+        box: list[Any] = [said]
+        if self._rollout.tensor_parallel > 1:
+            group = parallel_state.get_tp_group()
+            dist.broadcast_object_list(box, src=group.ranks[0], group=group.cpu_group)
+        told: T = box[0]
+        return told
 
     def held_bytes(self) -> dict[SleepPart, int]:
         """See GenerationEngine."""
