@@ -4,9 +4,10 @@
     waves          the same episodes in lock-step: all turns of a round are drawn, then all tools are waited for
     engine_bound   the same turns with tools that take no time: what the engine alone allows
 
-The three draw the same tokens, which is checked. Beside them, training on the leaves of episodes that branch, with and
-without computing once what they share (`tree_training.py`). `--simulated`: in place of all that, what up to 10,000
-episodes at one time cost beside an engine that costs nothing (`many_episodes.py`). One JSON line last.
+The three draw the same tokens, which is checked. Beside them: 64 of these episodes, one of which waits for a tool of
+5 s; and training on the leaves of episodes that branch, with and without computing once what they share
+(`tree_training.py`). `--simulated`: in place of all that, what up to 10,000 episodes at one time cost beside an engine
+that costs nothing (`many_episodes.py`). One JSON line last.
 
     make bench-episodes ARGS="--turn-tokens 32"
     make bench-episodes ARGS="--simulated --episodes 10000"
@@ -45,6 +46,7 @@ from workers.episodes.rows import episode_columns
 from workers.episodes.run import run_episodes
 
 TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5
+STRAGGLER_S = 5.0
 SAID = "\nok:"
 
 
@@ -62,13 +64,24 @@ class Tools(Environment):
 
     async def episode(self, chat: Chat, row: Row) -> None:
         """See Environment."""
-        latencies = latencies_of(chat.rng)
-        for latency in [*latencies, None]:
+        for seconds in [*self.waits(chat, row), None]:
             await chat.generate(max_tokens=self.turn_tokens)
-            if latency is not None:
-                await asyncio.sleep(self.slow * latency)
+            if seconds is not None:
+                await asyncio.sleep(seconds)
                 chat.say(SAID)
         chat.reward(1.0)
+
+    def waits(self, chat: Chat, row: Row) -> list[float]:
+        """Seconds of each tool."""
+        return [self.slow * latency for latency in latencies_of(chat.rng)]
+
+
+class OneStraggler(Tools):
+    """The first row has one tool, which takes 5 s."""
+
+    def waits(self, chat: Chat, row: Row) -> list[float]:
+        """See Tools."""
+        return [STRAGGLER_S] if row.prompt == "0+1=" else super().waits(chat, row)
 
 
 def main() -> None:
@@ -103,6 +116,7 @@ def measured(arguments: argparse.Namespace) -> None:
         bound_s, bound = bench.ours(count, slow=0.0)
         ours_s, ours = bench.ours(count, slow=1.0)
         waves_s, waves = bench.waves(count)
+        straggler = bench.straggler(min(count, 64))
         trained = tree_training(bench.model, bench.leaves(arguments.trees), budget=8192, turns=5)
         bench.engine.close()
     if waves != _turns(ours) or _turns(bound) != waves:
@@ -121,6 +135,7 @@ def measured(arguments: argparse.Namespace) -> None:
         "waves": _speed(tokens, waves_s),
         "engine_bound": _speed(tokens, bound_s),
         "ours_over_waves": round(waves_s / ours_s, 2),
+        "straggler": straggler,
         "tree_training": trained,
     }
     print(json.dumps(result))
@@ -153,12 +168,36 @@ class Bench:
 
     def ours(self, count: int, *, slow: float) -> tuple[float, list[Episode]]:
         """Seconds, and the episodes; slow: factor on what tools take."""
+        return self.played(Tools(slow, self.turn_tokens), count)
+
+    def straggler(self, count: int) -> dict[str, Any]:
+        """Seconds of `count` episodes with tools that take no time, but for one of 5 s, and how many are kept, with
+        what a step may do about it."""
+        quick, slow = Tools(0.0, self.turn_tokens), OneStraggler(0.0, self.turn_tokens)
+        ways: dict[str, tuple[Environment, dict[str, Any]]] = {
+            "without": (quick, {}),
+            "waits": (slow, {}),
+            "first_by_time": (slow, {"wanted": count - count // 8, "first": "time"}),
+            "first_by_turns": (slow, {"wanted": count - count // 8}),
+            "step_seconds": (slow, {"step_seconds": STRAGGLER_S / 2}),
+        }
+        found = {}
+        for name, (environment, more) in ways.items():
+            seconds, episodes = self.played(environment, count, **more)
+            kept = sum(episode.trains for episode in episodes)
+            found[name] = {"seconds": round(seconds, 2), "kept": kept}
+        return found
+
+    def played(
+        self, environment: Environment, count: int, *, step_seconds: float | None = None, **groups: Any
+    ) -> tuple[float, list[Episode]]:
+        """Seconds, and the episodes of `count` rows."""
         batch, call = _rows(count)
-        limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count)
-        environment, sampling = Tools(slow, self.turn_tokens), Sampling(max_tokens=self.tokens)
+        limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count, step_seconds=step_seconds)
+        sampling, model = Sampling(max_tokens=self.tokens), str(self.model)
         started = time.perf_counter()
         episodes = run_episodes(
-            self.engine, str(self.model), batch, call, environment, limits, sampling, self.tokens + 8
+            self.engine, model, batch, call, environment, limits, sampling, self.tokens + 8, **groups
         )
         return time.perf_counter() - started, episodes
 

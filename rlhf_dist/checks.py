@@ -19,7 +19,7 @@ from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
 from rlhf_dist.dataflow.token_makers import reads_others_tokens
 from rlhf_dist.engine_checks import check_engines
-from rlhf_dist.generation_checks import check_generation, check_templates
+from rlhf_dist.generation_checks import check_episodes, check_generation, check_templates
 from rlhf_dist.held_out import held_out_fields
 from rlhf_dist.launch_lines import epoch_lines, model_lines
 from rlhf_dist.looking_checks import check_looking
@@ -93,6 +93,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)
+    check_episodes(launch, _amounts(launch))
     _check_mini_batches(launch)
     if cluster is None or _has_tokenizers(launch):
         _check_vocabularies(launch)

@@ -371,8 +371,8 @@ class PlacementConfig:
     max_staleness: int = 0
     """Updates that the policy which generates may be behind; 0 is synchronous. Above 0 needs a rollout pool."""
     interrupt: bool = False
-    """Interrupt generation at a weight update and continue the responses with the new weights; for max_staleness
-    above 0. False: the update waits until the responses are done."""
+    """Interrupt generation at a weight update and continue the responses, and episodes, with the new weights; for
+    max_staleness above 0. False: the update waits until they are done."""
     slots: int = 0
     """Slots that pools with a `share` divide; 0 where none has one."""
     cluster: str | None = None

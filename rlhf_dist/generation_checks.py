@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.config import LanguageModelConfig, RolloutConfig
 from rlhf_dist.dataflow.graph import Node
+from rlhf_dist.dataflow.row_facts import Amount
+from rlhf_dist.environments import EpisodeLimits
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.role_kinds import generation_of
@@ -55,6 +57,31 @@ def check_templates(launch: Launch) -> None:
             raise ConfigError(
                 f"{node.line}: the template of {node.name} has {len(ids)} tokens before anything is put in, and {key} "
                 f"is {rollout.max_prompt_tokens}; raise it by what {', '.join(template.columns)} may need"
+            )
+
+
+def check_episodes(launch: Launch, rows: Mapping[str, Amount]) -> None:
+    """Raise ConfigError for more groups of episodes than are begun, for groups that ranks cannot tell by their rows,
+    and for a deadline that comes too late. rows: node -> its rows."""
+    for node in launch.dataflow:
+        if node.op != "run_episodes":
+            continue
+        limits, timeout_s = node.kwargs["limits"] or EpisodeLimits(), launch.run.ray.call_timeout_s
+        if limits.step_seconds is not None and limits.step_seconds >= timeout_s:
+            raise ConfigError(
+                f"{node.line}: {node.name} ends after EpisodeLimits.step_seconds={limits.step_seconds:g}, which must "
+                f"be less than ray.call_timeout_s = {timeout_s:g}, after which the run fails; lower it, or raise that"
+            )
+        groups, before = node.kwargs["groups"], rows[node.inputs[0].rows]
+        if groups is not None and before.rows != before.groups:
+            raise ConfigError(
+                f"{node.line}: {node.name} keeps the first groups={groups}, each the episodes of one row, and gets "
+                f"{before.rows} rows of {before.groups} groups; play episodes of the prompts themselves"
+            )
+        if groups is not None and groups > before.groups:
+            raise ConfigError(
+                f"{node.line}: {node.name} keeps the first groups={groups} of those it begins, and there are at most "
+                f"{before.groups}; raise data.prompts_per_step, or keep fewer"
             )
 
 

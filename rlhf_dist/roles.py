@@ -259,6 +259,8 @@ class LanguageModel(OfTrunk, Protocol):
         limits: EpisodeLimits | None = None,
         speakers: Mapping[str, LanguageModel] | None = None,
         rows_of: tuple[str, ...] = (),
+        groups: int | None = None,
+        first: Literal["turns", "time"] = "turns",
         held_out: bool = False,
     ) -> Batch:
         """`n` episodes of every row, each of several turns: a response is all of them, with what was said between them
@@ -268,6 +270,10 @@ class LanguageModel(OfTrunk, Protocol):
         speakers: other roles that the environment lets speak, as `chat.speaker(name)`, in the same pool. rows_of:
         those of them whose sides are rows, too; `spoken_by(batch, name="...")` parts rows by who drew them. held_out:
         the random numbers of a row's episode are the same at every step, so that what changes is the policy.
+
+        groups: episodes of all rows are begun, and those of the first `groups` rows to be complete are kept; the others
+        end as `surplus` as soon as they cannot be among them. first: by the turns of a row's longest episode, then by
+        row, so that how long tools take changes nothing; or by the time at which they are over.
         """
         ...
 

@@ -85,6 +85,8 @@ class Call(Given):
     """The op's column name -> the recipe's, where they differ."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     look: Look | None = None
+    wanted: int | None = None
+    """Rows that an op is to keep which keeps the first `groups` on all ranks together; None: it has all rows."""
 
     @property
     def batches(self) -> tuple[Given, ...]:

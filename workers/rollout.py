@@ -27,9 +27,10 @@ from workers.asked import Asked, Asker, check_fits
 from workers.build_engines import new_generation_engine
 from workers.engines.generation.interface import NOTHING_DRAWN, Ends, GenerationEngine, Response, StaleWeights
 from workers.episodes.copies import Copy
+from workers.episodes.groups import First
 from workers.episodes.leaves import Episode
-from workers.episodes.rows import episode_columns, episode_metrics, log_lost
-from workers.episodes.run import Speaker, run_episodes
+from workers.episodes.rows import episode_columns, episode_metrics, group_metrics, log_lost
+from workers.episodes.run import EpisodesUnderWay, Speaker, begin_episodes
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
@@ -79,14 +80,18 @@ class RolloutWorker:
         """Steps whose updates the weights held contain."""
         self._interrupts, self._stop = interrupts, Event()
         self._begun: dict[tuple[str, int], _Begun] = {}
+        self._under_way: dict[tuple[str, int], EpisodesUnderWay] = {}
 
     def interrupt(self) -> None:
         """Stop generating after the token at hand, if something is generated; called from another thread."""
         self._stop.set()
 
     def abandon(self) -> None:
-        """Forget responses that were interrupted: their step is run again from its start."""
+        """Forget responses and episodes that were interrupted: their step is run again from its start."""
         self._begun.clear()
+        for episodes in self._under_way.values():
+            episodes.loop.abandon()
+        self._under_way.clear()
 
     def generate_sequences(
         self,
@@ -261,22 +266,29 @@ class RolloutWorker:
         limits: EpisodeLimits | None = None,
         speakers: Mapping[str, str] = MappingProxyType({}),
         rows_of: Sequence[str] = (),
+        groups: int | None = None,
+        first: First = "turns",
         held_out: bool = False,
     ) -> OpResult:
         """`n` episodes of each row, which the first rank of those that share a copy of the model plays, and answers
-        for; the others follow it. Weights that wait for the pool (`placement.interrupt`) wait until all are over.
+        for; the others follow it. Where new weights interrupt it (`placement.interrupt`, one rank a copy) it is called
+        again, and the episodes go on where they were.
 
-        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. held_out:
-        no random number depends on the step."""
+        speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. groups:
+        rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share.
+        held_out: no random number depends on the step."""
+        self._stop.clear()
         lenders = {name: self._lender(role) for name, role in speakers.items()}
         others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
         self.memory.turn(self.memory.add_together(self.name, *others))
         for one in lenders.values():
             one._staleness(call.step)
         staleness, rollout = self._staleness(call.step), self.config.rollout
+        wanted = groups if call.wanted is None else call.wanted
+        behind = {self.engine.weights_version: staleness}
         with Copy([self.engine, *(one.engine for one in lenders.values())]) as copy:
             if copy.leads:
-                episodes = run_episodes(
+                under_way = self._under_way.pop((call.node, call.step), None) or begin_episodes(
                     copy.of(self.engine),
                     self.config.model.path,
                     batch,
@@ -289,7 +301,17 @@ class RolloutWorker:
                         replace(lender._speaker(name, name in rows_of), engine=copy.of(lender.engine))
                         for name, lender in lenders.items()
                     ],
+                    wanted=wanted,
+                    first=first,
                 )
+                under_way.behind.setdefault(self.engine.weights_version, staleness)
+                # Ranks that follow would have to be called again, too.
+                interruptible = self._interrupts and rollout.tensor_parallel == 1
+                found = under_way.go_on(self._stop.is_set if interruptible else None)
+                if found is None:
+                    self._under_way[call.node, call.step] = under_way
+                    return OpResult(columns=NOTHING, interrupted=True)
+                episodes, behind = found, under_way.behind
             else:
                 copy.follow()
                 episodes = []
@@ -315,9 +337,14 @@ class RolloutWorker:
             "finished": Mean(float(columns["finished"].values.sum()), count),
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
-            "staleness": Mean(staleness * count, count),
+            "staleness": Mean(_behind(columns["policy_version"], behind, staleness), count),
             "version": version_metric(columns),
         }
+        if len(behind) > 1:
+            versions = columns["policy_version"].rows()
+            metrics["continued"] = Mean(float(sum(len(set(one.tolist())) > 1 for one in versions)), 0)
+        if wanted is not None:
+            metrics |= group_metrics(episodes, wanted=wanted, n=n)
         if environment.rewards:
             metrics |= reward_metrics(columns["rewards"].values[speaker == role])
         for name in rows_of:
@@ -368,6 +395,12 @@ class RolloutWorker:
     def close(self) -> None:
         """Free what the generation engine holds outside the process."""
         self.engine.close()
+
+
+def _behind(versions: Column, behind: Mapping[int, int], staleness: int) -> float:
+    """Updates that the policy which drew each row's first token was behind, added up. versions: of tokens. staleness:
+    of versions that are none of the role's own."""
+    return float(sum(behind.get(int(row[0]), staleness) for row in versions.rows()))
 
 
 def sync_metrics(report: SyncReport) -> Metrics:

@@ -327,6 +327,7 @@ class RayRunner:
                     ],
                     kwargs,
                     self._look(pending, part, answers=rank in answering),
+                    cuts[0][0].wanted(part) if readings else None,
                 )
                 for rank, part in enumerate(parts)
             ]
@@ -397,7 +398,8 @@ class RayRunner:
             given = [reading.given(pending.shards.parts[piece.part], None)]
             for number, rank in zip(piece.calls, piece.ranks, strict=True):
                 look = self._look(pending, piece.part, answers=number in pending.shards.answering)
-                call = build_call(node, pending.step, self.seed, given, settings, look)
+                wanted = pending.shards.wanted(piece.part)
+                call = build_call(node, pending.step, self.seed, given, settings, look, wanted)
                 if number == len(pending.callees):
                     pending.callees.append((group.pool, rank))
                     pending.part_of_call.append(piece.part)
@@ -421,7 +423,8 @@ class RayRunner:
             if pending.replies[rank].interrupted:
                 given = [reading.given(pending.shards.parts[parts[rank]], None)]
                 look = self._look(pending, parts[rank], answers=rank in pending.shards.answering)
-                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
+                wanted = pending.shards.wanted(parts[rank])
+                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look, wanted)
                 pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False

@@ -44,6 +44,13 @@ class Shards:
     parts: tuple[IntArray, ...]
     answering: tuple[int, ...]
     part_of_answer: tuple[int, ...]
+    kept: IntArray | None = None
+    """[B] 1 for each row that is to be kept of those begun, spread evenly over the parts: which ones they are, the rank
+    that has them says. None: all are."""
+
+    def wanted(self, part: int) -> int | None:
+        """How many of its rows `part` is to keep."""
+        return None if self.kept is None else int(self.kept[self.parts[part]].sum())
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,19 @@ def cut(
         parts = tuple(np.concatenate(piece) for piece in pieces)
     else:
         parts = tuple(balance(rows.tokens, count, groups=keep_groups, home=batch.home(count, group.pool.name)))
-    return Shards(parts=parts, answering=answering, part_of_answer=part_of_answer), mini_batch
+    kept = _kept(parts, node.kwargs.get("groups")) if node.rows == "expand" else None
+    return Shards(parts=parts, answering=answering, part_of_answer=part_of_answer, kept=kept), mini_batch
+
+
+def _kept(parts: Sequence[IntArray], groups: int | None) -> IntArray | None:
+    """See `Shards.kept`, for `groups` of all rows: of the first k in the order of the parts, k * groups / rows."""
+    if groups is None:
+        return None
+    rows = np.concatenate(parts)
+    upto = np.arange(len(rows) + 1) * min(groups, len(rows)) // max(len(rows), 1)
+    kept = np.empty(len(rows), np.int64)
+    kept[rows] = np.diff(upto)
+    return kept
 
 
 def cut_for_host(node: Node, processes: int, batches: Sequence[BatchRef]) -> list[Shards]:
@@ -133,7 +152,15 @@ def _shards(parts: tuple[IntArray, ...]) -> Shards:
     return Shards(parts=parts, answering=each, part_of_answer=each)
 
 
-def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs: Any, look: Look | None = None) -> Call:
+def build_call(
+    node: Node,
+    step: int,
+    seed: int,
+    given: Sequence[Given],
+    kwargs: Any,
+    look: Look | None = None,
+    wanted: int | None = None,
+) -> Call:
     """The instruction for one rank that is given these rows of the node's batches."""
     first = given[0] if given else Given(num_rows=0)
     own = {name: getattr(first, name) for name in ("num_rows", "fetches", "row_index", "mini_batch", "ids")}
@@ -146,6 +173,7 @@ def build_call(node: Node, step: int, seed: int, given: Sequence[Given], kwargs:
         out=node.out,
         kwargs=kwargs,
         look=look,
+        wanted=wanted,
         **own,
     )
 

@@ -5,6 +5,7 @@ Search-R1, Jin et al. 2025, arXiv 2503.09516, and ReTool, Feng et al. 2025, arXi
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_dist.algorithms import ppo_clip
 from rlhf_dist.catalogue import Paper
@@ -35,6 +36,12 @@ class ToolGRPO:
     """Most turns of an episode."""
     seconds: float = 60.0
     """Longest that an episode may take."""
+    step_seconds: float | None = None
+    """Longest that all episodes of a step may take; what is not over then is lost. None: as long as the last one."""
+    groups: int | None = None
+    """Groups of a step that train, the first to be complete; those of its other prompts are surplus. None: all."""
+    first: Literal["turns", "time"] = "turns"
+    """Which are first: those with the fewest turns, however long tools take, or by the clock."""
     turn_tokens: int | None = None
     """Most tokens of a turn; None: as many as the row has left."""
     begin: str = "<tool_call>"
@@ -68,7 +75,14 @@ def tool_grpo(prompts: Prompts, actor: Actor, cfg: ToolGRPO) -> None:
         forgiving=cfg.forgiving,
         unfinished_reward=cfg.unfinished_reward,
     )
-    limits = EpisodeLimits(turns=cfg.turns, seconds=cfg.seconds)
-    batch = actor.run_episodes(prompts, environment=environment, n=cfg.samples_per_prompt, limits=limits)
+    limits = EpisodeLimits(turns=cfg.turns, seconds=cfg.seconds, step_seconds=cfg.step_seconds)
+    batch = actor.run_episodes(
+        prompts,
+        environment=environment,
+        n=cfg.samples_per_prompt,
+        limits=limits,
+        groups=cfg.groups,
+        first=cfg.first,
+    )
     batch = grpo_advantage(batch, scale=cfg.scale)
     actor.update_actor(batch, loss=ppo_clip(cfg.clip, on_policy=True))

@@ -126,8 +126,19 @@ def _episode_settings(line: str, where: str, settings: dict[str, Any]) -> tuple[
             f"{line}: {where} keeps rows of {', '.join(rows_of)}, and its episodes branch (leaves={leaves}); episodes "
             "in which several learn are one row for each"
         )
+    _check_first_groups(line, where, settings)
     lenders = tuple(dict.fromkeys(role for role in found.values() if role != own))
     return {**settings, "speakers": found, "rows_of": tuple(rows_of)}, lenders
+
+
+def _check_first_groups(line: str, where: str, settings: Mapping[str, Any]) -> None:
+    groups, first = settings["groups"], settings["first"]
+    if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
+        raise GraphError(
+            f"{line}: {where} needs groups >= 1, of which it keeps the first, or None for all, got {groups!r}"
+        )
+    if first not in ("turns", "time"):
+        raise GraphError(f"{line}: {where} says what is first= by 'turns' or by 'time', got {first!r}")
 
 
 def _role_of(given: Any) -> str | None:

@@ -40,10 +40,19 @@ def amounts(dataflow: Dataflow, items: Mapping[str, int]) -> dict[str, Amount]:
             found[node.name] = _together(dataflow, node, found)
         else:
             copies = _asked(node) if node.rows == "expand" else _copies(node)
-            rows = before[0].rows * (copies if node.rows in ("expand", "derive") else 1)
+            begun = _begun(node, before[0])
+            rows = begun.rows * (copies if node.rows in ("expand", "derive") else 1)
             exact = before[0].exact and node.rows not in ("drop", "derive") and not getattr(node.spec, "loses", False)
-            found[node.name] = replace(before[0], rows=rows, exact=exact)
+            found[node.name] = replace(begun, rows=rows, exact=exact)
     return found
+
+
+def _begun(node: Node, before: Amount) -> Amount:
+    """What is before a node, of which it makes its own rows: where it over-samples, as much as it keeps of that."""
+    groups = node.kwargs.get("groups") if node.rows == "expand" else None
+    if groups is None:
+        return before
+    return replace(before, rows=min(before.rows, groups), groups=min(before.groups, groups))
 
 
 def _leaves(node: Node) -> int:

@@ -54,6 +54,9 @@ class EpisodeLimits:
     """Generations of one episode; one more ends it as `turns`."""
     seconds: float = 120.0
     """Longest that an episode may take from its start; then it ends as `deadline`."""
+    step_seconds: float | None = None
+    """Longest that all episodes of a step may take in each process that generates; then those that are not over, or not
+    begun, end as `step_deadline`. None: as long as the last of them takes."""
     tool_seconds: float = 20.0
     """Longest that a function called with `chat.run` may take, where the call does not say otherwise."""
     concurrent: int = 256
@@ -69,6 +72,10 @@ class EpisodeLimits:
         for name in ("turns", "seconds", "tool_seconds", "concurrent", "branches", "message_characters"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"EpisodeLimits.{name} must be > 0, got {getattr(self, name)}")
+        if self.step_seconds is not None and not self.step_seconds > 0:
+            raise ValueError(
+                f"EpisodeLimits.step_seconds must be > 0, or None for no deadline, got {self.step_seconds}"
+            )
         if self.retries < 0:
             raise ValueError(f"EpisodeLimits.retries must be >= 0 (0: never again), got {self.retries}")
 

@@ -5,9 +5,11 @@
     turns                  as many generations as allowed                      }  are in the batch, and train
     policy_error           what the model wrote cannot be used (PolicyError)   }
     deadline               the episode took too long                           }
+    step_deadline          all episodes of the step together did               }
     environment_error      its code raised, hung, or said what is no text      }  not the policy's: these rows are
     infrastructure_error   what it needs is not there (InfrastructureError,    }  missing from the batch, counted
                            ConnectionError), after all retries                 }  and written to the log
+    surplus                more groups were begun than the step keeps          }  (surplus: counted alone)
 
 Tokens and turns are limits of the policy and the same on every machine; seconds are the machine's, so that a deadline
 says nothing about what was drawn.
@@ -18,11 +20,25 @@ from __future__ import annotations
 from typing import Literal
 
 Outcome = Literal[
-    "finished", "length", "turns", "policy_error", "deadline", "environment_error", "infrastructure_error"
+    "finished",
+    "length",
+    "turns",
+    "policy_error",
+    "deadline",
+    "step_deadline",
+    "environment_error",
+    "infrastructure_error",
+    "surplus",
 ]
 OF_POLICY: tuple[Outcome, ...] = ("finished", "length", "turns", "policy_error")
 """Ends that are the policy's doing."""
-OF_OTHERS: tuple[Outcome, ...] = ("deadline", "environment_error", "infrastructure_error")
+OF_OTHERS: tuple[Outcome, ...] = (
+    "deadline",
+    "step_deadline",
+    "environment_error",
+    "infrastructure_error",
+    "surplus",
+)
 
 
 class PolicyError(Exception):

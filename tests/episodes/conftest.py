@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def prompts(texts: list[str], answers: list[str] | None = None) -> Batch:
 
 @pytest.fixture(scope="session")
 def play_all(engine: TransformersEngine, model: Path) -> Play:
-    """(environment, limits=, texts=, n=, rows=, seed=) -> its episodes."""
+    """(environment, limits=, texts=, n=, rows=, seed=, wanted=, first=) -> its episodes."""
 
     def run(
         environment: Environment,
@@ -60,12 +61,13 @@ def play_all(engine: TransformersEngine, model: Path) -> Play:
         n: int = 1,
         rows: tuple[int, ...] | None = None,
         seed: int = 0,
+        **groups: Any,
     ) -> list[Episode]:
         at = np.array(range(len(texts)) if rows is None else rows)
         batch = prompts([texts[k] for k in at])
         call = Call(num_rows=len(at), row_index=at, step=3, node="actor.run_episodes", line="", seed=seed)
         sampling = Sampling(n=n, max_tokens=RESPONSE_TOKENS)
         limits = limits or EpisodeLimits()
-        return run_episodes(engine, str(model), batch, call, environment, limits, sampling, PROMPT_TOKENS)
+        return run_episodes(engine, str(model), batch, call, environment, limits, sampling, PROMPT_TOKENS, **groups)
 
     return run

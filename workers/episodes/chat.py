@@ -102,6 +102,8 @@ class LiveChat:
     """Unique among all attempts at episodes and branches: what its requests are called."""
     generate_one: Generate
     play_branches: BranchPlayer
+    begins: Callable[[int], None] = lambda turns: None
+    """Told of each turn before it is drawn: how many there are with it."""
     tree: Tree = field(default_factory=Tree)
     path: tuple[int, ...] = ()
     """Which branch of which branch it is, from the episode itself."""
@@ -191,6 +193,7 @@ class LiveChat:
         if left < 1:
             self._out_of_tokens()
         most = left if max_tokens is None else min(left, max_tokens)
+        self.begins(turn + 1)
         request = Request(
             name=f"{self.name}/{turn}",
             token_ids=tokens,

@@ -55,6 +55,11 @@ class Episode:
         """Whether it is a row of the batch."""
         return self.outcome in OF_POLICY and self.chat.conversation.turns > 0
 
+    @property
+    def lost(self) -> bool:
+        """Whether it should have been a row, and is none."""
+        return not self.trains and self.outcome != "surplus"
+
 
 def episodes_of(
     environment: Environment, root: LiveChat, *, number: int, attempts: int, seconds: float

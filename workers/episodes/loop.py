@@ -5,6 +5,8 @@
       engine.step()                                    await chat.generate():  request -> inbox, wait for its future
       responses -> futures, in one call                await chat.run(tool):   a thread for the tool, wait for it
       nothing in flight: wait for the inbox
+      interrupted: abort, keep what was drawn          go on: a request that comes meanwhile waits in the inbox
+      going on: what was kept -> engine.add
 
 What unblocks whom: the engine's thread waits for the inbox only while nothing is in flight, a second at a time, and
 looks each time whether the episodes' thread still answers. An episode waits for the engine or a tool, and its own
@@ -21,9 +23,12 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias, TypeVar
+from dataclasses import replace
+from typing import Any, TypeAlias, TypeVar
 
-from workers.engines.generation.interface import GenerationEngine, Request, Response
+import numpy as np
+
+from workers.engines.generation.interface import GenerationEngine, Request, Response, continued, resumed_seed
 
 T = TypeVar("T")
 _Asked: TypeAlias = tuple[Request, GenerationEngine]
@@ -37,40 +42,71 @@ class EpisodesBlocked(RuntimeError):
 
 
 class EpisodeLoop:
-    """Runs coroutines that may ask the engine for responses, its own or others. One at a time an engine."""
+    """Runs coroutines that may ask the engine for responses, its own or others. One at a time an engine: `run`, or
+    `begin` and `go_on` until that has results."""
 
     def __init__(self, engine: GenerationEngine, blocked_s: float = BLOCKED_S) -> None:
         self._engine, self._blocked_s = engine, blocked_s
         self._inbox: queue.SimpleQueue[_Asked | str | None] = queue.SimpleQueue()
         self._futures: dict[str, asyncio.Future[Response]] = {}
         self._loop = asyncio.new_event_loop()
-        self._in_flight: dict[str, GenerationEngine] = {}
+        self._in_flight: dict[str, _Asked] = {}
+        self._held: dict[str, _Asked] = {}
+        """What was in flight when it was interrupted."""
+        self._begun: dict[str, Response] = {}
+        """Of requests that were interrupted: what had been drawn by then."""
+        self._results: list[Any] = []
+        self._failure: list[BaseException] = []
+        self._thread: threading.Thread | None = None
         self._asked, self._asked_s = False, 0.0
 
     def run(self, coroutines: Sequence[Callable[[], Awaitable[T]]], concurrent: int) -> list[T]:
         """Results of all, in their order. Raises what the engine raised, or a coroutine, and EpisodesBlocked."""
-        results: list[T] = []
-        failure: list[BaseException] = []
+        self.begin(coroutines, concurrent)
+        results = self.go_on()
+        assert results is not None, "nobody interrupts it"
+        return results
+
+    def begin(self, coroutines: Sequence[Callable[[], Awaitable[T]]], concurrent: int) -> None:
+        """Let the coroutines run, up to what they ask of an engine."""
 
         def episodes() -> None:
             asyncio.set_event_loop(self._loop)
             try:
-                results.extend(self._loop.run_until_complete(_all(coroutines, concurrent)))
+                self._results.extend(self._loop.run_until_complete(_all(coroutines, concurrent)))
             except BaseException as error:  # noqa: BLE001 - raised in the op's thread
-                failure.append(error)
+                self._failure.append(error)
             self._inbox.put(None)
 
-        thread = threading.Thread(target=episodes, daemon=True, name="episodes")
-        thread.start()
+        self._thread = threading.Thread(target=episodes, daemon=True, name="episodes")
+        self._thread.start()
+
+    def go_on(self, stop: Callable[[], bool] | None = None) -> list[Any] | None:
+        """Results of all, in their order; None once `stop`, which is asked after every token, is true before that:
+        nothing is in flight then, so that weights may change, and the next call goes on. Raises as `run`."""
+        assert self._thread is not None, "go_on() needs begin()"
         try:
-            self._serve(thread)
-        finally:
-            for name, engine in self._in_flight.items():  # engines are left as they were found
-                engine.abort(name)
-            self._close(thread)
-        if failure:
-            raise failure[0]
-        return results
+            over = self._serve(self._thread, stop)
+        except BaseException:
+            self.abandon()
+            raise
+        if not over:
+            for name, (_, engine) in self._in_flight.items():
+                self._begun[name] = continued(self._begun.get(name), engine.abort(name))
+            self._held, self._in_flight = self._in_flight, {}
+            return None
+        self.abandon()
+        if self._failure:
+            raise self._failure[0]
+        return self._results
+
+    def abandon(self) -> None:
+        """End what has not ended; engines are left as they were found."""
+        for name, (_, engine) in self._in_flight.items():
+            engine.abort(name)
+        self._in_flight = {}
+        if self._thread is not None:
+            self._close(self._thread)
 
     async def generate(self, request: Request, engine: GenerationEngine | None = None) -> Response:
         """Have an engine (None: the loop's own) draw a response; called in the episodes' thread."""
@@ -84,22 +120,30 @@ class EpisodeLoop:
             if future.cancelled():
                 self._inbox.put(request.name)
 
-    def _serve(self, thread: threading.Thread) -> None:
+    def _serve(self, thread: threading.Thread, stop: Callable[[], bool] | None) -> bool:
+        """Whether all are over; else it was stopped."""
+        held, self._held = self._held, {}
+        for asked in held.values():
+            self._add(*asked)
         while True:
             for item in self._arrived():
                 if item is None:
-                    return
+                    return True
                 if isinstance(item, tuple):
                     self._add(*item)
                 elif item in self._in_flight:
-                    self._in_flight.pop(item).abort(item)
+                    self._begun.pop(item, None)
+                    self._in_flight.pop(item)[1].abort(item)
             self._check_answers(thread)
-            for engine in {id(one): one for one in self._in_flight.values()}.values():
+            for engine in {id(one): one for _, one in self._in_flight.values()}.values():
                 done = engine.step()
                 if done:
                     for name, _ in done:
                         del self._in_flight[name]
-                    self._loop.call_soon_threadsafe(self._deliver, done)
+                    whole = [(name, continued(self._begun.pop(name, None), response)) for name, response in done]
+                    self._loop.call_soon_threadsafe(self._deliver, whole)
+            if stop is not None and stop():
+                return False
 
     def _arrived(self) -> list[_Asked | str | None]:
         """All that has come; waits a little where there is nothing else to do."""
@@ -113,12 +157,13 @@ class EpisodeLoop:
             return items
 
     def _add(self, request: Request, engine: GenerationEngine) -> None:
+        begun = self._begun.get(request.name)
         try:
-            engine.add(request)
+            engine.add(request if begun is None else _rest(request, begun))
         except ValueError as error:
             self._loop.call_soon_threadsafe(self._refuse, request.name, error)
             return
-        self._in_flight[request.name] = engine
+        self._in_flight[request.name] = (request, engine)
 
     def _deliver(self, done: Sequence[tuple[str, Response]]) -> None:
         for name, response in done:
@@ -159,6 +204,17 @@ class EpisodeLoop:
     def _cancel_all(self) -> None:
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
+
+
+def _rest(request: Request, begun: Response) -> Request:
+    """What is left to draw of a request that was interrupted."""
+    drawn = len(begun.token_ids)
+    return replace(
+        request,
+        token_ids=np.concatenate([request.token_ids, begun.token_ids]),
+        sampling=replace(request.sampling, max_tokens=request.sampling.max_tokens - drawn),
+        seed=resumed_seed(request.seed, drawn),
+    )
 
 
 async def _all(coroutines: Sequence[Callable[[], Awaitable[T]]], concurrent: int) -> list[T]:

@@ -4,6 +4,7 @@
        ^    ├─> ended by the chat ────────────────────> length, turns, finished
        │    ├─> PolicyError ──────────────────────────> policy_error
        │    ├─> out of seconds ───────────────────────> deadline
+       │    ├─> stopped from outside ─────────────────> surplus, step_deadline (`groups.py`)
        │    ├─> InfrastructureError, ConnectionError ──> infrastructure_error, after the last attempt
        └────┘
             └─> anything else ────────────────────────> environment_error, with its traceback
@@ -18,7 +19,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlhf_dist.environments import Branch, Chat, Environment, EpisodeLimits, InfrastructureError, PolicyError
 from rlhf_dist.environments.outcomes import Outcome
@@ -31,17 +32,22 @@ GRACE_S = 1.0
 
 
 async def play(
-    environment: Environment, new_chat: Callable[[], LiveChat], limits: EpisodeLimits, number: int = 0
+    environment: Environment,
+    new_chat: Callable[[], LiveChat],
+    limits: EpisodeLimits,
+    number: int = 0,
+    stop: asyncio.Future[EpisodeEnded] | None = None,
 ) -> list[Episode]:
     """Play one episode and return what it became: itself, or the leaves of its tree; `new_chat` begins an attempt.
 
-    number: of the episode, among those that are played. Raises nothing of the environment's.
+    number: of the episode, among those that are played. stop: once it has a result, the episode ends as that says.
+    Raises nothing of the environment's.
     """
     started = time.monotonic()
     attempts = 0
     while True:
         chat, attempts = new_chat(), attempts + 1
-        await _attempt(lambda chat: environment.episode(chat, chat.row), chat, limits.seconds)
+        await _attempt(lambda chat: environment.episode(chat, chat.row), chat, limits.seconds, stop)
         chat.tree.over = True
         for task in chat.tree.tasks:
             task.cancel()
@@ -79,19 +85,29 @@ def _outcome(chat: LiveChat) -> Outcome | None:
     return None if chat.ended is None else chat.ended.outcome
 
 
-async def _attempt(function: Callable[[LiveChat], Awaitable[T]], chat: LiveChat, seconds: float | None) -> T | None:
+async def _attempt(
+    function: Callable[[LiveChat], Awaitable[T]],
+    chat: LiveChat,
+    seconds: float | None,
+    stop: asyncio.Future[EpisodeEnded] | None = None,
+) -> T | None:
     """Have the environment's code play the chat, which then has ended; returns what that code returned."""
+    if stop is not None and stop.done():
+        chat.ended = stop.result()
+        return None
     task = asyncio.ensure_future(_guarded(function, chat))
     chat.tree.tasks.append(task)
     try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
+        ends: set[asyncio.Future[Any]] = {task} if stop is None else {task, stop}
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     except asyncio.CancelledError:  # of a branch whose episode is over, or did not wait for it
         chat.ended = chat.ended or EpisodeEnded("environment_error", "what it branched from did not wait for it")
         task.cancel()
         raise
-    if not done:
+    if not task.done():
         limit = "EpisodeLimits.seconds" if not chat.path else "seconds of chat.branch()"
-        chat.ended = EpisodeEnded("deadline", f"not over within {seconds:g} s ({limit})")
+        late = EpisodeEnded("deadline", f"not over within {seconds:g} s ({limit})")
+        chat.ended = stop.result() if stop is not None and stop.done() else late
         task.cancel()
         await asyncio.wait({task}, timeout=GRACE_S)
         if task.done() and not task.cancelled():

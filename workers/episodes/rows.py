@@ -89,7 +89,7 @@ def episode_metrics(episodes: Sequence[Episode]) -> Metrics:
         "episodes": Mean(float(len(seconds)), 0),
         "discarded_branches": Mean(float(sum(episode.discarded for episode in episodes)), 0),
         "failed_branches": Mean(float(sum(episode.failed for episode in episodes)), 0),
-        "lost": Mean(float(len(episodes) - len(kept)), 0),
+        "lost": Mean(float(sum(episode.lost for episode in episodes)), 0),
         **{f"outcome_{name}": Mean(float(outcomes[name]), 0) for name in (*OF_POLICY, *OF_OTHERS)},
         "retried": Mean(float(sum(retried.values())), 0),
         "unrewarded": Mean(float(sum(episode.unrewarded for episode in kept)), 0),
@@ -99,9 +99,27 @@ def episode_metrics(episodes: Sequence[Episode]) -> Metrics:
     }
 
 
+def group_metrics(episodes: Sequence[Episode], *, wanted: int, n: int) -> Metrics:
+    """What became of over-sampled groups, of `n` episodes each, of which `wanted` were to be kept on this rank."""
+    of_group = Counter(number // n for number in {episode.number for episode in episodes if episode.trains})
+    drawn = {
+        id(piece): len(piece.token_ids)  # leaves of a tree share theirs
+        for episode in episodes
+        if episode.outcome == "surplus"
+        for piece in episode.chat.conversation.pieces
+        if piece.turn >= 0
+    }
+    return {
+        "groups": Mean(float(len(of_group)), 0),
+        "groups_incomplete": Mean(float(sum(count < n for count in of_group.values())), 0),
+        "groups_missing": Mean(float(max(0, wanted - len(of_group))), 0),
+        "surplus_tokens": Mean(float(sum(drawn.values())), 0),
+    }
+
+
 def log_lost(episodes: Sequence[tuple[dict[str, Any], Episode]], file: Path) -> None:
-    """Append a line of JSON for each episode that is no row of the batch, with its row and turn; nothing if all are."""
-    lost = [(where, episode) for where, episode in episodes if not episode.trains]
+    """Append a line of JSON for each episode that was lost, with its row and turn; nothing if none was."""
+    lost = [(where, episode) for where, episode in episodes if episode.lost]
     if not lost:
         return
     file.parent.mkdir(parents=True, exist_ok=True)

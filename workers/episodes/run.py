@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlhf_dist.sampling import Sampling, seed_of
 from rlhf_dist.wire import Call
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.chat import Budget, LiveChat
+from workers.episodes.groups import First, FirstGroups
 from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
 from workers.episodes.play import play, play_branches
@@ -64,7 +65,30 @@ class _Voice:
         return Conversation(self._tokenizer, row_prompt=ids, row_text=text, ends=self._ends, tools=self._tools)
 
 
-def run_episodes(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EpisodesUnderWay:
+    """Episodes of one op on one rank, which new weights may interrupt."""
+
+    loop: EpisodeLoop
+    groups: FirstGroups
+    behind: dict[int, int] = field(default_factory=dict)
+    """Version of the weights that drew -> updates that it was behind."""
+
+    def go_on(self, stop: Callable[[], bool] | None = None) -> list[Episode] | None:
+        """See `begin_episodes`; None once `stop`, asked after every token, is true: nothing is in flight then, and the
+        next call goes on. What tools do meanwhile, and how long, counts for the episodes' deadlines."""
+        played = self.loop.go_on(stop)
+        return None if played is None else self.groups.chosen([episode for leaves in played for episode in leaves])
+
+
+def run_episodes(*given: Any, **more: Any) -> list[Episode]:
+    """What `begin_episodes` begins, played to its end."""
+    episodes = begin_episodes(*given, **more).go_on()
+    assert episodes is not None, "nobody interrupts it"
+    return episodes
+
+
+def begin_episodes(
     engine: GenerationEngine,
     model: str,
     batch: Batch,
@@ -74,17 +98,22 @@ def run_episodes(
     sampling: Sampling,
     prompt_tokens: int,
     speakers: Sequence[Speaker] = (),
-) -> list[Episode]:
+    *,
+    wanted: int | None = None,
+    first: First = "turns",
+) -> EpisodesUnderWay:
     """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched; behind
     them the sides of those `speakers` that learn from it.
 
-    model: the folder with the tokenizer. What is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
+    model: the folder with the tokenizer. wanted: rows whose episodes are kept, the others are surplus; None: all. What
+    is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
     """
     environment.prepare()
     loop = EpisodeLoop(engine)
     own = Speaker(name="", engine=engine, model=model, sampling=sampling, prompt_tokens=prompt_tokens, learns=True)
     voices = {one.name: _Voice(one, environment, limits) for one in (own, *speakers)}
     attempts = itertools.count()
+    groups = FirstGroups(batch.num_rows, sampling.n, wanted=wanted, first=first, step_seconds=limits.step_seconds)
 
     def side(voice: _Voice, at: int, seed: str, attempt: int, **more: Any) -> LiveChat:
         return LiveChat(
@@ -102,16 +131,20 @@ def run_episodes(
 
     def new_chat(at: int, copy: int) -> LiveChat:
         seed, attempt = f"{call.seed}/{call.step}/{call.node}/{call.row_index[at]}/{copy}", next(attempts)
-        whole = side(voices[""], at, seed, attempt)
+        whole = side(voices[""], at, seed, attempt, begins=partial(groups.begins, at * sampling.n + copy))
         whole.speakers = {
             one.name: side(voices[one.name], at, f"{seed}/{one.name}", attempt, whole=whole) for one in speakers
         }
         return whole
 
+    async def one(at: int, copy: int) -> list[Episode]:
+        number = at * sampling.n + copy
+        leaves = await play(environment, partial(new_chat, at, copy), limits, number, groups.stop_of(number))
+        groups.over(number, leaves)
+        return leaves
+
     starts: Sequence[Callable[[], Any]] = [
-        partial(play, environment, partial(new_chat, at, copy), limits, at * sampling.n + copy)
-        for at in range(batch.num_rows)
-        for copy in range(sampling.n)
+        partial(one, at, copy) for at in range(batch.num_rows) for copy in range(sampling.n)
     ]
-    played = loop.run(starts, limits.concurrent) if starts else []
-    return [episode for leaves in played for episode in leaves]
+    loop.begin(starts, limits.concurrent)
+    return EpisodesUnderWay(loop=loop, groups=groups)
