@@ -78,11 +78,14 @@ class Replayed:
             if name.endswith(NOT_COMPARED) or "_bytes_" in name:
                 continue
             kept = self.recorded_metrics.get(name)
-            equal = None if kept is None else kept == value or bool(np.isnan(kept) and np.isnan(value))
-            apart = "" if kept is None or equal else f"{value - kept:+.3g} from {kept:.6g}"
-            scale = max(abs(kept), SMALL) if kept is not None else 0.0
-            rounded = equal is False and abs(value - kept) <= self.rounding * scale
-            yield Difference(name=name, about=f"{value:.6g}", equal=equal, rounded=rounded, apart=apart)
+            about = f"{value:.6g}"
+            if kept is None:
+                yield Difference(name=name, about=about, equal=None, rounded=False, apart="")
+                continue
+            equal = kept == value or bool(np.isnan(kept) and np.isnan(value))
+            apart = "" if equal else f"{value - kept:+.3g} from {kept:.6g}"
+            rounded = not equal and abs(value - kept) <= self.rounding * max(abs(kept), SMALL)
+            yield Difference(name=name, about=about, equal=equal, rounded=rounded, apart=apart)
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
