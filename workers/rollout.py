@@ -338,7 +338,7 @@ class RolloutWorker:
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
             "staleness": Mean(_behind(columns["policy_version"], behind, staleness), count),
-            "version": version_metric(columns),
+            "policy_version": version_metric(columns),
         }
         if len(behind) > 1:
             versions = columns["policy_version"].rows()
@@ -424,7 +424,7 @@ def generation_metrics(columns: Mapping[str, Column], tokens: NDArray[np.int64],
         "rows": Mean(rows, 0),
         "sequence_tokens": Mean(float(tokens.sum()), 0),
         "staleness": Mean(float(behind.sum()), rows),
-        "version": version_metric(columns),
+        "policy_version": version_metric(columns),
     }
 
 

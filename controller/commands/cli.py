@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments:
         commands.parser.print_help(sys.stderr)
         return 2
-    asked = next((text for text in arguments if not text.startswith("-")), None)
+    asked = _asked(arguments)
     if asked is not None and asked not in commands.run:
         print(f"error: {_unknown_command(asked, commands.run)}", file=sys.stderr)
         return 2
-    parsed = _parsed(commands, arguments, asked)
+    parsed = _parsed(commands, arguments)
     try:
         return int(commands.run[parsed.command](parsed))
     except BrokenPipeError:  # `rlhf-dist graph ppo | head`
@@ -54,13 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _parsed(commands: Commands, arguments: Sequence[str], asked: str | None) -> argparse.Namespace:
-    """What stands behind the command `asked`: words before, between and after options, which argparse's parsers below
-    a parser do not take."""
+def _asked(arguments: Sequence[str]) -> str | None:
+    """The word that is a command, or meant as one."""
+    return next((text for text in arguments if not text.startswith("-")), None)
+
+
+def _parsed(commands: Commands, arguments: Sequence[str]) -> argparse.Namespace:
+    """What stands behind the command: words before, between and after options, which argparse's parsers below a parser
+    do not take."""
+    asked = _asked(arguments)
     at = len(arguments) if asked is None else arguments.index(asked)
     if {"-h", "--help", "--version"}.intersection(arguments[:at]) or asked is None:
         return commands.parser.parse_args(arguments[:at])  # it ends there
-    parsed, rest = commands.parsers[asked].parse_known_intermixed_args(arguments[at + 1 :])
+    parser = commands.parsers[asked]
+    # Words of a command that has commands of its own (`new recipe NAME`) are those commands'.
+    mixed = all(action.nargs not in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions)
+    parse = parser.parse_known_intermixed_args if mixed else parser.parse_known_args
+    parsed, rest = parse(arguments[at + 1 :])
     if unknown := [*arguments[:at], *(text for text in rest if text.startswith("-")), *rest]:
         commands.parser.error(f"unknown argument {unknown[0]}; `rlhf-dist {asked} --help` lists those there are")
     parsed.command = asked

@@ -1,4 +1,4 @@
-"""What a policy reaches in n tries: held-out reward, pass@k and best-of-n.
+"""What a policy reaches in n tries: held-out reward, pass@k (Chen et al. 2021, arXiv 2107.03374) and best-of-n.
 
 Their formulas stand at `rlhf_dist.transforms.tries`; during training they are an evaluation (docs/writing-a-recipe.md).
 """

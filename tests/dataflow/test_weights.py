@@ -166,7 +166,7 @@ def test_what_cannot_be_meant_is_refused_with_the_line_the_rule_and_the_remedy()
 
 def test_the_guide_s_recipe_is_what_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/writing-a-recipe.md").read_text()
-    [block] = [one for one in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "@recipe" in one]
+    [block] = [one for one in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "\ndef soups(" in one]
     imports = "from rlhf_dist.algorithms import nll\nfrom rlhf_dist.dataflow.recipe import recipe\n"
     (tmp_path / "soups.py").write_text(f"{imports}from rlhf_dist.roles import *\n\n\n{block}")
     dataflow = trace(load_recipe(str(tmp_path / "soups.py")))

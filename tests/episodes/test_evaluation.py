@@ -103,7 +103,7 @@ def run(folder: Path, root: Path, recipe: str, *more: str) -> list[dict[str, Any
 
 def test_held_out_episodes_are_those_of_the_recipe(folder: Path, tmp_path: Path) -> None:
     rows = run(folder, tmp_path, "dice", "other.rollout.max_response_tokens=8", "other.rollout.engine=transformers")
-    assert [(row["step"], row["heldout/version"], row["heldout/staleness"]) for row in rows] == [
+    assert [(row["step"], row["heldout/policy_version"], row["heldout/staleness"]) for row in rows] == [
         (0, 0, 0), (1, 1, 0), (2, 2, 0)
     ]  # fmt: skip
     for row in rows:
