@@ -70,7 +70,9 @@ def settings(folder: Path) -> list[str]:
 def test_a_recipe_that_never_generates_is_evaluated_by_tries_of_two_sets_and_a_judge(tmp_path: Path) -> None:
     launch(f"{tmp_path}/taught.py", *settings(tmp_path), local=True, quiet=True)
     rows = [row for row in read_metrics(tmp_path / "taught") if row.get("kind") == "evaluation"]
-    assert [(row["step"], row["heldout/actor/policy_version"]) for row in rows] == [(0, 0), (1, 1), (2, 2)], "synced for it"
+    assert [(row["step"], row["heldout/actor/policy_version"]) for row in rows] == [(0, 0), (1, 1), (2, 2)], (
+        "synced for it"
+    )
     for row in rows:
         assert row["heldout/pass_at_1"] == pytest.approx(row["heldout/reward"]), "the reward is 0 or 1"
         assert row["heldout/pass_at_4"] == pytest.approx(
