@@ -277,50 +277,29 @@ class RolloutWorker:
         speakers: name -> role of this process that speaks, too. rows_of: names of those whose sides are rows. groups:
         rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share.
         held_out: no random number depends on the step."""
-        self._stop.clear()
-        lenders = {name: self._lender(role) for name, role in speakers.items()}
-        others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
-        self.memory.turn(self.memory.add_together(self.name, *others))
-        for one in lenders.values():
-            one._staleness(call.step)
-        staleness, rollout = self._staleness(call.step), self.config.rollout
         wanted = groups if call.wanted is None else call.wanted
-        behind = {self.engine.weights_version: staleness}
-        with Copy([self.engine, *(one.engine for one in lenders.values())]) as copy:
-            if copy.leads:
-                under_way = self._under_way.pop((call.node, call.step), None) or begin_episodes(
-                    copy.of(self.engine),
-                    self.config.model.path,
-                    batch,
-                    replace(call, step=0) if held_out else call,
-                    environment,
-                    limits or EpisodeLimits(),
-                    self._sampling(n, greedy),
-                    rollout.max_prompt_tokens,
-                    [
-                        replace(lender._speaker(name, name in rows_of), engine=copy.of(lender.engine))
-                        for name, lender in lenders.items()
-                    ],
-                    wanted=wanted,
-                    first=first,
-                )
-                under_way.behind.setdefault(self.engine.weights_version, staleness)
-                # Ranks that follow would have to be called again, too.
-                interruptible = self._interrupts and rollout.tensor_parallel == 1
-                found = under_way.go_on(self._stop.is_set if interruptible else None)
-                if found is None:
-                    self._under_way[call.node, call.step] = under_way
-                    return OpResult(columns=NOTHING, interrupted=True)
-                episodes, behind = found, under_way.behind
-            else:
-                copy.follow()
-                episodes = []
+        played = self._played(
+            batch,
+            replace(call, step=0) if held_out else call,
+            step=call.step,
+            environment=environment,
+            sampling=self._sampling(n, greedy),
+            limits=limits or EpisodeLimits(),
+            speakers=speakers,
+            rows_of=rows_of,
+            wanted=wanted,
+            first=first,
+        )
+        if played is None:
+            return OpResult(columns=NOTHING, interrupted=True)
+        episodes, behind = played
+        staleness = behind[self.engine.weights_version]
         self._log(episodes, batch, call, n, held_out)
         kept = [episode for episode in episodes if episode.trains]
-        played = np.array([episode.number for episode in kept], dtype=np.int64)
+        numbers = np.array([episode.number for episode in kept], dtype=np.int64)
         trees = None
         if environment.leaves > 1:
-            rows, copies = call.row_index[played // n].tolist(), (played % n).tolist()
+            rows, copies = call.row_index[numbers // n].tolist(), (numbers % n).tolist()
             trees = [seed_of(call.step, call.node, row, copy) for row, copy in zip(rows, copies, strict=True)]
         columns = episode_columns(kept, rewards=environment.rewards, trees=trees)
         role = self.name.removesuffix(rollout_of(""))
@@ -338,7 +317,7 @@ class RolloutWorker:
             "rows": Mean(count, 0),
             "sequence_tokens": Mean(float(tokens.sum()), 0),
             "staleness": Mean(_behind(columns["policy_version"], behind, staleness), count),
-            "policy_version": version_metric(columns),
+            **version_metrics(columns),
         }
         if len(behind) > 1:
             versions = columns["policy_version"].rows()
@@ -352,7 +331,7 @@ class RolloutWorker:
             metrics[f"rows_of_{name}"] = Mean(float(theirs.sum()), 0)
             if environment.rewards:
                 metrics[f"reward_of_{name}"] = Mean(float(columns["rewards"].values[theirs].sum()), float(theirs.sum()))
-        return OpResult(columns=Batch(columns, len(kept)), parent=played // n, tokens=tokens, metrics=metrics)
+        return OpResult(columns=Batch(columns, len(kept)), parent=numbers // n, tokens=tokens, metrics=metrics)
 
     def _speaker(self, name: str, learns: bool) -> Speaker:
         """This role in another's episodes, as its own settings have it generate."""
@@ -365,6 +344,58 @@ class RolloutWorker:
             prompt_tokens=rollout.max_prompt_tokens,
             learns=learns,
         )
+
+    def _played(
+        self,
+        batch: Batch,
+        call: Call,
+        *,
+        step: int,
+        environment: Environment,
+        sampling: Sampling,
+        limits: EpisodeLimits,
+        speakers: Mapping[str, str],
+        rows_of: Sequence[str],
+        wanted: int | None,
+        first: First,
+    ) -> tuple[list[Episode], Mapping[int, int]] | None:
+        """All that was played (nothing on a rank that follows), and how many updates each version that drew was behind;
+        None where new weights interrupt it. call: what random numbers depend on. step: the one that asks."""
+        self._stop.clear()
+        lenders = {name: self._lender(role) for name, role in speakers.items()}
+        others = dict.fromkeys(one.name for one in lenders.values() if one is not self)
+        self.memory.turn(self.memory.add_together(self.name, *others))
+        for one in lenders.values():
+            one._staleness(step)
+        staleness, rollout = self._staleness(step), self.config.rollout
+        with Copy([self.engine, *(one.engine for one in lenders.values())]) as copy:
+            if not copy.leads:
+                copy.follow()
+                return [], {self.engine.weights_version: staleness}
+            under_way = self._under_way.pop((call.node, step), None) or begin_episodes(
+                copy.of(self.engine),
+                self.config.model.path,
+                batch,
+                call,
+                environment,
+                limits,
+                sampling,
+                rollout.max_prompt_tokens,
+                [
+                    replace(lender._speaker(name, name in rows_of), engine=copy.of(lender.engine))
+                    for name, lender in lenders.items()
+                ],
+                wanted=wanted,
+                first=first,
+            )
+            under_way.behind.setdefault(self.engine.weights_version, staleness)
+            # Ranks that follow would have to be called again, too.
+            interruptible = self._interrupts and rollout.tensor_parallel == 1
+            episodes = under_way.go_on(self._stop.is_set if interruptible else None)
+            if episodes is None:
+                self._under_way[call.node, step] = under_way
+                return None
+            return episodes, under_way.behind
 
     def _log(self, episodes: Sequence[Episode], batch: Batch, call: Call, n: int, held_out: bool) -> None:
         groups, of = batch["group_id"].values, {"held_out": True} if held_out else {}
@@ -424,14 +455,15 @@ def generation_metrics(columns: Mapping[str, Column], tokens: NDArray[np.int64],
         "rows": Mean(rows, 0),
         "sequence_tokens": Mean(float(tokens.sum()), 0),
         "staleness": Mean(float(behind.sum()), rows),
-        "policy_version": version_metric(columns),
+        **version_metrics(columns),
     }
 
 
-def version_metric(columns: Mapping[str, Column]) -> Mean:
-    """The weight version that drew the tokens, in the mean over them; a whole number where it was one."""
+def version_metrics(columns: Mapping[str, Column]) -> Metrics:
+    """The weight version that drew the tokens, in the mean over them (a whole number where it was one); nothing of no
+    tokens."""
     drawn = columns["policy_version"].values[columns["response_mask"].values > 0]
-    return Mean(float(drawn.sum(dtype=np.float64)), float(len(drawn)))
+    return {"policy_version": Mean(float(drawn.sum(dtype=np.float64)), float(len(drawn)))} if len(drawn) else {}
 
 
 def asked_columns(

@@ -82,7 +82,7 @@ def recipe(function: Callable[..., None]) -> Recipe: ...
 
 
 @overload
-def recipe(*, evaluation: Callable[..., None]) -> Callable[[Callable[..., None]], Recipe]: ...
+def recipe(*, evaluation: Callable[..., None] | None = None) -> Callable[[Callable[..., None]], Recipe]: ...
 
 
 def recipe(
@@ -95,11 +95,12 @@ def recipe(
     """
     if function is not None:
         return _recipe(function)
-    assert evaluation is not None, "the other way to call it"
-    asks = _recipe(evaluation)
+    asks = None if evaluation is None else _recipe(evaluation)
 
     def make(function: Callable[..., None]) -> Recipe:
         made = _recipe(function)
+        if asks is None:
+            return made
         _check_evaluation(made, asks)
         return replace(made, evaluation=asks)
 

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Collection
 from dataclasses import replace
 
-import ray
-
 from controller.cluster.pool import Pool
 from controller.cluster.start import Cluster
 from rlhf_dist.config import PoolConfig, RayConfig
@@ -30,7 +28,7 @@ class WarmCluster(Cluster):
     def __exit__(self, *error: object) -> None:
         for name, pool in list(self.pools.items()):
             freed = [process.release_roles.remote() for process in pool.processes]
-            if len(ray.wait(freed, num_returns=len(freed), timeout=RELEASE_S)[0]) < len(freed):
+            if any(answer is not None for answer in self.replies.get(freed, RELEASE_S)):  # why it could not
                 self.end_pool(name)
                 continue
             self.idle.append(self.pools.pop(name))
