@@ -183,6 +183,11 @@ class Watch:
         node = self._addresses.get(pool.node_ids[rank], pool.node_ids[rank])
         return FirstCause(kind="died", how=how, node=node, pool=pool.name, rank=rank, pid=pool.pids[rank])
 
+    def pools_at(self, address: str) -> tuple[str, ...]:
+        """Names of the pools that have a process on the node with this address."""
+        nodes = {node for node, at in self._addresses.items() if at == address}
+        return tuple(pool.name for pool in self._pools if nodes & set(pool.node_ids))
+
     def doing(self, waited: Sequence[Waited]) -> str:
         """What those were at when they answered last, as text for a message: who waits, and who does not."""
         known = [self._known_of(one.pool, one.rank) for one in waited]

@@ -109,6 +109,9 @@ class Recoveries:
         cause = error.cause if isinstance(error, WorkerLost) else None
         if cause is not None and cause.pool:
             domains.died(cause.pool)  # A process that is stopped does not answer either: nobody waits for that.
+        elif cause is not None and (watch := self._session.cluster.watch) is not None:
+            for name in watch.pools_at(cause.node):  # nor do those of a node that is gone
+                domains.died(name)
         asked = {
             process.abandon.remote(): name
             for name in domains.those(Health.SUSPECT)
@@ -153,7 +156,8 @@ class Recoveries:
         dead = self.domains.those(Health.DEAD)
         incarnations = {name: self.domains.rebuild(name) for name in dead}
         if dead:
-            self._phase(f"recovery: rebuilding pool {', '.join(dead)}")
+            limit_s = self._session.launch.run.ray.ready_timeout_s
+            self._phase(f"recovery: rebuilding pool {', '.join(dead)} (room for it is waited for up to {limit_s:g} s)")
             try:
                 self._session.rebuild(dead, self._phase)
             except ClusterError:
