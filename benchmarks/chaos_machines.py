@@ -1,7 +1,7 @@
 """Faults of whole nodes: machines on one (tests/runs/machines.py), of which one is killed, or its cable is pulled.
 
     machine 0   Ray's head, the command     its injector notes the moment and the node; who made them does the rest
-    others      a raylet, a rank            killed, or cut off: the node of the rank that the fault is about
+    others      a raylet, a rank            killed, or cut off, one of them
     a third     a raylet                    a spare one, on which the run goes on by itself
 
 Where there is none the run ends, and the second launch has new machines: Ray's raylet ends where its node was given up.

@@ -154,13 +154,13 @@ def named_process(name: str) -> int:
 
 
 def node_of(fault: Fault) -> str:
-    """Address of the node that its process is on; empty where there is one node."""
+    """Address of a node that a process of its pool is on, other than this one's; empty for faults of one process."""
     import ray
 
     if fault.nodes == 1 or Seen.made is None:
         return ""
-    at = Seen.made.pools[fault.pool].node_ids[fault.rank]
-    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == at)
+    away = set(Seen.made.pools[fault.pool].node_ids) - {ray.get_runtime_context().get_node_id()}
+    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] in away)
 
 
 def limit_memory(pid: int, count: int) -> None:
