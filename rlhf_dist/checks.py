@@ -350,7 +350,9 @@ def _sources(launch: Launch) -> list[tuple[str, SourceConfig, Mapping[str, str]]
     """(settings' key, source, fields of its own) of every source, held-out rows too."""
     recipe, heldout = launch.recipe, launch.run.data.heldout
     found = [(launch.source_key(name), launch.source(name), recipe.source_fields(name)) for name in recipe.sources]
-    return found if heldout is None else [*found, ("data.heldout", heldout, held_out_fields(launch))]
+    if heldout is None:
+        return found
+    return [*found, ("data.heldout", heldout, held_out_fields(recipe, launch.dataflow))]
 
 
 def _check_sources(launch: Launch) -> list[str]:

@@ -47,7 +47,7 @@ from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, s
 from controller.lifecycle.replicas import DeadReplicas
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
 from controller.lifecycle.scaling import Answer, NotScaled, Scaling, slots_for
-from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.session import Session, slots_needed, start_session
 from controller.lifecycle.startup import StartUp
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
@@ -61,6 +61,7 @@ from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.durable_files import sync, write_durably
+from rlhf_dist.held_out import HELDOUT
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
@@ -244,8 +245,8 @@ class _Run:
         self.runner = self._new_runner()
         # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
         self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
-        self.graph_file = GraphFile(folder, self.dataflow)
         self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
+        self.graph_file = GraphFile(folder, self.dataflow, self.evaluation.graphs)
         if self.evaluation.in_vain:
             display.note(
                 "data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes"
