@@ -142,6 +142,7 @@ class Session:
             check=check,
             replicas=replicas,
             looking=looking,
+            pieces=run.placement.pieces,
         )
 
     def call_role(
