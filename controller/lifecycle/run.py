@@ -579,7 +579,7 @@ class _Run:
     def _recover(self, error: NodeError | ClusterError) -> int:
         """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
         the last attempt, where the run must end."""
-        started = time.perf_counter()
+        started, first = time.perf_counter(), shortened(str(error))
         self.looking.bound()
         while True:
             self.recoveries.admit(error, self.furthest)
@@ -587,7 +587,7 @@ class _Run:
                 return self._recovered(error, started)
             except RECOVERABLE as again:
                 again.__context__ = error
-                error = again
+                error = with_reason(again, f"in a recovery from: {first}")
 
     def _recovered(self, error: Exception, started: float) -> int:
         recoveries, written = self.recoveries, self.runner.written
