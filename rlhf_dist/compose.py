@@ -216,7 +216,8 @@ def compose_graphs(
     if not rows and recipe.evaluation is None:
         return dataflow, ()
     every = int(OmegaConf.select(composed, "output.evaluate_every") or 0)
-    return dataflow, evaluation_graphs(recipe, dataflow, algorithm, every=every, rows=rows)
+    beside = bool(OmegaConf.select(composed, "output.evaluate_beside"))
+    return dataflow, evaluation_graphs(recipe, dataflow, algorithm, every=every, rows=rows, beside=beside)
 
 
 def root_type(recipe: Recipe) -> type:

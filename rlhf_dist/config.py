@@ -447,6 +447,9 @@ class OutputConfig:
     """Write the trained models as Hugging Face folders when the run ends."""
     evaluate_every: int = 0
     """Steps between evaluations on `data.heldout`; 0 for before the first and after the last step only."""
+    evaluate_beside: bool = False
+    """Evaluate beside the steps, in the pool that generates, while others train: only the next weight sync waits for
+    it. For roles with `placement.rollout` in a pool of its own, and evaluate_every. False: steps wait for it."""
     rollouts_every: int = 10
     """Steps between Parquet dumps of sampled rollouts; 0 for none."""
     rollout_rows: int = 16

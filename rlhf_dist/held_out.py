@@ -28,10 +28,10 @@ SCORE = "compute_reward"
 
 
 def evaluation_graphs(
-    recipe: Recipe, dataflow: Dataflow, algorithm: Any, *, every: int, rows: bool = True
+    recipe: Recipe, dataflow: Dataflow, algorithm: Any, *, every: int, rows: bool = True, beside: bool = False
 ) -> tuple[EvaluationGraph, ...]:
     """The graphs of `evaluations`. algorithm: the recipe's settings, which an evaluation of its own may read. every,
-    rows: see `EvaluationGraph`."""
+    rows, beside: see `EvaluationGraph`."""
     found = evaluations(recipe, dataflow)
     return tuple(
         EvaluationGraph(
@@ -39,6 +39,7 @@ def evaluation_graphs(
             dataflow=trace(one, algorithm if one.config is not None else None),
             every=every,
             rows=rows,
+            beside=beside and every > 0,
         )
         for role, one in found.items()
     )

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from controller.cluster.blame import FirstCause
 from controller.cluster.pool import Pool
+from controller.cluster.watch import Waited
 from controller.execution.executor import StepReport, run_steps
-from controller.execution.failed_calls import NodeError
+from controller.execution.failed_calls import NodeError, WorkerLost
 from controller.execution.ray_runner import RayRunner
 from controller.execution.worker_group import WorkerGroup
 from rlhf_dist.batch import Batch, Column
@@ -23,6 +25,7 @@ from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.environments import Chat, Environment, Row
+from rlhf_dist.failure import Failure
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.placement.roles import HOST_POOL
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
@@ -59,7 +62,7 @@ class Source:
 class Player:
     """Episodes whose pieces are over in an order of their own; row 3 is lost."""
 
-    def __init__(self, context: Any, order: Sequence[int], before: Callable[[int], None]) -> None:
+    def __init__(self, context: Any, order: Sequence[int], before: Callable[[int, int], None]) -> None:
         self.context, self.order, self.before = context, order, before
 
     def run_episodes(self, batch: Batch, call: Call, **settings: Any) -> OpResult:
@@ -67,7 +70,7 @@ class Player:
         if call.pieces is not None:
             for piece in self.order:
                 mine = [one for one in rows if call.pieces.of_row[one[0]] == piece]
-                self.before(piece)
+                self.before(self.context.rank, piece)
                 if mine:
                     self.context.hand(call, piece, self.made(mine))
         return self.made(rows)
@@ -115,9 +118,14 @@ class Threads:
         self.process = WorkerProcess("", rank, world, None, LocalStore())
         self.process.host_role(role, worker, settings, {"seed": 0})
         self.threads: dict[str, ThreadPoolExecutor] = {}
+        self.dead = False
 
     def __getattr__(self, name: str) -> _Method:
         return _Method(self, name, "")
+
+
+class Died(Exception):
+    """The end of a process, in the middle of a call."""
 
 
 class _Method:
@@ -129,7 +137,13 @@ class _Method:
 
     def remote(self, *given: Any) -> Future[Any]:
         thread = self.of.threads.setdefault(self.group, ThreadPoolExecutor(1))
-        return thread.submit(getattr(self.of.process, self.name), *given)
+        return thread.submit(self.answer, *given)
+
+    def answer(self, *given: Any) -> Any:
+        found = Failure(lost=True, text="it died") if self.of.dead else getattr(self.of.process, self.name)(*given)
+        if isinstance(found, Failure) and found.text.startswith("Died"):
+            self.of.dead = True
+        return Failure(lost=True, text="it died") if self.of.dead else found
 
 
 class Futures:
@@ -141,6 +155,38 @@ class Futures:
         return [ref.result(timeout_s) for ref in refs]
 
 
+class Watching:
+    """Says that the first process is dead that is, of those that are waited for."""
+
+    def first_cause(self, waited: Sequence[Waited], died: bool = False) -> FirstCause | None:
+        dead = next(one for one in waited if one.pool.processes[one.rank].dead)
+        return FirstCause(kind="process", how="was killed", node="here", pool=dead.pool.name, rank=dead.rank)
+
+    def look(self, waited: Sequence[Waited]) -> None:
+        return None
+
+
+class Others:
+    """Replicas of one rank each, that take over from each other."""
+
+    def __init__(self) -> None:
+        self.gone: list[int] = []
+
+    def covers(self, pool: Pool) -> bool:
+        return pool.name == "a"
+
+    def dead(self, pool: str) -> list[int]:
+        return self.gone if pool == "a" else []
+
+    def lost(self, pool: Pool, ranks: Sequence[int], rows: int, error: WorkerLost) -> None:
+        self.gone += ranks
+
+    def mend(self, pool: str) -> dict[str, WorkerGroup]:
+        return {}
+
+    def synced(self, pool: str, steps_done: int) -> None: ...
+
+
 class Run:
     """The graph on threads: two ranks that play, two of a model; what the model was given, and what it wrote."""
 
@@ -150,8 +196,9 @@ class Run:
         orders: Sequence[Sequence[int]] = (range(PIECES), range(PIECES)),
         pieces: int = PIECES,
         players: int = 2,
-        before_playing: Callable[[int], None] = lambda piece: None,
+        before_playing: Callable[[int, int], None] = lambda rank, piece: None,
         before_scoring: Callable[[Batch], None] = lambda batch: None,
+        replicas: Others | None = None,
     ) -> None:
         self.calls: list[list[int]] = []
 
@@ -169,12 +216,21 @@ class Run:
         ]
         self.processes[-1].process.host_role("reward", Rule, {}, {"seed": 0})
         host = Pool(HOST_POOL, (self.processes[-1],))
-        pools = {"actor": Pool("a", tuple(self.processes[:players])), "prompts": host, "reward": host}
+        pools = {"actor": Pool("a", tuple(self.processes[:players]), team=1), "prompts": host, "reward": host}
         pools |= {"reference": Pool("b", tuple(self.processes[players:-1]))}
         groups = {role: WorkerGroup(role, pool) for role, pool in pools.items()}
         self.dataflow: Dataflow = trace(played)
+        watch: Any = None if replicas is None else Watching()
         self.runner = RayRunner(
-            self.dataflow, groups, pools["prompts"], seed=0, call_timeout_s=20.0, replies=Futures(), pieces=pieces
+            self.dataflow,
+            groups,
+            host,
+            seed=0,
+            call_timeout_s=20.0,
+            replies=Futures(),
+            watch=watch,
+            replicas=replicas,
+            pieces=pieces,
         )
         self.reports: list[StepReport] = []
         self.written: list[tuple[str, list[int], list[Any]]] = []
@@ -204,7 +260,7 @@ class Run:
 def test_a_model_is_at_pieces_that_are_there_while_one_still_waits_for_its_tool() -> None:
     scored = threading.Semaphore(0)
 
-    def tool(piece: int) -> None:
+    def tool(rank: int, piece: int) -> None:
         if piece == 1:  # of both ranks: the last
             for _ in range(3):  # the other pieces go to the reference before this one is over
                 assert scored.acquire(timeout=10), "nobody takes the pieces that are there"
@@ -225,7 +281,9 @@ def test_when_rows_came_changes_no_bit_and_how_many_ranks_made_them_does_neither
     draw, found = random.Random(0), []
     for players in (2, 2, 3, 1):
         orders = [draw.sample(range(PIECES), PIECES) for _ in range(players)]
-        run = Run(orders=orders, players=players, before_playing=lambda piece: time.sleep(draw.random() / 50)).steps(2)
+        run = Run(
+            orders=orders, players=players, before_playing=lambda rank, piece: time.sleep(draw.random() / 50)
+        ).steps(2)
         found.append((sorted(run.written), [report.metrics["reference/mean"] for report in run.reports]))
     late = Run(orders=([], []), pieces=PIECES).steps(2)  # nothing is handed over: the pieces are the same
     found.append((sorted(late.written), [report.metrics["reference/mean"] for report in late.reports]))
@@ -236,6 +294,30 @@ def test_when_rows_came_changes_no_bit_and_how_many_ranks_made_them_does_neither
     assert len(whole.calls) < len(run.calls) and sorted(whole.written) != found[0][0], "of this number they do"
 
 
+def test_another_replica_plays_what_a_dead_one_has_not_handed_over_and_no_bit_changes() -> None:
+    whole = Run().steps(2)
+
+    def dies(rank: int, piece: int) -> None:
+        if rank == 1 and piece == 0:
+            raise Died
+
+    replicas = Others()
+    run = Run(before_playing=dies, replicas=replicas).steps(2)
+    assert replicas.gone == [1] and sorted(run.written) == sorted(whole.written)
+
+
+def test_what_a_replica_had_handed_over_is_lost_with_it_once_somebody_has_it() -> None:
+    scored = threading.Semaphore(0)
+
+    def dies(rank: int, piece: int) -> None:
+        if rank == 1 and piece == 1:
+            assert scored.acquire(timeout=10)
+            raise Died
+
+    with pytest.raises(WorkerLost, match=r"actor.run_episodes \(step 0.*was killed"):
+        Run(before_playing=dies, before_scoring=lambda batch: scored.release(), replicas=Others()).steps()
+
+
 def test_a_failure_while_pieces_are_under_way_is_said() -> None:
     def fails(batch: Batch) -> None:
         raise ValueError("no such token")
@@ -243,7 +325,7 @@ def test_a_failure_while_pieces_are_under_way_is_said() -> None:
     with pytest.raises(NodeError, match=r"reference.compute_ref_log_prob \(step 0.*no such token"):
         Run(before_scoring=fails).steps()
 
-    def lost(piece: int) -> None:
+    def lost(rank: int, piece: int) -> None:
         if piece == 2:
             raise OSError("no tool")
 

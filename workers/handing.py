@@ -6,6 +6,7 @@ the op's threads: give(piece, reply)     a thread of its own: take(ticket, wait_
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 from rlhf_dist.wire import Reply
 
@@ -16,12 +17,15 @@ class Handing:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._ticket, self._over = "", True
+        self._gone = deque[str](maxlen=16)
+        """Calls before this one: who still asks about them is not to wait."""
         self._made: list[tuple[int, Reply]] = []
 
     def begin(self, ticket: str) -> None:
         """A call begins."""
         with self._changed:
             if ticket != self._ticket:
+                self._gone.append(self._ticket)
                 self._made = []
             self._ticket, self._over = ticket, False
             self._changed.notify_all()
@@ -42,8 +46,11 @@ class Handing:
         """What the call with this ticket has given since the last time; nothing where that is not within `wait_s`, or
         the call has ended. One that has not begun is waited for."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ticket == ticket and (bool(self._made) or self._over), wait_s)
+            self._changed.wait_for(lambda: ticket in self._gone or self._has_news_of(ticket), wait_s)
             if self._ticket != ticket:
                 return []
             made, self._made = self._made, []
             return made
+
+    def _has_news_of(self, ticket: str) -> bool:
+        return self._ticket == ticket and (bool(self._made) or self._over)

@@ -196,8 +196,9 @@ def _evaluations(launch: Any) -> tuple[Any, ...]:
 
     if launch.run.data.heldout is None:
         return ()
-    every = launch.run.output.evaluate_every
-    return evaluation_graphs(launch.recipe, launch.dataflow, launch.algorithm, every=every)
+    output = launch.run.output
+    when = {"every": output.evaluate_every, "beside": output.evaluate_beside}
+    return evaluation_graphs(launch.recipe, launch.dataflow, launch.algorithm, **when)
 
 
 def _say_defaults(overrides: list[str], prompt: Any, response: Any) -> None:

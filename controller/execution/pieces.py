@@ -12,11 +12,13 @@ one at a time, which keeps their collectives in step; between two pieces the poo
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
+from controller.cluster.pool import HANDED, Pool
 from controller.execution.batch_ref import BatchRef
 from controller.execution.outputs import NodeOutput
 from controller.execution.worker_group import Shards, collect
@@ -65,9 +67,13 @@ class Handed:
     taken: set[int] = field(default_factory=set)
     """Pieces that somebody has taken."""
 
-    def pieces(self, rows: IntArray) -> Pieces:
-        """What a call with these rows is told."""
-        return Pieces(ticket=self.ticket, of_row=self.of_row[rows])
+    def pieces(self, rows: IntArray, call: int) -> Pieces:
+        """What a call with these rows is told; a rank may get several, one after the other."""
+        return Pieces(ticket=self.ticket_of(call), of_row=self.of_row[rows])
+
+    def ticket_of(self, call: int) -> str:
+        """By which the call's process knows what it has handed over."""
+        return f"{self.ticket}/{call}"
 
     def forget(self, calls: Sequence[int]) -> bool:
         """These calls are asked of others. False where somebody has what they had handed over."""
@@ -92,6 +98,51 @@ class Handed:
         parts = tuple(shards.parts[shards.part_of_answer[answer]] for answer in holders)
         cut = Shards(parts=parts, answering=each, part_of_answer=each)
         return collect(node, step, cut, [self.replies[key] for key in keys], before).batch
+
+
+class HandingNode(Protocol):
+    """A node under way, as the runner holds it."""
+
+    handed: Handed | None
+    shards: Shards
+    callees: list[tuple[Pool, int]]
+    replies: dict[int, Reply]
+    interrupted: bool
+
+
+class Questions:
+    """To ranks, what they have handed over: one at a time to each, which it answers when there is something."""
+
+    def __init__(self) -> None:
+        self._asked: dict[Any, tuple[HandingNode, int, tuple[Pool, int]]] = {}
+
+    @property
+    def refs(self) -> list[Any]:
+        """References to the answers."""
+        return list(self._asked)
+
+    def ask(self, nodes: Iterable[HandingNode]) -> None:
+        """Every rank that may hand something over, and is not asked."""
+        for node in (one for one in nodes if one.handed is not None and not one.interrupted):
+            assert node.handed is not None
+            for call in node.shards.answering:
+                if call not in node.replies and call not in node.handed.asked:
+                    pool, rank = node.callees[call]
+                    handed = pool.processes[rank].handed.options(concurrency_group=HANDED)
+                    ref = handed.remote(node.handed.ticket_of(call), WAIT_S)
+                    self._asked[ref] = (node, call, (pool, rank))
+                    node.handed.asked.add(call)
+
+    def answered(self, ref: Any, answer: Any) -> bool:
+        """Whether this is an answer to a question. Where a rank could not say, its call says what became of it."""
+        if ref not in self._asked:
+            return False
+        node, call, asked = self._asked.pop(ref)
+        if node.handed is not None and node.callees[call] == asked:  # else another has its rows by now
+            node.handed.asked.discard(call)
+            if isinstance(answer, list):
+                node.handed.replies |= {(call, piece): reply for piece, reply in answer}
+        return True
 
 
 def piece_of_row(rows: int, pieces: int) -> IntArray:

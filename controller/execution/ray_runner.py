@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from controller.cluster.pool import HANDED, RELAYS, SIGNALS, Pool
+from controller.cluster.pool import RELAYS, SIGNALS, Pool
 from controller.cluster.replies import RayReplies, Replies
 from controller.cluster.watch import Waited, Watch
 from controller.execution.batch_ref import BatchRef, merge_stored
@@ -27,7 +27,7 @@ from controller.execution.executor import Arrived, Finished
 from controller.execution.failed_calls import FailedCall, NodeError, WorkerLost, error_of, lost, overdue
 from controller.execution.looking import Looking
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
-from controller.execution.pieces import WAIT_S, Handed, Taker, piece_of_made, piece_of_row, takes_pieces
+from controller.execution.pieces import Handed, Questions, Taker, piece_of_made, piece_of_row, takes_pieces
 from controller.execution.replicas import Replicas, hand_over, living, lost_team
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
 from rlhf_dist.batch import IntArray
@@ -37,7 +37,7 @@ from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
-from rlhf_dist.wire import Call, HeldState, Look, Reply, numbers_in
+from rlhf_dist.wire import Call, HeldState, Look, Pieces, Reply, numbers_in
 
 INDEX_ONLY = ("join", "concat", "refill")
 """Kinds of nodes that the controller does itself: they move row indices."""
@@ -91,6 +91,10 @@ class _Pending:
             return []
         left = [callee for call, callee in enumerate(self.callees) if call not in self.replies]
         return [Waited(pool, rank, self.started_s) for pool, rank in left]
+
+    def pieces(self, rows: IntArray, call: int) -> Pieces | None:
+        """What a call with these rows is told of pieces."""
+        return None if self.handed is None else self.handed.pieces(rows, call)
 
     @property
     def complete(self) -> bool:
@@ -153,7 +157,7 @@ class RayRunner:
         self._takers: dict[tuple[str, int], Taker] = {}
         self._of_made: dict[tuple[str, int], IntArray] = {}
         """Node that hands over, step -> the piece of each row that it has made."""
-        self._asked: dict[Any, tuple[_Pending, int, tuple[Pool, int]]] = {}
+        self._questions = Questions()
         self.newest = -1
         """Latest step of which anything has been launched."""
         self._looked_s = 0.0
@@ -256,7 +260,7 @@ class RayRunner:
             self._check_deadlines()
             if self._check is not None:
                 self._check()
-            self._ask_for_pieces()
+            self._questions.ask(self._pending)
             waiting = {
                 ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
             }
@@ -271,11 +275,10 @@ class RayRunner:
 
     def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
         """Keep the replies that come within `timeout_s`; returns what came instead of one."""
-        ready = self._replies.ready([*waiting, *self._asked], timeout_s)
+        ready = self._replies.ready([*waiting, *self._questions.refs], timeout_s)
         failed = []
         for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
-            if ref in self._asked:
-                self._receive(*self._asked.pop(ref), answer)
+            if self._questions.answered(ref, answer):
                 continue
             pending, ranks = waiting[ref]
             replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
@@ -383,27 +386,6 @@ class RayRunner:
         self._call_groups(pending)
         self._pending.append(pending)
 
-    def _ask_for_pieces(self) -> None:
-        """Of every rank that may hand something over, one question at a time."""
-        for pending in self._pending:
-            if pending.handed is None:
-                continue
-            for call in pending.shards.answering:
-                if call in pending.replies or call in pending.handed.asked or pending.interrupted:
-                    continue
-                pool, rank = pending.callees[call]
-                handed = pool.processes[rank].handed.options(concurrency_group=HANDED)
-                self._asked[handed.remote(pending.handed.ticket, WAIT_S)] = (pending, call, (pool, rank))
-                pending.handed.asked.add(call)
-
-    def _receive(self, pending: _Pending, call: int, asked: tuple[Pool, int], answer: Any) -> None:
-        """What a rank has handed over; where it could not say, its call says what became of it."""
-        if pending.handed is None or pending.callees[call] != asked:  # another has its rows by now
-            return
-        pending.handed.asked.discard(call)
-        if isinstance(answer, list):
-            pending.handed.replies |= {(call, piece): reply for piece, reply in answer}
-
     def _finish_piece(self, pending: _Pending, taker: Taker, ended_s: float) -> Finished:
         """A piece is done, and the pools are free for others; the node is finished with the last."""
         assert taker.at is not None and pending.before is not None, "it was launched with rows"
@@ -428,7 +410,9 @@ class RayRunner:
         (group,) = self._groups_of(taker.node)
         before = self.outputs.input(taker.entry, taker.step)
         output = taker.collected(before, group.pool.name)
-        self._keep(taker.node, taker.step, output)
+        if output.batch is not None:
+            self.outputs.put(taker.node.name, taker.step, output.batch)
+        self.outputs.done(taker.node, taker.step)
         return Finished(
             node=taker.node.name,
             step=taker.step,
@@ -475,7 +459,7 @@ class RayRunner:
                     kwargs,
                     self._look(pending, part, answers=rank in answering),
                     cuts[0][0].wanted(part) if readings else None,
-                    None if pending.handed is None else pending.handed.pieces(cuts[0][0].parts[part]),
+                    pending.pieces(cuts[0][0].parts[part], rank),
                 )
                 for rank, part in enumerate(parts)
             ]
@@ -542,18 +526,18 @@ class RayRunner:
         assert self._replicas is not None and before is not None, "generation has rows"
         (group,), (reading,) = self._groups_of(node), self._readings(pending)
         teams = living(group.pool, self._replicas.dead(group.pool.name))
-        pending.shards, pieces = hand_over(pending.shards, pending.part_of_call, calls, teams, before.rows.tokens)
+        pending.shards, takeovers = hand_over(pending.shards, pending.part_of_call, calls, teams, before.rows.tokens)
         settings = self._kwargs(pending)
-        for piece in pieces:
-            given = [reading.given(pending.shards.parts[piece.part], None)]
-            for number, rank in zip(piece.calls, piece.ranks, strict=True):
-                look = self._look(pending, piece.part, answers=number in pending.shards.answering)
-                wanted = pending.shards.wanted(piece.part)
-                hands = None if pending.handed is None else pending.handed.pieces(pending.shards.parts[piece.part])
+        for one in takeovers:
+            given = [reading.given(pending.shards.parts[one.part], None)]
+            for number, rank in zip(one.calls, one.ranks, strict=True):
+                look = self._look(pending, one.part, answers=number in pending.shards.answering)
+                wanted = pending.shards.wanted(one.part)
+                hands = pending.pieces(pending.shards.parts[one.part], number)
                 call = build_call(node, pending.step, self.seed, given, settings, look, wanted, hands)
                 if number == len(pending.callees):
                     pending.callees.append((group.pool, rank))
-                    pending.part_of_call.append(piece.part)
+                    pending.part_of_call.append(one.part)
                 pending.callees[number] = (group.pool, rank)
                 pending.refs[number,] = group.pool.processes[rank].call.remote(group.role, node.op, call)
 
@@ -575,7 +559,7 @@ class RayRunner:
                 given = [reading.given(pending.shards.parts[parts[rank]], None)]
                 look = self._look(pending, parts[rank], answers=rank in pending.shards.answering)
                 wanted = pending.shards.wanted(parts[rank])
-                hands = None if pending.handed is None else pending.handed.pieces(pending.shards.parts[parts[rank]])
+                hands = pending.pieces(pending.shards.parts[parts[rank]], rank)
                 call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look, wanted, hands)
                 pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
@@ -621,9 +605,9 @@ class RayRunner:
         return build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
 
     def _look(self, pending: _Pending, part: int, *, answers: bool = True, streamed: bool = False) -> Look | None:
-        if self._looking is None:
-            return None
         node = pending.node
+        if self._looking is None or node.evaluation:
+            return None
         if pending.taker is not None and pending.taker.at is not None:
             part, streamed = pending.taker.at * len(pending.callees) + part, True
         if pending.numbers is None:  # the same for all ranks
@@ -691,7 +675,7 @@ class RayRunner:
         started = pending.started_s or ended
         if node.kind in ("host", "state", "source"):
             started = max(started, ended - output.seconds)
-        if output.batch is not None:  # those that stream from it read it below
+        if output.batch is not None:
             self.outputs.put(node.name, step, output.batch)
         if pending.handed is not None and output.batch is not None and pending.before is not None:
             of_made = piece_of_made(output.batch, pending.before, pending.handed.of_row)
@@ -706,7 +690,11 @@ class RayRunner:
             bundles = tuple(range(len(places)))
             streamed.shards = Shards(parts=places, answering=bundles, part_of_answer=bundles)
             streamed.source = None
-        self._keep(node, step, output)
+        if output.state is not None:
+            self.numbers[node.role] = dict(output.state)
+            self._held[node.role] = output.held
+            self._first.pop(node.role, None)  # an op may have let go of what the state began with
+        self.outputs.done(node, step)
         if self._replicas is not None and node.kind == "reshard":
             for name in self.pools_of(node):
                 self._replicas.synced(name, step + 1)
@@ -720,16 +708,6 @@ class RayRunner:
             tokens=0 if rows is None else int(rows.rows.tokens.sum()),
             nbytes=output.nbytes,
         )
-
-    def _keep(self, node: Node, step: int, output: NodeOutput) -> None:
-        """For those that read it; what the node has read is kept for others only."""
-        if output.batch is not None:
-            self.outputs.put(node.name, step, output.batch)
-        if output.state is not None:
-            self.numbers[node.role] = dict(output.state)
-            self._held[node.role] = output.held
-            self._first.pop(node.role, None)  # an op may have let go of what the state began with
-        self.outputs.done(node, step)
 
     def _collect(self, pending: _Pending) -> NodeOutput:
         replies = [pending.replies[rank] for rank in range(pending.ranks)]

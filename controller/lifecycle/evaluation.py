@@ -1,10 +1,14 @@
-"""Evaluation on held-out rows, between steps: the graphs of `rlhf_dist/held_out.py`, run with the weights of a step."""
+"""Evaluation on held-out rows: the graphs of `rlhf_dist/held_out.py`, run with the weights of a step.
+
+between steps    by themselves, all pools at hand (`run`)
+beside a step    as nodes of its graph (`rlhf_dist/dataflow/beside.py`), which tell their metrics apart (`of_step`)
+"""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +23,28 @@ from rlhf_dist.held_out import HELDOUT, evaluation_graphs
 class Evaluation:
     """Evaluates the roles of a session that can be: there are held-out rows, and somebody rewards what they do."""
 
-    def __init__(self, session: Session, rollouts: Path | None = None, check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        rollouts: Path | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
         """rollouts: the folder that gets all responses after N steps, in heldout/step_N.parquet (heldout/ROLE/... of
         several roles); None keeps none. check: see RayRunner."""
         self._session, self._check = session, check
         launch = session.launch
         self.graphs: tuple[EvaluationGraph, ...] = ()
         if HELDOUT in session.groups:
-            every = launch.run.output.evaluate_every
-            self.graphs = evaluation_graphs(launch.recipe, launch.dataflow, launch.algorithm, every=every)
+            output = launch.run.output
+            self.graphs = evaluation_graphs(
+                launch.recipe,
+                launch.dataflow,
+                launch.algorithm,
+                every=output.evaluate_every,
+                beside=output.evaluate_beside and not eager,
+            )
         if rollouts is not None:
             self.graphs = tuple(_dumped(graph, rollouts / graph.name) for graph in self.graphs)
 
@@ -40,6 +57,25 @@ class Evaluation:
     def in_vain(self) -> bool:
         """There are held-out rows that nobody can be evaluated on."""
         return HELDOUT in self._session.groups and not self.possible
+
+    @property
+    def beside(self) -> tuple[EvaluationGraph, ...]:
+        """What runs beside steps."""
+        return tuple(graph for graph in self.graphs if graph.beside)
+
+    def due_beside(self, steps_done: int) -> bool:
+        """Whether the step after so many has an evaluation of its weights beside it."""
+        return any(steps_done % graph.every == 0 for graph in self.beside)
+
+    def of_step(self, report: StepReport) -> tuple[StepReport, dict[str, float]]:
+        """What a step did by itself, and the metrics of what was evaluated beside it, as `run` names them."""
+        own = StepReport(report.step, [one for one in report.nodes if not _graph_of(one.node, self.beside)])
+        found: dict[str, float] = {}
+        for graph in self.beside:
+            nodes = [one for one in report.nodes if _graph_of(one.node, (graph,))]
+            named = _named(StepReport(report.step, nodes).metrics, HELDOUT)
+            found |= {f"{graph.name}/{name}": value for name, value in named.items()}
+        return own, found
 
     def run(self, step: int, numbers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Metrics of held-out rows, prefixed `heldout/`, or `heldout/ROLE/` of several roles; none where there is
@@ -63,6 +99,10 @@ class Evaluation:
         return {role for role in here if step.facts[role].synced} - {
             node.role for node in step if node.kind == "reshard"
         }
+
+
+def _graph_of(node: str, graphs: Sequence[EvaluationGraph]) -> EvaluationGraph | None:
+    return next((graph for graph in graphs if node.startswith(f"{graph.name}/")), None)
 
 
 def _dumped(graph: EvaluationGraph, folder: Path) -> EvaluationGraph:

@@ -126,6 +126,7 @@ class Session:
             name: {"rows": self.launch.source_rows(name), "shift": self.shifts.get(name, 0)}
             for name in self.launch.recipe.sources
         }
+        default[HELDOUT] = {"rows": 0}  # all of them
         return RayRunner(
             dataflow,
             groups,

@@ -1,4 +1,4 @@
-"""A graph that is run on held-out rows, between steps: no part of a step, drawn beside it."""
+"""A graph that is run on held-out rows, between steps or beside them: drawn by itself."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class EvaluationGraph:
     """Steps between two evaluations; 0: before the first and after the last step only."""
     rows: bool = True
     """There are held-out rows (`data.heldout`); without them it never runs."""
+    beside: bool = False
+    """It runs beside steps (`output.evaluate_beside`), and between them only before the first and after the last."""
 
     @property
     def source(self) -> str:
@@ -29,5 +31,8 @@ class EvaluationGraph:
         """Its cadence in words."""
         if not self.rows:
             return "never, since data.heldout is not set"
+        if self.beside:
+            each = "every step" if self.every == 1 else f"every {self.every}th step from step 0"
+            return f"beside {each}, and after the last"
         between = {0: "", 1: ", after every step"}.get(self.every, f", after every {self.every} steps")
         return f"before the first step{between}{' and after the last' if self.every != 1 else ''}"

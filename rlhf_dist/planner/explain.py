@@ -278,7 +278,7 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
         rows.append((node, _s(cost.seconds), *columns, cause, cost.note))
     lines += [*_table(rows), ""]
     if question.evaluations:
-        rows = [("between steps", "nodes, whose time is not in the step's")]
+        rows = [("evaluation", "nodes, whose time is not in the step's")]
         rows += [(f"{one.name}, {one.when}", ", ".join(_asked(one))) for one in question.evaluations]
         lines += [*_table(rows), ""]
     if plan.runners_up or plan.ties:

@@ -62,7 +62,7 @@ class Question:
     overlap: bool = True
     """Whether a step may start before the one before has ended, as the executor does unless a barrier forbids it."""
     evaluations: tuple[EvaluationGraph, ...] = ()
-    """What is run on held-out rows: said, and in no step's time, since steps wait for it."""
+    """What is run on held-out rows: said, and in no step's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
