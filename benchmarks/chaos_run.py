@@ -10,6 +10,7 @@ each with its time.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from controller.cluster.start import Cluster
 from controller.commands.cli import main as cli
 from controller.record.display import Display
 
+MEMORY_GROUPS = Path("/sys/fs/cgroup")
+"""Of the kernel: version 1 has a tree for each resource below it."""
 POLL_S = 0.005
 """Between two looks at what the target is at: operations of a tiny model last some 50 ms."""
 
@@ -42,7 +45,7 @@ class Fault:
     kind: str
     """Of the table in benchmarks/chaos.py."""
     action: str
-    """A signal (`SIGKILL`); `limit:BYTES`: no more memory than that (RLIMIT_AS); `file:BYTES`: no longer file."""
+    """A signal (`SIGKILL`); `memory:BYTES`: no more than that from now on; `file:BYTES`: no longer file."""
     pool: str = "main"
     """Of the process; or `driver`, `raylet`, `gcs`, `agent`."""
     rank: int = 1
@@ -108,9 +111,8 @@ class Injector(threading.Thread):
     @staticmethod
     def _act(fault: Fault, pid: int) -> None:
         what, _, count = fault.action.partition(":")
-        if what == "limit":
-            limit = psutil.Process(pid).memory_info().vms + int(count)
-            psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
+        if what == "memory":
+            limit_memory(pid, int(count))
         elif what == "file":
             psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (int(count), int(count)))
         else:
@@ -148,6 +150,30 @@ def named_process(name: str) -> int:
             if words in " ".join(child.cmdline()[:4]):
                 return int(child.pid)
     raise LookupError(f"this run has no process called {name}")
+
+
+def limit_memory(pid: int, count: int) -> None:
+    """What the process takes from now on counts against `count` bytes: in a control group of its own, beyond which the
+    kernel ends it. Where this user may not make one, it may have no more addresses than it has."""
+    first = MEMORY_GROUPS / "memory"
+    group = (first if first.is_dir() else MEMORY_GROUPS) / f"chaos-{pid}"
+    try:
+        group.mkdir()
+        atexit.register(_removed, group)
+        (group / ("memory.limit_in_bytes" if first.is_dir() else "memory.max")).write_text(str(count))
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        print(f"chaos: no control group of memory ({error}), so RLIMIT_AS")
+        limit = psutil.Process(pid).memory_info().vms
+        psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
+
+
+def _removed(group: Path) -> None:
+    for _ in range(100):  # its process is ended with the cluster, and may be a moment late
+        try:
+            return group.rmdir()
+        except OSError:
+            time.sleep(0.05)
 
 
 def note(events: Path, what: str, **more: Any) -> None:

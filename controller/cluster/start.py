@@ -28,7 +28,7 @@ from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
 from controller.cluster.reservations import Place, Reservations
-from controller.cluster.store_room import remark_on_room
+from controller.cluster.store_room import remark_on_room, temporary_folder
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
@@ -104,7 +104,7 @@ class Cluster:
             self.about = f"in the Ray cluster at {address}"
             self._check_size(address)
             return
-        remark = remark_on_room(self.config.object_store_bytes)
+        remark = remark_on_room(self.config.object_store_bytes, temporary_folder())
         try:
             self._start_own(**options)
         except ClusterError as error:
@@ -123,6 +123,7 @@ class Cluster:
                 num_cpus=self.slots + self.config.spare_slots + self.host_processes + 1,
                 object_store_memory=self.config.object_store_bytes,
                 include_dashboard=False,
+                _temp_dir=str(temporary_folder().absolute() / "ray"),
                 # Ray would start a process a CPU ahead; ours have an environment of their own and cannot use them.
                 _system_config={"prestart_worker_first_driver": False},
                 **options,
