@@ -52,7 +52,7 @@ def as_ours(batch: Batch, *, ours: int) -> Batch:
     return Batch({"ours": Column(np.full(batch.num_rows, ours, np.float32))}, batch.num_rows)
 
 
-@host_op(reads=("rewards", "ours", "response_mask"))
+@host_op(reads=("rewards", "ours", "response_mask"), missing=True)
 def measured(batch: Batch) -> HostResult:
     """The policy's win rate and both mean lengths."""
     ours = batch["ours"].values > 0

@@ -22,11 +22,20 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_dist.algorithms.advantages.baselines import all_equal, group_relative, leave_one_out
-from rlhf_dist.algorithms.ragged import spread, sum_rows
+from rlhf_dist.algorithms.ragged import sum_rows
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.metrics import Mean
-from rlhf_dist.transforms.columns import group_metrics, groups, mask_and_offsets, mean_of, numbers, penalised_rewards
+from rlhf_dist.transforms.columns import (
+    group_metrics,
+    groups,
+    mask_and_offsets,
+    numbers,
+    penalised_rewards,
+    present_rows,
+    row_advantages,
+    row_metrics,
+)
 from rlhf_dist.transforms.reads import with_kl
 
 Baseline = Literal[
@@ -39,19 +48,28 @@ def _scope(arguments: Mapping[str, Any]) -> Literal["batch", "groups"]:
     return "batch" if arguments["baseline"] in ("batch", "group_batch") else "groups"
 
 
-@host_op(reads=with_kl("rewards", "group_id", "response_mask"), writes=("advantages",), scope=_scope)
+@host_op(
+    reads=with_kl("rewards", "group_id", "response_mask"),
+    writes=("advantages", "response_mask"),
+    scope=_scope,
+    missing=True,
+)
 def response_advantage(
     batch: Batch, *, baseline: Baseline, kl_coef: float = 0.0, k: int = 4, shift: float = 0.0
 ) -> HostResult:
     """The advantage of the table above at every counted token. kl_coef: the reward is less kl_coef * log pi/pi_ref of
-    the response. k of pass_at_k, whose rewards above 1/2 are right, as signed's are; shift of shifted."""
+    the response. k of pass_at_k, whose rewards above 1/2 are right, as signed's are; shift of shifted. A row whose
+    reward is missing is in no baseline, and no token of it counts."""
     mask, offsets = mask_and_offsets(batch)
     rewards, metrics = penalised_rewards(batch, kl_coef, "k1", 0.0)
-    of = advantages_of(rewards, groups(batch), sum_rows(mask > 0, offsets), baseline, k=k, shift=shift)
-    equal = all_equal(numbers(batch, "rewards"), groups(batch))
+    present = present_rows(rewards)
+    group, lengths = groups(batch, present), sum_rows(mask > 0, offsets)[present]
+    of = np.zeros(batch.num_rows, np.float32)
+    of[present] = advantages_of(rewards[present], group, lengths, baseline, k=k, shift=shift)
+    equal = all_equal(numbers(batch, "rewards", missing=True)[present], group)
     return HostResult(
-        columns=Batch({"advantages": Column(spread(of, offsets, mask), offsets)}, batch.num_rows),
-        metrics={"reward": mean_of(batch["rewards"].values), **metrics, **group_metrics(equal, groups(batch))},
+        columns=row_advantages(batch, of, present),
+        metrics={**row_metrics(batch, present), **metrics, **group_metrics(equal, group)},
     )
 
 
@@ -60,6 +78,8 @@ def advantages_of(
 ) -> np.ndarray[Any, Any]:
     """[B] of rewards, groups 0..G-1 and response lengths, [B] each."""
     rewards = np.asarray(rewards, np.float64)
+    if not len(rewards):
+        return rewards
     if baseline == "loo":
         return leave_one_out(rewards.astype(np.float32), group)
     if baseline == "group":
@@ -77,7 +97,8 @@ def advantages_of(
     if baseline == "pass_at_k":
         found = np.zeros(len(rewards))
         for one in range(group.max() + 1):
-            found[group == one] = pass_at_k(rewards[group == one] > 0.5, k)
+            if (group == one).sum() >= k:  # else rewards are missing, and k draws cannot be had of it
+                found[group == one] = pass_at_k(rewards[group == one] > 0.5, k)
         return found
     weights = np.maximum(lengths, 1e-9) if baseline == "length" else np.ones(len(rewards))
     mean = np.bincount(group, weights * rewards) / np.bincount(group, weights)

@@ -137,7 +137,7 @@ def kept_as_it_is(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
     return Batch({"token_rewards": Column((coef * said).astype(np.float32), mask.offsets), "rewards": rewards})
 
 
-@host_op(reads=("attention", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
+@host_op(reads=("attention", "rewards", "response_mask"), writes=("token_rewards", "rewards"), missing=True)
 def attended(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
     """coef times the reward, spread over the counted tokens as the attention is, and reward_coef times it at the end. A
     missing reward is missing at the end alone: no token of its row will count."""

@@ -164,6 +164,10 @@ class Reinforce:
 @recipe
 def reinforce(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, cfg: Reinforce) -> None:
     """RLOO, or REINFORCE with another baseline."""
+    if cfg.baseline == "pass_at_k" and not 1 <= cfg.k <= cfg.samples_per_prompt:
+        raise ValueError(
+            f"algorithm.k must be from 1 to algorithm.samples_per_prompt = {cfg.samples_per_prompt}, got {cfg.k}"
+        )
     batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
     if cfg.drop_equal:
         batch = drop_equal_groups(batch)

@@ -16,6 +16,7 @@ from recipes.policy_gradient.shaped_rewards import Shaped, Spread, against_refer
 from recipes.policy_gradient.surrogates import as_many_below, pass_rates, weighed_by_themselves
 from rlhf_dist.algorithms import policy_gradient, ppo_clip
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.missing import MISSING
 from tests.recipes.rows import gradient, masked, numbers, of_rows, ragged, values
 
 
@@ -89,6 +90,29 @@ def test_a_response_advantage_takes_the_kl_from_the_reward_and_is_of_every_token
     # Log-ratio of row 0: 1 (its second token does not count): rewards 0.5 and 0.
     found = response_advantage(batch, baseline="loo", kl_coef=0.5)
     assert values(found.columns, "advantages") == [0.5, 0.0, -0.5]
+
+
+@pytest.mark.parametrize("baseline", ["loo", "group", "group_mean", "batch", "length", "wins", "pass_at_k", "signed"])
+def test_a_response_whose_reward_is_missing_is_in_no_baseline_and_does_not_count(baseline: str) -> None:
+    rewards, group, lengths = [1.0, MISSING, 0.0, MISSING, 1.0, 1.0], [0, 0, 0, 1, 1, 1], (2, 1, 1, 2, 1, 3)
+
+    def advantages(rows: list[int]) -> Batch:
+        columns = {
+            "rewards": numbers(*(rewards[row] for row in rows)),
+            "group_id": numbers(*(group[row] for row in rows), dtype="int64"),
+            "response_mask": masked(*(lengths[row] for row in rows)),
+        }
+        return response_advantage(Batch(columns), baseline=baseline, k=2).columns  # type: ignore[no-any-return]
+
+    all_rows, known = advantages([0, 1, 2, 3, 4, 5]), advantages([0, 2, 4, 5])
+    for row, at in {0: 0, 2: 1, 4: 2, 5: 3}.items():
+        assert all_rows["advantages"].row(row).tolist() == known["advantages"].row(at).tolist()
+    assert [all_rows["response_mask"].row(row).tolist() for row in (1, 3)] == [[0], [0, 0]]
+    lost = response_advantage(
+        Batch({"rewards": numbers(MISSING), "group_id": numbers(0, dtype="int64"), "response_mask": masked(2)}),
+        baseline=baseline,
+    )
+    assert values(lost.columns, "advantages") == [0, 0] and "reward" not in lost.metrics
 
 
 def test_entropy_adds_up_to_a_share_of_the_advantage() -> None:
@@ -209,6 +233,8 @@ def test_pass_rates_balance_and_weights_of_rows() -> None:
     made = pass_rates(batch)
     np.testing.assert_allclose(values(made, "pass_rate"), [1 / 3, 1 / 3, 1 / 3, 1])
     assert values(made, "right") == [1, 0, 0, 1]
+    lost = pass_rates(Batch({"rewards": numbers(1, MISSING, 0), "group_id": numbers(0, 0, 0, dtype="int64")}))
+    assert values(lost, "pass_rate") == [0.5, 0.5, 0.5] and values(lost, "right") == [1, 0, 0]
     rows = Batch(
         {
             "advantages": ragged([1, 1], [-0.5], [-0.5], [0]),
