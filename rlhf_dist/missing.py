@@ -39,7 +39,7 @@ def refuse_missing(op: str, batch: Batch, reads: Iterable[str]) -> None:
             lost = int(is_missing(column.values).reshape(batch.num_rows, -1).any(axis=1).sum())
             if lost:
                 raise ValueError(
-                    f"{op} reads column {name!r}, which is missing in {lost} of {batch.num_rows} rows, and does not say "
-                    "what it makes of that; leave such rows out before it (batch = drop_missing(batch) where it is "
+                    f"{op} reads column {name!r}, which is missing in {lost} of {batch.num_rows} rows, and does not "
+                    "say what it makes of that; leave such rows out before it (batch = drop_missing(batch) where it is "
                     "rewards), or declare it with missing=True"
                 )

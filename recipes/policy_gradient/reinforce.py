@@ -26,7 +26,6 @@ PAPERS = {
         year=2025,
         arxiv="2501.03262",
         rows=(18,),
-        status="outline",
         needs=NEEDS,
         settings={
             **TOKENS,
@@ -35,7 +34,7 @@ PAPERS = {
             "algorithm.samples_per_prompt": 1,
             "algorithm.kl_coef": 0.01,
         },
-        assumed="every token has the KL penalty of the whole response, not of what follows it; beta 0.01",
+        assumed="beta 0.01",
     ),
     "reinforce_plus_plus_baseline": Paper(
         title="REINFORCE++-baseline",

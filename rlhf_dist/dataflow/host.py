@@ -139,7 +139,7 @@ def host_op(
     reads, writes: column names, or a function of the keyword arguments where they depend on them; a tuple of tuples
     where the function takes several batches. scope and copies may be functions, too. rows: with `drop` it returns a
     `HostResult` with `keep`, with `derive` one with `parent` (and at most `copies` rows of each). least_group: fewest
-    rows of a group that the op makes sense for. missing: it knows what to make of a missing number (`rlhf_dist.missing`);
+    rows of a group that the op makes sense for. missing: it takes missing numbers (`rlhf_dist.missing`);
     without, a run in which one reaches it ends with an error: NaN > 0.5 is False, so that a reward that nobody knows
     would count as a bad one. A function that has a parameter `rng` is given a generator, and needs
     scope="batch": what it draws must not depend on how rows are cut.

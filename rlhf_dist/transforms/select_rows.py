@@ -13,7 +13,9 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.transforms.columns import group_metrics, groups, mean_of, numbers, present_rows
 
 
-@host_op(reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", rows="drop", least_group=2, missing=True)
+@host_op(
+    reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", rows="drop", least_group=2, missing=True
+)
 def keep_best_and_worst(batch: Batch) -> HostResult:
     """Each group's row with the highest reward (label +1) and with the lowest (label -1); margin: their gap.
 
