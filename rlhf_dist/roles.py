@@ -66,6 +66,8 @@ class OpSpec:
     """Rows that it makes may be fewer than it was asked for: some were lost on the way."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Column as the worker calls it -> as `writes` does, where they differ: one worker serves several kinds of role."""
+    missing: bool = False
+    """Of a `State`'s: whether it knows what to make of missing numbers."""
 
     def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Column names for these arguments."""
@@ -536,11 +538,13 @@ StateRows = Literal["keep", "drop", "derive", "new"]
 """As of a host op; or `new`: the op is given no batch, and the rows it writes are the first."""
 
 
-def state_op(*, reads: Columns = (), writes: Columns = (), rows: StateRows = "keep") -> Callable[[F], F]:
+def state_op(
+    *, reads: Columns = (), writes: Columns = (), rows: StateRows = "keep", missing: bool = False
+) -> Callable[[F], F]:
     """Declare a `State` method that reads `reads` of a batch, and may write columns or move rows as a host op does.
 
     It sees the whole batch. With `rows="new"` it has no batch, and must write `group_id`. A method with a keyword `rng`
-    is given a random generator, seeded by the run's seed, the step and the node.
+    is given a random generator, seeded by the run's seed, the step and the node. missing: as of a host op.
     """
 
     def wrap(function: F) -> F:
@@ -551,6 +555,7 @@ def state_op(*, reads: Columns = (), writes: Columns = (), rows: StateRows = "ke
             rows=rows,
             weights_read="state",
             weights_written="state",
+            missing=missing,
         )
         return function
 

@@ -37,9 +37,10 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.dataflow.op_settings import RANDOM
+from rlhf_dist.dataflow.op_settings import RANDOM, defaults
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.heartbeat import Beat
+from rlhf_dist.missing import refuse_missing
 from rlhf_dist.sampling import seed_of
 from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
@@ -337,6 +338,9 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if op.draws:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
+        if not op.missing:
+            for batch, reads in zip(batches, op.read_of({**defaults(op.function), **settings}), strict=True):
+                refuse_missing(op.name, batch, reads)
         with self._looked_at(call, batches) as seen:
             result: HostResult = as_result(op.function(*batches, **settings))
             made = OpResult(
@@ -358,7 +362,10 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if RANDOM in inspect.signature(function).parameters:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
-        makes = function.op_spec.rows == "new"
+        spec = function.op_spec
+        makes = spec.rows == "new"
+        if not makes and not spec.missing:
+            refuse_missing(op, batch, spec.columns(spec.reads, {**defaults(function), **settings}))
         with self._looked_at(call, [batch], state=dict(values)) as seen:
             new, returned = function(values, **settings) if makes else function(values, batch, **settings)
             check_values(type(state).__name__, new)
