@@ -45,9 +45,7 @@ SYNC_TABLE = (
     Fault(kind="stop trainer in update", action="SIGSTOP", op=UPDATE, step=2, says="is stopped"),
     Fault(kind="stop trainer in sync", action="SIGSTOP", op=SYNC, step=2, says="is stopped"),
     Fault(kind="crash of a trainer", action="SIGSEGV", op=UPDATE, step=2, says="signal 11"),
-    Fault(
-        kind="memory limit of a trainer", action="limit:1000000", op=GENERATE, step=2, says="memory|alloc", alone=True
-    ),
+    Fault(kind="memory limit of a trainer", action="memory:0", op=GENERATE, step=2, says="out of memory|alloc"),
     Fault(kind="kill raylet", action="SIGKILL", pool="raylet", op=UPDATE, step=2, says="raylet.*signal 9", alone=True),
     Fault(kind="kill Ray's head", action="SIGKILL", pool="gcs", op=UPDATE, step=2, says="head.*signal 9", alone=True),
     Fault(kind="kill driver", action="SIGKILL", pool="driver", op=UPDATE, step=2, alone=True),
@@ -55,6 +53,18 @@ SYNC_TABLE = (
     Fault(kind="full disk", action="file:40000", op=UPDATE, step=1, says="File too large|space", alone=True),
     Fault(kind="cut network of a node", action="cut", op=UPDATE, step=2, nodes=2, says="not answer|gone", alone=True),
     Fault(kind="kill of a node", action="power off", op=UPDATE, step=2, nodes=2, says="not answer|gone", alone=True),
+    Fault(
+        kind="cut network, a spare node", action="cut", op=UPDATE, step=2, nodes=3, says="not answer|gone", alone=True
+    ),
+    Fault(
+        kind="kill of a node, a spare",
+        action="power off",
+        op=UPDATE,
+        step=2,
+        nodes=3,
+        says="not answer|gone",
+        alone=True,
+    ),
     Fault(kind="corrupted checkpoint", action="SIGKILL", op=UPDATE, step=3, corrupts=True, alone=True, settings=ENDS),
 )
 """Operations are those of GRPO: nodes of the graph, `host role` at the start."""

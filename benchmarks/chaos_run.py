@@ -10,6 +10,7 @@ each with its time.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from controller.cluster.start import Cluster
 from controller.commands.cli import main as cli
 from controller.record.display import Display
 
+MEMORY_GROUPS = Path("/sys/fs/cgroup")
+"""Of the kernel: version 1 has a tree for each resource below it."""
 POLL_S = 0.005
 """Between two looks at what the target is at: operations of a tiny model last some 50 ms."""
 
@@ -42,7 +45,7 @@ class Fault:
     kind: str
     """Of the table in benchmarks/chaos.py."""
     action: str
-    """A signal (`SIGKILL`); `limit:BYTES`: no more memory than that (RLIMIT_AS); `file:BYTES`: no longer file."""
+    """A signal (`SIGKILL`); `memory:BYTES`: no more than that from now on; `file:BYTES`: no longer file."""
     pool: str = "main"
     """Of the process; or `driver`, `raylet`, `gcs`, `agent`."""
     rank: int = 1
@@ -53,7 +56,8 @@ class Fault:
     says: str = ""
     """A pattern of what the run must say."""
     nodes: int = 1
-    """2: each rank has a machine of its own, and the action is one of chaos_machines.py."""
+    """More than one: each of two ranks has a machine of its own, a third is spare, and the action is one of
+    chaos_machines.py."""
     alone: bool = False
     """In a run of its own, since the run ends by it."""
     settings: Sequence[str] = ()
@@ -100,7 +104,7 @@ class Injector(threading.Thread):
             while (pid := self._victim(fault)) is None:
                 time.sleep(POLL_S)
             self.recovered.clear()
-            note(self.events, "fault", pid=pid, **asdict(fault))
+            note(self.events, "fault", pid=pid, node=node_of(fault), **asdict(fault))
             if fault.nodes == 1:  # else who reads the events acts
                 self._act(fault, pid)
             self.recovered.wait()
@@ -108,9 +112,8 @@ class Injector(threading.Thread):
     @staticmethod
     def _act(fault: Fault, pid: int) -> None:
         what, _, count = fault.action.partition(":")
-        if what == "limit":
-            limit = psutil.Process(pid).memory_info().vms + int(count)
-            psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
+        if what == "memory":
+            limit_memory(pid, int(count))
         elif what == "file":
             psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (int(count), int(count)))
         else:
@@ -148,6 +151,40 @@ def named_process(name: str) -> int:
             if words in " ".join(child.cmdline()[:4]):
                 return int(child.pid)
     raise LookupError(f"this run has no process called {name}")
+
+
+def node_of(fault: Fault) -> str:
+    """Address of a node that a process of its pool is on, other than this one's; empty for faults of one process."""
+    import ray
+
+    if fault.nodes == 1 or Seen.made is None:
+        return ""
+    away = set(Seen.made.pools[fault.pool].node_ids) - {ray.get_runtime_context().get_node_id()}
+    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] in away)
+
+
+def limit_memory(pid: int, count: int) -> None:
+    """What the process takes from now on counts against `count` bytes: in a control group of its own, beyond which the
+    kernel ends it. Where this user may not make one, it may have no more addresses than it has."""
+    first = MEMORY_GROUPS / "memory"
+    group = (first if first.is_dir() else MEMORY_GROUPS) / f"chaos-{pid}"
+    try:
+        group.mkdir()
+        atexit.register(_removed, group)
+        (group / ("memory.limit_in_bytes" if first.is_dir() else "memory.max")).write_text(str(count))
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        print(f"chaos: no control group of memory ({error}), so RLIMIT_AS")
+        limit = psutil.Process(pid).memory_info().vms
+        psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
+
+
+def _removed(group: Path) -> None:
+    for _ in range(100):  # its process is ended with the cluster, and may be a moment late
+        try:
+            return group.rmdir()
+        except OSError:
+            time.sleep(0.05)
 
 
 def note(events: Path, what: str, **more: Any) -> None:

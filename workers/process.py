@@ -11,6 +11,7 @@ Ray calls, one at a time, in the controller's order
   run_host_op          the same for a pure function
   relay                the same call for several ranks of this machine, in their name to the controller
   interrupt            runs beside another call: generation stops early, and is called again
+  handed               beside another call: what that has handed over so far (handing.py)
   beat                 beside all others: what this process is at, and how its neighbours stand (heartbeat.py)
   abandon              the step is given up: what was kept to go on with is forgotten
   copy_state, put_back what a rank holds of a role that learns, to and from the memory of another node
@@ -28,8 +29,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,15 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.dataflow.op_settings import RANDOM
+from rlhf_dist.dataflow.op_settings import RANDOM, defaults
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.heartbeat import Beat
+from rlhf_dist.missing import refuse_missing
 from rlhf_dist.sampling import seed_of
 from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
 from workers.failures import refuse_breakpoint, reported
+from workers.handing import Handing
 from workers.heartbeat import Activity
 from workers.importing import without_collections
 from workers.looking import Seen, looked_at
@@ -85,6 +88,7 @@ class WorkerProcess:
         self._peers: dict[int, Any] = {}
         self._phase = ""
         self.activity = Activity()
+        self._handing = Handing()
         if store is None:
             sys.breakpointhook = refuse_breakpoint
         if log_file:
@@ -213,6 +217,7 @@ class WorkerProcess:
             memory=self._memory,
             team=self._team,
             phase=phase,
+            hand=self._hand,
             **context,
         )
         self._roles[role] = made_by(context=where, **settings)
@@ -260,18 +265,19 @@ class WorkerProcess:
     @reported
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
-        started = time.perf_counter()
-        batches = [pull(given, self.store) for given in call.batches]
-        pulled = time.perf_counter()
-        given = tuple(batches) if call.others else batches[0]
-        worker = self._roles[role]
-        with self._looked_at(call, batches, worker=worker) as seen:
-            returned = getattr(worker, op)(given, call, **call.kwargs)
-            result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
-            seen.result = result
-        if self._memory is not None:
-            result = replace(result, metrics={**result.metrics, **self._memory.report()})
-        return _reply(result, call, batches[0], started, pulled, self.store)
+        with self._handing_over(call):
+            started = time.perf_counter()
+            batches = [pull(given, self.store) for given in call.batches]
+            pulled = time.perf_counter()
+            given = tuple(batches) if call.others else batches[0]
+            worker = self._roles[role]
+            with self._looked_at(call, batches, worker=worker) as seen:
+                returned = getattr(worker, op)(given, call, **call.kwargs)
+                result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+                seen.result = result
+            if self._memory is not None:
+                result = replace(result, metrics={**result.metrics, **self._memory.report()})
+            return _reply(result, call, batches[0], started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:
         """Rank -> process, for those this one relays calls to; itself among them."""
@@ -297,6 +303,26 @@ class WorkerProcess:
                 return {rank_of[ready[0]]: reply}
             replies[rank_of[ready[0]]] = reply
         return replies
+
+    @contextmanager
+    def _handing_over(self, call: Call) -> Iterator[None]:
+        if call.pieces is None:
+            yield
+            return
+        self._handing.begin(call.pieces.ticket)
+        try:
+            yield
+        finally:
+            self._handing.end()
+
+    def _hand(self, call: Call, piece: int, result: OpResult) -> None:
+        """See `WorkerContext.hand`."""
+        now = time.perf_counter()
+        self._handing.give(piece, _reply(result, call, Batch({}, call.num_rows), now, now, self.store))
+
+    def handed(self, ticket: str, wait_s: float) -> list[tuple[int, Reply]]:
+        """See `Handing.take`. Called in a concurrency group of its own, beside `call`."""
+        return self._handing.take(ticket, wait_s)
 
     def interrupt(self, role: str) -> None:
         """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
@@ -336,6 +362,9 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if op.draws:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
+        if not op.missing:
+            for batch, reads in zip(batches, op.read_of({**defaults(op.function), **settings}), strict=True):
+                refuse_missing(op.name, batch, reads)
         with self._looked_at(call, batches) as seen:
             result: HostResult = as_result(op.function(*batches, **settings))
             made = OpResult(
@@ -357,7 +386,10 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if RANDOM in inspect.signature(function).parameters:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
-        makes = function.op_spec.rows == "new"
+        spec = function.op_spec
+        makes = spec.rows == "new"
+        if not makes and not spec.missing:
+            refuse_missing(op, batch, spec.columns(spec.reads, {**defaults(function), **settings}))
         with self._looked_at(call, [batch], state=dict(values)) as seen:
             new, returned = function(values, **settings) if makes else function(values, batch, **settings)
             check_values(type(state).__name__, new)

@@ -24,13 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from controller.cluster.failure_text import explained
 from controller.cluster.head_services import without_head_services
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, LostInStart, Pool
+from controller.cluster.pool import BEATS, HANDED, RELAYS, SIGNALS, ClusterError, LostInStart, Pool
 from controller.cluster.pool_gauges import PoolGauges
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
 from controller.cluster.reservations import Place, Reservations
-from controller.cluster.store_room import remark_on_room
+from controller.cluster.store_room import remark_on_room, temporary_folder
 from controller.cluster.user_files import send_user_files_by_value
 from controller.cluster.watch import Watch
 from controller.cluster.worker_environment import is_sent
@@ -124,7 +124,7 @@ class Cluster:
             self.about = f"in the Ray cluster at {address}"
             self._check_size(address)
             return
-        remark = remark_on_room(self.config.object_store_bytes)
+        remark = remark_on_room(self.config.object_store_bytes, temporary_folder())
         try:
             self._start_own(**options)
         except ClusterError as error:
@@ -143,6 +143,7 @@ class Cluster:
                 num_cpus=self.slots + self.config.spare_slots + self.host_processes + 1,
                 object_store_memory=self.config.object_store_bytes,
                 include_dashboard=False,
+                _temp_dir=str(temporary_folder().absolute() / "ray"),
                 # Ray would start a process a CPU ahead; ours have an environment of their own and cannot use them.
                 _system_config={"prestart_worker_first_driver": False},
                 **options,
@@ -447,8 +448,9 @@ def _session_folder() -> str:
 
 
 def worker_actor(kind: type) -> Any:
-    """A worker process class as Ray actor: a thread that works, one for signals, one that relays, one that answers."""
-    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, BEATS: 1}}
+    """A worker process class as Ray actor: a thread that works, and one each for signals, relays, what is handed
+    over, and beats."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, HANDED: 1, BEATS: 1}}
     return ray.remote(**threads)(kind)
 
 

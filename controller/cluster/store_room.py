@@ -15,17 +15,28 @@ from controller.cluster.pool import ClusterError
 SHARED_MEMORY = Path("/dev/shm")
 SESSION_BYTES = 64 << 20
 """Least that logs and sockets of a session want."""
+LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.0")
+"""Bytes of a path: a socket's may have 107 (unix(7))."""
 ADVICE = "give more shared memory (docker run --shm-size=8g), or set a lower ray.object_store_bytes"
 
 
 def temporary_folder() -> Path:
-    """Where Ray keeps a session."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
+    """Where Ray keeps its sessions: RAY_TMPDIR, else TMPDIR, as Ray chooses; /tmp, where the latter's path is too long
+    for sockets, which schedulers that make a TMPDIR for each job know nothing of. Raises ClusterError for a RAY_TMPDIR
+    that is."""
+    told, usual = (os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR"))
+    if told is not None and len(os.fsencode(told)) > LONGEST_FOLDER:
+        raise ClusterError(
+            f"Ray's sockets lie below RAY_TMPDIR, and the system wants at most {LONGEST_FOLDER} bytes of its path, "
+            f"got {len(os.fsencode(told))}: {told}; set it to a folder of yours with a short path"
+        )
+    if told is not None:
+        return Path(told)
+    return Path(usual) if usual and len(os.fsencode(usual)) <= LONGEST_FOLDER else Path("/tmp")
 
 
-def remark_on_room(store_bytes: int, shared: Path = SHARED_MEMORY, temporary: Path | None = None) -> str:
+def remark_on_room(store_bytes: int, temporary: Path, shared: Path = SHARED_MEMORY) -> str:
     """What to know of an object store's place; empty where all is well. Raises ClusterError where there is none."""
-    temporary = temporary or temporary_folder()
     try:
         temporary.mkdir(parents=True, exist_ok=True)  # as Ray would
         with tempfile.TemporaryFile(dir=temporary):
