@@ -73,3 +73,16 @@ def test_episodes_on_ray_are_those_of_one_process(launch_warm: Callable[..., dic
     logs = list((tmp_path / "episodes" / "episodes").glob("lost_actor_rank_*.jsonl"))
     lost = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert len(lost) == 4 and {entry["detail"] for entry in lost} == {"OSError: no tool for 7"}
+
+
+def test_ranks_that_share_a_copy_play_one_set_of_episodes(launch_warm: Callable[..., dict[str, Any]]) -> None:
+    settings = [
+        *("placement.pools.main.slots=1", "placement.pools.gen.slots=2", "placement.rollout=gen"),
+        *("actor.rollout.tensor_parallel=2", "actor.rollout.max_response_tokens=48", "actor.optimizer.lr=1e-3"),
+        *("algorithm.plain=true", "algorithm.begin=:", "algorithm.end==", "algorithm.turn_tokens=6"),
+        *("algorithm.samples_per_prompt=4", "algorithm.turns=4", "algorithm.unfinished_reward=-1"),
+    ]
+    last = launch_warm("tool_grpo", *settings)["last"]
+    assert last["actor/episodes"] == last["actor/rows"] == 16 and last["actor/turns"] > 1, "the second rank plays none"
+    assert last["actor/version"] == 2
+    assert last["actor/rollout_mismatch"] < 1e-4, "both ranks have drawn with the weights that are trained"
