@@ -4,7 +4,8 @@
     waves          the same episodes in lock-step: all turns of a round are drawn, then all tools are waited for
     engine_bound   the same turns with tools that take no time: what the engine alone allows
 
-The three draw the same tokens, which is checked. Beside them: 64 of these episodes, one of which waits for a tool of
+The three draw the same tokens, which is checked; `cpu_s` is what they cost beside seconds, which are others', too, on
+a machine that is shared. Beside them: 64 of these episodes, one of which waits for a tool of
 5 s; and training on the leaves of episodes that branch, with and without computing once what they share
 (`tree_training.py`). `--simulated`: in place of all that, what up to 10,000 episodes at one time cost beside an engine
 that costs nothing (`many_episodes.py`). One JSON line last.
@@ -22,6 +23,7 @@ import math
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,9 @@ def measured(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
         bench.ours(8, slow=0.0)  # what the first call alone costs
-        bound_s, bound = bench.ours(count, slow=0.0)
-        ours_s, ours = bench.ours(count, slow=1.0)
-        waves_s, waves = bench.waves(count)
+        bound_took, bound = bench.ours(count, slow=0.0)
+        ours_took, ours = bench.ours(count, slow=1.0)
+        waves_took, waves = bench.waves(count)
         straggler = bench.straggler(min(count, 64))
         trained = tree_training(bench.model, bench.leaves(arguments.trees), budget=8192, turns=5)
         bench.engine.close()
@@ -128,17 +130,37 @@ def measured(arguments: argparse.Namespace) -> None:
         "turn_tokens": arguments.turn_tokens,
         "tokens": tokens,
         "ours": {
-            **_speed(tokens, ours_s),
+            **_speed(tokens, ours_took),
             "lost": sum(not episode.trains for episode in ours),
             "outcomes": dict(Counter(episode.outcome for episode in ours)),
         },
-        "waves": _speed(tokens, waves_s),
-        "engine_bound": _speed(tokens, bound_s),
-        "ours_over_waves": round(waves_s / ours_s, 2),
+        "waves": _speed(tokens, waves_took),
+        "engine_bound": _speed(tokens, bound_took),
+        "ours_over_waves": round(waves_took.seconds / ours_took.seconds, 2),
         "straggler": straggler,
         "tree_training": trained,
     }
     print(json.dumps(result))
+
+
+@dataclass(frozen=True)
+class Took:
+    """What one way to play them took."""
+
+    seconds: float
+    cpu_s: float
+    """Of all threads of this process."""
+
+
+class Clock:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._seconds, self._cpu_s = time.perf_counter(), time.process_time()
+
+    def took(self) -> Took:
+        """Since then."""
+        return Took(time.perf_counter() - self._seconds, time.process_time() - self._cpu_s)
 
 
 class Bench:
@@ -166,8 +188,8 @@ class Bench:
             self.engine = TransformersEngine(model_path=str(model), rollout=rollout, **where)
         self.engine.load(ModelConfig(path=str(model)), 0)
 
-    def ours(self, count: int, *, slow: float) -> tuple[float, list[Episode]]:
-        """Seconds, and the episodes; slow: factor on what tools take."""
+    def ours(self, count: int, *, slow: float) -> tuple[Took, list[Episode]]:
+        """What they took, and the episodes; slow: factor on what tools take."""
         return self.played(Tools(slow, self.turn_tokens), count)
 
     def straggler(self, count: int) -> dict[str, Any]:
@@ -183,23 +205,23 @@ class Bench:
         }
         found = {}
         for name, (environment, more) in ways.items():
-            seconds, episodes = self.played(environment, count, **more)
+            took, episodes = self.played(environment, count, **more)
             kept = sum(episode.trains for episode in episodes)
-            found[name] = {"seconds": round(seconds, 2), "kept": kept}
+            found[name] = {"seconds": round(took.seconds, 2), "kept": kept}
         return found
 
     def played(
         self, environment: Environment, count: int, *, step_seconds: float | None = None, **groups: Any
-    ) -> tuple[float, list[Episode]]:
-        """Seconds, and the episodes of `count` rows."""
+    ) -> tuple[Took, list[Episode]]:
+        """What they took, and the episodes of `count` rows."""
         batch, call = _rows(count)
         limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count, step_seconds=step_seconds)
         sampling, model = Sampling(max_tokens=self.tokens), str(self.model)
-        started = time.perf_counter()
+        clock = Clock()
         episodes = run_episodes(
             self.engine, model, batch, call, environment, limits, sampling, self.tokens + 8, **groups
         )
-        return time.perf_counter() - started, episodes
+        return clock.took(), episodes
 
     def leaves(self, count: int) -> Batch:
         """The rows of episodes that branch, two turns' tokens a turn."""
@@ -212,11 +234,11 @@ class Bench:
         groups = np.array([episode.number for episode in episodes], dtype=np.int64)
         return Batch({**columns, "group_id": Column(groups)})
 
-    def waves(self, count: int) -> tuple[float, list[list[list[int]]]]:
+    def waves(self, count: int) -> tuple[Took, list[list[list[int]]]]:
         """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""
         batch, call = _rows(count)
         tokenizer, ends = TextTokenizer(self.model), end_token_ids(self.model)
-        started = time.perf_counter()
+        clock = Clock()
         prompts, texts = batch["prompt_ids"].rows(), batch["prompt"].rows()
         talks = [Conversation(tokenizer, ids.tolist(), text, ends) for ids, text in zip(prompts, texts, strict=True)]
         seeds = [f"{call.seed}/{call.step}/{call.node}/{row}/0" for row in call.row_index]
@@ -235,7 +257,7 @@ class Bench:
             time.sleep(max((waits[at][turn] for at in going_on), default=0.0))
             for at in going_on:
                 talks[at].say("user", SAID)
-        return time.perf_counter() - started, [_drawn(talk) for talk in talks]
+        return clock.took(), [_drawn(talk) for talk in talks]
 
 
 def _rows(count: int) -> tuple[Batch, Call]:
@@ -254,8 +276,12 @@ def _drawn(talk: Conversation) -> list[list[int]]:
     return [piece.token_ids.tolist() for piece in talk.pieces if piece.turn >= 0]
 
 
-def _speed(tokens: int, seconds: float) -> dict[str, float]:
-    return {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2)}
+def _speed(tokens: int, took: Took) -> dict[str, float]:
+    return {
+        "tokens_per_s": round(tokens / took.seconds, 1),
+        "seconds": round(took.seconds, 2),
+        "cpu_s": round(took.cpu_s, 2),
+    }
 
 
 if __name__ == "__main__":

@@ -133,3 +133,16 @@ def test_a_reference_takes_what_is_over_and_its_ranks_keep_in_step(
         assert whole["grpo_advantage/ref_kl"] == pytest.approx(cut["grpo_advantage/ref_kl"], rel=1e-4)
     saved = list((tmp_path / "pieces_4/inputs/step_000000/reference.compute_ref_log_prob").glob("part_*"))
     assert len(saved) == 8, "each piece on each rank is a call that can be replayed"
+
+
+def test_ranks_that_share_a_copy_play_one_set_of_episodes(launch_warm: Callable[..., dict[str, Any]]) -> None:
+    settings = [
+        *("placement.pools.main.slots=1", "placement.pools.gen.slots=2", "placement.rollout=gen"),
+        *("actor.rollout.tensor_parallel=2", "actor.rollout.max_response_tokens=48", "actor.optimizer.lr=1e-3"),
+        *("algorithm.plain=true", "algorithm.begin=:", "algorithm.end==", "algorithm.turn_tokens=6"),
+        *("algorithm.samples_per_prompt=4", "algorithm.turns=4", "algorithm.unfinished_reward=-1"),
+    ]
+    last = launch_warm("tool_grpo", *settings)["last"]
+    assert last["actor/episodes"] == last["actor/rows"] == 16 and last["actor/turns"] > 1, "the second rank plays none"
+    assert last["actor/version"] == 2
+    assert last["actor/rollout_mismatch"] < 1e-4, "both ranks have drawn with the weights that are trained"
