@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-judge lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes chaos comparison docs gpu-evidence models-table clean
+.PHONY: help install demo test test-judge lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes bench-tool chaos comparison docs gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -105,6 +105,9 @@ bench-planner: install  ## the placement search at 128 and 1,024 GPUs, and the p
 
 bench-episodes: install  ## 256 episodes with tools, against lock-step waves and the engine's own bound: one JSON line
 	$(BIN)/python -m benchmarks.episodes $(ARGS)
+
+bench-tool: install  ## accuracy before and after GRPO of a policy that learns to call a calculator, by seed
+	$(BIN)/python -m benchmarks.calculator_tool $(ARGS)
 
 clean:  ## remove caches and build output (not .venv, runs or models)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -47,6 +47,8 @@ from tests.runs.machines import refusal
 
 ENDS = ("error", "preempted")
 """With which of its lines a run says why it ends."""
+ANNOUNCED = "recovery: "
+"""With which a run says that it has noticed."""
 STARTS_AGAIN = "recovery: starting all processes again"
 OUTCOMES = "outcomes.jsonl"
 LIMIT_S = 420.0
@@ -191,7 +193,9 @@ class Chaos:
             json.dumps({"arguments": arguments, "events": str(events), "faults": [asdict(fault) for fault in faults]})
         )
         if nodes > 1:
-            code, said = launch_on_machines(spec, events, output, faults[0].action if faults else "", self.limit_s)
+            code, said = launch_on_machines(
+                spec, events, output, nodes=nodes, action=faults[0].action if faults else "", limit_s=self.limit_s
+            )
             return code, said, []  # what is left of a machine ends with it
         own = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))  # short: Ray's sockets are below it
         (own / "tmp").mkdir()
@@ -261,7 +265,15 @@ def _judge(outcome: Outcome, span: Sequence[dict[str, Any]], said: str) -> None:
     if again is not None:  # what dies before the first step is started again, and that step is its recovery
         recovered = next((event for event in notes if event["text"].endswith("first step")), None)
     ended = next((event for event in span if event["event"] in ("ends", "gone")), None)
-    noticed = (notes[0] if notes else None) if recovered is not None else ended
+    word = next(
+        (
+            event
+            for event in notes
+            if event["text"].startswith(("recovered", "preempted")) or ANNOUNCED in event["text"]
+        ),
+        None,
+    )
+    noticed = word or ended
     if noticed is not None:
         outcome.notice_s = round(noticed["at"] - began, 1)
     if recovered is not None:

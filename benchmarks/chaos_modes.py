@@ -53,6 +53,18 @@ SYNC_TABLE = (
     Fault(kind="full disk", action="file:40000", op=UPDATE, step=1, says="File too large|space", alone=True),
     Fault(kind="cut network of a node", action="cut", op=UPDATE, step=2, nodes=2, says="not answer|gone", alone=True),
     Fault(kind="kill of a node", action="power off", op=UPDATE, step=2, nodes=2, says="not answer|gone", alone=True),
+    Fault(
+        kind="cut network, a spare node", action="cut", op=UPDATE, step=2, nodes=3, says="not answer|gone", alone=True
+    ),
+    Fault(
+        kind="kill of a node, a spare",
+        action="power off",
+        op=UPDATE,
+        step=2,
+        nodes=3,
+        says="not answer|gone",
+        alone=True,
+    ),
     Fault(kind="corrupted checkpoint", action="SIGKILL", op=UPDATE, step=3, corrupts=True, alone=True, settings=ENDS),
 )
 """Operations are those of GRPO: nodes of the graph, `host role` at the start."""

@@ -56,7 +56,8 @@ class Fault:
     says: str = ""
     """A pattern of what the run must say."""
     nodes: int = 1
-    """2: each rank has a machine of its own, and the action is one of chaos_machines.py."""
+    """More than one: each of two ranks has a machine of its own, a third is spare, and the action is one of
+    chaos_machines.py."""
     alone: bool = False
     """In a run of its own, since the run ends by it."""
     settings: Sequence[str] = ()
@@ -103,7 +104,7 @@ class Injector(threading.Thread):
             while (pid := self._victim(fault)) is None:
                 time.sleep(POLL_S)
             self.recovered.clear()
-            note(self.events, "fault", pid=pid, **asdict(fault))
+            note(self.events, "fault", pid=pid, node=node_of(fault), **asdict(fault))
             if fault.nodes == 1:  # else who reads the events acts
                 self._act(fault, pid)
             self.recovered.wait()
@@ -150,6 +151,16 @@ def named_process(name: str) -> int:
             if words in " ".join(child.cmdline()[:4]):
                 return int(child.pid)
     raise LookupError(f"this run has no process called {name}")
+
+
+def node_of(fault: Fault) -> str:
+    """Address of a node that a process of its pool is on, other than this one's; empty for faults of one process."""
+    import ray
+
+    if fault.nodes == 1 or Seen.made is None:
+        return ""
+    away = set(Seen.made.pools[fault.pool].node_ids) - {ray.get_runtime_context().get_node_id()}
+    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] in away)
 
 
 def limit_memory(pid: int, count: int) -> None:

@@ -10,6 +10,7 @@ Ray calls, one at a time, in the controller's order
   run_host_op          the same for a pure function
   relay                the same call for several ranks of this machine, in their name to the controller
   interrupt            runs beside another call: generation stops early, and is called again
+  handed               beside another call: what that has handed over so far (handing.py)
   beat                 beside all others: what this process is at, and how its neighbours stand (heartbeat.py)
   abandon              the step is given up: what was kept to go on with is forgotten
   copy_state, put_back what a rank holds of a role that learns, to and from the memory of another node
@@ -26,8 +27,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from rlhf_dist.sampling import seed_of
 from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
 from workers.failures import refuse_breakpoint, reported
+from workers.handing import Handing
 from workers.heartbeat import Activity
 from workers.looking import Seen, looked_at
 from workers.states import check_values, held_state, read_state, values_of, write_state
@@ -82,6 +84,7 @@ class WorkerProcess:
         self._peers: dict[int, Any] = {}
         self._phase = ""
         self.activity = Activity()
+        self._handing = Handing()
         if store is None:
             sys.breakpointhook = refuse_breakpoint
         if log_file:
@@ -190,6 +193,7 @@ class WorkerProcess:
             memory=self._memory,
             team=self._team,
             phase=phase,
+            hand=self._hand,
             **context,
         )
         self._roles[role] = made_by(context=where, **settings)
@@ -237,18 +241,19 @@ class WorkerProcess:
     @reported
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
-        started = time.perf_counter()
-        batches = [pull(given, self.store) for given in call.batches]
-        pulled = time.perf_counter()
-        given = tuple(batches) if call.others else batches[0]
-        worker = self._roles[role]
-        with self._looked_at(call, batches, worker=worker) as seen:
-            returned = getattr(worker, op)(given, call, **call.kwargs)
-            result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
-            seen.result = result
-        if self._memory is not None:
-            result = replace(result, metrics={**result.metrics, **self._memory.report()})
-        return _reply(result, call, batches[0], started, pulled, self.store)
+        with self._handing_over(call):
+            started = time.perf_counter()
+            batches = [pull(given, self.store) for given in call.batches]
+            pulled = time.perf_counter()
+            given = tuple(batches) if call.others else batches[0]
+            worker = self._roles[role]
+            with self._looked_at(call, batches, worker=worker) as seen:
+                returned = getattr(worker, op)(given, call, **call.kwargs)
+                result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+                seen.result = result
+            if self._memory is not None:
+                result = replace(result, metrics={**result.metrics, **self._memory.report()})
+            return _reply(result, call, batches[0], started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:
         """Rank -> process, for those this one relays calls to; itself among them."""
@@ -274,6 +279,26 @@ class WorkerProcess:
                 return {rank_of[ready[0]]: reply}
             replies[rank_of[ready[0]]] = reply
         return replies
+
+    @contextmanager
+    def _handing_over(self, call: Call) -> Iterator[None]:
+        if call.pieces is None:
+            yield
+            return
+        self._handing.begin(call.pieces.ticket)
+        try:
+            yield
+        finally:
+            self._handing.end()
+
+    def _hand(self, call: Call, piece: int, result: OpResult) -> None:
+        """See `WorkerContext.hand`."""
+        now = time.perf_counter()
+        self._handing.give(piece, _reply(result, call, Batch({}, call.num_rows), now, now, self.store))
+
+    def handed(self, ticket: str, wait_s: float) -> list[tuple[int, Reply]]:
+        """See `Handing.take`. Called in a concurrency group of its own, beside `call`."""
+        return self._handing.take(ticket, wait_s)
 
     def interrupt(self, role: str) -> None:
         """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""

@@ -51,7 +51,8 @@ def local_launch(launch: Launch, overrides: Sequence[str], device: str = "auto")
     pool = PoolConfig(device=device, device_bytes=min(limits, default=None))
     placement = PlacementConfig(pools={POOL: pool}, roles={"default": POOL}, host_processes=1)
     roles = {role: _without_vllm(role, config, overrides) for role, config in launch.roles.items()}
-    here = replace(launch, run=replace(launch.run, placement=placement), roles=roles)
+    output = replace(launch.run.output, evaluate_beside=False)  # in one process nothing is beside anything
+    here = replace(launch, run=replace(launch.run, placement=placement, output=output), roles=roles)
     return settle(here, local_machine())
 
 

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from controller.cluster.failure_text import explained
 from controller.cluster.object_store import ObjectStore
-from controller.cluster.pool import BEATS, RELAYS, SIGNALS, ClusterError, LostInStart, Pool
+from controller.cluster.pool import BEATS, HANDED, RELAYS, SIGNALS, ClusterError, LostInStart, Pool
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
@@ -408,8 +408,9 @@ def _session_folder() -> str:
 
 
 def worker_actor(kind: type) -> Any:
-    """A worker process class as Ray actor: a thread that works, one for signals, one that relays, one that answers."""
-    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, BEATS: 1}}
+    """A worker process class as Ray actor: a thread that works, and one each for signals, relays, what is handed
+    over, and beats."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, HANDED: 1, BEATS: 1}}
     return ray.remote(**threads)(kind)
 
 

@@ -11,6 +11,7 @@ Nothing is asked while calls are short. A round costs the controller one small a
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -176,12 +177,17 @@ class Watch:
         import ray
 
         with suppress(Exception):  # the head may be gone too
-            dead = next((one for one in ray.nodes() if one["NodeID"] == pool.node_ids[rank] and not one["Alive"]), None)
-            if dead is not None:
-                address = dead["NodeManagerAddress"]
+            there = next(one for one in ray.nodes() if one["NodeID"] == pool.node_ids[rank])
+            if not there["Alive"] or not _is_reached(there["NodeManagerAddress"], there["NodeManagerPort"]):
+                address = there["NodeManagerAddress"]
                 return FirstCause(kind="node", node=address, how=f"node {address} is gone, or its network is cut")
         node = self._addresses.get(pool.node_ids[rank], pool.node_ids[rank])
         return FirstCause(kind="died", how=how, node=node, pool=pool.name, rank=rank, pid=pool.pids[rank])
+
+    def pools_at(self, address: str) -> tuple[str, ...]:
+        """Names of the pools that have a process on the node with this address."""
+        nodes = {node for node, at in self._addresses.items() if at == address}
+        return tuple(pool.name for pool in self._pools if nodes & set(pool.node_ids))
 
     def doing(self, waited: Sequence[Waited]) -> str:
         """What those were at when they answered last, as text for a message: who waits, and who does not."""
@@ -295,3 +301,12 @@ class Watch:
     @staticmethod
     def _pid(one: _Known) -> int:
         return one.pool.pids[one.rank]
+
+
+def _is_reached(address: str, port: int) -> bool:
+    """Whether Ray's process on a node takes a connection: Ray itself gives a node half a minute before it says."""
+    try:
+        with socket.create_connection((address, port), LATE_S):
+            return True
+    except OSError:
+        return False

@@ -1,6 +1,7 @@
 """Runs nodes on worker groups: resolves a node's inputs, calls every rank, collects the replies.
 
     launch   inputs by reference (outputs.py) -> cut into shards -> a Call for every rank
+    follow   rows of a node under way (pieces.py): each piece that is there is a launch of its own
     wait     replies as they come -> shards of a streamed node sent on -> all there: collect -> outputs
                 a failure, or a process that is lost -> its first cause (failed_calls.py) -> NodeError, WorkerLost
 
@@ -22,19 +23,21 @@ from controller.cluster.pool import RELAYS, SIGNALS, Pool
 from controller.cluster.replies import RayReplies, Replies
 from controller.cluster.watch import Waited, Watch
 from controller.execution.batch_ref import BatchRef, merge_stored
-from controller.execution.executor import Finished
+from controller.execution.executor import Arrived, Finished
 from controller.execution.failed_calls import FailedCall, NodeError, WorkerLost, error_of, lost, overdue
 from controller.execution.looking import Looking
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
+from controller.execution.pieces import Handed, Questions, Taker, piece_of_made, piece_of_row, takes_pieces
 from controller.execution.replicas import Replicas, hand_over, living, lost_team
 from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
+from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.state_value import resolved, states_read
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL, rollout_of
 from rlhf_dist.roles import State
-from rlhf_dist.wire import Call, HeldState, Look, Reply, numbers_in
+from rlhf_dist.wire import Call, HeldState, Look, Pieces, Reply, numbers_in
 
 INDEX_ONLY = ("join", "concat", "refill")
 """Kinds of nodes that the controller does itself: they move row indices."""
@@ -71,6 +74,10 @@ class _Pending:
     """Its ranks were asked to stop early."""
     numbers: Mapping[str, Mapping[str, float]] | None = None
     """Of the states that its settings use, for who looks inside."""
+    handed: Handed | None = None
+    """What its ranks have handed over, where others take its rows piece by piece."""
+    taker: Taker | None = None
+    """Of whose pieces this is one."""
 
     @property
     def before(self) -> BatchRef | None:
@@ -84,6 +91,10 @@ class _Pending:
             return []
         left = [callee for call, callee in enumerate(self.callees) if call not in self.replies]
         return [Waited(pool, rank, self.started_s) for pool, rank in left]
+
+    def pieces(self, rows: IntArray, call: int) -> Pieces | None:
+        """What a call with these rows is told of pieces."""
+        return None if self.handed is None else self.handed.pieces(rows, call)
 
     @property
     def complete(self) -> bool:
@@ -115,12 +126,14 @@ class RayRunner:
         check: Callable[[], None] | None = None,
         replicas: Replicas | None = None,
         looking: Looking | None = None,
+        pieces: int = 1,
     ) -> None:
         """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
         stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something. watch:
         finds the process that is lost; None: there is none to lose. check: called every second while something is
         waited for; what it raises ends the wait. replicas: of pools that only generate; None: what is lost is an
-        error. looking: what processes keep of their calls; None: nothing."""
+        error. looking: what processes keep of their calls; None: nothing. pieces: in which others take the rows of a
+        node that is still at it; 1: models wait for it, and rules take each rank's."""
         self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
         self.states = dict(states or {})
         self.numbers: dict[str, dict[str, float]] = {
@@ -137,6 +150,14 @@ class RayRunner:
         self._replies, self._watch, self._check = replies or RayReplies(), watch, check
         self._replicas = None if interrupts else replicas  # an interrupted replica holds what it has begun
         self._looking = looking
+        self._pieces = pieces
+        self._handing = {
+            source.name for source in dataflow or () for target in dataflow or () if self.follows(source, target)
+        }
+        self._takers: dict[tuple[str, int], Taker] = {}
+        self._of_made: dict[tuple[str, int], IntArray] = {}
+        """Node that hands over, step -> the piece of each row that it has made."""
+        self._questions = Questions()
         self.newest = -1
         """Latest step of which anything has been launched."""
         self._looked_s = 0.0
@@ -152,7 +173,16 @@ class RayRunner:
         return tuple(dict.fromkeys(pools))
 
     def streams(self, source: Node, target: Node) -> bool:
-        """A row-wise op on CPU processes takes each rank's rows as they come, where all it reads is made there."""
+        """A row-wise op takes rows as they come, where all it reads is made there: piece by piece, or on CPU processes
+        each rank's."""
+        return self.follows(source, target) or self._by_ranks(source, target)
+
+    def follows(self, source: Node, target: Node) -> bool:
+        """Piece by piece, where the op has other pools than who makes the rows."""
+        apart = set(self.pools_of(target)).isdisjoint(self.pools_of(source))
+        return self._pieces > 1 and takes_pieces(source, target) and apart
+
+    def _by_ranks(self, source: Node, target: Node) -> bool:
         group = self.groups.get(target.role)
         return (
             source.kind == "op"
@@ -174,6 +204,9 @@ class RayRunner:
         """Send the node to its ranks."""
         self._mend(node)
         self.newest = max(self.newest, step)
+        if taker := self._takers.get((node.name, step)):
+            self._launch_piece(taker)
+            return
         if node.weights_written:
             self._writing.append((node, step))
         again = self._cut_short.pop((node.name, step), None)
@@ -186,6 +219,8 @@ class RayRunner:
             return
         batches = tuple(self.outputs.input(entry, step) for entry in node.inputs)
         pending = _Pending(node, step, NO_SHARDS, batches, time.perf_counter())
+        if node.name in self._handing:
+            pending.handed = Handed(piece_of_row(len(batches[0].rows), self._pieces))
         if node.kind in INDEX_ONLY:
             pending.started_s = 0.0
         elif node.kind in ("host", "state"):
@@ -193,6 +228,12 @@ class RayRunner:
         else:
             self._call_groups(pending)
         self._pending.append(pending)
+
+    def follow(self, node: Node, step: int) -> None:
+        """Have the node take the rows of the one before it as that hands them over."""
+        taker = Taker(node, step, self._pieces)
+        self._takers[node.name, step] = taker
+        taker.of_made = self._of_made.get((taker.entry.rows, step))
 
     def interrupt(self, node: Node, step: int) -> None:
         """Ask the ranks that generate to stop where they are, where the run allows it."""
@@ -204,9 +245,11 @@ class RayRunner:
         for process in group.pool.processes:
             process.interrupt.options(concurrency_group=SIGNALS).remote(group.role)
 
-    def wait(self) -> list[Finished]:
-        """Block until a node is finished; raises NodeError or WorkerLost."""
+    def wait(self) -> Sequence[Finished | Arrived]:
+        """Block until a node is finished, or a piece is there for one; raises NodeError or WorkerLost."""
         while True:
+            if arrived := self._arrived():
+                return arrived
             for pending in self._pending:
                 if pending.source is not None:
                     self._stream(pending, pending.source)
@@ -217,6 +260,7 @@ class RayRunner:
             self._check_deadlines()
             if self._check is not None:
                 self._check()
+            self._questions.ask(self._pending)
             waiting = {
                 ref: (p, ranks) for p in self._pending for ranks, ref in p.refs.items() if ranks[0] not in p.replies
             }
@@ -231,9 +275,11 @@ class RayRunner:
 
     def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
         """Keep the replies that come within `timeout_s`; returns what came instead of one."""
-        ready = self._replies.ready(list(waiting), timeout_s)
+        ready = self._replies.ready([*waiting, *self._questions.refs], timeout_s)
         failed = []
         for ref, answer in zip(ready, self._replies.get(ready, 60.0), strict=True):
+            if self._questions.answered(ref, answer):
+                continue
             pending, ranks = waiting[ref]
             replies: Mapping[int, Any] = dict(answer) if isinstance(answer, dict) else {ranks[0]: answer}
             for rank, reply in replies.items():
@@ -266,6 +312,7 @@ class RayRunner:
     def end_step(self, step: int) -> None:
         """Drop what is left of a step."""
         self.outputs.end_step(step)
+        self._of_made = {key: pieces for key, pieces in self._of_made.items() if key[1] > step}
         self._writing = [(node, at) for node, at in self._writing if at > step]
 
     @property
@@ -286,11 +333,95 @@ class RayRunner:
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
         self.launch(node, step)
-        return self.wait()[0]
+        (finished,) = self.wait()
+        assert isinstance(finished, Finished), "one node alone follows no other"
+        return finished
 
     def objects(self, refs: Sequence[Any]) -> list[Any]:
         """What workers stored under these references, for looking at it."""
         return list(self._replies.get(list(refs), 60.0))
+
+    # --- pieces ----------------------------------------------------------------------------------------
+    def _arrived(self) -> list[Finished | Arrived]:
+        """For whom there is a piece that the executor does not know of yet; and who has had all, and waited to hear
+        which rows those were."""
+        found: list[Finished | Arrived] = []
+        for taker in list(self._takers.values()):
+            if taker.told or taker.at is not None:
+                continue
+            if not taker.left and taker.of_made is not None:
+                now = time.perf_counter()
+                found.append(self._finish_taker(taker, now, now, 0))
+            elif self._next_piece(taker) is not None:
+                taker.told = True
+                found.append(Arrived(node=taker.node.name, step=taker.step))
+        return found
+
+    def _next_piece(self, taker: Taker) -> tuple[int, BatchRef] | None:
+        """The first piece whose rows are there, and those."""
+        if taker.of_made is not None:
+            piece = taker.left[0]
+            return piece, self.outputs.input(taker.entry, taker.step).take(taker.rows(piece))
+        source = self._source_of(taker)
+        if source is None or source.handed is None or source.before is None:
+            return None
+        for piece in taker.left:
+            made = source.handed.whole(source.node, source.step, source.shards, source.before, piece)
+            if made is not None and len(made.rows):
+                return piece, taker.read(made)
+        return None
+
+    def _source_of(self, taker: Taker) -> _Pending | None:
+        at = (taker.entry.rows, taker.step)
+        under_way = (p for p in self._pending if (p.node.name, p.step) == at)
+        return next(under_way, self._cut_short.get(at))
+
+    def _launch_piece(self, taker: Taker) -> None:
+        found, taker.told = self._next_piece(taker), False
+        assert found is not None, f"the executor was told of a piece for {taker.node.name}"
+        taker.at, rows = found
+        if (source := self._source_of(taker)) is not None and source.handed is not None:
+            source.handed.taken.add(taker.at)
+        pending = _Pending(taker.node, taker.step, NO_SHARDS, (rows,), time.perf_counter(), taker=taker)
+        self._call_groups(pending)
+        self._pending.append(pending)
+
+    def _finish_piece(self, pending: _Pending, taker: Taker, ended_s: float) -> Finished:
+        """A piece is done, and the pools are free for others; the node is finished with the last."""
+        assert taker.at is not None and pending.before is not None, "it was launched with rows"
+        taker.done[taker.at] = (pending.shards, [pending.replies[call] for call in range(pending.ranks)])
+        taker.at = None
+        tokens = int(pending.before.rows.tokens.sum())
+        if taker.of_made is not None and not taker.left:
+            return self._finish_taker(taker, pending.started_s, ended_s, tokens)
+        return Finished(
+            node=taker.node.name,
+            step=taker.step,
+            started_s=pending.started_s,
+            ended_s=ended_s,
+            metrics={},
+            tokens=tokens,
+            interrupted=taker.of_made is not None,
+            waits=taker.of_made is None,
+        )
+
+    def _finish_taker(self, taker: Taker, started_s: float, ended_s: float, tokens: int) -> Finished:
+        del self._takers[taker.node.name, taker.step]
+        (group,) = self._groups_of(taker.node)
+        before = self.outputs.input(taker.entry, taker.step)
+        output = taker.collected(before, group.pool.name)
+        if output.batch is not None:
+            self.outputs.put(taker.node.name, taker.step, output.batch)
+        self.outputs.done(taker.node, taker.step)
+        return Finished(
+            node=taker.node.name,
+            step=taker.step,
+            started_s=started_s,
+            ended_s=ended_s,
+            metrics=_named(taker.node, output),
+            tokens=tokens,
+            nbytes=output.nbytes,
+        )
 
     # --- calls -----------------------------------------------------------------------------------------
     def _groups_of(self, node: Node) -> tuple[WorkerGroup, ...]:
@@ -328,6 +459,7 @@ class RayRunner:
                     kwargs,
                     self._look(pending, part, answers=rank in answering),
                     cuts[0][0].wanted(part) if readings else None,
+                    pending.pieces(cuts[0][0].parts[part], rank),
                 )
                 for rank, part in enumerate(parts)
             ]
@@ -380,6 +512,8 @@ class RayRunner:
             # What it has answered lies in its own memory, and others may have it by now.
             if any(call in pending.replies for call in calls) or any(one.call not in calls for one in failed):
                 continue
+            if pending.handed is not None and not pending.handed.forget(calls):
+                continue
             rows = sum(len(pending.shards.parts[part]) for part in {pending.part_of_call[call] for call in calls})
             self._replicas.lost(pool, team, rows, error)
             self._hand_over(pending, calls)
@@ -392,17 +526,18 @@ class RayRunner:
         assert self._replicas is not None and before is not None, "generation has rows"
         (group,), (reading,) = self._groups_of(node), self._readings(pending)
         teams = living(group.pool, self._replicas.dead(group.pool.name))
-        pending.shards, pieces = hand_over(pending.shards, pending.part_of_call, calls, teams, before.rows.tokens)
+        pending.shards, takeovers = hand_over(pending.shards, pending.part_of_call, calls, teams, before.rows.tokens)
         settings = self._kwargs(pending)
-        for piece in pieces:
-            given = [reading.given(pending.shards.parts[piece.part], None)]
-            for number, rank in zip(piece.calls, piece.ranks, strict=True):
-                look = self._look(pending, piece.part, answers=number in pending.shards.answering)
-                wanted = pending.shards.wanted(piece.part)
-                call = build_call(node, pending.step, self.seed, given, settings, look, wanted)
+        for one in takeovers:
+            given = [reading.given(pending.shards.parts[one.part], None)]
+            for number, rank in zip(one.calls, one.ranks, strict=True):
+                look = self._look(pending, one.part, answers=number in pending.shards.answering)
+                wanted = pending.shards.wanted(one.part)
+                hands = pending.pieces(pending.shards.parts[one.part], number)
+                call = build_call(node, pending.step, self.seed, given, settings, look, wanted, hands)
                 if number == len(pending.callees):
                     pending.callees.append((group.pool, rank))
-                    pending.part_of_call.append(piece.part)
+                    pending.part_of_call.append(one.part)
                 pending.callees[number] = (group.pool, rank)
                 pending.refs[number,] = group.pool.processes[rank].call.remote(group.role, node.op, call)
 
@@ -424,14 +559,15 @@ class RayRunner:
                 given = [reading.given(pending.shards.parts[parts[rank]], None)]
                 look = self._look(pending, parts[rank], answers=rank in pending.shards.answering)
                 wanted = pending.shards.wanted(parts[rank])
-                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look, wanted)
+                hands = pending.pieces(pending.shards.parts[parts[rank]], rank)
+                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look, wanted, hands)
                 pending.refs[rank,] = process.call.remote(group.role, node.op, call)
                 del pending.replies[rank]
         pending.started_s, pending.interrupted = time.perf_counter(), False
         self._pending.insert(0, pending)
 
     def _is_source(self, pending: _Pending, node: Node, step: int) -> bool:
-        return pending.step == step and pending.node.name == node.inputs[0].rows and self.streams(pending.node, node)
+        return pending.step == step and pending.node.name == node.inputs[0].rows and self._by_ranks(pending.node, node)
 
     def _stream(self, pending: _Pending, source: _Pending) -> None:
         """Send on the rows of those ranks of `source` that have replied since, spread over the CPU processes."""
@@ -469,9 +605,11 @@ class RayRunner:
         return build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
 
     def _look(self, pending: _Pending, part: int, *, answers: bool = True, streamed: bool = False) -> Look | None:
-        if self._looking is None:
-            return None
         node = pending.node
+        if self._looking is None or node.evaluation:
+            return None
+        if pending.taker is not None and pending.taker.at is not None:
+            part, streamed = pending.taker.at * len(pending.callees) + part, True
         if pending.numbers is None:  # the same for all ranks
             states = {*states_read(node.kwargs), *([node.role] if node.kind == "state" else [])}
             pending.numbers = {state: dict(self.numbers[state]) for state in states}
@@ -531,12 +669,20 @@ class RayRunner:
             return Finished(
                 node=node.name, step=step, started_s=pending.started_s, ended_s=ended, metrics={}, interrupted=True
             )
+        if pending.taker is not None:
+            return self._finish_piece(pending, pending.taker, ended)
         output = self._moved(pending) if node.kind in INDEX_ONLY else self._collect(pending)
         started = pending.started_s or ended
         if node.kind in ("host", "state", "source"):
             started = max(started, ended - output.seconds)
         if output.batch is not None:
             self.outputs.put(node.name, step, output.batch)
+        if pending.handed is not None and output.batch is not None and pending.before is not None:
+            of_made = piece_of_made(output.batch, pending.before, pending.handed.of_row)
+            self._of_made[node.name, step] = of_made
+            for taker in self._takers.values():
+                if (taker.entry.rows, taker.step) == (node.name, step):
+                    taker.of_made = of_made
         for streamed in [p for p in self._pending if p.source is pending]:
             streamed.batches = (self.outputs.input(streamed.node.inputs[0], step),)
             self._stream(streamed, pending)
@@ -558,7 +704,7 @@ class RayRunner:
             step=step,
             started_s=started,
             ended_s=ended,
-            metrics={f"{metrics_of(node)}/{key}": mean.value for key, mean in output.metrics.items()},
+            metrics=_named(node, output),
             tokens=0 if rows is None else int(rows.rows.tokens.sum()),
             nbytes=output.nbytes,
         )
@@ -591,6 +737,10 @@ def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, d
     if node.kind == "weights":
         return [("give_weights", {"target": node.role})] * (groups - 1) + [(node.op, settings)]
     return [("send_weights", settings), ("receive_weights", settings)] if groups > 1 else [(node.op, settings)]
+
+
+def _named(node: Node, output: NodeOutput) -> dict[str, float]:
+    return {f"{metrics_of(node)}/{key}": mean.value for key, mean in output.metrics.items()}
 
 
 def metrics_of(node: Node) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from controller.cluster.pool import SIGNALS, ClusterError, NoRoom
 from controller.execution.failed_calls import NodeError, WorkerLost
@@ -31,6 +31,7 @@ from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.placement.roles import HOST_POOL
 from rlhf_dist.role_kinds import has_training_engine, role_with_base
 
+E = TypeVar("E", bound=Exception)
 RECOVERABLE = (NodeError, ClusterError)
 """What a run can recover from, if it is of the right kind."""
 MOST_TEXT = 250
@@ -109,6 +110,9 @@ class Recoveries:
         cause = error.cause if isinstance(error, WorkerLost) else None
         if cause is not None and cause.pool:
             domains.died(cause.pool)  # A process that is stopped does not answer either: nobody waits for that.
+        elif cause is not None and (watch := self._session.cluster.watch) is not None:
+            for name in watch.pools_at(cause.node):  # nor do those of a node that is gone
+                domains.died(name)
         asked = {
             process.abandon.remote(): name
             for name in domains.those(Health.SUSPECT)
@@ -153,7 +157,8 @@ class Recoveries:
         dead = self.domains.those(Health.DEAD)
         incarnations = {name: self.domains.rebuild(name) for name in dead}
         if dead:
-            self._phase(f"recovery: rebuilding pool {', '.join(dead)}")
+            limit_s = self._session.launch.run.ray.ready_timeout_s
+            self._phase(f"recovery: rebuilding pool {', '.join(dead)} (room for it is waited for up to {limit_s:g} s)")
             try:
                 self._session.rebuild(dead, self._phase)
             except ClusterError:
@@ -278,7 +283,7 @@ def shortened(text: str) -> str:
     return line if len(line) <= MOST_TEXT else f"{line[:MOST_TEXT]}..."
 
 
-def with_reason(error: Exception, why: str) -> Exception:
+def with_reason(error: E, why: str) -> E:
     """The error with why the run ends of it, in its one line."""
     error.args = (f"{error}; {why}", *error.args[1:])
     return error

@@ -1,106 +1,39 @@
-"""A run from start to summary: folder, cluster, first sync, evaluation, steps, checkpoints, export, clean-up.
+"""A run from its folder to its summary: everything that it opens, it closes.
 
-prepare folder -> start session -> (resume) -> sync -> evaluate -> steps ... -> evaluate -> export -> summary
-                                     ^                               |
-                                     |            on every finished step: metrics.jsonl, TensorBoard, display
-                                     |            at barriers: checkpoint, evaluation
-                                     +-- recovery, from a failure anywhere after the start (recovering.py)
-                                     notice: checkpoint, Preempted (preemption.py)
+claim the folder ─> cluster ─> session ─> run_in_progress.py ─> summary.json, trace.json, feedback to the planner
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from controller.cluster.local import Local
 from controller.cluster.machine import settled_on_cluster
-from controller.cluster.pool import ClusterError, NoRoom
 from controller.cluster.stacks import stacks_on_demand
-from controller.execution.eager import run_eagerly
-from controller.execution.executor import StepReport, run_steps
-from controller.execution.failed_calls import NodeError, WorkerLost
-from controller.execution.looking import Looking
-from controller.execution.ray_runner import RayRunner
-from controller.lifecycle.checkpoint import (
-    Checkpoint,
-    CheckpointIncomplete,
-    PendingCheckpoint,
-    begin_checkpoint,
-    checked,
-    find_checkpoints,
-    load_checkpoint,
-)
 from controller.lifecycle.checkpoint_store import store_of
 from controller.lifecycle.disk_space import said_of_disk
-from controller.lifecycle.evaluation import Evaluation
-from controller.lifecycle.export import check_exported
 from controller.lifecycle.plan_feedback import write_feedback
-from controller.lifecycle.preemption import Notices, Preempted
-from controller.lifecycle.recovering import RECOVERABLE, Recoveries, Recovery, shortened, with_reason
-from controller.lifecycle.replicas import DeadReplicas
+from controller.lifecycle.preemption import Notices
 from controller.lifecycle.run_folder import Beginning, claim_folder, steps_from
-from controller.lifecycle.scaling import Answer, NotScaled, Scaling, slots_for
-from controller.lifecycle.session import HELDOUT, Session, slots_needed, start_session
+from controller.lifecycle.run_in_progress import Progress, RunInProgress, StepDisplay
+from controller.lifecycle.session import slots_needed, start_session
 from controller.lifecycle.startup import StartUp
-from controller.lifecycle.step_end import StepEnd
-from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
-from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
 from controller.record.prometheus import PrometheusEndpoint
-from controller.record.timeline import Timeline
 from controller.record.tracking import new_tracker
 from rlhf_dist.compose import Launch
 from rlhf_dist.data.of_launch import with_steps_of_epochs
-from rlhf_dist.dataflow.passes import insert_rollout_dump
-from rlhf_dist.durable_files import sync, write_durably
+from rlhf_dist.durable_files import write_durably
 
 if TYPE_CHECKING:
     from controller.cluster.start import Cluster
-
-STATES = "states"
-"""Folder of a checkpoint with the values of states that are no numbers."""
-PENDING_S = 60.0
-"""Longest that a run which ends early waits for the checkpoint it is writing."""
-
-
-class StepDisplay(Protocol):
-    """What shows progress (`controller/record/display.py`)."""
-
-    def step(self, step: int, metrics: Mapping[str, float], node_seconds: Mapping[str, float]) -> None:
-        """A step is finished."""
-        ...
-
-    def phase(self, text: str) -> None:
-        """Something of the start-up begins."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something worth a line happened."""
-        ...
-
-
-@dataclass
-class _Progress:
-    """What the run has done so far, for its summary."""
-
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    timeline: Timeline | None = None
-    warnings: StepWarnings = field(default_factory=StepWarnings)
-    recoveries: dict[str, Any] = field(default_factory=dict)
-    steps: int = 0
-    """That were run, those that were run again included."""
-    tokens: float = 0.0
-    seconds: float = 0.0
 
 
 def run(
@@ -131,7 +64,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StartUp, eager: bool,
     folder, first_step = beginning.folder, beginning.first_step
     started = time.perf_counter()
     tracker = new_tracker(launch.run.output.tracker, launch.run.name, folder, {"settings": launch.yaml}, display.note)
-    progress = _Progress()
+    progress = Progress()
     cluster = Local(launch.run.ray.call_timeout_s) if local else _cluster(launch, folder)
     display.phase("this process" if local else "Ray")
     notices = Notices(launch.run.output.notice_file, launch.run.output.notice_s)
@@ -156,7 +89,9 @@ def _run_in(beginning: Beginning, launch: Launch, display: StartUp, eager: bool,
             leaving.enter_context(uploads)
             if beginning.checkpoint is not None:
                 uploads.add_missing(beginning.checkpoint)
-        run_of = _Run(launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads, notices)
+        run_of = RunInProgress(
+            launch, session, beginning, writer, display, progress, eager, cluster.metrics, uploads, notices
+        )
         run_of.execute()
     summary = {
         "name": launch.run.name,
@@ -203,479 +138,6 @@ def _uploads(launch: Launch, tell: Callable[[str], None]) -> Uploads | None:
     if store is None:
         return None
     return Uploads(store, keep=output.keep_checkpoints, retry_s=output.store_retry_s, tell=tell)
-
-
-class _Run:
-    def __init__(
-        self,
-        launch: Launch,
-        session: Session,
-        beginning: Beginning,
-        writer: MetricsWriter,
-        display: StepDisplay,
-        progress: _Progress,
-        eager: bool,
-        store_metrics: Callable[[], dict[str, float]],
-        uploads: Uploads | None,
-        notices: Notices,
-    ) -> None:
-        folder = beginning.folder
-        self.launch, self.session, self.folder, self.checkpoint = launch, session, folder, beginning.checkpoint
-        self.settings, self.sources = beginning.settings, beginning.sources
-        session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
-        self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
-        output = launch.run.output
-        self.dataflow = insert_rollout_dump(
-            launch.dataflow,
-            folder=str((folder / "rollouts").resolve()),
-            rows=output.rollout_rows,
-            every=output.rollouts_every,
-        )
-        self.looking = Looking(
-            folder=folder,
-            every=output.inputs_every,
-            keep=output.keep_inputs,
-            nodes=output.inputs_nodes,
-            profiled=launch.run.profile.steps,
-        )
-        self.notices, self.scaling, self.done = notices, Scaling(folder), 0
-        self.saved = 0 if beginning.checkpoint is None else beginning.checkpoint.step
-        """Step of the last complete checkpoint."""
-        self.runner = self._new_runner()
-        # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
-        self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
-        self.graph_file = GraphFile(folder, self.dataflow)
-        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
-        if self.evaluation.in_vain:
-            display.note(
-                "data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes"
-            )
-        self.recoveries = Recoveries(session, display.phase)
-        self.store_metrics, self.uploads = store_metrics, uploads
-        self.closed_s = time.perf_counter()
-        self.pending: PendingCheckpoint | None = None
-        self.began = self.furthest = 0
-        """Steps done when this launch began, and at most until now."""
-        self.end: StepEnd | None = None
-        """Of the last step that ended."""
-        self.kept_at: int | None = None
-        """Steps done of the last checkpoint that was begun or restored."""
-        self.copied: dict[str, float] = {}
-        """What a copy in memory cost since the last step."""
-        self.recovered_s: list[float] = []
-        """Seconds of recoveries since the last step."""
-
-    def _new_runner(self) -> RayRunner:
-        numbers = {name: state.initial(self.launch.algorithm) for name, state in self.session.states.items()}
-        # Line by line, anything may be looked at until the step ends, whoever else reads it.
-        replicas = DeadReplicas(self.session, self._admit, self.display.phase, self._recovered_from)
-        graph = None if self.eager else self.dataflow
-        return self.session.runner(graph, numbers, check=self.notices.check, replicas=replicas, looking=self.looking)
-
-    def execute(self) -> None:
-        """From its start, or from a checkpoint, to its end."""
-        first_step = 0 if self.checkpoint is None else self.checkpoint.step
-        done = self.began = self.furthest = first_step
-        try:
-            try:
-                self._begin(first_step)
-            except RECOVERABLE as error:
-                done = self._recover(error)
-            while True:
-                try:
-                    self._go_on(done)
-                    return
-                except RECOVERABLE as error:
-                    done = self._recover(error)
-        except Preempted as notice:
-            self._make_room(notice)
-        except BaseException as error:
-            self._say_inputs(error)
-            self._keep_pending()
-            raise
-
-    def _say_inputs(self, error: BaseException) -> None:
-        """How a person goes on from a node that failed."""
-        self.looking.bound()
-        at = error.of_node if isinstance(error, NodeError) else None
-        if at is not None and self.looking.kept(*at) is not None:
-            node, step = at
-            self.display.note(
-                f"the inputs of {node} are kept: rlhf-dist replay {self.folder} --step {step} --node {node}"
-            )
-
-    def _begin(self, first_step: int) -> None:
-        if self.checkpoint is not None:
-            self.display.phase("checkpoint")
-            self._restore(self.checkpoint)
-            self.display.note(f"resumed after {first_step} steps from {self.checkpoint.folder}")
-        if self.launch.dataflow.generating:
-            self.display.phase("first weight sync")
-        self.session.sync(first_step)
-
-    def _go_on(self, done: int) -> None:
-        """From `done` steps done to the end; nothing is under way."""
-        self._remember_end(done)
-        if done == self.began < self.launch.run.steps and self.evaluation.possible:
-            self.display.phase("evaluation")
-        self._at_barrier(done)
-        if done == self.began < self.launch.run.steps:
-            self.display.phase("first step")
-        self.closed_s = time.perf_counter()
-        self.done, self.notices.running = done, True
-        self._steps(done)
-        self._finish_checkpoint(wait=True)
-        if self.notices.look():
-            raise Preempted(self.notices.asked)
-        self.notices.running = False
-        self._export()
-
-    def _steps(self, first_step: int) -> None:
-        run = self.launch.run
-        if self.eager:
-            run_eagerly(
-                self.launch.recipe,
-                self.launch.algorithm,
-                self.runner,
-                start=first_step,
-                stop=run.steps,
-                on_step=self._on_step,
-                refilled=self.launch.dataflow.refilled,
-                at_the_end=[node for node in self.dataflow if node.op == "dump"],
-            )
-        else:
-            run_steps(
-                self.dataflow,
-                self.runner,
-                start=first_step,
-                stop=run.steps,
-                on_step=self._on_step,
-                barrier=self._is_barrier,
-            )
-
-    def _on_step(self, report: StepReport) -> None:
-        now = time.perf_counter()
-        seconds, self.closed_s = now - self.closed_s, now
-        metrics = report.metrics
-        tokens = self._tokens(metrics)
-        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
-        metrics |= self.copied
-        self.copied = {}
-        if self.recovered_s:
-            metrics |= {"recoveries": float(len(self.recovered_s)), "recovery_s": sum(self.recovered_s)}
-            self.recovered_s = []
-        self._remember(report, metrics, tokens, seconds)
-        self.writer.write(report.step, metrics, report.seconds)
-        self.graph_file.saw(report.nodes)
-        self.display.step(report.step, metrics, report.seconds)
-        for said in (self.progress.warnings.of(report.step, metrics), *self.looking.after(report.step)):
-            if said:
-                self.display.note(said)
-        done = report.step + 1
-        self.done = done
-        self.furthest = max(self.furthest, done)
-        self._remember_end(done)
-        self._finish_checkpoint(wait=False)
-        self._at_barrier(done)
-        if self.notices.look() and self._is_settled:
-            raise Preempted(self.notices.asked)
-        self.closed_s = time.perf_counter()
-
-    def _tokens(self, metrics: Mapping[str, float]) -> float:
-        """Prompt and response tokens of the step: what was generated, or what the sources gave."""
-        counted = {name: value for name, value in metrics.items() if name.endswith("/sequence_tokens")}
-        sources = {f"{name}/sequence_tokens" for name in self.launch.recipe.sources}
-        return sum(value for name, value in counted.items() if name not in sources) or sum(counted.values())
-
-    def _remember(self, report: StepReport, metrics: dict[str, float], tokens: float, seconds: float) -> None:
-        self.progress.first = self.progress.first or metrics
-        self.progress.last = metrics
-        self.progress.steps += 1
-        self.progress.tokens += tokens
-        self.progress.seconds += seconds
-        assert self.progress.timeline is not None, "set when the run begins"
-        self.progress.timeline.finished += report.nodes
-
-    @contextmanager
-    def _paused(self, what: str) -> Iterator[None]:
-        """Nothing of the graph runs inside."""
-        started = time.perf_counter()
-        yield
-        assert self.progress.timeline is not None, "set when the run begins"
-        self.progress.timeline.paused.append((what, started, time.perf_counter()))
-
-    # --- barriers ------------------------------------------------------------------------------------
-    def _at_barrier(self, done: int) -> None:
-        """Evaluate and save what is due after `done` steps and has not been done before a recovery."""
-        due = self._evaluates_after(done - 1) if done > self.began else self.began < self.launch.run.steps
-        due = due and self.evaluation.possible and all(one["step"] != done for one in self.progress.evaluations)
-        if due and not self.notices.look():
-            with self._paused("evaluation"):
-                self._evaluate(done)
-        if self._copies_in_memory and (self._copies_after(done - 1) or done == self.began):
-            with self._paused("copy in memory"):
-                self._copy(done)
-        if self.scaling.look() is not None and self._is_settled:
-            with self._paused("scale"):
-                self._scale(done)
-        asked = self.notices.wants_checkpoint and self._is_settled
-        if done > self.began and (asked or self._checkpoints_after(done - 1)) and self.kept_at != done:
-            with self._paused("checkpoint"):
-                self._checkpoint(done)
-
-    def _evaluates_after(self, step: int) -> bool:
-        every, done = self.launch.run.output.evaluate_every, step + 1
-        return self.evaluation.possible and (done == self.launch.run.steps or bool(every and done % every == 0))
-
-    def _checkpoints_after(self, step: int) -> bool:
-        every, done = self.launch.run.output.checkpoint_every, step + 1
-        return every is not None and (done == self.launch.run.steps or bool(every and done % every == 0))
-
-    @property
-    def _copies_in_memory(self) -> bool:
-        return bool(self.launch.run.recovery.memory_every and self.launch.run.recovery.retries)
-
-    def _copies_after(self, step: int) -> bool:
-        every = self.launch.run.recovery.memory_every
-        return bool(every) and (step + 1) % every == 0
-
-    def _is_barrier(self, step: int) -> bool:
-        asked = self.notices.look() or self.notices.wants_checkpoint or self.scaling.look() is not None
-        return asked or self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
-
-    def _evaluate(self, done: int) -> None:
-        metrics = self.evaluation.run(done, self.runner.numbers)
-        if metrics:
-            self.progress.evaluations.append({"step": float(done), **metrics})
-            self.writer.write_evaluation(done, metrics)
-            of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}
-            said = ", ".join(f"{value:.4f}" if role == HELDOUT else f"{role} {value:.4f}" for role, value in of.items())
-            lost = sum(value for name, value in metrics.items() if name.endswith("/lost"))
-            missing = f" ({lost:g} episodes are lost: rlhf-dist rollouts {self.folder} --lost)" if lost else ""
-            self.display.note(f"held-out reward after {done} steps: {said or 'none'}{missing}")
-
-    @property
-    def _is_settled(self) -> bool:
-        """Whether weights, states and sources are those after `done` steps: no later step has touched them."""
-        return self.runner.newest < self.done or not (self.dataflow.staleness or self.runner.changing)
-
-    def _scale(self, done: int) -> None:
-        """Give a pool that generates the number of replicas that somebody has asked for."""
-        request, started = self.scaling.look(), time.perf_counter()
-        if request is None:  # withdrawn since
-            return
-        try:
-            slots = slots_for(self.session, request)
-            self.display.phase(f"scale: pool {request.pool} to {request.replicas} replicas")
-            self.recoveries.resize(request.pool, slots, done)
-        except (NotScaled, NoRoom) as error:
-            self.scaling.answer(Answer(done=False, text=str(error)))
-            self.display.note(f"not scaled: {error}")
-            return
-        except RECOVERABLE as error:
-            self.scaling.answer(Answer(done=False, text=f"the run recovers from: {error}"))
-            raise
-        self.runner.groups = {**self.runner.groups, **self.session.groups}
-        said = (
-            f"pool {request.pool} has {request.replicas} replicas after {done} steps, with the weights of that step; "
-            f"the steps waited {time.perf_counter() - started:.1f} s"
-        )
-        self.scaling.answer(Answer(done=True, text=said))
-        self.display.note(said)
-
-    def _copy(self, done: int) -> None:
-        """A copy of what all ranks hold, in other nodes' memory, for a recovery to go back to."""
-        assert self.end is not None and self.end.done == done, "the step has just ended"
-        try:
-            self.copied = self.recoveries.copies.make(self.end)
-        except ClusterError as error:  # Of a rank that is gone the next node tells; a copy alone ends nothing.
-            self.display.note(f"no copy in memory after {done} steps: {error}")
-
-    def _checkpoint(self, done: int, limit_s: float | None = None) -> None:
-        """limit_s: longest that each role may take to copy what is saved, where that is not ray.call_timeout_s."""
-        self.notices.wants_checkpoint = False
-        self._finish_checkpoint(wait=True, limit_s=limit_s)
-        self.kept_at = done
-        self.pending = begin_checkpoint(
-            self.folder / "checkpoints",
-            step=done,
-            recipe=self.launch.recipe.name,
-            ranks={role: self.session.groups[role].pool.size for role in self.session.model_roles},
-            numbers=self.runner.numbers,
-            settings=self.settings,
-            sources=self.sources,
-            save_role=lambda role, path: self.session.call_role(role, "save", done, limit_s=limit_s, folder=path),
-            keep=self.launch.run.output.keep_checkpoints,
-        )
-        for name in self.session.states:
-            self.session.save_state(self.runner.held_state(name), self.pending.partial / STATES / name)
-
-    def _make_room(self, notice: Preempted) -> None:
-        """Save what is done, where no step under way has changed it yet, and end. Raises Preempted."""
-        last = self.saved if self.pending is None else self.pending.step
-        if last < self.done and self.launch.run.output.checkpoint_every is not None and self._is_settled:
-            try:
-                self._checkpoint(self.done, limit_s=max(self.notices.left_s, 1.0))
-            except Exception as error:  # without it the last one stands, which is said below
-                self.display.note(f"no checkpoint after {self.done} steps: {error}")
-        self._keep_pending()
-        last = self.saved
-        saved = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
-        lost = "" if last == self.done else f", {self.done - last} steps after it are lost"
-        raise Preempted(f"{notice} after {self.done} steps; {saved}{lost}; go on with resume=auto") from notice
-
-    def _keep_pending(self) -> None:
-        """The run ends early: what was copied for a checkpoint is written to its end, unless that takes too long."""
-        if self.pending is None or self.notices.at_once:
-            return
-        step, deadline = self.pending.step, time.monotonic() + PENDING_S
-        self.display.note(f"the checkpoint after {step} steps is being written (interrupt again to leave without it)")
-        try:
-            while self.pending is not None and time.monotonic() < deadline:
-                self._finish_checkpoint(wait=False, limit_s=deadline - time.monotonic())
-                time.sleep(0.05)
-        except Exception as error:  # What ended the run may have ended this too; it must not hide the first error.
-            self.display.note(f"the checkpoint after {step} steps is lost: {error}")
-
-    def _finish_checkpoint(self, *, wait: bool, limit_s: float | None = None) -> None:
-        """Make the checkpoint that is being written visible if it is complete; with `wait`, once it is."""
-        if self.pending is None:
-            return
-        step, roles = self.pending.step, self.pending.roles
-        # Beside what the next step already runs: the schedule must not stand still for a question.
-        answers = [
-            self.session.call_role(role, "saved", step, beside=True, limit_s=limit_s, wait=wait) for role in roles
-        ]
-        left = [answer[f"{role}/pending"] for role, answer in zip(roles, answers, strict=True)]
-        if not any(left):
-            self._publish(self.pending)
-            self.pending = None
-
-    def _publish(self, pending: PendingCheckpoint) -> None:
-        uploads = self.uploads
-        complete = pending.finish() if uploads is None else pending.finish(uploads.in_use)
-        self.saved = pending.step
-        if uploads is not None:
-            uploads.add(complete)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Have all roles, states and sources go on from a checkpoint."""
-        load_checkpoint(
-            checkpoint,
-            roles=self.session.model_roles,
-            load_role=lambda role, path: self.session.call_role(role, "load", checkpoint.step, folder=path),
-        )
-        self.runner.numbers.update({name: dict(values) for name, values in checkpoint.numbers.items()})
-        for folder in sorted((checkpoint.folder / STATES).glob("*")):
-            self.runner.restore_state(folder.name, self.session.load_state(folder))
-        self.kept_at = checkpoint.step
-
-    # --- recovery ------------------------------------------------------------------------------------
-    def _remember_end(self, done: int) -> None:
-        held = {name: self.runner.held_state(name) for name in self.runner.numbers}
-        self.end = StepEnd(done=done, states=held, written=frozenset(self.runner.written))
-
-    def _recover(self, error: NodeError | ClusterError) -> int:
-        """Bring all pools back to where a step ended; how many steps are done there. Raises `error`, or what ended
-        the last attempt, where the run must end."""
-        started = time.perf_counter()
-        self.looking.bound()
-        while True:
-            self.recoveries.admit(error, self.furthest)
-            try:
-                return self._recovered(error, started)
-            except RECOVERABLE as again:
-                again.__context__ = error
-                error = again
-
-    def _recovered(self, error: Exception, started: float) -> int:
-        recoveries, written = self.recoveries, self.runner.written
-        dead = recoveries.survey(error)
-        self._save_pending(dead)
-        done, source, state = recoveries.newest(self.end, written, self._last_checkpoint)
-        if done < self.began:
-            raise with_reason(
-                error, f"the checkpoint after {self.began} steps, which this run began from, is not there any more"
-            )
-        rebuilt = recoveries.rebuild()
-        self.runner = self._new_runner()
-        if source != "processes":
-            self.end = None  # What the processes hold is no more that of the last step.
-        if source == "memory":
-            recoveries.copies.put_back()
-        if isinstance(state, StepEnd):
-            for name, held in state.states.items():
-                self.runner.restore_state(name, held)
-        elif state is not None:
-            self._restore(state)
-        recoveries.synced(done)
-        self._rewind(done)
-        what, seconds = shortened(str(error)), time.perf_counter() - started
-        self._recovered_from(
-            Recovery(what=what, pools=rebuilt, failed_at=self.furthest, back_to=done, source=source, seconds=seconds)
-        )
-        return done
-
-    def _recovered_from(self, recovery: Recovery) -> None:
-        """Count it and say so."""
-        self.recoveries.done.append(recovery)
-        self.recovered_s.append(recovery.seconds)
-        self.progress.recoveries = self.recoveries.summary()
-        self.display.note(str(recovery))
-
-    def _admit(self, error: WorkerLost) -> int:
-        """Steps done, where the run may go on without what is lost; raises `error` where it may not."""
-        self.recoveries.admit(error, self.furthest)
-        return self.done
-
-    def _last_checkpoint(self) -> Checkpoint | None:
-        """The newest that is what was written."""
-        for found in reversed(find_checkpoints(self.folder / "checkpoints")):
-            if found.step <= self.furthest:
-                one = checked(found, read=None)
-                if isinstance(one, Checkpoint):
-                    return one
-                self.display.note(f"damaged and left out: {one}")
-        return None
-
-    def _save_pending(self, dead: Collection[str]) -> None:
-        """Finish the checkpoint under way, which may be the newest state there is; without those who wrote it, it is
-        lost, and those who live end their writing before its folder is used again."""
-        if self.pending is None:
-            return
-        alive = [role for role in self.pending.roles if self.session.groups[role].pool.name not in dead]
-        whole = len(alive) == len(self.pending.roles)
-        try:
-            for role in alive:
-                self.session.call_role(role, "saved", self.pending.step, wait=True, limit_s=PENDING_S)
-            if whole:
-                self._publish(self.pending)
-        except (NodeError, CheckpointIncomplete) as error:
-            whole = False
-            self.display.note(f"the checkpoint after {self.pending.step} steps is lost: {error}")
-        if not whole:
-            self.kept_at = None
-        self.pending = None
-
-    def _rewind(self, done: int) -> None:
-        """Take back what was said of steps that are run again."""
-        self.writer.rewind(done)
-        self.progress.evaluations = [one for one in self.progress.evaluations if one["step"] <= done]
-
-    def _export(self) -> None:
-        if not self.launch.run.output.save_model:
-            return
-        for role in self.session.model_roles:
-            target = self.folder / "models" / role
-            partial = target.with_name(f".{role}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.session.call_role(role, "export", self.launch.run.steps, folder=str(partial.resolve()))
-            check_exported(partial, role)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            sync([target.parent])
-            self.display.note(f"wrote {target}")
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -32,7 +32,7 @@ from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.passes import reshard_node
 from rlhf_dist.dispatch import ONE_TO_ALL
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
-from rlhf_dist.held_out import held_out_fields
+from rlhf_dist.held_out import HELDOUT, held_out_fields
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, only_generates, pool_size, resolved, rollout_of
@@ -40,7 +40,6 @@ from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base,
 from rlhf_dist.roles import OpSpec, State
 from rlhf_dist.wire import Bridge, HeldState
 
-HELDOUT = "heldout"
 GROUP_BITS = 48
 """Group ids of a recipe's k-th source begin at k times two to this."""
 SOURCE_WORKER = "workers.source:SourceWorker"
@@ -127,6 +126,7 @@ class Session:
             name: {"rows": self.launch.source_rows(name), "shift": self.shifts.get(name, 0)}
             for name in self.launch.recipe.sources
         }
+        default[HELDOUT] = {"rows": 0}  # all of them
         return RayRunner(
             dataflow,
             groups,
@@ -143,6 +143,7 @@ class Session:
             check=check,
             replicas=replicas,
             looking=looking,
+            pieces=run.placement.pieces,
         )
 
     def call_role(
@@ -291,7 +292,7 @@ def _host_sources(launch: Launch, first_host: Pool, only: Collection[str] | None
         starting.append((group, _host_source(launch, group, launch.source(name), tokenizer, **own)))
     if run.data.heldout is not None and only is None:
         group = WorkerGroup(HELDOUT, first_host)
-        fields = held_out_fields(launch)
+        fields = held_out_fields(launch.recipe, launch.dataflow)
         starting.append((group, _host_source(launch, group, run.data.heldout, tokenizer, fields=fields)))
     return starting
 

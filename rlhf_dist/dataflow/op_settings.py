@@ -13,13 +13,15 @@ from rlhf_dist.algorithms.outputs import Head, OverVocabulary, argument_of, desc
 from rlhf_dist.dataflow.graph import GraphError
 from rlhf_dist.dataflow.state_value import StateValue, states_read
 
+EVERY_OP = ("out", "every", "after")
+"""Settings that all ops have, of which the op itself hears nothing."""
 RANDOM = "rng"
 """Not a setting: the random generator that a host op is given."""
 
 
 def check_known(line: str, op: str, kwargs: Mapping[str, Any]) -> None:
     """Raises GraphError for `out`, `every` or `after` that is a state's number: they shape the graph."""
-    for key in ("every", "after", "out"):
+    for key in EVERY_OP:
         if states_read(kwargs.get(key)):
             raise GraphError(f"{line}: {op} needs {key}= before it runs, got {kwargs[key]}")
 
@@ -117,8 +119,13 @@ def check_settings(line: str, op: str, function: Callable[..., Any], kwargs: Map
     """Raises GraphError for a setting that the op does not have, lacks, or needs to know before it runs."""
     parameters = inspect.signature(function).parameters
     keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != RANDOM]
+    if taken := [name for name in keywords if name in EVERY_OP]:
+        raise GraphError(
+            f"{line}: {op} has a setting {taken[0]!r} of its own, and out=, every= and after= of a call say what it "
+            "writes and at which steps it runs; give its parameter another name"
+        )
     for name in kwargs:
-        if name not in (*keywords, "out", "every", "after"):
+        if name not in (*keywords, *EVERY_OP):
             near = difflib.get_close_matches(name, keywords, n=1)
             raise GraphError(
                 f"{line}: {op} has no setting {name!r}; it has {', '.join(keywords) or 'none'}"

@@ -286,6 +286,32 @@ def test_unknown_ops_and_settings_name_the_nearest() -> None:
     assert "loss" in failure(no_loss)
 
 
+@host_op(reads=("rewards",), writes=("advantages",))
+def smooth(batch: Batch, *, every: int = 2) -> Batch:
+    """Its every would be taken for when it runs."""
+    raise AssertionError
+
+
+class Spaced(State):
+    def initial(self, cfg: Any) -> dict[str, float]:
+        return {"count": 0.0}
+
+    @state_op(reads=("rewards",))
+    def see(self, batch: Batch, *, after: int) -> None:
+        """Its after would be taken for when it runs."""
+
+
+def test_settings_that_all_ops_have_are_none_of_an_op_s_own() -> None:
+    def of_host(prompts: Prompts, actor: Actor, reward: Reward) -> None:
+        smooth(reward.compute_reward(actor.generate_sequences(prompts)), every=3)
+
+    def of_state(prompts: Prompts, actor: Actor, reward: Reward, spaced: Spaced) -> None:
+        spaced.see(reward.compute_reward(actor.generate_sequences(prompts)), after=3)
+
+    assert "smooth has a setting 'every' of its own" in failure(of_host)
+    assert "spaced.see has a setting 'after' of its own" in failure(of_state)
+
+
 def test_a_parameter_without_meaning_is_refused() -> None:
     with pytest.raises(GraphError, match="'number' must be annotated"):
         recipe(_with_number)

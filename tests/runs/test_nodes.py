@@ -30,8 +30,10 @@ try:
         print("shared", near.node_ids[0] in (first, second))
         store, kept = ObjectStore(every_s=0.0), [ray.put(np.zeros(30 << 20, np.uint8)) for _ in range(5)]
         deadline = time.monotonic() + 60
-        while (found := store.metrics())["store/spilled_bytes"] < 30 << 20 and time.monotonic() < deadline:
+        found = {}
+        while found.get("store/spilled_bytes", 0) < 30 << 20 and time.monotonic() < deadline:
             time.sleep(0.2)
+            found = store.metrics() or found
         print("spilled", found["store/spilled_bytes"] >= 30 << 20, found["store/used_bytes"] <= 200 << 20, len(kept))
         try:
             cluster.config = RayConfig(ready_timeout_s=2)
