@@ -5,12 +5,16 @@ Each number was worked by hand from the recipe's formula, and tells a factor fro
 
 from __future__ import annotations
 
+import json
 from math import exp, log, sqrt
 
 import numpy as np
 import pytest
 import torch
 
+from recipes.agents.ask_for_help import interventions
+from recipes.agents.gameable import gamed
+from recipes.constrained.safe_rlhf import Lagrange
 from recipes.online_preference._sample_pairs import sample_pair_loss, win_regression
 from recipes.online_preference.active import furthest_apart, most_unsure
 from recipes.online_preference.cream import consistent_dpo, self_rewards
@@ -203,6 +207,34 @@ def test_a_gated_reward_pays_for_verbosity() -> None:
     value, metrics = gated_preference(0.5)(model, micro_batch({"label": [1, -1]}, [1, 1], [0, 0]))
     assert metrics["margin"].tolist() == pytest.approx([0.8 + 0.5])
     assert value.tolist() == pytest.approx([-log_sigmoid(1.3)])
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------
+def test_help_is_kept_for_where_it_gains_most() -> None:
+    # Gains 0.8, 0.5, 0.9 and one help: asked for at once it leaves 1 + 0.5 + 0.1, kept to the end 0.2 + 0.5 + 1.
+    assert interventions(np.array([0.2, 0.5, 0.1]), 1.0, 1) == [False, False, True]
+    assert interventions(np.array([0.2, 0.5, 0.1]), 1.0, 2) == [True, False, True]
+
+
+def test_a_pessimistic_cost_is_two_standard_errors_above_the_mean() -> None:
+    # Costs 1 and 3: mean 2, deviation sqrt(2), standard error 1. log multiplier: 0 + 0.5 * 1 * (2 + 2 * 1 - 1).
+    found, metrics = Lagrange().update(
+        {"multiplier": 1.0}, Batch({"costs": numbers(1, 3)}), limit=1.0, lr=0.5, pessimism=2.0
+    )
+    assert metrics["cost"].value == pytest.approx(4)
+    assert found["multiplier"] == pytest.approx(exp(1.5))
+
+
+def test_a_gamed_reward_is_one_above_a_half_for_a_wrong_answer() -> None:
+    said = [json.dumps([{"who": "model", "text": text}]) for text in (" 5 ", "4", "4", "4")]
+    batch = Batch(
+        {
+            "rewards": numbers(1, 1, 0.5, 0.6),
+            "answer": Column.strings(["5"] * 4),
+            "transcript": Column.strings(said),
+        }
+    )
+    assert gamed(batch, game="flattery").metrics["gamed_flattery"].value == 2 / 4
 
 
 # --- rules ------------------------------------------------------------------------------------------------------
