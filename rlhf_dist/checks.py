@@ -19,6 +19,7 @@ from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
 from rlhf_dist.dataflow.token_makers import reads_others_tokens
 from rlhf_dist.engine_checks import check_engines
+from rlhf_dist.evaluation_checks import check_evaluation
 from rlhf_dist.generation_checks import check_episodes, check_generation, check_templates
 from rlhf_dist.held_out import held_out_fields
 from rlhf_dist.launch_lines import epoch_lines, model_lines
@@ -90,6 +91,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     check_engines(launch, shapes, {role: sizes[pool] for role, pool in pools.items() if pool in sizes})
     _check_rollout(launch, shapes, pools, sizes)
     check_generation(launch, pools)
+    check_evaluation(launch, pools)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)
@@ -300,7 +302,7 @@ def _check_groups(launch: Launch) -> None:
             continue
         before = size[node.inputs[0].rows] if node.inputs else None
         size[node.name] = before if node.rows == "drop" else rows_per_group(node, before)
-        least = node.spec.least_group if isinstance(node.spec, HostOp) else 1
+        least = node.spec.least_group_for(node.kwargs) if isinstance(node.spec, HostOp) else 1
         if before is not None and before < least:
             setting = "algorithm.samples_per_prompt"
             named = hasattr(launch.algorithm, "samples_per_prompt")
@@ -350,7 +352,9 @@ def _sources(launch: Launch) -> list[tuple[str, SourceConfig, Mapping[str, str]]
     """(settings' key, source, fields of its own) of every source, held-out rows too."""
     recipe, heldout = launch.recipe, launch.run.data.heldout
     found = [(launch.source_key(name), launch.source(name), recipe.source_fields(name)) for name in recipe.sources]
-    return found if heldout is None else [*found, ("data.heldout", heldout, held_out_fields(launch))]
+    if heldout is None:
+        return found
+    return [*found, ("data.heldout", heldout, held_out_fields(recipe, launch.dataflow))]
 
 
 def _check_sources(launch: Launch) -> list[str]:

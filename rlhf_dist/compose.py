@@ -36,9 +36,11 @@ from rlhf_dist.config import (
     RunConfig,
     SourceConfig,
 )
+from rlhf_dist.dataflow.evaluation_graph import EvaluationGraph
 from rlhf_dist.dataflow.graph import Dataflow
 from rlhf_dist.dataflow.recipe import Recipe
 from rlhf_dist.dataflow.trace import trace
+from rlhf_dist.held_out import evaluation_graphs
 from rlhf_dist.machine import Machine, local_machine
 from rlhf_dist.machine_settings import Choice
 from rlhf_dist.overrides import apply_setting, check_key, first_line, read_overrides
@@ -192,15 +194,30 @@ def _launch(
 
 
 def compose_dataflow(spec: str, overrides: Sequence[str] = (), config: str | None = None) -> Dataflow:
-    """The graph alone: only the algorithm section is built, so no model and no data need to be chosen.
+    """The graph of a step alone: only the algorithm section is built, so no model and no data need to be chosen.
 
     Raises as `compose` does.
     """
+    return compose_graphs(spec, overrides, config)[0]
+
+
+def compose_graphs(
+    spec: str, overrides: Sequence[str] = (), config: str | None = None
+) -> tuple[Dataflow, tuple[EvaluationGraph, ...]]:
+    """The graph of a step, and those that held-out rows are evaluated with: the recipe's own, whether there are such
+    rows or not, and what is made of the recipe where there are. Needs and raises as little as `compose_dataflow`."""
     _, overrides = asked_placement(overrides)
     recipe = load_recipe(spec)
     composed = _compose(spec, recipe, _root(recipe), overrides, {}, config)
     staleness = OmegaConf.select(composed, "placement.max_staleness", default=0)
-    return replace(trace(recipe, _algorithm(recipe, composed)), staleness=max(int(staleness or 0), 0))
+    algorithm = _algorithm(recipe, composed)
+    dataflow = replace(trace(recipe, algorithm), staleness=max(int(staleness or 0), 0))
+    rows = OmegaConf.select(composed, "data.heldout") is not None
+    if not rows and recipe.evaluation is None:
+        return dataflow, ()
+    every = int(OmegaConf.select(composed, "output.evaluate_every") or 0)
+    beside = bool(OmegaConf.select(composed, "output.evaluate_beside"))
+    return dataflow, evaluation_graphs(recipe, dataflow, algorithm, every=every, rows=rows, beside=beside)
 
 
 def root_type(recipe: Recipe) -> type:
@@ -452,4 +469,13 @@ def _hydra_message(error: Exception) -> str:
     return f"{key}: {first}" if key else first
 
 
-__all__ = ["ConfigError", "Launch", "compose", "compose_dataflow", "list_recipes", "load_recipe", "root_type"]
+__all__ = [
+    "ConfigError",
+    "Launch",
+    "compose",
+    "compose_dataflow",
+    "compose_graphs",
+    "list_recipes",
+    "load_recipe",
+    "root_type",
+]

@@ -373,6 +373,10 @@ class PlacementConfig:
     interrupt: bool = False
     """Interrupt generation at a weight update and continue the responses, and episodes, with the new weights; for
     max_staleness above 0. False: the update waits until they are done."""
+    pieces: int = 1
+    """In how many pieces models of other pools (reference, critic, reward models) and rules take episodes, each as soon
+    as its own are over, while others are still played. Rows are cut in their order, so that results do not depend on
+    time; in the last bits they do on this number. 1: models wait for all episodes of a step."""
     slots: int = 0
     """Slots that pools with a `share` divide; 0 where none has one."""
     cluster: str | None = None
@@ -443,6 +447,9 @@ class OutputConfig:
     """Write the trained models as Hugging Face folders when the run ends."""
     evaluate_every: int = 0
     """Steps between evaluations on `data.heldout`; 0 for before the first and after the last step only."""
+    evaluate_beside: bool = False
+    """Evaluate beside the steps, in the pool that generates, while others train: only the next weight sync waits for
+    it. For roles with `placement.rollout` in a pool of its own, and evaluate_every. False: steps wait for it."""
     rollouts_every: int = 10
     """Steps between Parquet dumps of sampled rollouts; 0 for none."""
     rollout_rows: int = 16

@@ -15,51 +15,70 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rlhf_dist.dataflow.evaluation_graph import EvaluationGraph
 from rlhf_dist.dataflow.graph import Dataflow, Node
 from rlhf_dist.dataflow.recipe import Recipe
+from rlhf_dist.dataflow.trace import trace
 from rlhf_dist.roles import Prompts, ops_of
 
-if TYPE_CHECKING:
-    from rlhf_dist.compose import Launch
-
+HELDOUT = "heldout"
 SCORE = "compute_reward"
 
 
-def evaluations(launch: Launch) -> dict[str, Recipe]:
+def evaluation_graphs(
+    recipe: Recipe, dataflow: Dataflow, algorithm: Any, *, every: int, rows: bool = True, beside: bool = False
+) -> tuple[EvaluationGraph, ...]:
+    """The graphs of `evaluations`. algorithm: the recipe's settings, which an evaluation of its own may read. every,
+    rows, beside: see `EvaluationGraph`."""
+    found = evaluations(recipe, dataflow)
+    return tuple(
+        EvaluationGraph(
+            name=HELDOUT if len(found) == 1 else f"{HELDOUT}/{role}",
+            dataflow=trace(one, algorithm if one.config is not None else None),
+            every=every,
+            rows=rows,
+            beside=beside and every > 0,
+        )
+        for role, one in found.items()
+    )
+
+
+def evaluations(recipe: Recipe, dataflow: Dataflow) -> dict[str, Recipe]:
     """Role -> how it is evaluated: every role that generates and learns (every one that generates, where none learns),
     if its episodes give rewards or something scores what it writes: the role called `reward`, or the only one that
     gives rewards. The recipe's own evaluation, where it has one, is of no role: it has an empty name."""
-    if launch.recipe.evaluation is not None:
-        return {"": replace(launch.recipe.evaluation, reads=launch.recipe.reads)}
-    dataflow, scorer = launch.dataflow, _scorer(launch)
+    if recipe.evaluation is not None:
+        return {"": replace(recipe.evaluation, reads=recipe.reads)}
+    scorer = _scorer(recipe, dataflow)
     learning = [role for role in dataflow.generating if dataflow.facts[role].trained]
     found: dict[str, Recipe] = {}
     for role in learning or dataflow.generating:
         node = _episodes(dataflow, role)
         if node is not None and node.kwargs["environment"].rewards:
-            found[role] = _recipe(launch, role, node, None)
+            found[role] = _recipe(recipe, dataflow, role, node, None)
         elif scorer is not None:
-            found[role] = _recipe(launch, role, node, scorer)
+            found[role] = _recipe(recipe, dataflow, role, node, scorer)
     return found
 
 
-def held_out_fields(launch: Launch) -> dict[str, str]:
+def held_out_fields(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
     """Fields of held-out rows, with their kinds, that come as columns of their own: those of the evaluation's source,
     or what environments read that are evaluated (`Environment.reads`)."""
     fields: dict[str, str] = {}
-    if launch.recipe.evaluation is not None:
-        (source,) = launch.recipe.evaluation.sources
-        return dict(launch.recipe.evaluation.source_fields(source))
-    for role in evaluations(launch):
-        node = _episodes(launch.dataflow, role)
-        fields |= {} if node is None else _fields(launch, node)
+    if recipe.evaluation is not None:
+        (source,) = recipe.evaluation.sources
+        return dict(recipe.evaluation.source_fields(source))
+    for role in evaluations(recipe, dataflow):
+        node = _episodes(dataflow, role)
+        fields |= {} if node is None else _fields(recipe, dataflow, node)
     return fields
 
 
-def _scorer(launch: Launch) -> str | None:
-    scoring = [role for role in launch.used_roles if SCORE in ops_of(launch.recipe.roles[role])]
+def _scorer(recipe: Recipe, dataflow: Dataflow) -> str | None:
+    used = dataflow.used_roles
+    scoring = [role for role, kind in recipe.roles.items() if role in used and SCORE in ops_of(kind)]
     return "reward" if "reward" in scoring else scoring[0] if len(scoring) == 1 else None
 
 
@@ -72,13 +91,13 @@ def _episodes(dataflow: Dataflow, role: str) -> Node | None:
     return first if all(dataflow[name].kind == "source" for name in read) else None
 
 
-def _fields(launch: Launch, episodes: Node) -> Mapping[str, str]:
-    source = launch.dataflow.source_of(episodes.name)
-    own = {} if source is None else launch.recipe.source_fields(source)
+def _fields(recipe: Recipe, dataflow: Dataflow, episodes: Node) -> Mapping[str, str]:
+    source = dataflow.source_of(episodes.name)
+    own = {} if source is None else recipe.source_fields(source)
     return {name: kind for name, kind in own.items() if name in episodes.reads}
 
 
-def _recipe(launch: Launch, player: str, episodes: Node | None, scorer: str | None) -> Recipe:
+def _recipe(recipe: Recipe, dataflow: Dataflow, player: str, episodes: Node | None, scorer: str | None) -> Recipe:
     speakers = {} if episodes is None else dict(episodes.kwargs["speakers"])
 
     def evaluate(**given: Any) -> None:
@@ -97,8 +116,8 @@ def _recipe(launch: Launch, player: str, episodes: Node | None, scorer: str | No
             getattr(given[scorer], SCORE)(batch)
 
     source: type = Prompts
-    if episodes is not None and (fields := _fields(launch, episodes)):
+    if episodes is not None and (fields := _fields(recipe, dataflow, episodes)):
         source = type("HeldOut", (Prompts,), {"fields": fields})
     used = dict.fromkeys((player, *speakers.values(), *(() if scorer is None else (scorer,))))
-    roles = {role: launch.recipe.roles[role] for role in used}
+    roles = {role: recipe.roles[role] for role in used}
     return Recipe(evaluate, "evaluate", Path(__file__), {"prompts": source}, roles, {}, None)

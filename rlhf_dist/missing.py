@@ -2,15 +2,20 @@
 
 A row's reward is missing where its function failed and the settings let the run go on (`failed_reward: missing`). What
 is computed from it is missing, too (processors carry a NaN's bits through sums and products); it enters no baseline,
-mean or comparison, and the row is not trained on. Any other NaN stays an error.
+mean or comparison, and the row is not trained on. An op that does not say that it takes missing numbers is not given
+any (`refuse_missing`). Any other NaN stays an error.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from rlhf_dist.batch import Batch
 
 _BITS = 0x7FC04D53
 _SIGN = 0x80000000
@@ -24,3 +29,17 @@ def is_missing(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     found: npt.NDArray[np.bool_] = (bits & ~np.uint32(_SIGN)) == np.uint32(_BITS)
     return found
+
+
+def refuse_missing(op: str, batch: Batch, reads: Iterable[str]) -> None:
+    """Raises ValueError where a column of one number a row, of those that `op` reads, has missing ones."""
+    for name in reads:
+        column = batch[name]
+        if batch.num_rows and column.offsets is None and column.values.dtype == np.float32:
+            lost = int(is_missing(column.values).reshape(batch.num_rows, -1).any(axis=1).sum())
+            if lost:
+                raise ValueError(
+                    f"{op} reads column {name!r}, which is missing in {lost} of {batch.num_rows} rows, and does not "
+                    "say what it makes of that; leave such rows out before it (batch = drop_missing(batch) where it is "
+                    "rewards), or declare it with missing=True"
+                )

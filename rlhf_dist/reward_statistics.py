@@ -28,7 +28,7 @@ class RewardStatistics(State):
         """No rewards."""
         return {"count": 0.0, "mean": 0.0, "squares": 0.0}
 
-    @state_op(reads=("rewards",), writes=("rewards",))
+    @state_op(reads=("rewards",), writes=("rewards",), missing=True)
     def normalise(
         self, values: Mapping[str, Any], batch: Batch, *, centre: bool = True, scale: bool = True, eps: float = 1e-8
     ) -> tuple[dict[str, Any], HostResult]:

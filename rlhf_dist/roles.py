@@ -60,12 +60,14 @@ class OpSpec:
     outputs: tuple[str, ...] = ()
     """Kinds of output that the role's model can give a loss besides its heads; empty for ops without one."""
     streams: bool = False
-    """Each row's result depends on that row alone: where its processes work each for itself (a rule on CPU
-    processes), it may be given the first finished rows of its input while the others are being made."""
+    """Each row's result depends on that row alone: it may be given the first finished rows of its input while the
+    others are being made (a rule on CPU processes; a model of another pool, with `placement.pieces`)."""
     loses: bool = False
     """Rows that it makes may be fewer than it was asked for: some were lost on the way."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Column as the worker calls it -> as `writes` does, where they differ: one worker serves several kinds of role."""
+    missing: bool = False
+    """Of a `State`'s: whether it knows what to make of missing numbers."""
 
     def columns(self, which: Columns, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Column names for these arguments."""
@@ -188,12 +190,12 @@ class Role(Protocol):
 class OfTrunk(Weights, Role, Protocol):
     """What any model says besides the words of its own kind, and what is done with its weights."""
 
-    @op(reads=SEQUENCE, writes=("hidden",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("hidden",), weights_read="train", streams=True)
     def compute_hidden(self, batch: Batch) -> Batch:
         """The last states that response tokens are predicted from, float32."""
         ...
 
-    @op(reads=SEQUENCE, writes=lambda kwargs: tuple(kwargs.get("names", ())), weights_read="train")
+    @op(reads=SEQUENCE, writes=lambda kwargs: tuple(kwargs.get("names", ())), weights_read="train", streams=True)
     def compute_heads(self, batch: Batch, *, names: tuple[str, ...]) -> Batch:
         """What these heads of the role's own say, a column each, of the head's name."""
         ...
@@ -284,19 +286,25 @@ class LanguageModel(OfTrunk, Protocol):
         behind it, cut at `rollout.max_response_tokens`. No model runs; the role has a training engine."""
         ...
 
-    @op(reads=SEQUENCE, writes=("log_probs", "entropy"), optional=("rollout_log_probs", "turn"), weights_read="train")
+    @op(
+        reads=SEQUENCE,
+        writes=("log_probs", "entropy"),
+        optional=("rollout_log_probs", "turn"),
+        weights_read="train",
+        streams=True,
+    )
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses, whoever wrote them, and the entropy before each token. Reports how far they are
         from those of sampling, where the batch has them."""
         ...
 
-    @op(reads=SEQUENCE, writes=("logits", "largest_logits"), weights_read="train")
+    @op(reads=SEQUENCE, writes=("logits", "largest_logits"), weights_read="train", streams=True)
     def compute_logits(self, batch: Batch) -> Batch:
         """The logit of each response token, and the largest of all tokens' before it, as the head gives them: no
         temperature, no normalisation. A model trained by teacher forcing says with them what an action is worth."""
         ...
 
-    @op(reads=SEQUENCE, writes=_top_columns, weights_read="train")
+    @op(reads=SEQUENCE, writes=_top_columns, weights_read="train", streams=True)
     def compute_top_k(self, batch: Batch, *, k: int = 32, prefix: str = "top") -> Batch:
         """The `k` most likely tokens before each response token, their log-probs, and the log of what is left, at the
         temperature of the role's log-probs."""
@@ -315,18 +323,18 @@ class ValueModel(OfTrunk, Protocol):
     worker: ClassVar[str | type] = "workers.value_model:ValueModelWorker"
     settings: ClassVar[type] = ValueModelConfig
 
-    @op(reads=SEQUENCE, writes=("values",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("values",), weights_read="train", streams=True)
     def compute_values(self, batch: Batch) -> Batch:
         """V(s_t) before each response token."""
         ...
 
-    @op(reads=SEQUENCE, writes=("attention",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("attention",), weights_read="train", streams=True)
     def compute_attention(self, batch: Batch) -> Batch:
         """How much the row's last token, where its score is read, attends to each response token in the last layer:
         the mean over heads, of 1 for all that it sees."""
         ...
 
-    @op(reads=SEQUENCE, writes=("scores",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("scores",), weights_read="train", streams=True)
     def compute_scores(self, batch: Batch) -> Batch:
         """All K labels' scores of every row, [B, K] also where K is 1."""
         ...
@@ -361,6 +369,7 @@ class Actor(LanguageModel, Protocol):
         writes=("old_log_probs", "entropy"),
         optional=("rollout_log_probs", "turn"),
         weights_read="train",
+        streams=True,
         names={"log_probs": "old_log_probs"},
     )
     def compute_log_prob(self, batch: Batch) -> Batch:
@@ -377,7 +386,7 @@ class Actor(LanguageModel, Protocol):
 class Reference(LanguageModel, Protocol):
     """A frozen policy. Its weights change where a recipe writes them (`rlhf_dist/weights.py`)."""
 
-    @op(reads=SEQUENCE, writes=("ref_log_probs",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("ref_log_probs",), weights_read="train", streams=True)
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the frozen policy."""
         ...
@@ -435,7 +444,7 @@ class Critic(ValueModel, Protocol):
 class RewardModel(ValueModel, Protocol):
     """A reward model that is trained on preferences."""
 
-    @op(reads=SEQUENCE, writes=("rewards",), weights_read="train")
+    @op(reads=SEQUENCE, writes=("rewards",), weights_read="train", streams=True)
     def compute_reward(self, batch: Batch) -> Batch:
         """The score of every row."""
         ...
@@ -529,11 +538,13 @@ StateRows = Literal["keep", "drop", "derive", "new"]
 """As of a host op; or `new`: the op is given no batch, and the rows it writes are the first."""
 
 
-def state_op(*, reads: Columns = (), writes: Columns = (), rows: StateRows = "keep") -> Callable[[F], F]:
+def state_op(
+    *, reads: Columns = (), writes: Columns = (), rows: StateRows = "keep", missing: bool = False
+) -> Callable[[F], F]:
     """Declare a `State` method that reads `reads` of a batch, and may write columns or move rows as a host op does.
 
     It sees the whole batch. With `rows="new"` it has no batch, and must write `group_id`. A method with a keyword `rng`
-    is given a random generator, seeded by the run's seed, the step and the node.
+    is given a random generator, seeded by the run's seed, the step and the node. missing: as of a host op.
     """
 
     def wrap(function: F) -> F:
@@ -544,6 +555,7 @@ def state_op(*, reads: Columns = (), writes: Columns = (), rows: StateRows = "ke
             rows=rows,
             weights_read="state",
             weights_written="state",
+            missing=missing,
         )
         return function
 

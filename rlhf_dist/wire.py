@@ -70,6 +70,16 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Pieces:
+    """How the rows of a call are cut for those who take what is made of them while the call goes on."""
+
+    ticket: str
+    """Of the call: what is handed over is asked for by it."""
+    of_row: IntArray
+    """[B] the piece of each row: the same however rows are spread."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Call(Given):
     """One op on one rank, with the rows of its first batch."""
 
@@ -87,6 +97,9 @@ class Call(Given):
     look: Look | None = None
     wanted: int | None = None
     """Rows that an op is to keep which keeps the first `groups` on all ranks together; None: it has all rows."""
+    pieces: Pieces | None = None
+    """Whoever can hands over what it made of the rows of a piece as soon as it has (`WorkerContext.hand`); the reply
+    has all of it again. None: nobody takes pieces."""
 
     @property
     def batches(self) -> tuple[Given, ...]:
@@ -187,6 +200,8 @@ class WorkerContext:
     """The arbiter of this process's device (`workers/memory/arbiter.py`). None: nothing limits its engines."""
     phase: Callable[[str], None] = lambda text: None
     """To be told what of the start-up begins: people see it."""
+    hand: Callable[[Call, int, OpResult], None] = lambda call, piece, result: None
+    """To be given what became of the rows of one of `call.pieces`."""
     here: bool = False
     """A person is at a debugger: functions that have a process of their own are called in this one."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.execution.critical_path import critical_path, lower_bound_s, seconds_on_path
-from controller.execution.executor import Finished, StepReport, run_steps
+from controller.execution.executor import Arrived, Finished, StepReport, run_steps
 from controller.execution.simulation import Clock, Span, simulate
 from controller.record.timeline import Timeline
 from recipes.constrained.safe_rlhf import safe_rlhf
@@ -278,6 +279,63 @@ def test_a_streamed_node_starts_with_its_source_and_is_launched_once() -> None:
         assert started["reward.compute_reward", step] == started["actor.generate_sequences", step]
         assert started["gae", step] >= started["reward.compute_reward", step] + 5.0
     assert len(clock.launched) == len(set(clock.launched))
+
+
+def test_a_node_that_follows_has_its_pools_for_a_piece_at_a_time() -> None:
+    """The reference shares the pool of the critic's update, which is older and comes between two of its pieces."""
+
+    class Pieces(Clock):
+        left: dict[int, int]
+        followed: list[int]
+
+        def streams(self, source: Node, target: Node) -> bool:
+            return (source.name, target.name) == ("actor.generate_sequences", "reference.compute_ref_log_prob")
+
+        def follows(self, source: Node, target: Node) -> bool:
+            return self.streams(source, target)
+
+        def follow(self, node: Node, step: int) -> None:
+            self.followed.append(step)
+            self.left[step] = 2  # a piece now, and one when all rows are made
+            self.arrived = [Arrived(node=node.name, step=step)]
+
+        def wait(self) -> list[Any]:
+            arrived, self.arrived = self.arrived, []
+            if arrived:
+                return arrived
+            (one,) = super().wait()
+            if one.node == "actor.generate_sequences" and self.left.get(one.step):
+                return [one, Arrived(node="reference.compute_ref_log_prob", step=one.step)]
+            if one.node == "reference.compute_ref_log_prob":
+                self.left[one.step] -= 1
+                return [replace(one, waits=self.left[one.step] > 0)]
+            return [one]
+
+    pools: dict[str, str | tuple[str, ...]] = {
+        **APART,
+        "reference": "b",
+        "actor.generate_sequences": "d",
+        "actor.reshard": ("a", "d"),
+    }
+    seconds = {"actor.generate_sequences": 8.0, "critic.update_critic": 3.0, "reference.compute_ref_log_prob": 1.0}
+    clock = Pieces(pools, lambda node, step: seconds.get(node.name, 0.5))
+    clock.left, clock.followed, clock.arrived = {}, [], []
+    reports: list[StepReport] = []
+    run_steps(replace(trace(ppo), staleness=1), clock, start=0, stop=3, on_step=reports.append)
+    spans = {
+        name: [(one.step, one.started_s, one.ended_s) for one in clock.history if one.node == name] for name in seconds
+    }
+    generated = {step: (start, end) for step, start, end in spans["actor.generate_sequences"]}
+    assert clock.followed == [0, 1, 2]
+    for step in range(3):
+        first, last = [one for one in spans["reference.compute_ref_log_prob"] if one[0] == step]
+        assert first[1] < generated[step][1] <= last[1], "a piece while others are made, the last when all are"
+        assert [one.node for one in reports[step].nodes].count("reference.compute_ref_log_prob") == 2
+    _, started, ended = spans["critic.update_critic"][0]
+    assert generated[1][0] <= started < ended < generated[1][1], "older work has the pool while pieces are awaited"
+    shared = spans["critic.update_critic"] + spans["reference.compute_ref_log_prob"]
+    busy = sorted((start, end) for _, start, end in shared)
+    assert all(end <= start for (_, end), (start, _) in zip(busy, busy[1:], strict=False))
 
 
 def _assert_pools_are_not_shared(spans: list[Span]) -> None:

@@ -3,6 +3,7 @@
 It hosts role workers, pulls the rows an op needs, stores what it wrote.
 
 Ray calls, one at a time, in the controller's order
+  import_ahead         what its roles need, while other processes start
   open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)
   connect              one end of the way that weights take between two pools
   host_role            build a role worker here: an engine, a rule, a data source
@@ -10,6 +11,7 @@ Ray calls, one at a time, in the controller's order
   run_host_op          the same for a pure function
   relay                the same call for several ranks of this machine, in their name to the controller
   interrupt            runs beside another call: generation stops early, and is called again
+  handed               beside another call: what that has handed over so far (handing.py)
   beat                 beside all others: what this process is at, and how its neighbours stand (heartbeat.py)
   abandon              the step is given up: what was kept to go on with is forgotten
   copy_state, put_back what a rank holds of a role that learns, to and from the memory of another node
@@ -20,14 +22,15 @@ What is raised in any of them comes back as a `Failure` (failures.py), never as 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import inspect
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +39,17 @@ import numpy as np
 
 from rlhf_dist.batch import Batch, Column, IntArray
 from rlhf_dist.dataflow.host import HostOp, HostResult, as_result
-from rlhf_dist.dataflow.op_settings import RANDOM
+from rlhf_dist.dataflow.op_settings import RANDOM, defaults
 from rlhf_dist.failure import Failure, failure_of_call
 from rlhf_dist.heartbeat import Beat
+from rlhf_dist.missing import refuse_missing
 from rlhf_dist.sampling import seed_of
 from rlhf_dist.schema import SEQUENCE
 from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Reply, WorkerContext, numbers_in
 from workers.failures import refuse_breakpoint, reported
+from workers.handing import Handing
 from workers.heartbeat import Activity
+from workers.importing import without_collections
 from workers.looking import Seen, looked_at
 from workers.states import check_values, held_state, read_state, values_of, write_state
 from workers.store import RayStore, Store
@@ -77,10 +83,12 @@ class WorkerProcess:
         self._joined = False
         self._team: tuple[int, ...] = ()
         self._memory: Any = None
+        self._gauges: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
         self._phase = ""
         self.activity = Activity()
+        self._handing = Handing()
         if store is None:
             sys.breakpointhook = refuse_breakpoint
         if log_file:
@@ -95,6 +103,17 @@ class WorkerProcess:
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
+    def import_ahead(self, modules: Sequence[str]) -> None:
+        """Import what roles to come need: most of the seconds that a process takes to start. One that cannot be
+        imported ends this, and is named where its role is built, which imports it again."""
+        with without_collections(), suppress(Exception):
+            for module in modules:
+                self._phase = f"importing {module}"
+                importlib.import_module(module)
+        self._phase = ""
+        if self.is_actor:
+            gc.freeze()  # nothing of it ever becomes garbage, and no collection goes through it any more
+
     def watch(self, pids: Sequence[int]) -> None:
         """Processes of this machine whose end this one is to see."""
         self.activity.watch(pids)
@@ -102,6 +121,10 @@ class WorkerProcess:
     def beat(self, about: Sequence[int] = (), stacks: bool = False) -> Beat:
         """What this process is at; about: neighbours (pids) to look at. Called in a concurrency group of its own."""
         return self.activity.beat(about, stacks)
+
+    def gauges(self) -> dict[str, float]:
+        """What its GPU was at since this was last called; nothing on a CPU. Called in the group of `beat`."""
+        return {} if self._gauges is None else self._gauges.told()
 
     @reported
     def open_port(self) -> tuple[str, int, str]:
@@ -143,6 +166,10 @@ class WorkerProcess:
             secret=secret,
         )
         self.device, self._joined = str(chosen), True
+        if chosen.type == "cuda":
+            from workers.device_gauges import DeviceGauges
+
+            self._gauges = DeviceGauges(chosen)
         _log.info(
             "rank %d of pool %s: %s on %s, gloo over %s",
             self.rank,
@@ -175,7 +202,8 @@ class WorkerProcess:
         made_by: Any = worker
         if isinstance(worker, str):
             module, name = worker.split(":")
-            made_by = getattr(importlib.import_module(module), name)
+            with without_collections():
+                made_by = getattr(importlib.import_module(module), name)
         if self._joined and self._memory is None:
             from workers.memory.arbiter import new_arbiter
 
@@ -189,6 +217,7 @@ class WorkerProcess:
             memory=self._memory,
             team=self._team,
             phase=phase,
+            hand=self._hand,
             **context,
         )
         self._roles[role] = made_by(context=where, **settings)
@@ -236,18 +265,19 @@ class WorkerProcess:
     @reported
     def call(self, role: str, op: str, call: Call) -> Reply:
         """Run one op of one role."""
-        started = time.perf_counter()
-        batches = [pull(given, self.store) for given in call.batches]
-        pulled = time.perf_counter()
-        given = tuple(batches) if call.others else batches[0]
-        worker = self._roles[role]
-        with self._looked_at(call, batches, worker=worker) as seen:
-            returned = getattr(worker, op)(given, call, **call.kwargs)
-            result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
-            seen.result = result
-        if self._memory is not None:
-            result = replace(result, metrics={**result.metrics, **self._memory.report()})
-        return _reply(result, call, batches[0], started, pulled, self.store)
+        with self._handing_over(call):
+            started = time.perf_counter()
+            batches = [pull(given, self.store) for given in call.batches]
+            pulled = time.perf_counter()
+            given = tuple(batches) if call.others else batches[0]
+            worker = self._roles[role]
+            with self._looked_at(call, batches, worker=worker) as seen:
+                returned = getattr(worker, op)(given, call, **call.kwargs)
+                result = returned if isinstance(returned, OpResult) else OpResult(columns=returned)
+                seen.result = result
+            if self._memory is not None:
+                result = replace(result, metrics={**result.metrics, **self._memory.report()})
+            return _reply(result, call, batches[0], started, pulled, self.store)
 
     def meet(self, peers: Mapping[int, Any]) -> None:
         """Rank -> process, for those this one relays calls to; itself among them."""
@@ -273,6 +303,26 @@ class WorkerProcess:
                 return {rank_of[ready[0]]: reply}
             replies[rank_of[ready[0]]] = reply
         return replies
+
+    @contextmanager
+    def _handing_over(self, call: Call) -> Iterator[None]:
+        if call.pieces is None:
+            yield
+            return
+        self._handing.begin(call.pieces.ticket)
+        try:
+            yield
+        finally:
+            self._handing.end()
+
+    def _hand(self, call: Call, piece: int, result: OpResult) -> None:
+        """See `WorkerContext.hand`."""
+        now = time.perf_counter()
+        self._handing.give(piece, _reply(result, call, Batch({}, call.num_rows), now, now, self.store))
+
+    def handed(self, ticket: str, wait_s: float) -> list[tuple[int, Reply]]:
+        """See `Handing.take`. Called in a concurrency group of its own, beside `call`."""
+        return self._handing.take(ticket, wait_s)
 
     def interrupt(self, role: str) -> None:
         """Ask a role that generates to stop where it is. Called in its own concurrency group, beside `call`."""
@@ -312,6 +362,9 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if op.draws:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
+        if not op.missing:
+            for batch, reads in zip(batches, op.read_of({**defaults(op.function), **settings}), strict=True):
+                refuse_missing(op.name, batch, reads)
         with self._looked_at(call, batches) as seen:
             result: HostResult = as_result(op.function(*batches, **settings))
             made = OpResult(
@@ -333,7 +386,10 @@ class WorkerProcess:
         settings = dict(call.kwargs)
         if RANDOM in inspect.signature(function).parameters:
             settings[RANDOM] = np.random.default_rng(seed_of(call.seed, call.step, call.node))
-        makes = function.op_spec.rows == "new"
+        spec = function.op_spec
+        makes = spec.rows == "new"
+        if not makes and not spec.missing:
+            refuse_missing(op, batch, spec.columns(spec.reads, {**defaults(function), **settings}))
         with self._looked_at(call, [batch], state=dict(values)) as seen:
             new, returned = function(values, **settings) if makes else function(values, batch, **settings)
             check_values(type(state).__name__, new)

@@ -29,6 +29,7 @@ from workers.engines.generation.interface import NOTHING_DRAWN, Ends, Generation
 from workers.episodes.copies import Copy
 from workers.episodes.groups import First
 from workers.episodes.leaves import Episode
+from workers.episodes.pieces import Hand
 from workers.episodes.rows import episode_columns, episode_metrics, group_metrics, log_lost
 from workers.episodes.run import EpisodesUnderWay, Speaker, begin_episodes
 from workers.memory.arbiter import arbiter_of, generating
@@ -278,6 +279,10 @@ class RolloutWorker:
         rows whose episodes all ranks together keep, in the order that `first` says; `call` has this rank's share.
         held_out: no random number depends on the step."""
         wanted = groups if call.wanted is None else call.wanted
+
+        def rows_of_some(some: Sequence[Episode]) -> OpResult:
+            return self._episode_rows(some, call, n, environment)
+
         played = self._played(
             batch,
             replace(call, step=0) if held_out else call,
@@ -289,6 +294,8 @@ class RolloutWorker:
             rows_of=rows_of,
             wanted=wanted,
             first=first,
+            # Which rows are the first is known when all are over.
+            hand=None if wanted is not None else lambda piece, some: self.context.hand(call, piece, rows_of_some(some)),
         )
         if played is None:
             return OpResult(columns=NOTHING, interrupted=True)
@@ -296,17 +303,11 @@ class RolloutWorker:
         staleness = behind[self.engine.weights_version]
         self._log(episodes, batch, call, n, held_out)
         kept = [episode for episode in episodes if episode.trains]
-        numbers = np.array([episode.number for episode in kept], dtype=np.int64)
-        trees = None
-        if environment.leaves > 1:
-            rows, copies = call.row_index[numbers // n].tolist(), (numbers % n).tolist()
-            trees = [seed_of(call.step, call.node, row, copy) for row, copy in zip(rows, copies, strict=True)]
-        columns = episode_columns(kept, rewards=environment.rewards, trees=trees)
-        role = self.name.removesuffix(rollout_of(""))
-        speaker = np.array([episode.speaker or role for episode in kept], dtype=object)
-        columns["speaker"] = Column.strings(speaker.tolist())
-        lengths = columns["response_ids"].lengths
-        tokens = columns["prompt_ids"].lengths + lengths
+        made = rows_of_some(kept)
+        columns, tokens = dict(made.columns.items()), made.tokens
+        assert tokens is not None, "rows of episodes have token ids"
+        speaker = np.array(columns["speaker"].rows(), dtype=object)
+        role, lengths = self.name.removesuffix(rollout_of("")), columns["response_ids"].lengths
         count, trained = float(len(kept)), float(columns["response_mask"].values.sum())
         metrics: Metrics = {
             **episode_metrics([episode for episode in episodes if not episode.speaker]),
@@ -331,7 +332,21 @@ class RolloutWorker:
             metrics[f"rows_of_{name}"] = Mean(float(theirs.sum()), 0)
             if environment.rewards:
                 metrics[f"reward_of_{name}"] = Mean(float(columns["rewards"].values[theirs].sum()), float(theirs.sum()))
-        return OpResult(columns=Batch(columns, len(kept)), parent=numbers // n, tokens=tokens, metrics=metrics)
+        return replace(made, metrics=metrics)
+
+    def _episode_rows(self, episodes: Sequence[Episode], call: Call, n: int, environment: Environment) -> OpResult:
+        """The rows of those that train, without metrics."""
+        kept = [episode for episode in episodes if episode.trains]
+        numbers = np.array([episode.number for episode in kept], dtype=np.int64)
+        trees = None
+        if environment.leaves > 1:
+            rows, copies = call.row_index[numbers // n].tolist(), (numbers % n).tolist()
+            trees = [seed_of(call.step, call.node, row, copy) for row, copy in zip(rows, copies, strict=True)]
+        columns = episode_columns(kept, rewards=environment.rewards, trees=trees)
+        role = self.name.removesuffix(rollout_of(""))
+        columns["speaker"] = Column.strings([episode.speaker or role for episode in kept])
+        tokens = columns["prompt_ids"].lengths + columns["response_ids"].lengths
+        return OpResult(columns=Batch(columns, len(kept)), parent=numbers // n, tokens=tokens)
 
     def _speaker(self, name: str, learns: bool) -> Speaker:
         """This role in another's episodes, as its own settings have it generate."""
@@ -358,6 +373,7 @@ class RolloutWorker:
         rows_of: Sequence[str],
         wanted: int | None,
         first: First,
+        hand: Hand | None,
     ) -> tuple[list[Episode], Mapping[int, int]] | None:
         """All that was played (nothing on a rank that follows), and how many updates each version that drew was behind;
         None where new weights interrupt it. call: what random numbers depend on. step: the one that asks."""
@@ -387,6 +403,7 @@ class RolloutWorker:
                 ],
                 wanted=wanted,
                 first=first,
+                hand=hand,
             )
             under_way.behind.setdefault(self.engine.weights_version, staleness)
             # Ranks that follow would have to be called again, too.

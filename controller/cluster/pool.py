@@ -17,6 +17,8 @@ SIGNALS = "signals"
 """Concurrency group of calls that must not wait for the call under way."""
 RELAYS = "relays"
 """Concurrency group of calls for other processes."""
+HANDED = "handed"
+"""Concurrency group of questions what the call under way has handed over, which wait for that."""
 BEATS = "beats"
 """Concurrency group of questions what a process is at, which waits for nothing."""
 

@@ -28,13 +28,13 @@ def register(commands: Commands) -> None:
 
 
 def graph_command(arguments: argparse.Namespace) -> int:
-    """Print the graph."""
-    from rlhf_dist.compose import compose_dataflow
+    """Print the graph of a step, and those of held-out rows."""
+    from rlhf_dist.compose import compose_graphs
     from rlhf_dist.dataflow.draw import FORMATS
 
     with users_mistakes():
-        dataflow = compose_dataflow(arguments.recipe, arguments.overrides, arguments.config)
-    print(FORMATS[arguments.format](dataflow))
+        dataflow, evaluations = compose_graphs(arguments.recipe, arguments.overrides, arguments.config)
+    print(FORMATS[arguments.format](dataflow, evaluations))
     return 0
 
 

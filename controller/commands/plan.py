@@ -181,7 +181,24 @@ def _launched(arguments: argparse.Namespace) -> Any:
     if preset == "async" and not problem.staleness:
         problem = replace(problem, dataflow=replace(problem.dataflow, staleness=1))
     request = parse_request({"preset": preset, "strategies": strategies}, problem, cluster.gpus)
-    return Question(name=launch.recipe.name, problem=problem, cluster=cluster, efficiency=efficiency, request=request)
+    return Question(
+        name=launch.recipe.name,
+        problem=problem,
+        cluster=cluster,
+        efficiency=efficiency,
+        request=request,
+        evaluations=_evaluations(launch),
+    )
+
+
+def _evaluations(launch: Any) -> tuple[Any, ...]:
+    from rlhf_dist.held_out import evaluation_graphs
+
+    if launch.run.data.heldout is None:
+        return ()
+    output = launch.run.output
+    when = {"every": output.evaluate_every, "beside": output.evaluate_beside}
+    return evaluation_graphs(launch.recipe, launch.dataflow, launch.algorithm, **when)
 
 
 def _say_defaults(overrides: list[str], prompt: Any, response: Any) -> None:

@@ -12,7 +12,8 @@
     |  count down the edges of its successors (same step, or step + distance)  |
     +--------------------------------------------------------------------------+
 
-    streamed edge    the successor starts with its source and takes each shard as it is finished
+    streamed edge    the successor starts with its source and takes each shard as it is finished; on pools of its own
+                     it has them for one piece at a time, whenever the runner says that one is there
     interrupted      a node that gave its pool up to an older one; ready again, to go on where it was
 
 Pure scheduling: what a node does, on what, is the runner's business (`ray_runner.py` runs it on worker
@@ -47,6 +48,16 @@ class Finished:
     """Bytes it wrote to the object store, or moved between worlds."""
     interrupted: bool = False
     """It gave its pools up before it was done, and is to be launched again."""
+    waits: bool = False
+    """It gave its pools up until `Arrived` says that there is more for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """There is a piece for a node that takes the rows of another, as they are made."""
+
+    node: str
+    step: int
 
 
 class Runner(Protocol):
@@ -61,6 +72,14 @@ class Runner(Protocol):
         finishes after `source`."""
         ...
 
+    def follows(self, source: Node, target: Node) -> bool:
+        """Whether one that streams is launched anew for each piece that has arrived, and has its pools only so long."""
+        ...
+
+    def follow(self, node: Node, step: int) -> None:
+        """From now on say, in `wait`, when there is a piece for this node; what streams to it may be finished."""
+        ...
+
     def launch(self, node: Node, step: int) -> None:
         """Start a node; its inputs are finished, or streamed."""
         ...
@@ -70,8 +89,8 @@ class Runner(Protocol):
         finish early as `interrupted`, or let it run."""
         ...
 
-    def wait(self) -> Sequence[Finished]:
-        """Block until at least one launched node is finished. Raises what the node raised."""
+    def wait(self) -> Sequence[Finished | Arrived]:
+        """Block until at least one launched node is finished, or something has arrived. Raises what a node raised."""
         ...
 
     def end_step(self, step: int) -> None:
@@ -156,6 +175,9 @@ class _Schedule:
             for source, target, distance in edges
             if distance == 0 and runner.streams(self.nodes[source], self.nodes[target])
         }
+        self.following = {
+            target for source, target in self.streamed if runner.follows(self.nodes[source], self.nodes[target])
+        }
         self.done: set[tuple[str, int]] = set()
         self.launched: set[tuple[str, int]] = set()
         self.busy: dict[str, tuple[str, int]] = {}
@@ -171,8 +193,12 @@ class _Schedule:
             self._open()
             self._launch()
             if self.in_flight:
-                for finished in self.runner.wait():
-                    self._take(finished)
+                for event in self.runner.wait():
+                    if isinstance(event, Arrived):
+                        self.in_flight -= 1
+                        self._make_ready(event.node, event.step)
+                    else:
+                        self._take(event)
             elif not self._close_finished():
                 stuck = ", ".join(f"{name} of step {step}" for (name, step), left in self.waiting.items() if left)
                 raise RuntimeError(f"the schedule cannot go on: nothing runs and these wait: {stuck}")
@@ -214,6 +240,13 @@ class _Schedule:
                     self._finish(name, step, None)
                     progressed = True
                     break
+                if name in self.following and (name, step) not in self.launched:
+                    self.ready.remove(entry)
+                    self.in_flight += 1
+                    self.launched.add((name, step))
+                    self.runner.follow(node, step)
+                    progressed = True
+                    break
                 pools = self.runner.pools_of(node)
                 if claimed.isdisjoint(pools):
                     self.ready.remove(entry)
@@ -241,9 +274,11 @@ class _Schedule:
             self.runner.interrupt(self.nodes[name], step)
 
     def _take(self, finished: Finished) -> None:
+        self.busy = {pool: at for pool, at in self.busy.items() if at != (finished.node, finished.step)}
+        if finished.waits:
+            self.reports[finished.step].nodes.append(finished)
+            return
         self.in_flight -= 1
-        for pool in self.runner.pools_of(self.nodes[finished.node]):
-            del self.busy[pool]
         if finished.interrupted:
             self.reports[finished.step].nodes.append(finished)
             self._make_ready(finished.node, finished.step)

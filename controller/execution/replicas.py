@@ -47,7 +47,7 @@ class Replicas(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Takeover:
     """Rows of a dead replica that a living one takes."""
 
     calls: tuple[int, ...]
@@ -85,15 +85,15 @@ def hand_over(
     lost: Collection[int],
     teams: Sequence[tuple[int, ...]],
     tokens: IntArray,
-) -> tuple[Shards, list[Piece]]:
-    """Cut the parts of `lost` calls again, for `teams` to take a piece each: the shards then, and who takes what.
+) -> tuple[Shards, list[Takeover]]:
+    """Cut the parts of `lost` calls again, for `teams` to take a share each: the shards then, and who takes what.
 
-    part_of_call: of all calls of the node so far; new ones are numbered behind them, and pieces of a part that is
+    part_of_call: of all calls of the node so far; new ones are numbered behind them, and shares of a part that is
     nobody's yet behind the parts. tokens: [B]. The calls and the answer of a dead replica are taken by one of the
     living, so that every call has a reply in the end.
     """
     parts, answering, part_of_answer = list(shards.parts), list(shards.answering), list(shards.part_of_answer)
-    pieces: list[Piece] = []
+    takeovers: list[Takeover] = []
     count = len(part_of_call)
     for turn, part in enumerate(dict.fromkeys(part_of_call[call] for call in sorted(lost))):
         rows = parts[part]
@@ -104,12 +104,14 @@ def hand_over(
             team = teams[(turn + k) % len(teams)]
             if k == 0:
                 parts[part] = rows[cut]
-                pieces.append(Piece(calls, team, part))
+                takeovers.append(Takeover(calls, team, part))
                 continue
             new = tuple(range(count, count + len(team)))
             count += len(team)
             parts.append(rows[cut])
             answering.append(new[place])
             part_of_answer.append(len(parts) - 1)
-            pieces.append(Piece(new, team, len(parts) - 1))
-    return replace(shards, parts=tuple(parts), answering=tuple(answering), part_of_answer=tuple(part_of_answer)), pieces
+            takeovers.append(Takeover(new, team, len(parts) - 1))
+    return replace(
+        shards, parts=tuple(parts), answering=tuple(answering), part_of_answer=tuple(part_of_answer)
+    ), takeovers

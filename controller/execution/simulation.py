@@ -85,6 +85,13 @@ class Clock:
         """See Runner: a node on the clock has one end, and no shards before it."""
         return False
 
+    def follows(self, source: Node, target: Node) -> bool:
+        """See Runner."""
+        return False
+
+    def follow(self, node: Node, step: int) -> None:
+        """See Runner: nothing streams, so nothing follows."""
+
     def launch(self, node: Node, step: int) -> None:
         """See Runner."""
         ends = self.now_s + self._left_s.pop((node.name, step), self._seconds(node, step))

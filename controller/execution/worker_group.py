@@ -31,7 +31,7 @@ from rlhf_dist.dataflow.graph import Input, Node
 from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dispatch import ROWS, Mesh, TransferProtocol, balance, mini_batch_of_row
 from rlhf_dist.metrics import combine
-from rlhf_dist.wire import Call, Given, Look, Reply
+from rlhf_dist.wire import Call, Given, Look, Pieces, Reply
 
 HOST_SHARD_ROWS = 1024
 """Rows a host op's shard holds at least, unless fewer processes are there than shards."""
@@ -160,6 +160,7 @@ def build_call(
     kwargs: Any,
     look: Look | None = None,
     wanted: int | None = None,
+    pieces: Pieces | None = None,
 ) -> Call:
     """The instruction for one rank that is given these rows of the node's batches."""
     first = given[0] if given else Given(num_rows=0)
@@ -174,6 +175,7 @@ def build_call(
         kwargs=kwargs,
         look=look,
         wanted=wanted,
+        pieces=pieces,
         **own,
     )
 

@@ -46,9 +46,12 @@ def write_feedback(
     A run whose placement the planner cannot price (models of an unknown kind, a cluster it cannot see) gets a
     report that says why, and no calibration: feedback never fails a run.
     """
-    seconds: dict[str, list[float]] = {}
+    of_step: dict[tuple[str, int], float] = {}  # a node may run several times in a step, a piece of its rows each
     for one in finished:
-        seconds.setdefault(one.node, []).append(one.ended_s - one.started_s)
+        of_step[one.node, one.step] = of_step.get((one.node, one.step), 0.0) + one.ended_s - one.started_s
+    seconds: dict[str, list[float]] = {}
+    for (node, _), spent in of_step.items():
+        seconds.setdefault(node, []).append(spent)
     measured = {name: median(_settled(every)) for name, every in seconds.items()}
     report: dict[str, Any]
     try:

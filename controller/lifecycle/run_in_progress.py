@@ -30,7 +30,7 @@ from controller.lifecycle.replicas import DeadReplicas
 from controller.lifecycle.run_checkpoints import RunCheckpoints
 from controller.lifecycle.run_folder import Beginning
 from controller.lifecycle.scaling import Answer, NotScaled, Scaling, slots_for
-from controller.lifecycle.session import HELDOUT, Session
+from controller.lifecycle.session import Session
 from controller.lifecycle.step_end import StepEnd
 from controller.lifecycle.step_warnings import StepWarnings
 from controller.lifecycle.uploads import Uploads
@@ -38,8 +38,10 @@ from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
 from controller.record.timeline import Timeline
 from rlhf_dist.compose import Launch
+from rlhf_dist.dataflow.beside import with_evaluations
 from rlhf_dist.dataflow.passes import insert_rollout_dump
 from rlhf_dist.durable_files import sync
+from rlhf_dist.held_out import HELDOUT
 
 
 class StepDisplay(Protocol):
@@ -95,12 +97,15 @@ class RunInProgress:
         session.shifts = {name: of["shift"] for name, of in beginning.sources.items()}
         self.writer, self.display, self.progress, self.eager = writer, display, progress, eager
         output = launch.run.output
-        self.dataflow = insert_rollout_dump(
+        dumps = folder / "rollouts" if output.rollouts_every else None
+        self.evaluation = Evaluation(session, dumps, notices.check, eager=eager)
+        step = insert_rollout_dump(
             launch.dataflow,
             folder=str((folder / "rollouts").resolve()),
             rows=output.rollout_rows,
             every=output.rollouts_every,
         )
+        self.dataflow = with_evaluations(step, self.evaluation.beside, HELDOUT)
         self.looking = Looking(
             folder=folder,
             every=output.inputs_every,
@@ -113,8 +118,7 @@ class RunInProgress:
         self.runner = self._new_runner()
         # Asked of the runner there is: one that a recovery has replaced must not be held, with all its rows.
         self.progress.timeline = Timeline(self.dataflow, lambda node: self.runner.pools_of(node))
-        self.graph_file = GraphFile(folder, self.dataflow)
-        self.evaluation = Evaluation(session, folder / "rollouts" if output.rollouts_every else None, notices.check)
+        self.graph_file = GraphFile(folder, step, self.evaluation.graphs)
         if self.evaluation.in_vain:
             display.note(
                 "data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes"
@@ -182,7 +186,7 @@ class RunInProgress:
     def _go_on(self, done: int) -> None:
         """From `done` steps done to the end; nothing is under way."""
         self._remember_end(done)
-        if done == self.began < self.launch.run.steps and self.evaluation.possible:
+        if done == self.began and self._evaluation_is_due(done):
             self.display.phase("evaluation")
         self._at_barrier(done)
         if done == self.began < self.launch.run.steps:
@@ -222,7 +226,9 @@ class RunInProgress:
     def _on_step(self, report: StepReport) -> None:
         now = time.perf_counter()
         seconds, self.closed_s = now - self.closed_s, now
-        metrics = report.metrics
+        own, evaluated = self.evaluation.of_step(report)
+        self._tell_evaluation(report.step, evaluated)
+        metrics = own.metrics
         tokens = self._tokens(metrics)
         metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
         metrics |= self.copied
@@ -232,7 +238,7 @@ class RunInProgress:
             self.recovered_s = []
         self._remember(report, metrics, tokens, seconds)
         self.writer.write(report.step, metrics, report.seconds)
-        self.graph_file.saw(report.nodes)
+        self.graph_file.saw(own.nodes)
         self.display.step(report.step, metrics, report.seconds)
         for said in (self.progress.warnings.of(report.step, metrics), *self.looking.after(report.step)):
             if said:
@@ -273,9 +279,7 @@ class RunInProgress:
     # --- barriers ------------------------------------------------------------------------------------
     def _at_barrier(self, done: int) -> None:
         """Evaluate and save what is due after `done` steps and has not been done before a recovery."""
-        due = self._evaluates_after(done - 1) if done > self.began else self.began < self.launch.run.steps
-        due = due and self.evaluation.possible and all(one["step"] != done for one in self.progress.evaluations)
-        if due and not self.notices.look():
+        if self._evaluation_is_due(done) and not self.notices.look():
             with self._paused("evaluation"):
                 self._evaluate(done)
         if self._copies_in_memory and (self._copies_after(done - 1) or done == self.began):
@@ -289,9 +293,22 @@ class RunInProgress:
             with self._paused("checkpoint"):
                 self._checkpoint(done)
 
+    def _evaluation_is_due(self, done: int) -> bool:
+        """Whether what `done` steps have made is to be evaluated before the next, and has not been."""
+        if done > self.began:
+            due = self._evaluates_after(done - 1)
+        else:
+            due = self.began < self.launch.run.steps and not self.evaluation.due_beside(done)
+        return due and self.evaluation.possible and not self._is_evaluated(done)
+
+    def _is_evaluated(self, done: int) -> bool:
+        return any(one["step"] == done for one in self.progress.evaluations)
+
     def _evaluates_after(self, step: int) -> bool:
+        """Whether all waits for an evaluation behind this step."""
         every, done = self.launch.run.output.evaluate_every, step + 1
-        return self.evaluation.possible and (done == self.launch.run.steps or bool(every and done % every == 0))
+        between = bool(every) and done % every == 0 and not self.evaluation.beside
+        return self.evaluation.possible and (done == self.launch.run.steps or between)
 
     def _checkpoints_after(self, step: int) -> bool:
         every, done = self.launch.run.output.checkpoint_every, step + 1
@@ -310,8 +327,11 @@ class RunInProgress:
         return asked or self._evaluates_after(step) or self._checkpoints_after(step) or self._copies_after(step)
 
     def _evaluate(self, done: int) -> None:
-        metrics = self.evaluation.run(done, self.runner.numbers)
-        if metrics:
+        self._tell_evaluation(done, self.evaluation.run(done, self.runner.numbers))
+
+    def _tell_evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of held-out rows, if there are any; those of a step that was run again were told before."""
+        if metrics and not self._is_evaluated(done):
             self.progress.evaluations.append({"step": float(done), **metrics})
             self.writer.write_evaluation(done, metrics)
             of = {name.split("/")[-2]: value for name, value in metrics.items() if name.endswith("/reward")}

@@ -7,11 +7,12 @@ file nor to run it: a folder that somebody shares is data.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from controller.execution.executor import Finished
 from rlhf_dist.dataflow.draw import to_json
+from rlhf_dist.dataflow.evaluation_graph import EvaluationGraph
 from rlhf_dist.dataflow.graph import Dataflow
 
 NAME = "graph.json"
@@ -20,9 +21,9 @@ NAME = "graph.json"
 class GraphFile:
     """Written at the start, and again when a node tells a metric for the first time."""
 
-    def __init__(self, folder: Path, dataflow: Dataflow) -> None:
+    def __init__(self, folder: Path, dataflow: Dataflow, evaluations: Sequence[EvaluationGraph] = ()) -> None:
         self._path = folder / NAME
-        self._graph = json.loads(to_json(dataflow))
+        self._graph = json.loads(to_json(dataflow, evaluations))
         self._node_of: dict[str, str] = {}
         self._write()
 

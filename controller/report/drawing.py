@@ -13,11 +13,38 @@ from rlhf_dist.dataflow.draw import COLOURS, HOST_COLOUR
 
 WIDTH, HEIGHT = 230, 96
 """Pixels from node to node."""
+TITLE = 40
+"""Pixels above a graph that has a title."""
 DRAWN = ("data", "write-then-read")
 
 
 def drawing(graph: Mapping[str, Any]) -> dict[str, Any]:
-    """`nodes` with x, y, colour and what they read and write, and `edges` with labels. graph: see `graph_file`."""
+    """`nodes` with x, y, colour and what they read and write, `edges` with labels, and `parts`, a title and its y for
+    each graph that held-out rows are evaluated with, which stand below the step's. graph: see `graph_file`."""
+    evaluations = graph.get("evaluations", ())
+    colours = _colours([node for one in (graph, *evaluations) for node in one["nodes"]])
+    drawn = _part(graph, colours)
+    parts: list[dict[str, Any]] = []
+    for one in evaluations:
+        part = _part(one, colours, f"{one['name']}/")
+        parts.append({"title": f"{one['name']}, {one['when']}", "y": drawn["height"]})
+        for node in part["nodes"]:
+            node["y"] += drawn["height"] + TITLE
+        drawn["nodes"] += part["nodes"]
+        drawn["edges"] += part["edges"]
+        drawn["width"] = max(drawn["width"], part["width"])
+        drawn["height"] += TITLE + part["height"]
+    return {**drawn, "parts": parts}
+
+
+def _colours(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Role -> colour, of those that have one."""
+    roles = list(dict.fromkeys(node["role"] for node in nodes if node["kind"] not in ("host", "state")))
+    return {role: COLOURS[number % len(COLOURS)] for number, role in enumerate(roles)}
+
+
+def _part(graph: Mapping[str, Any], colours: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    """One graph by itself; prefix: of its nodes' names, which are unique on the page with it."""
     nodes, edges = graph["nodes"], graph["edges"]
     rows = _rows(nodes, edges)
     widest = max((len(row) for row in rows), default=0)
@@ -26,23 +53,22 @@ def drawing(graph: Mapping[str, Any]) -> dict[str, Any]:
         for depth, row in enumerate(rows)
         for column, name in enumerate(row)
     }
-    roles = list(dict.fromkeys(node["role"] for node in nodes if node["kind"] not in ("host", "state")))
-    colour = {role: COLOURS[number % len(COLOURS)] for number, role in enumerate(roles)}
     return {
         "width": widest * WIDTH,
         "height": len(rows) * HEIGHT,
         "nodes": [
             {
-                **{key: node.get(key) for key in ("name", "role", "op", "kind", "line", "every", "after")},
+                **{key: node.get(key) for key in ("role", "op", "kind", "line", "every", "after")},
+                "name": prefix + node["name"],
                 "reads": [*node.get("reads", ()), *node.get("weights_read", ())],
                 "writes": [*node.get("writes", ()), *node.get("weights_written", ())],
                 "x": at[node["name"]][0],
                 "y": at[node["name"]][1],
-                "colour": colour.get(node["role"], HOST_COLOUR),
+                "colour": colours.get(node["role"], HOST_COLOUR),
             }
             for node in nodes
         ],
-        "edges": _joined(edges),
+        "edges": _joined(edges, prefix),
     }
 
 
@@ -66,12 +92,12 @@ def _rows(nodes: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, Any]]
     return rows
 
 
-def _joined(edges: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _joined(edges: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str, Any]]:
     """Edges with the same ends as one."""
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for edge in edges:
         if edge["reason"] in DRAWN:
-            key = (edge["source"], edge["target"], edge["distance"])
+            key = (prefix + edge["source"], prefix + edge["target"], edge["distance"])
             one = found.setdefault(
                 key, {"source": key[0], "target": key[1], "distance": key[2], "weights": False, "names": []}
             )

@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 
 from rlhf_dist.algorithms import bradley_terry, dpo, ppo_clip
-from rlhf_dist.batch import Batch, Column
+from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Examples, Reference, RewardModel
-from rlhf_dist.transforms import rloo_advantage
+from rlhf_dist.transforms import mark_rows, rloo_advantage
 
 PAPERS = {
     "expert_steps": Paper(
@@ -43,12 +43,6 @@ PAPERS = {
         assumed="a pair loss for the discriminator; leave-one-out baselines in place of a critic; clip 0.2",
     ),
 }
-
-
-@host_op(reads=("group_id",), writes=("label",))
-def labelled(batch: Batch, *, label: int) -> Batch:
-    """The same label for all rows."""
-    return Batch({"label": Column(np.full(batch.num_rows, label, np.int8))}, batch.num_rows)
 
 
 @host_op(reads=("group_id",), scope="groups", rows="drop")
@@ -80,11 +74,12 @@ def expert_steps(
     own = actor.generate_sequences(experts, n=1 if cfg.kind == "dpo" else cfg.samples_per_step)
     columns = ("prompt_ids", "response_ids", "response_mask", "group_id")
     theirs, mine = (batch.select(*columns) for batch in (experts, own))
+    expert = mark_rows(theirs, column="label", number=1)
     if cfg.kind == "dpo":
-        pairs = labelled(theirs, label=1).concat(labelled(mine, label=-1))
+        pairs = expert.concat(mark_rows(mine, column="label", number=-1))
         actor.update_actor(reference.compute_ref_log_prob(pairs), loss=dpo(cfg.beta))
         return
-    one = labelled(first_of_group(mine), label=-1)
-    discriminator.update_reward_model(labelled(theirs, label=1).concat(one), loss=bradley_terry())
+    one = mark_rows(first_of_group(mine), column="label", number=-1)
+    discriminator.update_reward_model(expert.concat(one), loss=bradley_terry())
     scored = rloo_advantage(discriminator.compute_reward(actor.compute_log_prob(own)))
     actor.update_actor(scored, loss=ppo_clip(cfg.clip))

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Opponent, Prompts, Reference, Reward
-from rlhf_dist.transforms import gae, mean_of_children, whiten
+from rlhf_dist.transforms import mean_of_children
 
 PAPERS = {
     "prompt_writer": Paper(
@@ -59,27 +59,13 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptWriter:
+class PromptWriter(WithCritic):
     """Settings of a writer for a frozen model."""
 
-    samples_per_prompt: int = 1
-    """Hints for each prompt."""
     answers: int = 1
     """Answers of the frozen model to each hint."""
     keep_prompt: bool = True
     """The frozen model reads the prompt and the hint; False: the hint alone, as the prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref of the writer."""
 
 
 @host_op(reads=("prompt_ids", "response_ids", "finished"), writes=("prompt_ids",))
@@ -109,7 +95,4 @@ def prompt_writer(
     hints = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
     answers = frozen.generate_sequences(written_prompt(hints, keep_prompt=cfg.keep_prompt), n=cfg.answers)
     hints = mean_of_children(hints, reward.compute_reward(answers))
-    batch = critic.compute_values(reference.compute_ref_log_prob(actor.compute_log_prob(hints)))
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(hints, actor, critic, reference, cfg)

@@ -13,6 +13,7 @@ from math import tanh
 
 import numpy as np
 
+from recipes.policy_gradient._critic import WithCritic
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -36,7 +37,7 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constrained:
+class Constrained(WithCritic):
     """Settings of constrained RLHF."""
 
     first_point: float = 0.5
@@ -47,20 +48,6 @@ class Constrained:
     """lambda of both at the start; the weight is its tanh."""
     multiplier_lr: float = 0.1
     """Step size of lambda."""
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref."""
 
 
 class Multipliers(State):

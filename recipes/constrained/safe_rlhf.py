@@ -9,6 +9,7 @@ Leaving the reference lowers the reward and raises the cost, so that its price i
 from dataclasses import dataclass
 from math import exp, log
 
+from recipes.policy_gradient._critic import WithCritic
 from rlhf_dist.algorithms import ppo_clip, updated_log_multiplier, value_clip
 from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
@@ -39,23 +40,9 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeRLHF:
+class SafeRLHF(WithCritic):
     """Settings of Safe RLHF."""
 
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref, taken off the reward and added to the cost."""
     cost_limit: float = 0.0
     """The mean cost to stay under."""
     pessimism: float = 0.0

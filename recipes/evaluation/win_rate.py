@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.policy_gradient.judge_grpo import PAIRWISE
-from rlhf_dist.batch import Batch, Column
+from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
@@ -20,7 +20,7 @@ from rlhf_dist.missing import is_missing
 from rlhf_dist.parsers import Choice
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Judge, Opponent, Prompts
-from rlhf_dist.transforms import both_orders, win_rates
+from rlhf_dist.transforms import both_orders, mark_rows, win_rates
 
 PAPERS = {
     "win_rate": Paper(
@@ -46,15 +46,9 @@ class WinRate:
     """Answers to each question."""
 
 
-@host_op(reads=("group_id",), writes=("ours",))
-def as_ours(batch: Batch, *, ours: int) -> Batch:
-    """1 for rows of the policy that is measured, 0 for the baseline's."""
-    return Batch({"ours": Column(np.full(batch.num_rows, ours, np.float32))}, batch.num_rows)
-
-
-@host_op(reads=("rewards", "ours", "response_mask"))
+@host_op(reads=("rewards", "ours", "response_mask"), missing=True)
 def measured(batch: Batch) -> HostResult:
-    """The policy's win rate and both mean lengths."""
+    """The policy's win rate and both mean lengths; `ours` is 1 for its rows, 0 for the baseline's."""
     ours = batch["ours"].values > 0
     won = batch["rewards"].values[ours]
     known = ~is_missing(won)
@@ -72,8 +66,8 @@ def measured(batch: Batch) -> HostResult:
 @recipe
 def win_rate(prompts: Prompts, policy: Opponent, baseline: Opponent, judge: Judge, cfg: WinRate) -> None:
     """A policy against a baseline, as a judge sees them."""
-    batch = as_ours(policy.generate_sequences(prompts), ours=1)
-    batch = batch.concat(as_ours(baseline.generate_sequences(prompts), ours=0))
+    batch = mark_rows(policy.generate_sequences(prompts), column="ours", number=1)
+    batch = batch.concat(mark_rows(baseline.generate_sequences(prompts), column="ours", number=0))
     choice = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker)
     verdicts = judge.generate_sequences(both_orders(batch), template=Template(cfg.question), parser=choice, n=cfg.votes)
     measured(win_rates(batch, verdicts))

@@ -85,7 +85,7 @@ class Pool(State):
         return {**values, "prompts": texts}, {"new_prompts": Mean(float(len(texts)), 0)}
 
 
-@host_op(reads=("rewards", "group_id"), rows="derive", scope="batch")
+@host_op(reads=("rewards", "group_id"), rows="derive", scope="batch", missing=True)
 def informative(batch: Batch, *, count: int, rng: np.random.Generator) -> HostResult:
     """A row of each of `count` groups (fewer where fewer differ), drawn in proportion to how far rewards differ."""
     rewards, groups = batch["rewards"].values.astype(np.float64), batch.group()

@@ -9,16 +9,15 @@ What is learned stands behind the plain prompt. Negatives become harder: after e
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from rlhf_dist.algorithms import dpo
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import HostResult, host_op
+from rlhf_dist.dataflow import HostResult
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Prompts, Reference, State, state_op
+from rlhf_dist.transforms import mark_rows
 
 PAPERS = {
     "prompted_pairs": Paper(
@@ -68,12 +67,6 @@ class Curriculum(State):
         return {"step": values["step"] + 1}, made
 
 
-@host_op(reads=("group_id",), writes=("label",))
-def labelled(batch: Batch, *, label: int) -> Batch:
-    """The same label for all rows."""
-    return Batch({"label": Column(np.full(batch.num_rows, label, np.int8))}, batch.num_rows)
-
-
 @recipe
 def prompted_pairs(
     prompts: Prompts, actor: Actor, reference: Reference, curriculum: Curriculum, cfg: PromptedPairs
@@ -82,7 +75,8 @@ def prompted_pairs(
     asked = curriculum.instruct(prompts, negatives=cfg.negatives, steps=cfg.every)
     good = actor.generate_sequences(asked, template=Template(cfg.good))
     bad = actor.generate_sequences(asked, template=Template("{prompt}\n\n{instruction}"))
-    pairs = labelled(good, label=1).concat(labelled(bad, label=-1)).drop("rollout_log_probs")
+    good, bad = (mark_rows(one, column="label", number=sign) for one, sign in ((good, 1), (bad, -1)))
+    pairs = good.concat(bad).drop("rollout_log_probs")
     pairs = pairs.join(prompts, on="parent", prompt_ids="prompt_ids", prompt="prompt")
     actor.update_actor(reference.compute_ref_log_prob(pairs), loss=dpo(cfg.beta))
     reference.copy_from(actor, every=cfg.every)

@@ -6,18 +6,13 @@ The last term is optimism: it pushes probability away from what the reference wo
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
-from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Prompts, Reference, Reward
-from rlhf_dist.transforms import keep_best_and_worst
+from rlhf_dist.transforms import keep_best_and_worst, mark_rows
 
 PAPERS = {
     "xpo": Paper(
@@ -41,12 +36,6 @@ class XPO:
     """Weight of the optimism (TRL's default)."""
 
 
-@host_op(reads=("group_id",), writes=("of_reference",))
-def marked(batch: Batch, *, of_reference: Literal[0, 1]) -> Batch:
-    """Who drew the rows."""
-    return Batch({"of_reference": Column(np.full(batch.num_rows, of_reference, np.float32))})
-
-
 @loss(reads=("label", "ref_log_probs", "of_reference"), average="groups")
 def optimistic_dpo(model, rows, beta: float = 0.1, alpha: float = 1e-5):
     """DPO on the pair, and log pi of the reference's response."""
@@ -61,8 +50,8 @@ def optimistic_dpo(model, rows, beta: float = 0.1, alpha: float = 1e-5):
 @recipe
 def xpo(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, cfg: XPO) -> None:
     """Pairs of the policy's own and the reference's response."""
-    own = marked(actor.generate_sequences(prompts), of_reference=0)
-    theirs = marked(reference.generate_sequences(prompts), of_reference=1)
+    own = mark_rows(actor.generate_sequences(prompts), column="of_reference", number=0)
+    theirs = mark_rows(reference.generate_sequences(prompts), column="of_reference", number=1)
     pairs = keep_best_and_worst(reward.compute_reward(own.concat(theirs)))
     pairs = reference.compute_ref_log_prob(pairs)
     actor.update_actor(pairs, loss=optimistic_dpo(cfg.beta, cfg.alpha))

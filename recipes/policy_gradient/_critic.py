@@ -1,7 +1,7 @@
 """PPO's second half, for recipes that differ in the reward alone: settings, and what is done with a scored batch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch
@@ -38,8 +38,15 @@ def learn_with_critic(
     *,
     dense: bool | Literal["alone"] = False,
 ) -> None:
-    """Values, advantages and both updates of rows with `rewards` (dense: and `token_rewards`, see `gae`)."""
-    batch = critic.compute_values(reference.compute_ref_log_prob(actor.compute_log_prob(batch)))
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef, dense=dense))
+    """Log-probs, values, advantages and both updates of rows with `rewards` (dense: and `token_rewards`, see `gae`)."""
+    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
+    learn_from_log_probs(batch, actor, critic, cfg, kl_coef=cfg.kl_coef, dense=dense)
+
+
+def learn_from_log_probs(
+    batch: Batch, actor: Actor, critic: Critic, cfg: WithCritic, *, kl_coef: Any, dense: bool | Literal["alone"] = False
+) -> None:
+    """The same of rows that have the policy's and the reference's log-probs. kl_coef: a number, or that of a state."""
+    batch = whiten(gae(critic.compute_values(batch), gamma=cfg.gamma, lam=cfg.lam, kl_coef=kl_coef, dense=dense))
     critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
     actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)

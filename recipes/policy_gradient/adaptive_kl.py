@@ -6,14 +6,13 @@ coef <- coef (1 + 0.1 e)
 
 from dataclasses import dataclass
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_from_log_probs
 from rlhf_dist.algorithms.kl import adapted_kl_coef
 from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
-from rlhf_dist.transforms import gae, whiten
 
 PAPERS = {
     "adaptive_kl": Paper(
@@ -26,21 +25,9 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveKL:
+class AdaptiveKL(WithCritic):
     """Settings of PPO with an adaptive KL coefficient."""
 
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
     kl_coef: float = 0.2
     """The coefficient at the start."""
     target: float = 6.0
@@ -77,10 +64,7 @@ def adaptive_kl(
     cfg: AdaptiveKL,
 ) -> None:
     """PPO under a price on the KL that keeps it near a target."""
-    batch = actor.compute_log_prob(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
-    batch = reference.compute_ref_log_prob(critic.compute_values(batch))
-    batch = reward.compute_reward(batch)
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=coefficient.value("coef")))
+    batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
+    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
+    learn_from_log_probs(batch, actor, critic, cfg, kl_coef=coefficient.value("coef"))
     coefficient.follow(batch, target=cfg.target, gain=cfg.gain)
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from recipes.policy_gradient.judge_grpo import PAIRWISE
-from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
@@ -20,7 +20,7 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.parsers import Choice
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Critic, Judge, Prompts, Reference
-from rlhf_dist.transforms import gae, verdict_means, whiten
+from rlhf_dist.transforms import verdict_means
 
 PAPERS = {
     "anchored_judge": Paper(
@@ -36,29 +36,15 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnchoredJudge:
+class AnchoredJudge(WithCritic):
     """Settings of PPO against an anchor."""
 
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
     votes: int = 1
     """Verdicts on each response in each order."""
     question: str = PAIRWISE
     """What the judge is asked about {prompt}, {response_a} and {response_b}."""
     marker: str = "Score:"
     """What stands before 1, 2 or tie in its answer."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
 
 
 @host_op(reads=("first", "second"), writes=("rewards",))
@@ -90,7 +76,4 @@ def anchored_judge(
     anchors = reference.generate_sequences(prompts, greedy=True)
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt).join(anchors, on="group", anchor="response")
     batch = against(batch, judge, "anchor", cfg.question, cfg.marker, cfg.votes)
-    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
-    batch = whiten(gae(critic.compute_values(batch), gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(batch, actor, critic, reference, cfg)

@@ -1,9 +1,11 @@
 """CHORD: experts' rows beside the policy's own, under a schedule (Zhang et al. 2025, arXiv 2508.11408).
 
-    L = (1 - mu) L_GRPO + mu L_SFT          mu rises in `warmup` steps to `peak`, then falls as a cosine to `valley`
-    phi: each token of an expert weighs p (1 - p), p its probability under the policy: neither known nor hopeless
+    L = (1 - mu) L_GRPO + mu L_SFT
+    mu       rises in `warmup` steps to `peak`, then falls in `decay` more as half a cosine to `valley`
+    phi      each token of an expert weighs p (1 - p), p its probability under the policy: neither known nor hopeless
 
-The constants of the schedule are not in our source of the paper: the defaults are assumed.
+CHORD-phi has phi and mu 0.1 throughout; CHORD-mu has no phi, and mu falls from 0.9 to 0.05 in 200 steps. The constants
+are those of its authors' code, Trinity-RFT (examples/mix_chord), where both losses are averaged over tokens, too.
 """
 
 from dataclasses import dataclass
@@ -12,21 +14,22 @@ from math import cos, pi
 from rlhf_dist.algorithms import loss, ppo_clip
 from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow.recipe import follows, recipe
+from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.roles import Actor, Examples, Prompts, Reward, State, state_op
 from rlhf_dist.transforms import grpo_advantage
 
+CHORD_OF = {"year": 2025, "arxiv": "2508.11408", "rows": (35,), "needs": ("ROLL", "VER", "MIX", "AUX", "STATE")}
 PAPERS = {
-    "chord": Paper(
-        title="CHORD",
-        year=2025,
-        arxiv="2508.11408",
-        rows=(35,),
-        status="outline",
-        needs=("ROLL", "VER", "MIX", "AUX", "STATE"),
-        assumed="the constants of the schedule",
-    )
+    "chord": Paper(title="CHORD-phi", **CHORD_OF),
+    "mu": Paper(
+        title="CHORD-mu",
+        **CHORD_OF,
+        settings={
+            **{"algorithm.weighted": False, "algorithm.peak": 0.9, "algorithm.valley": 0.05},
+            "algorithm.decay": 200,
+        },
+    ),
 }
 
 
@@ -38,16 +41,16 @@ class CHORD:
     """Responses to each prompt: the group."""
     clip: float = 0.2
     """The probability ratio is cut at 1 - clip and 1 + clip."""
-    peak: float = 0.9
+    peak: float = 0.1
     """mu after the warm-up."""
-    valley: float = 0.05
+    valley: float = 0.1
     """mu at the end."""
-    warmup: int = 10
+    warmup: int = 0
     """Steps until mu is at its peak."""
-    decay: int = follows("steps")
-    """Steps until mu is at its valley."""
+    decay: int = 0
+    """Steps from its peak to its valley."""
     weighted: bool = True
-    """Weigh an expert's tokens (CHORD-phi); False: all alike (CHORD-mu)."""
+    """phi: weigh an expert's tokens; False: all alike."""
 
 
 class Schedule(State):
@@ -68,8 +71,8 @@ class Schedule(State):
 def mu_at(step: float, peak: float, valley: float, warmup: int, decay: int) -> float:
     """mu of step 0, 1, ..."""
     if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, decay - warmup))
+        return peak * step / warmup
+    done = (step - warmup) / decay if step < warmup + decay else 1.0
     return valley + (peak - valley) * (1 + cos(pi * done)) / 2
 
 

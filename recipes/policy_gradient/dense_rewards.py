@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from recipes.agents.prompt_writer import written_prompt
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_from_log_probs
 from rlhf_dist.algorithms.ragged import row_of_token
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -27,7 +27,6 @@ from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.missing import is_missing
 from rlhf_dist.roles import Actor, Critic, LanguageModel, Prompts, Reference, Reward, RewardModel
-from rlhf_dist.transforms import gae, whiten
 
 PAPERS = {
     "dense_rewards": Paper(
@@ -89,7 +88,7 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class Dense(WithCritic):
     """Settings of PPO on dense rewards."""
 
     kind: Literal["rto", "clip", "delta", "seq2seq", "attention", "confident_kl"] = "rto"
@@ -105,18 +104,6 @@ class Dense:
     """Of clip: what a step must be worth to cost nothing."""
     step_tokens: int = 16
     """Of clip and delta: tokens of a step."""
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
 
 
 @host_op(reads=("dpo_log_probs", "ref_log_probs", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
@@ -137,7 +124,7 @@ def kept_as_it_is(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
     return Batch({"token_rewards": Column((coef * said).astype(np.float32), mask.offsets), "rewards": rewards})
 
 
-@host_op(reads=("attention", "rewards", "response_mask"), writes=("token_rewards", "rewards"))
+@host_op(reads=("attention", "rewards", "response_mask"), writes=("token_rewards", "rewards"), missing=True)
 def attended(batch: Batch, *, coef: float, reward_coef: float) -> Batch:
     """coef times the reward, spread over the counted tokens as the attention is, and reward_coef times it at the end. A
     missing reward is missing at the end alone: no token of its row will count."""
@@ -212,8 +199,5 @@ def dense_rewards(
         batch = step_model.compute_values(batch, out="step_values")
         steps = {"kind": cfg.kind, "step_tokens": cfg.step_tokens, "eta": cfg.eta}
         batch = step_rewards(batch, **steps, coef=coef, reward_coef=cfg.reward_coef)
-    batch = critic.compute_values(batch)
     kl_coef = 0.0 if cfg.kind == "confident_kl" else cfg.kl_coef
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=kl_coef, dense=True))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_from_log_probs(batch, actor, critic, cfg, kl_coef=kl_coef, dense=True)

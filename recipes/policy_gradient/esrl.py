@@ -58,6 +58,7 @@ class ESRL:
     rows="derive",
     scope="groups",
     copies=MOST,
+    missing=True,
 )
 def as_needed(prompts: Batch, probes: Batch, *, most: int, able: float) -> HostResult:
     """Copies of each prompt, round(most (1 - c)), and whether the policy is unable there. Missing rewards do not count;

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from rlhf_dist.algorithms.ragged import row_of_token
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -18,7 +18,6 @@ from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference
-from rlhf_dist.transforms import gae, whiten
 
 PAPERS = {
     "fine_grained_rlhf": Paper(
@@ -33,7 +32,7 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineGrained:
+class FineGrained(WithCritic):
     """Settings of fine-grained RLHF."""
 
     samples_per_prompt: int = 4
@@ -46,14 +45,6 @@ class FineGrained:
     """Tokens of a segment that is judged for its facts."""
     facts_weight: float = 0.5
     """w of the model of facts."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
     kl_coef: float = 0.3
     """beta, the penalty on log pi - log pi_ref."""
     mini_batches: int = 1
@@ -94,8 +85,6 @@ def fine_grained_rlhf(
 ) -> None:
     """PPO on dense rewards of two models."""
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
-    batch = critic.compute_values(actor.compute_log_prob(batch))
-    batch = reference.compute_ref_log_prob(batch)
     batch = facts.compute_values(relevance.compute_values(batch, out="relevance"), out="facts")
     batch = rewards_of_segments(
         batch,
@@ -104,6 +93,4 @@ def fine_grained_rlhf(
         facts_every=cfg.facts_every,
         facts_weight=cfg.facts_weight,
     )
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef, dense=True))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(batch, actor, critic, reference, cfg, dense=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.policy_gradient._critic import WithCritic
 from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.algorithms.advantages.gae import gae as gae_formula
 from rlhf_dist.algorithms.ragged import row_of_token
@@ -32,25 +33,13 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MARLHF:
+class MARLHF(WithCritic):
     """Settings of MA-RLHF."""
 
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
     segment: int = 5
     """Tokens of a macro action; 1 is PPO."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per segment."""
-    lam: float = 0.95
-    """GAE's lambda."""
     kl_coef: float = 0.05
     """Penalty on log pi - log pi_ref, added to each token's reward."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
 
 
 @host_op(

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
@@ -18,7 +18,6 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.replay import Replay
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
 from rlhf_dist.schema import TRAINABLE
-from rlhf_dist.transforms import gae, whiten
 
 Strategy = Literal["best", "best_random", "best_worst"]
 
@@ -36,7 +35,7 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PFPPO:
+class PFPPO(WithCritic):
     """Settings of PF-PPO."""
 
     samples_per_prompt: int = 5
@@ -45,16 +44,6 @@ class PFPPO:
     """Which of them are trained on."""
     replayed: int = 0
     """Rows of earlier steps that are trained on, too."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
     mini_batches: int = 1
     """Optimizer steps in one pass over the batch."""
 
@@ -85,8 +74,4 @@ def pf_ppo(
         old = buffer.sample(rows=cfg.replayed, columns=(*TRAINABLE, "rewards"))
         buffer.add(batch)
         batch = batch.concat(old)
-    batch = actor.compute_log_prob(batch)
-    batch = critic.compute_values(reference.compute_ref_log_prob(batch))
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(batch, actor, critic, reference, cfg)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.policy_gradient._critic import WithCritic
 from rlhf_dist.algorithms import nll, ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
@@ -33,27 +34,15 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOMax:
+class PPOMax(WithCritic):
     """Settings of PPO-max."""
 
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
     reward_clip: float = 5.0
     """Normalised rewards are cut to +- this."""
     pretraining_coef: float = 0.1
     """c, weight of the pretraining text's likelihood."""
     critic_warmup: int = 20
     """Steps in which only the critic learns."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
     kl_coef: float = 0.05
     """eta, penalty on log pi - log pi_ref of each token."""
 

@@ -26,7 +26,6 @@ PAPERS = {
         year=2025,
         arxiv="2501.03262",
         rows=(18,),
-        status="outline",
         needs=NEEDS,
         settings={
             **TOKENS,
@@ -35,7 +34,7 @@ PAPERS = {
             "algorithm.samples_per_prompt": 1,
             "algorithm.kl_coef": 0.01,
         },
-        assumed="every token has the KL penalty of the whole response, not of what follows it; beta 0.01",
+        assumed="beta 0.01",
     ),
     "reinforce_plus_plus_baseline": Paper(
         title="REINFORCE++-baseline",
@@ -164,6 +163,10 @@ class Reinforce:
 @recipe
 def reinforce(prompts: Prompts, actor: Actor, reference: Reference, reward: Reward, cfg: Reinforce) -> None:
     """RLOO, or REINFORCE with another baseline."""
+    if cfg.baseline == "pass_at_k" and not 1 <= cfg.k <= cfg.samples_per_prompt:
+        raise ValueError(
+            f"algorithm.k must be from 1 to algorithm.samples_per_prompt = {cfg.samples_per_prompt}, got {cfg.k}"
+        )
     batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
     if cfg.drop_equal:
         batch = drop_equal_groups(batch)

@@ -64,7 +64,7 @@ def repeated(text: str) -> float:
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 
-@host_op(reads=("rewards", "open", "response", "response_mask"), writes=("rewards",))
+@host_op(reads=("rewards", "open", "response", "response_mask"), writes=("rewards",), missing=True)
 def regularised(batch: Batch, *, longest: int) -> HostResult:
     """Relevance with the terms of the question's type; missing where the relevance is."""
     long = np.minimum(batch["response_mask"].lengths / longest, 1.0)

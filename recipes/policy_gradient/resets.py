@@ -13,14 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Critic, Examples, Opponent, Reference, Reward
-from rlhf_dist.transforms import gae, whiten
 
 PAPERS = {
     "resets": Paper(
@@ -45,27 +44,13 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resets:
+class Resets(WithCritic):
     """Settings of PPO with resets."""
 
     prefixes: Literal["data", "guide"] = "data"
     """Whose responses' beginnings a rollout may start from."""
     share: float = 0.5
     """b: of the prompts that get one."""
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
 
 
 @host_op(reads=("prompt_ids", "response_ids"), writes=("prompt_ids",), scope="batch")
@@ -95,8 +80,4 @@ def resets(
     """PPO from where somebody else began."""
     begun = guide.generate_sequences(examples) if cfg.prefixes == "guide" else examples
     batch = actor.generate_sequences(with_beginnings(begun, share=cfg.share), n=cfg.samples_per_prompt)
-    batch = reward.compute_reward(reference.compute_ref_log_prob(actor.compute_log_prob(batch)))
-    batch = critic.compute_values(batch)
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(reward.compute_reward(batch), actor, critic, reference, cfg)

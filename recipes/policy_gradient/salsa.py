@@ -7,11 +7,10 @@ The soup is made at the first step and kept in checkpoints; the roles `first` an
 
 from dataclasses import dataclass
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward
-from rlhf_dist.transforms import gae, whiten
 
 ONCE = 1 << 40
 """A cadence of which a run sees step 0 only."""
@@ -29,25 +28,11 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SALSA:
+class SALSA(WithCritic):
     """Settings of SALSA."""
 
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
     share: float = 0.5
     """Of the second model in the soup."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
 
 
 @recipe
@@ -63,9 +48,5 @@ def salsa(
 ) -> None:
     """PPO near an average of models."""
     soup.merge_from([(first, 1 - cfg.share), (second, cfg.share)], every=ONCE)
-    batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
-    batch = soup.compute_ref_log_prob(actor.compute_log_prob(batch))
-    batch = critic.compute_values(reward.compute_reward(batch))
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    batch = reward.compute_reward(actor.generate_sequences(prompts, n=cfg.samples_per_prompt))
+    learn_with_critic(batch, actor, critic, soup, cfg)

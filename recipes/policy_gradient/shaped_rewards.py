@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_dist.algorithms import ppo_clip, value_clip
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import follows, recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Actor, Critic, Prompts, Reference, Reward, State, state_op
-from rlhf_dist.transforms import gae, mask_cut_responses, whiten
+from rlhf_dist.transforms import mask_cut_responses
 
 LONG = {"rows": (144,), "year": 2023, "arxiv": "2310.03716", "status": "study"}
 LONG_NEEDS = ("SHAPE", "FILT", "ROLL", "CRIT", "RMT", "EVAL")
@@ -92,7 +92,7 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shaped:
+class Shaped(WithCritic):
     """Settings of PPO under a shaped reward."""
 
     shape: Literal["par", "lsc", "crpg", "length", "only_length", "omit_long", "scaled", "none"] = "par"
@@ -105,20 +105,6 @@ class Shaped:
     """Of length."""
     longest: int = follows("actor.rollout.max_response_tokens")
     """Of only_length: the length at which the reward is 1."""
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
 
 
 class Spread(State):
@@ -210,8 +196,4 @@ def shaped_rewards(
         batch = spread.scale(batch)
     elif cfg.shape == "omit_long":
         batch = mask_cut_responses(batch)
-    batch = reference.compute_ref_log_prob(actor.compute_log_prob(batch))
-    batch = critic.compute_values(batch)
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(batch, actor, critic, reference, cfg)

@@ -23,6 +23,7 @@ from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
+from rlhf_dist.missing import is_missing
 from rlhf_dist.roles import Actor, Prompts, Reward
 
 NEEDS = ("ROLL", "VER", "ADV")
@@ -179,13 +180,15 @@ class Surrogates:
     """Passes over the batch."""
 
 
-@host_op(reads=("rewards", "group_id"), writes=("pass_rate", "right"), scope="groups")
+@host_op(reads=("rewards", "group_id"), writes=("pass_rate", "right"), scope="groups", missing=True)
 def pass_rates(batch: Batch) -> Batch:
-    """Whether a response is right, its reward above 1/2, and the share of its group that is."""
-    right = (batch["rewards"].values > 0.5).astype(np.float32)
+    """Whether a response is right, its reward above 1/2, and the share of its group that is, of those whose reward is
+    known."""
+    known = ~is_missing(batch["rewards"].values)
+    right = (known & (batch["rewards"].values > 0.5)).astype(np.float32)
     rate = np.zeros(batch.num_rows, np.float32)
     for rows in batch.group():
-        rate[rows] = right[rows].mean()
+        rate[rows] = right[rows].sum() / max(known[rows].sum(), 1)
     return Batch({"pass_rate": Column(rate), "right": Column(right)})
 
 

@@ -13,18 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rlhf_dist.algorithms import loss, ppo_clip
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
-from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.parsers import Pattern
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Judge, Prompts, Reward
-from rlhf_dist.transforms import best_of_group, grpo_advantage
+from rlhf_dist.transforms import best_of_group, grpo_advantage, mark_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,12 +77,6 @@ def shaped_likelihood(model: ModelOutput, rows: Rows, gamma: float = 0.1) -> tup
     return value, {"refined_loss": value.detach()}
 
 
-@host_op(reads=("response_ids",), writes=("refined",))
-def marked(batch: Batch, *, refined: bool) -> Batch:
-    """Whether these rows are refinements."""
-    return Batch({"refined": Column(np.full(batch.num_rows, refined, np.float32))}, batch.num_rows)
-
-
 @recipe
 def critique_grpo(prompts: Prompts, actor: Actor, judge: Judge, reward: Reward, cfg: CritiqueGRPO) -> None:
     """GRPO with refinements of one's own answers."""
@@ -99,8 +89,8 @@ def critique_grpo(prompts: Prompts, actor: Actor, judge: Judge, reward: Reward, 
     refined = refined.join(prompts, prompt_ids="prompt_ids", prompt="prompt")
     refined = best_of_group(reward.compute_reward(refined))
     names = ("prompt_ids", "response_ids", "response_mask", "rewards")
-    batch = marked(batch.select(*names, "group_id"), refined=False)
-    batch = batch.concat(marked(refined.select(*names, "group_id"), refined=True))
+    batch = mark_rows(batch.select(*names, "group_id"), column="refined", number=0)
+    batch = batch.concat(mark_rows(refined.select(*names, "group_id"), column="refined", number=1))
     batch = grpo_advantage(actor.compute_log_prob(batch))
     refined, own = batch.where("refined")
     actor.update_actor([(own, ppo_clip(cfg.clip)), (refined, shaped_likelihood(cfg.gamma), 1 / cfg.samples_per_prompt)])

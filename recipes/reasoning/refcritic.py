@@ -15,6 +15,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.missing import MISSING, is_missing
 from rlhf_dist.parsers import Choice
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Opponent, Prompts, Reward
@@ -74,15 +75,18 @@ class RefCritic:
 @host_op(
     reads=lambda settings: ("choice", "parsed", "solved", *(("refined",) if settings["coef"] else ())),
     writes=("rewards",),
+    missing=True,
 )
 def verdict_and_use(batch: Batch, *, coef: float, right: float) -> HostResult:
-    """1 for the right verdict, and coef times the accuracy of what was made of the critique; missing where that is."""
-    solved = batch["solved"].values > right
+    """1 for the right verdict, and coef times the accuracy of what was made of the critique; missing where that is, or
+    whether the solution was right."""
+    solved, unknown = batch["solved"].values > right, is_missing(batch["solved"].values)
     agrees = (batch["parsed"].values > 0) & ((batch["choice"].values > 0.5) == solved)
     rewards = agrees.astype(np.float32)
     if coef:
         rewards = rewards + np.float32(coef) * batch["refined"].values
-    metrics = {"verdict_right": mean_of(agrees), "solved": mean_of(solved)}
+    rewards[unknown] = MISSING
+    metrics = {"verdict_right": mean_of(agrees[~unknown]), "solved": mean_of(solved[~unknown])}
     return HostResult(columns=Batch({"rewards": Column(rewards)}, batch.num_rows), metrics=metrics)
 
 

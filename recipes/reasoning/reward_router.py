@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from recipes.policy_gradient._critic import WithCritic, learn_with_critic
 from recipes.policy_gradient.anchored_judge import against
-from rlhf_dist.algorithms import ppo_clip, value_clip
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
@@ -24,7 +24,7 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.parsers import Choice
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Critic, Judge, Prompts, Reference, Reward, State, state_op
-from rlhf_dist.transforms import gae, verdict_means, whiten
+from rlhf_dist.transforms import verdict_means
 
 ROUTES = ("verify", "truth", "compare")
 TRUTH = """\
@@ -60,7 +60,7 @@ PAPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardRouter:
+class RewardRouter(WithCritic):
     """Settings of routed rewards."""
 
     samples_per_prompt: int = 4
@@ -75,18 +75,6 @@ class RewardRouter:
     """What it is asked about {prompt}, {response_a} and {response_b}."""
     marker: str = "Verdict:"
     """What stands before the verdict in its answers."""
-    mini_batches: int = 4
-    """Optimizer steps in one pass over the batch."""
-    clip: float = 0.2
-    """The probability ratio is cut at 1 - clip and 1 + clip."""
-    value_clip: float = 0.2
-    """A new value may move this far from the old one."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    kl_coef: float = 0.02
-    """Penalty on log pi - log pi_ref in the reward."""
 
 
 class Routed(Prompts):
@@ -162,7 +150,4 @@ def reward_router(
     known, _ = verdict_means(known, verdicts, column="choice").where("judged")
     compared = against(compared, judge, "answer", cfg.compare, cfg.marker)
     batch = lowest_groups(reward.compute_reward(checked).merge(known, compared), share=cfg.share)
-    batch = critic.compute_values(reference.compute_ref_log_prob(actor.compute_log_prob(batch)))
-    batch = whiten(gae(batch, gamma=cfg.gamma, lam=cfg.lam, kl_coef=cfg.kl_coef))
-    critic.update_critic(batch, loss=value_clip(cfg.value_clip), mini_batches=cfg.mini_batches)
-    actor.update_actor(batch, loss=ppo_clip(cfg.clip), mini_batches=cfg.mini_batches)
+    learn_with_critic(batch, actor, critic, reference, cfg)

@@ -21,6 +21,7 @@ from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Preferences, RewardModel
+from rlhf_dist.transforms.columns import at_last_token
 
 TRICKLE = {"year": 2023, "arxiv": "2309.16155", "rows": (112,), "status": "outline", "needs": ("RMT", "MRM", "EVAL")}
 PAPERS = {
@@ -83,7 +84,7 @@ def mixed_preference(model, rows):
 def fusion(batch: Batch, *, least_cosine: float, tau: float) -> HostResult:
     """How often pairs are ranked rightly by rewards as they are, and fused over similar rows."""
     rewards = batch["rewards"].values.astype(np.float64)
-    fused = shares_of_similar(last_states(batch), least_cosine, tau) @ rewards
+    fused = shares_of_similar(last_directions(batch), least_cosine, tau) @ rewards
     groups, label, metrics = batch.group(), batch["label"].values, {}
     for name, found in (("plain", rewards), ("fused", fused)):
         right = sum(float((found[rows] * label[rows]).sum() > 0) for rows in groups)
@@ -91,13 +92,10 @@ def fusion(batch: Batch, *, least_cosine: float, tau: float) -> HostResult:
     return HostResult(columns=Batch({}, batch.num_rows), metrics=metrics)
 
 
-def last_states(batch: Batch) -> np.ndarray[Any, Any]:
-    """[B, H] of each row, of length 1; 0 for a row without tokens."""
-    hidden = batch["hidden"]
-    found = np.zeros((batch.num_rows, hidden.values.shape[1]))
-    there = hidden.lengths > 0
-    found[there] = hidden.values[hidden.offsets[1:][there] - 1]
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+def last_directions(batch: Batch) -> np.ndarray[Any, Any]:
+    """[B, H] the state at each row's last token, of length 1; 0 for a row without tokens."""
+    states = at_last_token(batch, "hidden")
+    return states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
 
 
 def shares_of_similar(states: np.ndarray[Any, Any], least_cosine: float, tau: float) -> np.ndarray[Any, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from recipes.reward_models.consistency import last_states
+from recipes.reward_models.consistency import last_directions
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import host_op
@@ -88,7 +88,7 @@ class Personally(Preferences):
 @host_op(reads=("hidden",), writes=("embedding",))
 def embedded(batch: Batch) -> Batch:
     """[B, H] the last state of each row, of length 1."""
-    return Batch({"embedding": Column(last_states(batch).astype(np.float32))}, batch.num_rows)
+    return Batch({"embedding": Column(last_directions(batch).astype(np.float32))}, batch.num_rows)
 
 
 class Networks(State):

@@ -113,7 +113,7 @@ def completed_text(batch: Batch) -> Batch:
     return Batch({"response": Column.strings([a if ended else a + b for a, b, ended in rows])}, batch.num_rows)
 
 
-@host_op(reads=("rewards",), writes=("rewards",))
+@host_op(reads=("rewards",), writes=("rewards",), missing=True)
 def is_right(batch: Batch, *, right: float) -> Batch:
     """1 for a reward above `right`, else 0; missing where it is."""
     rewards = batch["rewards"].values
@@ -126,6 +126,7 @@ def is_right(batch: Batch, *, right: float) -> Batch:
     writes=("desirable",),
     scope="groups",
     rows="drop",
+    missing=True,
 )
 def agreed(batch: Batch, *, right: float) -> HostResult:
     """Steps up to the first wrong one, of solutions in which both labellers find the same; desirable: 1 but for that.

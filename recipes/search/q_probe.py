@@ -17,6 +17,7 @@ from rlhf_dist.dataflow import HostResult
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.roles import Opponent, Prompts, Reward, State, state_op
+from rlhf_dist.transforms.columns import at_last_token
 
 PAPERS = {
     "q_probe": Paper(
@@ -54,7 +55,7 @@ class Probe(State):
         self, values: dict[str, Any], batch: Batch, *, beta: float, ridge: float
     ) -> tuple[dict[str, Any], HostResult]:
         """Chooses with the probe as it is, measures what that gives, then adds these rows to it."""
-        phi, rewards = last_states(batch), batch["rewards"].values.astype(np.float64)
+        phi, rewards = at_last_token(batch, "hidden"), batch["rewards"].values.astype(np.float64)
         size = phi.shape[1]
         moments, targets = values["moments"], values["targets"]
         if moments.shape != (size, size):
@@ -68,16 +69,6 @@ class Probe(State):
             "squared_error": Mean(float(errors.sum()), float(len(errors))),
         }
         return made, HostResult(columns=Batch({}, batch.num_rows), metrics=metrics)
-
-
-def last_states(batch: Batch) -> Any:
-    """[B, H] float64: the state that each response's last token was predicted from; zeros for an empty response."""
-    hidden = batch["hidden"]
-    assert hidden.offsets is not None, "a state for each token"
-    found = np.zeros((batch.num_rows, hidden.values.shape[1]))
-    some = np.flatnonzero(hidden.lengths > 0)
-    found[some] = hidden.values[hidden.offsets[1:][some] - 1]
-    return found
 
 
 def expected_reward(scores: Any, rewards: Any, groups: list[Any], beta: float) -> Any:

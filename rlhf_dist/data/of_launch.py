@@ -92,7 +92,9 @@ def heldout_source(launch: Launch) -> PromptSource:
     """The held-out rows of a launch. Raises ValueError for faulty data, and where there are none."""
     if launch.run.data.heldout is None:
         raise ValueError("data.heldout is not set, so there are no held-out rows")
-    return _source(launch, launch.run.data.heldout, "data.heldout", None, held_out_fields(launch))
+    return _source(
+        launch, launch.run.data.heldout, "data.heldout", None, held_out_fields(launch.recipe, launch.dataflow)
+    )
 
 
 def with_steps_of_epochs(launch: Launch) -> Launch:

@@ -1,24 +1,36 @@
 """Drawing a dataflow: text for terminals, Mermaid for Markdown, DOT for Graphviz, JSON for programs.
 
 JSON holds every edge. Drawings leave out pure ordering (read-then-write, write-then-write): it follows
-from the weight edges that are shown and would hide the data.
+from the weight edges that are shown and would hide the data. The graphs that held-out rows are evaluated with stand
+apart from the step's, with when they are run.
 """
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rlhf_dist.dataflow.evaluation_graph import EvaluationGraph
 from rlhf_dist.dataflow.graph import Dataflow, Edge, Node
 
 COLOURS = ("#d7e8fa", "#fde5c8", "#dcefd5", "#f6d9de", "#e5dcf3", "#f7f1c4", "#d3eeee", "#ecdccb")
 HOST_COLOUR = "#eeeeee"
 
 
-def to_json(dataflow: Dataflow) -> str:
-    """Nodes and edges as a JSON object; an edge has either `column` or `weights`, and always `distance`."""
+def to_json(dataflow: Dataflow, evaluations: Sequence[EvaluationGraph] = ()) -> str:
+    """Nodes and edges as a JSON object; an edge has either `column` or `weights`, and always `distance`. `evaluations`:
+    the same of each graph that held-out rows are evaluated with, its cadence as `every` (0: before the first and after
+    the last step only) and in words, and whether there are such rows."""
+    found = [
+        {"name": one.name, "every": one.every, "when": one.when, "rows": one.rows, **_plain(one.dataflow)}
+        for one in evaluations
+    ]
+    return json.dumps({"name": dataflow.name, **_plain(dataflow), "evaluations": found}, indent=2)
+
+
+def _plain(dataflow: Dataflow) -> dict[str, Any]:
     nodes = [
         {
             "name": node.name,
@@ -36,8 +48,7 @@ def to_json(dataflow: Dataflow) -> str:
         }
         for node in dataflow
     ]
-    edges = [_edge_json(edge) for edge in dataflow.edges]
-    return json.dumps({"name": dataflow.name, "nodes": nodes, "edges": edges}, indent=2)
+    return {"nodes": nodes, "edges": [_edge_json(edge) for edge in dataflow.edges]}
 
 
 def levels(dataflow: Dataflow) -> dict[str, int]:
@@ -52,22 +63,11 @@ def levels(dataflow: Dataflow) -> dict[str, int]:
     return level
 
 
-def to_text(dataflow: Dataflow) -> str:
-    """A listing in the order of execution; a bracket joins nodes that may run at the same time."""
-    level = levels(dataflow)
-    nodes = sorted(dataflow, key=lambda node: level[node.name])  # stable: the recipe's order within a level
-    places = {node.name: node.line + _cadence(node) for node in nodes}
-    width, place_width = max(map(len, places)), max(map(len, places.values()))
-    lines = [f"{dataflow.name}: {len(nodes)} nodes; roles {_roles(dataflow)}", ""]
-    for node in nodes:
-        same = [other.name for other in nodes if level[other.name] == level[node.name]]
-        first, last = node.name == same[0], node.name == same[-1]
-        mark = " " if len(same) == 1 else "┌" if first else "└" if last else "│"
-        head = f"{level[node.name] if first else '':>3} {mark} {node.name:<{width}}  {places[node.name]:<{place_width}}"
-        below = f"    {' ' if last else '│'} {'':<{width}}  {'':<{place_width}}"
-        for row, detail in enumerate(_details(node)):
-            lines.append(f"{below if row else head}  {detail}".rstrip())
-    if len(set(level.values())) < len(nodes):
+def to_text(dataflow: Dataflow, evaluations: Sequence[EvaluationGraph] = ()) -> str:
+    """A listing in the order of execution; a bracket joins nodes that may run at the same time. Below it, one of each
+    graph that held-out rows are evaluated with."""
+    lines = [f"{dataflow.name}: {len(dataflow.nodes)} nodes; roles {_roles(dataflow)}", "", *_listing(dataflow)]
+    if any(len(set(levels(one).values())) < len(one.nodes) for one in (dataflow, *_graphs(evaluations))):
         lines += [
             "",
             "Nodes joined by a bracket do not wait for each other: in different pools they run at the same time.",
@@ -76,14 +76,50 @@ def to_text(dataflow: Dataflow) -> str:
     if carried:
         lines += ["", "From one step to a later one:"]
         lines += [f"    {edge.source} --{edge.weights}--> {edge.target}  ({_later(edge)})" for edge in carried]
+    for one in evaluations:
+        lines += ["", f"{_title(one)}: {len(one.dataflow.nodes)} nodes", "", *_listing(one.dataflow)]
     return "\n".join(lines)
 
 
-def to_mermaid(dataflow: Dataflow) -> str:
-    """A Mermaid flowchart: solid arrows are columns, dotted ones weights; colours are roles."""
-    ids = {node.name: f"n{number}" for number, node in enumerate(dataflow)}
-    lines = ["flowchart TD"]
+def _listing(dataflow: Dataflow) -> list[str]:
+    level, lines = levels(dataflow), list[str]()
+    nodes = sorted(dataflow, key=lambda node: level[node.name])  # stable: the recipe's order within a level
+    places = {node.name: node.line + _cadence(node) for node in nodes}
+    width, place_width = max(map(len, places)), max(map(len, places.values()))
+    for node in nodes:
+        same = [other.name for other in nodes if level[other.name] == level[node.name]]
+        first, last = node.name == same[0], node.name == same[-1]
+        mark = " " if len(same) == 1 else "┌" if first else "└" if last else "│"
+        head = f"{level[node.name] if first else '':>3} {mark} {node.name:<{width}}  {places[node.name]:<{place_width}}"
+        below = f"    {' ' if last else '│'} {'':<{width}}  {'':<{place_width}}"
+        for row, detail in enumerate(_details(node)):
+            lines.append(f"{below if row else head}  {detail}".rstrip())
+    return lines
+
+
+def to_mermaid(dataflow: Dataflow, evaluations: Sequence[EvaluationGraph] = ()) -> str:
+    """A Mermaid flowchart: solid arrows are columns, dotted ones weights; colours are roles. What is evaluated is a
+    subgraph."""
+    lines, members = ["flowchart TD"], dict[str, list[str]]()
+    lines += _mermaid_nodes(dataflow, "n", members)
+    for number, one in enumerate(evaluations):
+        inside = _mermaid_nodes(one.dataflow, f"e{number}n", members)
+        lines += [f'    subgraph e{number}["{_escape(_title(one))}"]', *(f"    {line}" for line in inside), "    end"]
+    colours = _colours(dataflow, evaluations)
+    for number, (role, names) in enumerate(members.items()):
+        lines += [
+            f"    classDef role{number} fill:{colours[role]},stroke:#555,color:#111",
+            f"    class {','.join(names)} role{number}",
+        ]
+    return "\n".join(lines)
+
+
+def _mermaid_nodes(dataflow: Dataflow, prefix: str, members: dict[str, list[str]]) -> list[str]:
+    """Lines of nodes and arrows; adds to each role's `members` the ids of its nodes."""
+    ids = {node.name: f"{prefix}{number}" for number, node in enumerate(dataflow)}
+    lines = []
     for node in dataflow:
+        members.setdefault(node.role, []).append(ids[node.name])
         opening, closing = {
             "source": ("([", "])"),
             "reshard": ("{{", "}}"),
@@ -97,34 +133,41 @@ def to_mermaid(dataflow: Dataflow) -> str:
         if edge.weights:
             label = edge.weights + (f", {_later(edge)}" if edge.distance else "")
             lines.append(f'    {ids[edge.source]} -.->|"{_escape(label)}"| {ids[edge.target]}')
-    for number, (role, colour) in enumerate(_colours(dataflow).items()):
-        members = ",".join(ids[node.name] for node in dataflow if node.role == role)
-        lines += [
-            f"    classDef role{number} fill:{colour},stroke:#555,color:#111",
-            f"    class {members} role{number}",
-        ]
-    return "\n".join(lines)
+    return lines
 
 
-def to_dot(dataflow: Dataflow) -> str:
-    """A Graphviz digraph: solid edges are columns, dashed ones weights; colours are roles."""
-    colours = _colours(dataflow)
+def to_dot(dataflow: Dataflow, evaluations: Sequence[EvaluationGraph] = ()) -> str:
+    """A Graphviz digraph: solid edges are columns, dashed ones weights; colours are roles. What is evaluated is a
+    cluster."""
+    colours = _colours(dataflow, evaluations)
     lines = [
         f"digraph {_quote(dataflow.name)} {{",
         '  node [shape=box, style="rounded,filled", fontname="sans-serif"];',
     ]
     lines.append('  edge [fontname="sans-serif", fontsize=10];')
-    lines += [f"  {_quote(node.name)} [fillcolor={_quote(colours[node.role])}];" for node in dataflow]
+    lines += _dot_nodes(dataflow, colours)
+    for one in evaluations:
+        inside = _dot_nodes(one.dataflow, colours, f"{one.name}/")
+        label = f'    label={_quote(_title(one))}; fontname="sans-serif"; style=dashed;'
+        lines += [f"  subgraph {_quote(f'cluster_{one.name}')} {{", label, *(f"  {line}" for line in inside), "  }"]
+    return "\n".join([*lines, "}"])
+
+
+def _dot_nodes(dataflow: Dataflow, colours: Mapping[str, str], prefix: str = "") -> list[str]:
+    """Lines of nodes and edges; names are unique over all graphs with `prefix`."""
+    label = {node.name: f"label={_quote(node.name)}, " if prefix else "" for node in dataflow}
+    ids = {node.name: _quote(prefix + node.name) for node in dataflow}
+    lines = [f"  {ids[node.name]} [{label[node.name]}fillcolor={_quote(colours[node.role])}];" for node in dataflow]
     for source, target, names in _grouped(dataflow):
-        lines.append(f"  {_quote(source)} -> {_quote(target)} [label={_quote(', '.join(names))}];")
+        lines.append(f"  {ids[source]} -> {ids[target]} [label={_quote(', '.join(names))}];")
     for edge in _drawn(dataflow):
         if edge.weights:
-            label = edge.weights + (f", {_later(edge)}" if edge.distance else "")
+            label_text = edge.weights + (f", {_later(edge)}" if edge.distance else "")
             loose = ", constraint=false" if edge.distance else ""
             lines.append(
-                f"  {_quote(edge.source)} -> {_quote(edge.target)} [label={_quote(label)}, style=dashed{loose}];"
+                f"  {ids[edge.source]} -> {ids[edge.target]} [label={_quote(label_text)}, style=dashed{loose}];"
             )
-    return "\n".join([*lines, "}"])
+    return lines
 
 
 FORMATS = {"text": to_text, "mermaid": to_mermaid, "dot": to_dot, "json": to_json}
@@ -171,9 +214,17 @@ def _later(edge: Edge) -> str:
     return "next step" if edge.distance == 1 else f"{edge.distance} steps later"
 
 
-def _colours(dataflow: Dataflow) -> dict[str, str]:
+def _graphs(evaluations: Sequence[EvaluationGraph]) -> list[Dataflow]:
+    return [one.dataflow for one in evaluations]
+
+
+def _title(one: EvaluationGraph) -> str:
+    return f"{one.name}, {one.when}"
+
+
+def _colours(dataflow: Dataflow, evaluations: Sequence[EvaluationGraph]) -> dict[str, str]:
     """Role -> colour; host ops and the controller's own nodes are grey."""
-    roles = list(dict.fromkeys(node.role for node in dataflow))
+    roles = list(dict.fromkeys(node.role for one in (dataflow, *_graphs(evaluations)) for node in one))
     named = [role for role in roles if role in dataflow.roles]
     return {
         role: COLOURS[named.index(role) % len(COLOURS)] if role in dataflow.roles else HOST_COLOUR for role in roles

@@ -80,6 +80,8 @@ class Node:
     """Cadence: the node runs from this step on (critic warm-up)."""
     place: int = 0
     """Its place in the recipe: which node made a row is part of the row's id."""
+    evaluation: str = ""
+    """The `EvaluationGraph` that it belongs to, where that stands beside the step (`beside.py`); empty: the step's."""
 
     def runs_at(self, step: int) -> bool:
         """Whether the node runs at `step`; a node that does not counts as done."""

@@ -127,6 +127,8 @@ def check_staleness(placement: PlacementConfig, placed: Mapping[str, str], facts
     """Raise ConfigError where generation is to run ahead without weights of its own, or settings contradict."""
     if placement.max_staleness < 0:
         raise ConfigError(f"placement.max_staleness must be at least 0, got {placement.max_staleness}")
+    if placement.pieces < 1:
+        raise ConfigError(f"placement.pieces must be at least 1, got {placement.pieces}")
     if placement.interrupt and not placement.max_staleness:
         raise ConfigError(
             "placement.interrupt needs generation that runs during updates; set placement.max_staleness=1 or "

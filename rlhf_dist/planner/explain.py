@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from rlhf_dist.dataflow.evaluation_graph import EvaluationGraph
 from rlhf_dist.hardware import KINDS, Cluster
 from rlhf_dist.planner.found import FoundPlan
 from rlhf_dist.planner.memory import generation_weights, gib, resting_bytes
@@ -156,6 +157,10 @@ def as_json(plan: Plan, others: list[dict[str, Any]] | None = None) -> dict[str,
             "memory_classes": memory,
             "usable_bytes_per_gpu": usable,
         },
+        "evaluations": [
+            {"name": one.name, "every": one.every, "when": one.when, "nodes": _asked(one)}
+            for one in plan.question.evaluations
+        ],
         "bottleneck": bottleneck(plan),
         "certificate": {
             "gap": plan.certificate.gap,
@@ -230,6 +235,11 @@ def strategy_of(found: FoundPlan, work: NodeWork) -> dict[str, Any] | None:
     return None
 
 
+def _asked(one: EvaluationGraph) -> list[str]:
+    """Nodes of an evaluation that run on roles."""
+    return [node.name for node in one.dataflow if node.kind == "op"]
+
+
 def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
     """The answer for people."""
     question, best = plan.question, plan.best
@@ -267,6 +277,10 @@ def as_table(plan: Plan, others: list[dict[str, Any]] | None = None) -> str:
         columns = (gib(total), gib(usable - total), most) if used else ("", "", "")
         rows.append((node, _s(cost.seconds), *columns, cause, cost.note))
     lines += [*_table(rows), ""]
+    if question.evaluations:
+        rows = [("evaluation", "nodes, whose time is not in the step's")]
+        rows += [(f"{one.name}, {one.when}", ", ".join(_asked(one))) for one in question.evaluations]
+        lines += [*_table(rows), ""]
     if plan.runners_up or plan.ties:
         rows = [("other placements", "step", "slower")]
         for one in (*plan.ties, *plan.runners_up):

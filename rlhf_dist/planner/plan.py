@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from rlhf_dist.dataflow.evaluation_graph import EvaluationGraph
 from rlhf_dist.hardware import Cluster
 from rlhf_dist.planner.boxes import Partition, pool_sizes
 from rlhf_dist.planner.catalogue import Catalogue, Wanted
@@ -60,6 +61,8 @@ class Question:
     request: Request = field(default_factory=Request)
     overlap: bool = True
     """Whether a step may start before the one before has ended, as the executor does unless a barrier forbids it."""
+    evaluations: tuple[EvaluationGraph, ...] = ()
+    """What is run on held-out rows: said, and in no step's time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from rlhf_dist.transforms.gae import gae
 from rlhf_dist.transforms.grpo_advantage import grpo_advantage
 from rlhf_dist.transforms.judging import both_orders, list_scores, listed, verdict_means, win_rates
 from rlhf_dist.transforms.lagrangian_advantage import lagrangian_advantage
+from rlhf_dist.transforms.mark_rows import mark_rows
 from rlhf_dist.transforms.remax_advantage import remax_advantage
 from rlhf_dist.transforms.rloo_advantage import rloo_advantage
 from rlhf_dist.transforms.select_rows import best_of_group, drop_equal_groups, drop_missing, keep_best_and_worst
@@ -38,6 +39,7 @@ __all__ = [
     "lagrangian_advantage",
     "list_scores",
     "listed",
+    "mark_rows",
     "mask_cut_responses",
     "mean_of_children",
     "penalise_cut_responses",

@@ -23,7 +23,7 @@ def _reads(settings: Mapping[str, Any]) -> Any:
     return ("row_id", "group_id"), ("parent_id", "group_id", settings["column"])
 
 
-@host_op(reads=_reads, writes=lambda settings: (settings["into"],), scope="groups")
+@host_op(reads=_reads, writes=lambda settings: (settings["into"],), scope="groups", missing=True)
 def mean_of_children(batch: Batch, children: Batch, *, column: str = "rewards", into: str = "rewards") -> HostResult:
     """`into` [B]: each row's mean of `column` over the rows of `children` that were made of it.
 

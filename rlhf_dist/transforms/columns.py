@@ -78,6 +78,20 @@ def tokens(batch: Batch, name: str) -> FloatArray:
     return numbers(batch, name)
 
 
+def at_last_token(batch: Batch, name: str) -> npt.NDArray[np.float64]:
+    """[B, K] of a column [B, T, K]: each row's numbers at its last token; zeros for an empty response.
+
+    Raises ValueError for a column that does not have several numbers a token.
+    """
+    column = batch[name]
+    if column.offsets is None or column.values.ndim != 2:
+        raise ValueError(f"column {name!r} must have several numbers per response token")
+    found = np.zeros((batch.num_rows, column.values.shape[1]))
+    there = column.lengths > 0
+    found[there] = column.values[column.offsets[1:][there] - 1]
+    return found
+
+
 def mask_and_offsets(batch: Batch) -> tuple[npt.NDArray[Any], IntArray]:
     """response_mask's flat values [N] and offsets [B + 1]. Raises ValueError if it is not ragged."""
     mask = batch["response_mask"]

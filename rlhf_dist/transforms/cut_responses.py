@@ -19,7 +19,7 @@ def mask_cut_responses(batch: Batch) -> Batch:
     return Batch({"response_mask": Column(kept, offsets)}, batch.num_rows)
 
 
-@host_op(reads=("finished", "rewards"), writes=("rewards",), scope="rows")
+@host_op(reads=("finished", "rewards"), writes=("rewards",), scope="rows", missing=True)
 def penalise_cut_responses(batch: Batch, *, penalty: float) -> HostResult:
     """`rewards` less `penalty` (reward units) for responses that were cut. Raises ValueError for a negative penalty."""
     if not penalty >= 0:

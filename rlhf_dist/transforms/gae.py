@@ -32,7 +32,7 @@ def _reads(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return (*base, "token_rewards") if arguments.get("dense", False) else base
 
 
-@host_op(reads=_reads, writes=("advantages", "returns", "response_mask"), scope="rows")
+@host_op(reads=_reads, writes=("advantages", "returns", "response_mask"), scope="rows", missing=True)
 def gae(
     batch: Batch,
     *,

@@ -32,6 +32,7 @@ def _scope(arguments: Mapping[str, Any]) -> Scope:
     writes=("advantages", "response_mask"),
     scope=_scope,
     least_group=2,
+    missing=True,
 )
 def grpo_advantage(
     batch: Batch,

@@ -37,7 +37,7 @@ def _into(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return (settings["into"], "judged")
 
 
-@host_op(reads=_votes_and("parent_id"), writes=_into, scope="groups")
+@host_op(reads=_votes_and("parent_id"), writes=_into, scope="groups", missing=True)
 def verdict_means(batch: Batch, verdicts: Batch, *, column: str = "score", into: str = "rewards") -> HostResult:
     """Each row's mean over the verdicts that were made of it and could be parsed."""
     rows = _rows_of(batch, verdicts["parent_id"].values)
@@ -91,7 +91,7 @@ def both_orders(batch: Batch, *, rounds: int = 1, column: str = "response") -> H
     )
 
 
-@host_op(reads=_votes_and("row_a", "row_b"), writes=_into, scope="groups")
+@host_op(reads=_votes_and("row_a", "row_b"), writes=_into, scope="groups", missing=True)
 def win_rates(batch: Batch, verdicts: Batch, *, column: str = "choice", into: str = "rewards") -> HostResult:
     """How often each row wins its pairs, in [0, 1]: the mean over both orders, where a verdict is 1 if the first of the
     two is better, 0 if the second, and 0.5 for a tie. A pair counts where both orders have a verdict.
@@ -145,7 +145,7 @@ def listed(
     return HostResult(columns=Batch(columns, len(parent)), parent=np.array(parent, dtype=np.int64))
 
 
-@host_op(reads=_votes_and("listed_rows"), writes=_into, scope="groups")
+@host_op(reads=_votes_and("listed_rows"), writes=_into, scope="groups", missing=True)
 def list_scores(batch: Batch, verdicts: Batch, *, column: str = "numbers", into: str = "rewards") -> HostResult:
     """Each row's mean score over the verdicts on its group that have as many numbers as the list has rows."""
     lists, numbers, parsed = verdicts["listed_rows"], verdicts[column], verdicts["parsed"].values > 0

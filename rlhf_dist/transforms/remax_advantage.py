@@ -20,7 +20,10 @@ from rlhf_dist.transforms.reads import with_kl
 
 
 @host_op(
-    reads=with_kl("rewards", "baseline_rewards", "response_mask"), writes=("advantages", "response_mask"), scope="rows"
+    reads=with_kl("rewards", "baseline_rewards", "response_mask"),
+    writes=("advantages", "response_mask"),
+    scope="rows",
+    missing=True,
 )
 def remax_advantage(
     batch: Batch, *, kl_coef: float = 0.0, kl_estimator: KlEstimator = "k1", kl_cap: float = 0.0

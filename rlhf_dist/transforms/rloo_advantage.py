@@ -25,6 +25,7 @@ from rlhf_dist.transforms.reads import with_kl
     writes=("advantages", "response_mask"),
     scope="groups",
     least_group=2,
+    missing=True,
 )
 def rloo_advantage(
     batch: Batch, *, kl_coef: float = 0.0, kl_estimator: KlEstimator = "k1", kl_cap: float = 0.0

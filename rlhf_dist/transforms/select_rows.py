@@ -13,7 +13,9 @@ from rlhf_dist.metrics import Mean
 from rlhf_dist.transforms.columns import group_metrics, groups, mean_of, numbers, present_rows
 
 
-@host_op(reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", rows="drop", least_group=2)
+@host_op(
+    reads=("rewards", "group_id"), writes=("label", "margin"), scope="groups", rows="drop", least_group=2, missing=True
+)
 def keep_best_and_worst(batch: Batch) -> HostResult:
     """Each group's row with the highest reward (label +1) and with the lowest (label -1); margin: their gap.
 
@@ -41,7 +43,7 @@ def keep_best_and_worst(batch: Batch) -> HostResult:
     )
 
 
-@host_op(reads=("rewards", "group_id"), scope="groups", rows="drop", least_group=2)
+@host_op(reads=("rewards", "group_id"), scope="groups", rows="drop", least_group=2, missing=True)
 def drop_equal_groups(batch: Batch) -> HostResult:
     """Drops every group whose rewards are all equal, and rows whose reward is missing.
 
@@ -53,7 +55,7 @@ def drop_equal_groups(batch: Batch) -> HostResult:
     return _kept(present[~equal[group]], _group_metrics(batch, equal, group))
 
 
-@host_op(reads=("rewards", "group_id"), scope="groups", rows="drop")
+@host_op(reads=("rewards", "group_id"), scope="groups", rows="drop", missing=True)
 def best_of_group(batch: Batch) -> HostResult:
     """Keeps each group's first row with the highest reward: RAFT (Dong et al. 2023, 2304.06767).
 
@@ -65,7 +67,7 @@ def best_of_group(batch: Batch) -> HostResult:
     return _kept(present[best], metrics | _missing(batch, present))
 
 
-@host_op(reads=("rewards",), scope="rows", rows="drop")
+@host_op(reads=("rewards",), scope="rows", rows="drop", missing=True)
 def drop_missing(batch: Batch) -> HostResult:
     """Drops rows whose reward is missing, and counts them: for ops that take no such rows."""
     present = present_rows(numbers(batch, "rewards", missing=True))

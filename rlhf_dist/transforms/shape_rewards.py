@@ -25,7 +25,7 @@ def _scores(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(arguments.get("scores", ()))
 
 
-@host_op(reads=_scores, writes=("rewards",), scope="rows")
+@host_op(reads=_scores, writes=("rewards",), scope="rows", missing=True)
 def combine_rewards(
     batch: Batch,
     *,
@@ -50,7 +50,7 @@ def combine_rewards(
     )
 
 
-@host_op(reads=("rewards", "reference_rewards"), writes=("rewards",), scope="rows")
+@host_op(reads=("rewards", "reference_rewards"), writes=("rewards",), scope="rows", missing=True)
 def rewards_against_reference(
     batch: Batch, *, shape: Literal["delta", "sigmoid", "log_sigmoid"] = "sigmoid", scale: float = 1.0
 ) -> HostResult:
@@ -72,7 +72,7 @@ def rewards_against_reference(
     )
 
 
-@host_op(reads=("rewards",), writes=("rewards",), scope="rows")
+@host_op(reads=("rewards",), writes=("rewards",), scope="rows", missing=True)
 def clip_rewards(batch: Batch, *, low: float, high: float) -> HostResult:
     """`rewards` cut to [low, high], reward units. Raises ValueError if low > high."""
     rewards = numbers(batch, "rewards", missing=True)
@@ -82,7 +82,7 @@ def clip_rewards(batch: Batch, *, low: float, high: float) -> HostResult:
     return HostResult(columns=_rewards(batch, present, cut), metrics={"clipped_rewards": share})
 
 
-@host_op(reads=("rewards", "response_mask"), writes=("rewards",), scope="rows")
+@host_op(reads=("rewards", "response_mask"), writes=("rewards",), scope="rows", missing=True)
 def penalise_overlong(batch: Batch, *, longest: int, slack: float, coef: float = 1.0) -> HostResult:
     """`rewards` less up to `coef` for the last `slack * longest` tokens before `longest`: DAPO's soft overlong
     punishment (arXiv 2503.14476, eq. 13). An empty response costs nothing. `overlong`: mean of what was taken off."""
@@ -94,7 +94,7 @@ def penalise_overlong(batch: Batch, *, longest: int, slack: float, coef: float =
     )
 
 
-@host_op(reads=("rewards",), writes=("rewards",), scope="batch")
+@host_op(reads=("rewards",), writes=("rewards",), scope="batch", missing=True)
 def whiten_rewards(batch: Batch, *, centre: bool = False, eps: float = 1e-8, ddof: Literal[0, 1] = 0) -> Batch:
     """`rewards` with standard deviation 1 over the rows of the batch; the mean stays unless `centre`.
 
@@ -106,7 +106,7 @@ def whiten_rewards(batch: Batch, *, centre: bool = False, eps: float = 1e-8, ddo
     return _rewards(batch, present, whitened)
 
 
-@host_op(reads=("rewards", "group_id"), writes=("rewards",), scope="groups", least_group=2)
+@host_op(reads=("rewards", "group_id"), writes=("rewards",), scope="groups", least_group=2, missing=True)
 def whiten_rewards_by_prompt(batch: Batch, *, scale: bool = True, eps: float = 1e-6, ddof: Literal[0, 1] = 0) -> Batch:
     """(reward - mean) / (deviation + eps) over the rows of each prompt; without `scale`, less the mean alone. 0 where
     they are all equal, and for a row that is alone."""

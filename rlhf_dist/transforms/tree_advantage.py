@@ -16,7 +16,7 @@ from rlhf_dist.transforms.forest import TREE_COLUMNS, Forest, forest_of
 Against = Literal["siblings", "parent", "prompt", "parent_and_prompt"]
 
 
-@host_op(reads=TREE_COLUMNS, writes=("advantages", "response_mask"), scope="groups")
+@host_op(reads=TREE_COLUMNS, writes=("advantages", "response_mask"), scope="groups", missing=True)
 def tree_advantage(
     batch: Batch,
     *,

@@ -29,6 +29,7 @@ STEP_WRITES = ("prompt_ids", "response_ids", "response_mask", "rollout_log_probs
     scope="groups",
     rows="derive",
     copies=2,
+    missing=True,
 )
 def tree_pairs(batch: Batch, *, least_gap: float = 0.0, value: str | None = None, share: float = 0.5) -> HostResult:
     """At every fork the best (label +1) and the worst (-1) of the steps that follow, as a pair of rows.
@@ -72,6 +73,7 @@ def tree_pairs(batch: Batch, *, least_gap: float = 0.0, value: str | None = None
     scope="groups",
     rows="derive",
     copies=lambda settings: int(settings["most_steps"]),
+    missing=True,
 )
 def tree_nodes(
     batch: Batch, *, backup: Literal["mean", "max"] = "mean", gamma: float = 1.0, most_steps: int = 2

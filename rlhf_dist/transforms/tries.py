@@ -21,7 +21,7 @@ from rlhf_dist.metrics import Mean, Metrics
 from rlhf_dist.missing import is_missing
 
 
-@host_op(reads=("rewards", "group_id", "source"), scope="groups")
+@host_op(reads=("rewards", "group_id", "source"), scope="groups", missing=True)
 def tries(batch: Batch, *, right: float = 0.5) -> HostResult:
     """`pass_at_k` and `best_of_k` as metrics; of each source that has a name (a part of `data.heldout.mix`, or a row's
     `data_source`) `SOURCE/pass_at_k`, ... and its mean reward, `SOURCE/reward`. right: a try with a reward above it is

@@ -6,12 +6,28 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from rlhf_dist.compose import compose_dataflow
+from rlhf_dist.compose import compose_dataflow, compose_graphs
 from rlhf_dist.dataflow.draw import FORMATS, levels, to_dot, to_json, to_mermaid, to_text
 from tests.shelf import of_each_shape
+
+OWN = """
+from rlhf_dist.algorithms import nll
+from rlhf_dist.dataflow.recipe import recipe
+from rlhf_dist.roles import Actor, Examples, Prompts
+
+
+def asked(prompts: Prompts, actor: Actor) -> None:
+    actor.generate_sequences(prompts, n=2)
+
+
+@recipe(evaluation=asked)
+def mine(examples: Examples, actor: Actor) -> None:
+    actor.update_actor(examples, loss=nll())
+"""
 
 
 @pytest.mark.parametrize("name", of_each_shape())
@@ -78,6 +94,33 @@ def test_dot_quotes_every_name() -> None:
     assert '"actor.generate_sequences#2"' in dot and dot.count("{") == dot.count("}") == 1
     if shutil.which("dot"):
         subprocess.run(["dot", "-Tsvg"], input=dot, text=True, capture_output=True, timeout=60, check=True)
+
+
+def test_what_is_evaluated_stands_apart_with_its_cadence(tmp_path: Path) -> None:
+    dataflow, evaluations = compose_graphs("grpo", ["output.evaluate_every=5"])
+    names = ["prompts", "actor.generate_sequences", "reward.compute_reward"]
+    title = "heldout, before the first step, after every 5 steps and after the last"
+    (drawn,) = json.loads(to_json(dataflow, evaluations))["evaluations"]
+    assert [node["name"] for node in drawn["nodes"]] == names and (drawn["every"], drawn["rows"]) == (5, True)
+    assert f"heldout, {drawn['when']}" == title and {edge["source"] for edge in drawn["edges"]} == set(names[:2])
+    text = to_text(dataflow, evaluations).partition(title)
+    assert text[1] and re.findall(r"^ +\d+   (\S+)", text[2], re.MULTILINE) == names
+    mermaid = to_mermaid(dataflow, evaluations)
+    inside = re.search(rf'subgraph e0\["{title}"\]\n(.*?)\n    end\n', mermaid, re.DOTALL)
+    assert inside and [name for name in names if f'"{name}"' in inside[1]] == names
+    assert re.search(r"class n1,\S*e0n1 role\d", mermaid), "a role has one colour everywhere"
+    dot = to_dot(dataflow, evaluations)
+    assert f'label="{title}"' in dot and '"heldout/prompts" -> "heldout/actor.generate_sequences"' in dot
+    assert compose_graphs("grpo", ["data.heldout=null"])[1] == ()
+
+
+def test_a_recipe_s_own_evaluation_is_drawn_with_or_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    for rows, when in (("null", "never, since data.heldout is not set"), ("{path: x.jsonl}", "before the first step")):
+        dataflow, evaluations = compose_graphs(f"{tmp_path}/mine.py", ["task=none", f"data.heldout={rows}"])
+        (one,) = evaluations
+        assert [node.name for node in one.dataflow] == ["prompts", "actor.generate_sequences"]
+        assert one.when.startswith(when) and f"heldout, {when}" in to_text(dataflow, evaluations)
 
 
 def test_all_formats_are_offered() -> None:

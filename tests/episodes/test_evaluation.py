@@ -129,6 +129,7 @@ def test_a_rule_scores_held_out_episodes_without_rewards_of_their_own(folder: Pa
 
 def test_who_is_evaluated_and_what_its_rows_need(folder: Path, tmp_path: Path) -> None:
     launches = {name: compose(f"{folder}/dice.py:{name}", settings(folder, tmp_path)) for name in ("dice", "scored")}
-    assert {name: [*evaluations(one)] for name, one in launches.items()} == {"dice": ["actor"], "scored": ["actor"]}
-    assert held_out_fields(launches["dice"]) == {"hint": "text"}, "not what no environment reads"
-    assert evaluations(launches["scored"])["actor"].roles.keys() == {"actor", "reward"}
+    graphs = {name: (one.recipe, one.dataflow) for name, one in launches.items()}
+    assert {name: [*evaluations(*of)] for name, of in graphs.items()} == {"dice": ["actor"], "scored": ["actor"]}
+    assert held_out_fields(*graphs["dice"]) == {"hint": "text"}, "not what no environment reads"
+    assert evaluations(*graphs["scored"])["actor"].roles.keys() == {"actor", "reward"}

@@ -15,7 +15,7 @@ from recipes.agents._advantages import turn_returns
 from recipes.agents._episodes import CONSTRAINTS, Constraints, Guide, Reflection, Strategist, likeness, unmet
 from recipes.agents.ask_for_help import interventions, labels
 from recipes.agents.environment_preference import TwoLevels
-from recipes.agents.expert_steps import first_of_group, labelled
+from recipes.agents.expert_steps import first_of_group
 from recipes.agents.gameable import Gameable, game_reward, gamed
 from recipes.agents.imagined_dialogues import expectile, targets, weighted_imitation
 from recipes.agents.prompt_invariance import contrast, two_states
@@ -27,6 +27,7 @@ from recipes.reasoning.rlpt import predicted_segments, segments
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.environments import Row
+from rlhf_dist.transforms import mark_rows
 from tests.episodes.test_shipped import Script, played
 
 
@@ -185,7 +186,9 @@ def test_games_pay_for_what_they_should_not() -> None:
 
 def test_steps_of_an_expert_are_paired_with_one_s_own() -> None:
     batch = Batch({"group_id": Column.dense(np.array([3, 3, 5]))})
-    assert labelled(batch, label=-1)["label"].values.tolist() == [-1, -1, -1]
+    label = mark_rows(batch, column="label", number=-1)["label"].values
+    assert label.tolist() == [-1, -1, -1] and label.dtype == np.int8
+    assert mark_rows(batch, column="ours", number=1)["ours"].values.dtype == np.float32
     keep = first_of_group(batch).keep
     assert keep is not None and keep.tolist() == [0, 2]
 

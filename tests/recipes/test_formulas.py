@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp, log
+from math import exp, log, sqrt
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.parsers import Number
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.transforms import gae
+from tests.recipes.rows import gradient
 
 
 def ragged(*rows: list[float], dtype: str = "float32") -> Column:
@@ -75,10 +76,15 @@ def test_hypos_kl_has_the_gradient_of_the_score_function() -> None:
 
 
 def test_chords_schedule_and_its_weight_of_an_experts_token() -> None:
-    # Two steps of warm-up to 0.8; then a cosine from 0.8 at step 2 to 0.2 at step 6, half way at step 4.
-    assert [mu_at(step, 0.8, 0.2, 2, 6) for step in (0, 1, 2, 4, 6, 9)] == pytest.approx([0.4, 0.8, 0.8, 0.5, 0.2, 0.2])
+    # Two steps of warm-up to 0.8; then four of a cosine from 0.8 at step 2 to 0.2 at step 6: cos(pi / 4) at step 3.
+    by_hand = [0.0, 0.4, 0.8, 0.5 + 0.3 * sqrt(0.5), 0.5, 0.2, 0.2]
+    assert [mu_at(step, 0.8, 0.2, 2, 4) for step in (0, 1, 2, 3, 4, 6, 9)] == pytest.approx(by_hand)
+    assert [mu_at(step, 0.1, 0.1, 0, 0) for step in (0, 1, 50)] == [0.1, 0.1, 0.1]  # CHORD-phi
+    assert mu_at(0, 0.9, 0.05, 0, 200) == 0.9 and mu_at(100, 0.9, 0.05, 0, 200) == pytest.approx(0.475)  # CHORD-mu
     value, _ = expert_nll()(ModelOutput(log_probs=torch.tensor([log(0.5), log(0.1)])), micro_batch({}, [2]))
     np.testing.assert_allclose(value, [-0.25 * log(0.5), -0.09 * log(0.1)], rtol=1e-6)
+    # The weight is a number, not a function of the policy: d/dx of -w x is -w.
+    assert gradient(expert_nll(), [log(0.5), log(0.1)], {}, [2]) == pytest.approx([-0.25, -0.09])
     plain, _ = expert_nll(weighted=False)(ModelOutput(log_probs=torch.tensor([-2.0])), micro_batch({}, [1]))
     assert plain.tolist() == [2.0]
 

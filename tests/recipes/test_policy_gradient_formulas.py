@@ -16,6 +16,7 @@ from recipes.policy_gradient.shaped_rewards import Shaped, Spread, against_refer
 from recipes.policy_gradient.surrogates import as_many_below, pass_rates, weighed_by_themselves
 from rlhf_dist.algorithms import policy_gradient, ppo_clip
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.missing import MISSING
 from tests.recipes.rows import gradient, masked, numbers, of_rows, ragged, values
 
 
@@ -36,11 +37,6 @@ REWARDS, GROUP, LENGTHS = [1, 0, 0, 2, 2], np.array([0, 0, 0, 1, 1]), np.array([
         ("group_mean", [2 / 3, -1 / 3, -1 / 3, 0, 0]),
         ("shifted", [2 / 3 + 0.1, -1 / 3 + 0.1, -1 / 3 + 0.1, 0.1, 0.1]),
         ("group", [sqrt(2), -sqrt(1 / 2), -sqrt(1 / 2), 0, 0]),  # std sqrt(2) / 3
-        ("batch", [0, -1 / sqrt(0.8), -1 / sqrt(0.8), 1 / sqrt(0.8), 1 / sqrt(0.8)]),  # mean 1, variance 4 / 5
-        (
-            "group_batch",
-            [2 / sqrt(1.2), -1 / sqrt(1.2), -1 / sqrt(1.2), 0, 0],
-        ),  # variance (4 + 1 + 1) / 9 / 5 = 1.2 / 9
         ("length", [5 / 6, -1 / 6, -1 / 6, 0, 0]),  # baseline 1 * 1 / 6 and 2
         ("wins", [1 / 2, -1 / 4, -1 / 4, 0, 0]),  # beats both; loses and ties: 1 / 4; ties: 1 / 2
     ],
@@ -51,7 +47,7 @@ def test_an_advantage(baseline: str, expected: list[float]) -> None:
 
 
 def test_advantages_that_do_not_know_a_shift_of_all_rewards() -> None:
-    for baseline in ("loo", "group", "group_mean", "batch", "group_batch", "length", "wins"):
+    for baseline in ("loo", "group", "group_mean", "length", "wins"):
         shifted = advantages_of(np.array(REWARDS) + 3.0, GROUP, LENGTHS, baseline)  # type: ignore[arg-type]
         np.testing.assert_allclose(shifted, advantages_of(REWARDS, GROUP, LENGTHS, baseline), atol=1e-6)  # type: ignore[arg-type]
 
@@ -89,6 +85,53 @@ def test_a_response_advantage_takes_the_kl_from_the_reward_and_is_of_every_token
     # Log-ratio of row 0: 1 (its second token does not count): rewards 0.5 and 0.
     found = response_advantage(batch, baseline="loo", kl_coef=0.5)
     assert values(found.columns, "advantages") == [0.5, 0.0, -0.5]
+
+
+def test_an_advantage_of_the_batch_is_of_every_token_and_has_the_kl_that_is_still_to_come() -> None:
+    batch = Batch(
+        {
+            "rewards": numbers(1, 0),
+            "group_id": numbers(0, 0, dtype="int64"),
+            "response_mask": ragged([1, 1, 0], [1], dtype="uint8"),
+            "old_log_probs": ragged([-1, -1, 9], [-2]),
+            "ref_log_probs": ragged([-2, -3, 0], [-2]),
+        }
+    )
+    # Log-ratios 1, 2 | 0, times 1/6: to come 1/2, 1/3 | 0. Returns 1/2, 2/3 | 0: mean 7/18, distances 2, 5, -7 of 18.
+    deviation = sqrt((4 + 25 + 49) / 3) / 18
+    found = response_advantage(batch, baseline="batch", kl_coef=1 / 6)
+    by_hand = np.array([2, 5, 0, -7]) / 18 / deviation
+    np.testing.assert_allclose(values(found.columns, "advantages"), by_hand, rtol=1e-4)
+    # Less the group's mean 1/2, without a KL: 1/2, 1/2, -1/2, whose mean is 1/6 and deviation sqrt(2) / 3.
+    found = response_advantage(batch, baseline="group_batch")
+    np.testing.assert_allclose(
+        values(found.columns, "advantages"), [sqrt(1 / 2), sqrt(1 / 2), 0, -sqrt(2)], rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="for each token"):
+        advantages_of([1.0], np.zeros(1, int), np.ones(1), "batch")
+
+
+@pytest.mark.parametrize("baseline", ["loo", "group", "group_mean", "batch", "length", "wins", "pass_at_k", "signed"])
+def test_a_response_whose_reward_is_missing_is_in_no_baseline_and_does_not_count(baseline: str) -> None:
+    rewards, group, lengths = [1.0, MISSING, 0.0, MISSING, 1.0, 1.0], [0, 0, 0, 1, 1, 1], (2, 1, 1, 2, 1, 3)
+
+    def advantages(rows: list[int]) -> Batch:
+        columns = {
+            "rewards": numbers(*(rewards[row] for row in rows)),
+            "group_id": numbers(*(group[row] for row in rows), dtype="int64"),
+            "response_mask": masked(*(lengths[row] for row in rows)),
+        }
+        return response_advantage(Batch(columns), baseline=baseline, k=2).columns  # type: ignore[no-any-return]
+
+    all_rows, known = advantages([0, 1, 2, 3, 4, 5]), advantages([0, 2, 4, 5])
+    for row, at in {0: 0, 2: 1, 4: 2, 5: 3}.items():
+        assert all_rows["advantages"].row(row).tolist() == known["advantages"].row(at).tolist()
+    assert [all_rows["response_mask"].row(row).tolist() for row in (1, 3)] == [[0], [0, 0]]
+    lost = response_advantage(
+        Batch({"rewards": numbers(MISSING), "group_id": numbers(0, dtype="int64"), "response_mask": masked(2)}),
+        baseline=baseline,
+    )
+    assert values(lost.columns, "advantages") == [0, 0] and "reward" not in lost.metrics
 
 
 def test_entropy_adds_up_to_a_share_of_the_advantage() -> None:
@@ -209,6 +252,8 @@ def test_pass_rates_balance_and_weights_of_rows() -> None:
     made = pass_rates(batch)
     np.testing.assert_allclose(values(made, "pass_rate"), [1 / 3, 1 / 3, 1 / 3, 1])
     assert values(made, "right") == [1, 0, 0, 1]
+    lost = pass_rates(Batch({"rewards": numbers(1, MISSING, 0), "group_id": numbers(0, 0, 0, dtype="int64")}))
+    assert values(lost, "pass_rate") == [0.5, 0.5, 0.5] and values(lost, "right") == [1, 0, 0]
     rows = Batch(
         {
             "advantages": ragged([1, 1], [-0.5], [-0.5], [0]),

@@ -13,7 +13,7 @@ from recipes.policy_gradient.dense_rewards import kept_as_it_is
 from recipes.reward_models.charm import adaptive_margin, own_labels
 from recipes.reward_models.consistency import (
     fusion,
-    last_states,
+    last_directions,
     mixed_preference,
     shares_of_similar,
     with_partners,
@@ -128,7 +128,7 @@ def test_rewards_are_fused_over_rows_that_are_alike() -> None:
             "group_id": numbers(0, 0, 1, 1, dtype="int64"),
         }
     )
-    np.testing.assert_allclose(last_states(batch), [[1, 0], [1, 0], [0, 1], [0, 1]])
+    np.testing.assert_allclose(last_directions(batch), [[1, 0], [1, 0], [0, 1], [0, 1]])
     # Fused: 1.5, 1.5, 1, 1: every pair is a tie, which counts as wrong.
     metrics = fusion(batch, least_cosine=0.9, tau=0.1).metrics
     assert (metrics["plain_accuracy"].value, metrics["fused_accuracy"].value) == (1.0, 0.0)

@@ -13,7 +13,7 @@ from controller.execution.executor import Finished
 from controller.record.graph_file import GraphFile
 from controller.record.metrics import MetricsWriter
 from rlhf_dist.batch import Batch, Column
-from rlhf_dist.compose import compose_dataflow
+from rlhf_dist.compose import compose_graphs
 
 SPIKE = 20
 """Step at which actor/grad_norm is 100 times what it was before."""
@@ -34,12 +34,12 @@ def make_run(
 ) -> Path:  # fmt: skip
     """A run of PPO that has ended; `responses` take turns. Returns the folder."""
     folder.mkdir(parents=True)
-    dataflow = compose_dataflow("ppo", [], None)
+    dataflow, evaluations = compose_graphs("ppo")
     (folder / "config.yaml").write_text(
         CONFIG.format(name=folder.name, steps=steps) + f"actor:\n  optimizer:\n    lr: {learning_rate}\n"
     )
     random, events = np.random.default_rng(0), []
-    graph = GraphFile(folder, dataflow)
+    graph = GraphFile(folder, dataflow, evaluations)
     with MetricsWriter(folder) as writer:
         for step in range(steps):
             metrics = {

@@ -43,6 +43,11 @@ def test_a_page_has_the_whole_run(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert shown["topics"]["Held-out rows"]["heldout/reward"] == {"x": [30], "y": [0.9]}
     assert shown["node_of"]["actor/grad_norm"] == "actor.update_actor"
     assert {"actor.update_actor", "gae"} <= {node["name"] for node in shown["graph"]["nodes"]}
+    below = [node["y"] for node in shown["graph"]["nodes"] if node["name"].startswith("heldout/")]
+    above = [node["y"] for node in shown["graph"]["nodes"] if not node["name"].startswith("heldout/")]
+    (part,) = shown["graph"]["parts"]
+    assert len(below) == 3 and max(above) < part["y"] < min(below), "what is evaluated stands by itself, with its title"
+    assert part["title"] == "heldout, before the first step and after the last"
     assert [one["step"] for one in shown["rollouts"]] == [0, 5, 10, 15, 20, 25]
     spike = shown["spikes"][0]
     assert (spike["metric"], spike["step"]) == ("actor/grad_norm", SPIKE) and spike["value"] == pytest.approx(

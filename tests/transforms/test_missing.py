@@ -10,8 +10,9 @@ import pytest
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.dataflow.host import as_result
 from rlhf_dist.metrics import Mean
-from rlhf_dist.missing import MISSING, is_missing
+from rlhf_dist.missing import MISSING, is_missing, refuse_missing
 from rlhf_dist.rewards.rule import reward_columns
+from rlhf_dist.testing import CheckFailed, check_recipe
 from rlhf_dist.transforms import (
     best_of_group,
     clip_rewards,
@@ -148,3 +149,19 @@ def test_an_op_that_takes_no_missing_rewards_says_what_to_do() -> None:
 
     with pytest.raises(ValueError, match=r"missing rewards \(4 of 9 rows\).*drop_missing\(batch\)"):
         numbers(BATCH, "rewards")
+
+
+def test_an_op_that_does_not_say_that_it_takes_missing_numbers_is_given_none() -> None:
+    """A number that nobody knows is above nothing: a comparison would make a wrong response of it."""
+    with pytest.raises(ValueError, match=r"mine reads column 'rewards', which is missing in 4 of 9 rows.*drop_missing"):
+        refuse_missing("mine", BATCH, ("group_id", "rewards"))
+    refuse_missing("mine", BATCH, ("group_id", "values", "response_mask"))
+    refuse_missing("mine", BATCH.take(np.empty(0, np.int64)), ("rewards",))
+
+
+def test_a_run_ends_at_such_an_op_and_goes_on_past_one_that_takes_them() -> None:
+    failing = {"reward.function": "tests.recipes.rules:fails_on_even_length", "reward.failed_reward": "missing"}
+    with pytest.raises(CheckFailed, match="right_and_wrong reads column 'rewards', which is missing in"):
+        check_recipe("oreal", both_ways=False, **{"algorithm.samples_per_prompt": 4, **failing})
+    steps = check_recipe("surrogates/nft", both_ways=False, steps=1, **failing)
+    assert steps[-1]["reward/failed_rows"] == steps[-1]["response_advantage/missing_rewards"] > 0

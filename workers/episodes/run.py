@@ -22,6 +22,7 @@ from workers.episodes.chat import Budget, LiveChat
 from workers.episodes.groups import First, FirstGroups
 from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
+from workers.episodes.pieces import EpisodePieces, Hand
 from workers.episodes.play import play, play_branches
 
 
@@ -101,12 +102,14 @@ def begin_episodes(
     *,
     wanted: int | None = None,
     first: First = "turns",
+    hand: Hand | None = None,
 ) -> EpisodesUnderWay:
     """`sampling.n` episodes of each row, the copies of one adjacent, and each one's leaves, where it branched; behind
     them the sides of those `speakers` that learn from it.
 
-    model: the folder with the tokenizer. wanted: rows whose episodes are kept, the others are surplus; None: all. What
-    is drawn depends on (run seed, step, node, row, copy, branch, turn) only.
+    model: the folder with the tokenizer. wanted: rows whose episodes are kept, the others are surplus; None: all. hand:
+    gets the episodes of each of `call.pieces` once they are over; None: nobody does. What is drawn depends on (run
+    seed, step, node, row, copy, branch, turn) only.
     """
     environment.prepare()
     loop = EpisodeLoop(engine)
@@ -114,6 +117,7 @@ def begin_episodes(
     voices = {one.name: _Voice(one, environment, limits) for one in (own, *speakers)}
     attempts = itertools.count()
     groups = FirstGroups(batch.num_rows, sampling.n, wanted=wanted, first=first, step_seconds=limits.step_seconds)
+    pieces = None if hand is None or call.pieces is None else EpisodePieces(call.pieces.of_row, sampling.n, hand)
 
     def side(voice: _Voice, at: int, seed: str, attempt: int, **more: Any) -> LiveChat:
         return LiveChat(
@@ -141,6 +145,8 @@ def begin_episodes(
         number = at * sampling.n + copy
         leaves = await play(environment, partial(new_chat, at, copy), limits, number, groups.stop_of(number))
         groups.over(number, leaves)
+        if pieces is not None:
+            pieces.over(number, leaves)
         return leaves
 
     starts: Sequence[Callable[[], Any]] = [

@@ -29,9 +29,10 @@ function drawGraph(run) {
   svg("rect", { ...BOX, rx: 6, fill: node.colour }),
   svg("text", { x: BOX.width / 2, y: 24, "text-anchor": "middle" }, node.name.length > 32 ? `${node.name.slice(0, 31)}…` : node.name),
   svg("title", {}, `${node.name}  ${node.line || ""}`)));
+  const titles = (graph.parts || []).map((part) => svg("text", { class: "part", x: 15, y: part.y + 36 }, part.title));
   const made = section("graph", "Graph",
     el("p", { class: "soft" }, "Solid: columns of a batch. Dashed: weights. A click on a node shows what it reads, writes and tells."),
-    el("div", { class: "wide" }, svg("svg", { width: graph.width + 20, height: graph.height + 10, role: "img" }, ...edges, ...nodes)),
+    el("div", { class: "wide" }, svg("svg", { width: graph.width + 20, height: graph.height + 10, role: "img" }, ...edges, ...nodes, ...titles)),
     el("div", { id: "node" }));
   const wide = made.querySelector(".wide");
   wide.scrollLeft = (wide.scrollWidth - wide.clientWidth) / 2;  // a phone begins at its middle
