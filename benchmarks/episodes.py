@@ -4,11 +4,14 @@
     waves          the same episodes in lock-step: all turns of a round are drawn, then all tools are waited for
     engine_bound   the same turns with tools that take no time: what the engine alone allows
 
-The three draw the same tokens, which is checked. Beside them: 64 of these episodes, one of which waits for a tool of
-5 s; and training on the leaves of episodes that branch, with and without computing once what they share
-(`tree_training.py`). `--simulated`: in place of all that, what up to 10,000 episodes at one time cost beside an engine
-that costs nothing (`many_episodes.py`). One JSON line last.
+The three draw the same tokens, which is checked. `cpu_s` is what each cost, where `seconds` on a shared machine say as
+much about its other jobs; `tools_s` the seconds that no engine can save, of the longest episode and of the waves.
 
+Beside them: 64 of these episodes, one of which waits for a tool of 5 s; and training on the leaves of episodes that
+branch, with and without computing once what they share (`tree_training.py`). `--simulated`: in place of all that, what
+up to 10,000 episodes at one time cost beside an engine that costs nothing (`many_episodes.py`). One JSON line last.
+
+    make bench-episodes ARGS="--concurrent 64"
     make bench-episodes ARGS="--turn-tokens 32"
     make bench-episodes ARGS="--simulated --episodes 10000"
 """
@@ -18,10 +21,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +32,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.lock_step import SAID, TURNS, latencies_of, play_waves, rows_of, tool_seconds
 from benchmarks.many_episodes import many_episodes
 from benchmarks.tree_training import Branching, tree_training
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ModelConfig, RolloutConfig
 from rlhf_dist.data.conversation import Conversation
-from rlhf_dist.data.ends import end_token_ids
-from rlhf_dist.data.tokenizer import TextTokenizer
 from rlhf_dist.environments import Chat, Environment, EpisodeLimits, Row
-from rlhf_dist.sampling import Sampling, seed_of
-from rlhf_dist.testing.tiny_model import VOCABULARY, save_llama
-from rlhf_dist.wire import Call
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.testing.tiny_model import save_llama
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns
 from workers.episodes.run import run_episodes
 
-TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5
 STRAGGLER_S = 5.0
-SAID = "\nok:"
-
-
-def latencies_of(rng: np.random.Generator) -> list[float]:
-    """Seconds that each tool of an episode takes: one less than it has turns."""
-    turns = int(rng.integers(1, TURNS + 1))
-    return [float(value) for value in rng.lognormal(math.log(MEAN_S) - SIGMA**2 / 2, SIGMA, turns - 1)]
 
 
 class Tools(Environment):
@@ -90,6 +83,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--simulated", action="store_true", help="cost of the host with an engine that costs nothing")
     parser.add_argument("--episodes", type=int, help="256, or 10,000 beside a simulated engine")
+    parser.add_argument("--concurrent", type=int, help="most episodes under way at one time, in waves too; all")
     parser.add_argument("--turn-tokens", type=int, default=16)
     parser.add_argument("--trees", type=int, default=8, help="episodes that branch, for the part about training")
     arguments = parser.parse_args()
@@ -103,7 +97,7 @@ def simulated(most: int, turn_tokens: int) -> None:
     """The cost of up to `most` episodes beside a simulated engine."""
     tokens = TURNS * (turn_tokens + len(SAID))
     counts = [count for count in (100, 1_000) if count < most]
-    found = many_episodes([*counts, most], Tools(1.0, turn_tokens), _rows, tokens)
+    found = many_episodes([*counts, most], Tools(1.0, turn_tokens), rows_of, tokens)
     print(json.dumps({"engine": "simulated", "turn_tokens": turn_tokens, "episodes": found}))
 
 
@@ -111,11 +105,12 @@ def measured(arguments: argparse.Namespace) -> None:
     """The three ways, and training on trees."""
     count = arguments.episodes or 256
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
+        model = save_llama(Path(scratch) / "model", hidden=128)
+        bench = Bench(arguments.engine, model, arguments.turn_tokens, arguments.concurrent)
         bench.ours(8, slow=0.0)  # what the first call alone costs
-        bound_s, bound = bench.ours(count, slow=0.0)
-        ours_s, ours = bench.ours(count, slow=1.0)
-        waves_s, waves = bench.waves(count)
+        bound_took, bound = bench.ours(count, slow=0.0)
+        ours_took, ours = bench.ours(count, slow=1.0)
+        waves_took, waves = bench.waves(count)
         straggler = bench.straggler(min(count, 64))
         trained = tree_training(bench.model, bench.leaves(arguments.trees), budget=8192, turns=5)
         bench.engine.close()
@@ -125,27 +120,49 @@ def measured(arguments: argparse.Namespace) -> None:
     result = {
         "engine": arguments.engine,
         "episodes": count,
+        "concurrent": arguments.concurrent or count,
         "turn_tokens": arguments.turn_tokens,
         "tokens": tokens,
+        "tools_s": tool_seconds(count, arguments.concurrent),
         "ours": {
-            **_speed(tokens, ours_s),
+            **_speed(tokens, ours_took),
             "lost": sum(not episode.trains for episode in ours),
             "outcomes": dict(Counter(episode.outcome for episode in ours)),
         },
-        "waves": _speed(tokens, waves_s),
-        "engine_bound": _speed(tokens, bound_s),
-        "ours_over_waves": round(waves_s / ours_s, 2),
+        "waves": _speed(tokens, waves_took),
+        "engine_bound": _speed(tokens, bound_took),
+        "ours_over_waves": round(waves_took.seconds / ours_took.seconds, 2),
         "straggler": straggler,
         "tree_training": trained,
     }
     print(json.dumps(result))
 
 
+@dataclass(frozen=True)
+class Took:
+    """What one way to play them took."""
+
+    seconds: float
+    cpu_s: float
+    """Of all threads of this process."""
+
+
+class Clock:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._seconds, self._cpu_s = time.perf_counter(), time.process_time()
+
+    def took(self) -> Took:
+        """Since then."""
+        return Took(time.perf_counter() - self._seconds, time.process_time() - self._cpu_s)
+
+
 class Bench:
     """An engine, and the ways to play episodes on it."""
 
-    def __init__(self, kind: str, model: Path, turn_tokens: int) -> None:
-        self.model, self.turn_tokens = model, turn_tokens
+    def __init__(self, kind: str, model: Path, turn_tokens: int, concurrent: int | None) -> None:
+        self.model, self.turn_tokens, self.concurrent = model, turn_tokens, concurrent
         self.tokens = TURNS * (turn_tokens + len(SAID))
         rollout = RolloutConfig(
             engine=kind,
@@ -166,8 +183,8 @@ class Bench:
             self.engine = TransformersEngine(model_path=str(model), rollout=rollout, **where)
         self.engine.load(ModelConfig(path=str(model)), 0)
 
-    def ours(self, count: int, *, slow: float) -> tuple[float, list[Episode]]:
-        """Seconds, and the episodes; slow: factor on what tools take."""
+    def ours(self, count: int, *, slow: float) -> tuple[Took, list[Episode]]:
+        """What they took, and the episodes; slow: factor on what tools take."""
         return self.played(Tools(slow, self.turn_tokens), count)
 
     def straggler(self, count: int) -> dict[str, Any]:
@@ -183,27 +200,29 @@ class Bench:
         }
         found = {}
         for name, (environment, more) in ways.items():
-            seconds, episodes = self.played(environment, count, **more)
+            took, episodes = self.played(environment, count, **more)
             kept = sum(episode.trains for episode in episodes)
-            found[name] = {"seconds": round(seconds, 2), "kept": kept}
+            found[name] = {"seconds": round(took.seconds, 2), "kept": kept}
         return found
 
     def played(
         self, environment: Environment, count: int, *, step_seconds: float | None = None, **groups: Any
-    ) -> tuple[float, list[Episode]]:
-        """Seconds, and the episodes of `count` rows."""
-        batch, call = _rows(count)
-        limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count, step_seconds=step_seconds)
+    ) -> tuple[Took, list[Episode]]:
+        """What they took, and the episodes of `count` rows."""
+        batch, call = rows_of(count)
+        limits = EpisodeLimits(
+            turns=TURNS, seconds=600.0, concurrent=self.concurrent or count, step_seconds=step_seconds
+        )
         sampling, model = Sampling(max_tokens=self.tokens), str(self.model)
-        started = time.perf_counter()
+        clock = Clock()
         episodes = run_episodes(
             self.engine, model, batch, call, environment, limits, sampling, self.tokens + 8, **groups
         )
-        return time.perf_counter() - started, episodes
+        return clock.took(), episodes
 
     def leaves(self, count: int) -> Batch:
         """The rows of episodes that branch, two turns' tokens a turn."""
-        batch, call = _rows(count)
+        batch, call = rows_of(count)
         environment, sampling = Branching(self.turn_tokens * 2), Sampling(max_tokens=self.tokens)
         episodes = run_episodes(
             self.engine, str(self.model), batch, call, environment, EpisodeLimits(), sampling, self.tokens + 8
@@ -212,37 +231,11 @@ class Bench:
         groups = np.array([episode.number for episode in episodes], dtype=np.int64)
         return Batch({**columns, "group_id": Column(groups)})
 
-    def waves(self, count: int) -> tuple[float, list[list[list[int]]]]:
-        """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""
-        batch, call = _rows(count)
-        tokenizer, ends = TextTokenizer(self.model), end_token_ids(self.model)
-        started = time.perf_counter()
-        prompts, texts = batch["prompt_ids"].rows(), batch["prompt"].rows()
-        talks = [Conversation(tokenizer, ids.tolist(), text, ends) for ids, text in zip(prompts, texts, strict=True)]
-        seeds = [f"{call.seed}/{call.step}/{call.node}/{row}/0" for row in call.row_index]
-        waits = [latencies_of(np.random.default_rng(seed_of(seed, "environment"))) for seed in seeds]
-        for turn in range(TURNS):
-            left = [at for at, wait in enumerate(waits) if len(wait) >= turn]
-            if not left:
-                break
-            contexts = [talks[at].context() for at in left]
-            drawn = self.engine.generate(
-                contexts, Sampling(max_tokens=self.turn_tokens), [seed_of(seeds[at], turn) for at in left]
-            )
-            for at, response in zip(left, drawn, strict=True):
-                talks[at].drew(response.token_ids, response.log_probs, response.versions)
-            going_on = [at for at in left if len(waits[at]) > turn]
-            time.sleep(max((waits[at][turn] for at in going_on), default=0.0))
-            for at in going_on:
-                talks[at].say("user", SAID)
-        return time.perf_counter() - started, [_drawn(talk) for talk in talks]
-
-
-def _rows(count: int) -> tuple[Batch, Call]:
-    texts = [f"{row}+1=" for row in range(count)]
-    ids = [[1, *(VOCABULARY[character] for character in text)] for text in texts]
-    columns = {"prompt_ids": Column.ragged(ids, np.int32), "prompt": Column.strings(texts)}
-    return Batch(columns), Call(num_rows=count, row_index=np.arange(count), step=0, node="bench", line="", seed=0)
+    def waves(self, count: int) -> tuple[Took, list[list[list[int]]]]:
+        """What they took in lock-step, and the tokens of each turn."""
+        clock = Clock()
+        talks = play_waves(self.engine, self.model, count, self.concurrent, self.turn_tokens)
+        return clock.took(), [_drawn(talk) for talk in talks]
 
 
 def _turns(episodes: list[Episode]) -> list[list[list[int]]]:
@@ -254,8 +247,12 @@ def _drawn(talk: Conversation) -> list[list[int]]:
     return [piece.token_ids.tolist() for piece in talk.pieces if piece.turn >= 0]
 
 
-def _speed(tokens: int, seconds: float) -> dict[str, float]:
-    return {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2)}
+def _speed(tokens: int, took: Took) -> dict[str, float]:
+    return {
+        "tokens_per_s": round(tokens / took.seconds, 1),
+        "seconds": round(took.seconds, 2),
+        "cpu_s": round(took.cpu_s, 2),
+    }
 
 
 if __name__ == "__main__":

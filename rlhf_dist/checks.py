@@ -302,7 +302,7 @@ def _check_groups(launch: Launch) -> None:
             continue
         before = size[node.inputs[0].rows] if node.inputs else None
         size[node.name] = before if node.rows == "drop" else rows_per_group(node, before)
-        least = node.spec.least_group if isinstance(node.spec, HostOp) else 1
+        least = node.spec.least_group_for(node.kwargs) if isinstance(node.spec, HostOp) else 1
         if before is not None and before < least:
             setting = "algorithm.samples_per_prompt"
             named = hasattr(launch.algorithm, "samples_per_prompt")

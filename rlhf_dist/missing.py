@@ -35,7 +35,7 @@ def refuse_missing(op: str, batch: Batch, reads: Iterable[str]) -> None:
     """Raises ValueError where a column of one number a row, of those that `op` reads, has missing ones."""
     for name in reads:
         column = batch[name]
-        if column.offsets is None and column.values.dtype == np.float32:
+        if batch.num_rows and column.offsets is None and column.values.dtype == np.float32:
             lost = int(is_missing(column.values).reshape(batch.num_rows, -1).any(axis=1).sum())
             if lost:
                 raise ValueError(

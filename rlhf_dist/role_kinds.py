@@ -32,6 +32,13 @@ RoleConfig = LanguageModelConfig | ValueModelConfig | RewardConfig | FunctionCon
 Worker = tuple[str | type, dict[str, Any]]
 """What implements a role, `package.module:Class` or a class, and what it is constructed with beside its context."""
 ROLLOUT_WORKER = "workers.rollout:RolloutWorker"
+ENGINES = {
+    "fsdp": "workers.engines.training.fsdp",
+    "deepspeed": "workers.engines.training.deepspeed",
+    "vllm": "workers.engines.generation.vllm",
+    "transformers": "workers.engines.generation.transformers",
+}
+"""Engine -> the module it is in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,22 @@ def worker_of(launch: Launch, name: str) -> Worker:
     if name != role or only_generates(launch.recipe.roles[role], launch.dataflow.facts[role]):
         return _rollout_worker(launch, role, loads=name == role)
     return kind_of(launch.recipe.roles[role]).worker_of(launch, role)
+
+
+def modules_of(launch: Launch, name: str) -> tuple[str, ...]:
+    """What the processes of such a group will import, to be read ahead of its building: its worker's module and
+    those of its engines. A class of the user's own travels with the call."""
+    role = name.split(".")[0]
+    config, (worker, _) = launch.roles[role], worker_of(launch, name)
+    engines = []
+    if name == role and not isinstance(config, FunctionConfig) and has_training_engine(launch, role):
+        engines.append(config.engine.name)
+    here = launch.placed[rollout_of(role)] == launch.placed[name] if rollout_of(role) in launch.placed else name == role
+    generation = generation_of(launch, role)
+    if generation is not None and here:
+        engines.append(generation.engine)
+    own = (worker.split(":")[0],) if isinstance(worker, str) else ()
+    return (*own, *(ENGINES[engine] for engine in engines if engine in ENGINES))
 
 
 def meshes_of(launch: Launch, name: str, nodes: Sequence[int]) -> dict[str, Mesh]:

@@ -174,12 +174,26 @@ def test_a_mistake_in_the_batch_names_the_recipes_line(model: Path) -> None:
     assert failure("ppo", model, "algorithm.mini_batches=3").startswith("ppo.py:")
 
 
-@pytest.mark.parametrize(("recipe", "op"), [("grpo", "grpo_advantage"), ("iterative_dpo", "keep_best_and_worst")])
+@pytest.mark.parametrize(
+    ("recipe", "op"),
+    [
+        ("grpo", "grpo_advantage"),
+        ("iterative_dpo", "keep_best_and_worst"),
+        ("reinforce", "response_advantage"),
+        ("surrogates", "response_advantage"),
+    ],
+)
 def test_a_group_of_one_is_refused_where_groups_are_compared(model: Path, recipe: str, op: str) -> None:
     text = failure(recipe, model, "algorithm.samples_per_prompt=1")
     assert text.startswith(f"{recipe}.py:") and f"{op} compares the responses to a prompt" in text
     assert text.endswith("got 1: it would never teach anything; set algorithm.samples_per_prompt to 2 or more")
     assert plan(recipe, model, "algorithm.samples_per_prompt=2") and plan("ppo", model)
+
+
+def test_a_group_of_one_is_fine_for_a_baseline_that_is_of_the_batch(model: Path) -> None:
+    assert plan("reinforce/reinforce_plus_plus", model, "algorithm.samples_per_prompt=1")
+    text = failure("reinforce/reinforce_plus_plus_baseline", model, "algorithm.samples_per_prompt=1")
+    assert "response_advantage compares the responses to a prompt" in text
 
 
 GROUPS_OF_ONE = """

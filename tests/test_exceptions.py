@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import gc
 import importlib
 import inspect
 import pickle
@@ -189,6 +190,22 @@ def test_without_lines_of_the_user_a_bug_shows_its_place_and_an_error_of_ours_it
     assert caught.value.__traceback__ is not None
     ours = failure_of(caught.value.with_traceback(caught.value.__traceback__.tb_next))
     assert ours.text.startswith("WeightSyncError: weight sync of version 1 failed") and not ours.frames
+
+
+def test_a_process_imports_ahead_without_collections_and_leaves_errors_to_the_role(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from workers.process import WorkerProcess
+
+    (tmp_path / "looked_at.py").write_text("import gc\nwas = gc.isenabled()\n")
+    (tmp_path / "broken.py").write_text("import looked_at\nraise OSError('no such library')\n")
+    monkeypatch.setattr(sys, "breakpointhook", sys.breakpointhook)
+    monkeypatch.syspath_prepend(tmp_path)
+    process = WorkerProcess("main", 0, 1, None)
+    assert process.import_ahead(["broken", "never_reached"]) is None
+    assert not sys.modules["looked_at"].was and gc.isenabled()
+    failure = process.host_role("actor", "broken:Worker", {}, {})
+    assert isinstance(failure, Failure) and "no such library" in failure.text and gc.isenabled()
 
 
 def test_breakpoint_in_a_worker_says_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from controller.lifecycle.session import phases_of_pool
+from controller.lifecycle.session import modules_of_pool, phases_of_pool
 from rlhf_dist.checks import check_launch
 from rlhf_dist.compose import compose
 from rlhf_dist.config import PlacementConfig, PoolConfig
@@ -50,6 +51,31 @@ def test_every_preset_places_every_recipe(recipe: str, preset: str, model: Path)
     launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}", *sources_of(recipe)])
     found = pool_of_roles(launch.run.placement, launch.roles, launch.recipe.roles, launch.dataflow.facts)
     assert set(launch.roles) <= set(found)
+
+
+@pytest.mark.parametrize("preset", ["colocate", "split", "standalone"])
+@pytest.mark.parametrize("recipe", of_each_shape())
+def test_what_processes_import_ahead_is_what_their_roles_are_made_of(recipe: str, preset: str, model: Path) -> None:
+    launch = compose(recipe, [f"model.path={model}", "task=gcd", f"placement={preset}", *sources_of(recipe)])
+    pools = {pool: modules_of_pool(launch, pool) for pool in launch.run.placement.pools}
+    assert all(find_spec(module) is not None for modules in pools.values() for module in modules)
+    assert modules_of_pool(launch, "host") == [], "it starts in a second as it is"
+    generating = "workers.engines.generation.vllm" in {module for modules in pools.values() for module in modules}
+    assert generating == bool(launch.dataflow.generating)
+
+
+def test_a_process_imports_the_engines_of_its_own_pool_alone(model: Path) -> None:
+    def imported(*overrides: str) -> dict[str, set[str]]:
+        launch = compose("ppo", [f"model.path={model}", "task=gcd", *overrides])
+        of_pools = {pool: modules_of_pool(launch, pool) for pool in launch.run.placement.pools}
+        return {pool: {module.split(".")[-1] for module in modules} for pool, modules in of_pools.items()}
+
+    assert imported("actor.rollout.engine=transformers", "critic.engine=deepspeed") == {
+        "main": {"language_model", "value_model", "fsdp", "deepspeed", "transformers"}
+    }
+    apart = imported("placement=standalone")
+    assert apart["actor"] == {"language_model", "fsdp"} and apart["critic"] == {"value_model", "fsdp"}
+    assert apart["rollout"] == {"rollout", "vllm"}
 
 
 def test_the_phases_of_a_step_on_each_pool_s_devices(model: Path) -> None:

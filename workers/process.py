@@ -3,6 +3,7 @@
 It hosts role workers, pulls the rows an op needs, stores what it wrote.
 
 Ray calls, one at a time, in the controller's order
+  import_ahead         what its roles need, while other processes start
   open_port / join     rendezvous of the pool's process group (pools of CPU helpers skip it)
   connect              one end of the way that weights take between two pools
   host_role            build a role worker here: an engine, a rule, a data source
@@ -21,6 +22,7 @@ What is raised in any of them comes back as a `Failure` (failures.py), never as 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import inspect
 import logging
@@ -28,7 +30,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ from rlhf_dist.wire import Bridge, Call, Fetch, Given, HeldState, OpResult, Repl
 from workers.failures import refuse_breakpoint, reported
 from workers.handing import Handing
 from workers.heartbeat import Activity
+from workers.importing import without_collections
 from workers.looking import Seen, looked_at
 from workers.states import check_values, held_state, read_state, values_of, write_state
 from workers.store import RayStore, Store
@@ -80,6 +83,7 @@ class WorkerProcess:
         self._joined = False
         self._team: tuple[int, ...] = ()
         self._memory: Any = None
+        self._gauges: Any = None
         self._roles: dict[str, Any] = {}
         self._peers: dict[int, Any] = {}
         self._phase = ""
@@ -99,6 +103,17 @@ class WorkerProcess:
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
+    def import_ahead(self, modules: Sequence[str]) -> None:
+        """Import what roles to come need: most of the seconds that a process takes to start. One that cannot be
+        imported ends this, and is named where its role is built, which imports it again."""
+        with without_collections(), suppress(Exception):
+            for module in modules:
+                self._phase = f"importing {module}"
+                importlib.import_module(module)
+        self._phase = ""
+        if self.is_actor:
+            gc.freeze()  # nothing of it ever becomes garbage, and no collection goes through it any more
+
     def watch(self, pids: Sequence[int]) -> None:
         """Processes of this machine whose end this one is to see."""
         self.activity.watch(pids)
@@ -106,6 +121,10 @@ class WorkerProcess:
     def beat(self, about: Sequence[int] = (), stacks: bool = False) -> Beat:
         """What this process is at; about: neighbours (pids) to look at. Called in a concurrency group of its own."""
         return self.activity.beat(about, stacks)
+
+    def gauges(self) -> dict[str, float]:
+        """What its GPU was at since this was last called; nothing on a CPU. Called in the group of `beat`."""
+        return {} if self._gauges is None else self._gauges.told()
 
     @reported
     def open_port(self) -> tuple[str, int, str]:
@@ -147,6 +166,10 @@ class WorkerProcess:
             secret=secret,
         )
         self.device, self._joined = str(chosen), True
+        if chosen.type == "cuda":
+            from workers.device_gauges import DeviceGauges
+
+            self._gauges = DeviceGauges(chosen)
         _log.info(
             "rank %d of pool %s: %s on %s, gloo over %s",
             self.rank,
@@ -179,7 +202,8 @@ class WorkerProcess:
         made_by: Any = worker
         if isinstance(worker, str):
             module, name = worker.split(":")
-            made_by = getattr(importlib.import_module(module), name)
+            with without_collections():
+                made_by = getattr(importlib.import_module(module), name)
         if self._joined and self._memory is None:
             from workers.memory.arbiter import new_arbiter
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from controller.cluster.pool import ClusterError, Pool
+from controller.cluster.pool_gauges import PoolGauges
 from controller.cluster.replies import Answer
 from rlhf_dist.auto_settings import settle
 from rlhf_dist.compose import Launch
@@ -116,6 +117,10 @@ class Local:
     replies: LocalReplies = field(default_factory=LocalReplies)
     watch: None = None
     """There is no other process to watch."""
+    _gauges: PoolGauges = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._gauges = PoolGauges(self.replies)
 
     def __enter__(self) -> Local:
         for name, value in ENVIRONMENT.items():
@@ -131,8 +136,15 @@ class Local:
             self.end_pool(name)
 
     def metrics(self) -> dict[str, float]:
-        """There is no object store to watch."""
-        return {}
+        """What its GPU was at; there is no object store to watch."""
+        return self._gauges.metrics(self.pools)
+
+    def begin_pool(self, name: str, pool: PoolConfig, team: int, modules: Sequence[str]) -> None:
+        """There is nothing to wait for: what the pool's roles need is imported."""
+        _Process(name).worker.import_ahead(modules)
+
+    def await_processes(self) -> None:
+        """There are no others."""
 
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
         """This process as a pool of one, in a process group of one. Raises ClusterError where it cannot be."""

@@ -22,8 +22,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from controller.cluster.failure_text import explained
+from controller.cluster.head_services import without_head_services
 from controller.cluster.object_store import ObjectStore
 from controller.cluster.pool import BEATS, HANDED, RELAYS, SIGNALS, ClusterError, LostInStart, Pool
+from controller.cluster.pool_gauges import PoolGauges
 from controller.cluster.ray_address import address_to_join, prepare_own
 from controller.cluster.reaper import Reaper
 from controller.cluster.replies import RayReplies
@@ -46,6 +48,18 @@ the dead are waited for as at the start, `ray.ready_timeout_s`: it cannot go on 
 KEEPER_PATH = ("workers.keeper", "Keeper")
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """Processes of a pool that have been started, by rank."""
+
+    places: Mapping[int, Place]
+    processes: Mapping[int, Any]
+    whereabouts: Mapping[int, Any]
+    """References to process id and node, the first answer of each."""
+    imports: Mapping[int, Any]
+    """References to its imports, which every other call waits for."""
+
+
 @dataclass
 class Cluster:
     """A context manager around Ray; leaving it ends everything it started."""
@@ -62,8 +76,13 @@ class Cluster:
     """How calls to its processes are waited for."""
     watch: Watch = field(init=False)
     """Finds which of its processes is lost."""
+    _gauges: PoolGauges = field(init=False)
     _reserved: Reservations = field(init=False)
     """Slots of its pools."""
+    _begun: dict[str, _Begun] = field(default_factory=dict)
+    """Pool -> its processes, until it is added."""
+    _modules: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Pool -> what its processes import ahead."""
     _keepers: dict[str, Any] = field(default_factory=dict)
     """Node -> its process that keeps copies of what ranks on another hold."""
     _started: bool = False
@@ -77,6 +96,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.replies, self.log_folder)
+        self._gauges = PoolGauges(self.replies)
         self._reserved = Reservations(self.config.ready_timeout_s)
 
     def __enter__(self) -> Cluster:
@@ -116,7 +136,7 @@ class Cluster:
 
     def _start_own(self, **options: Any) -> None:
         self._own, self._set_aside, self._reaper = True, prepare_own(), Reaper()
-        with self._reaper.marking():
+        with self._reaper.marking(), without_head_services():
             self._init(
                 "could not start a cluster on this machine",
                 address="local",
@@ -167,6 +187,17 @@ class Cluster:
     ) -> None:
         self.close()
 
+    def begin_pool(self, name: str, pool: PoolConfig, team: int, modules: Sequence[str]) -> None:
+        """Reserve the slots of a pool that `add_pool` or `add_host_pool` then adds, and start its processes, each of
+        which imports `modules` while others start. Raises ClusterError when slots are not free in time."""
+        self._modules[name] = modules
+        self._begun[name] = self._begin(name, pool, team)
+
+    def await_processes(self) -> None:
+        """Wait until all processes that were begun have answered. Raises ClusterError."""
+        for name, begun in self._begun.items():
+            self._get(name, begun.whereabouts, self.config.ready_timeout_s)
+
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
         """Reserve the slots, start their processes and join them into one process group, or one for each `team`
         consecutive ranks, which can come and go (`change_pool`).
@@ -174,9 +205,14 @@ class Cluster:
         With `pool.nodes`, ranks are in node order and every node has as many. Raises ClusterError when the slots
         are not free within `ready_timeout_s`.
         """
-        ranks = range(pool.slots * max(pool.nodes, 1))
-        places = self._reserved.take(name, pool, team, ranks, self._slot(pool))
-        return self._fill(Pool(name, (), team=team), pool, places, len(ranks))
+        begun = self._begun.pop(name, None) or self._begin(name, pool, team)
+        return self._fill(Pool(name, (), team=team), pool, begun, len(begun.processes))
+
+    def _begin(self, name: str, pool: PoolConfig, team: int) -> _Begun:
+        host = name == HOST_POOL
+        size = self.host_processes if host else pool.slots * max(pool.nodes, 1)
+        places = self._reserved.take(name, pool, team, range(size), {"CPU": 1.0} if host else self._slot(pool))
+        return self._start(name, size, places, 0 if host else self._gpus_per_slot(pool))
 
     def change_pool(self, name: str, pool: PoolConfig, dead: Collection[int]) -> Pool:
         """Give a pool of teams the size that `pool` says: ranks at its end are ended or added, and `dead` ones
@@ -191,17 +227,17 @@ class Cluster:
             gone = {old.bundles[rank][0] for rank in dead}
             self._reserved.release(name, {group for group, _ in old.bundles} - gone)
             places = self._reserved.take(name, pool, old.team, again, self._slot(pool), None if dead else ROOM_S)
-        made = self._fill(old, pool, places, size)
+        made = self._fill(old, pool, self._start(name, size, places, self._gpus_per_slot(pool)), size)
         _kill(old.processes[size:])
         self._reserved.release(name, {group for group, _ in made.bundles})
         return made
 
-    def _fill(self, old: Pool, pool: PoolConfig, places: Mapping[int, Place], size: int) -> Pool:
-        """`old` with `size` ranks, those in `places` with new processes there."""
-        name = old.name
-        started = self._start(name, size, places, self._gpus_per_slot(pool))
+    def _fill(self, old: Pool, pool: PoolConfig, begun: _Begun, size: int) -> Pool:
+        """`old` with `size` ranks, those that were begun in place of its own."""
+        name, started, places = old.name, begun.processes, begun.places
         try:
-            at = self._get(name, {k: one.pid.remote() for k, one in started.items()}, self.config.ready_timeout_s)
+            at = self._get(name, begun.whereabouts, self.config.ready_timeout_s)
+            self._get(name, begun.imports, self.config.ready_timeout_s + self.config.call_timeout_s)
             devices = self._meet(old, pool, started, {rank: node for rank, (_, node) in at.items()}, size)
         except BaseException:
             _kill(started.values())
@@ -250,27 +286,26 @@ class Cluster:
         return self._get(old.name, joining, waiting + 60)
 
     def metrics(self) -> dict[str, float]:
-        """What its object store holds, every few seconds; nothing in between."""
-        return {} if self._store is None else self._store.metrics()
+        """What its object store holds, every few seconds, and nothing in between; what its GPUs were at."""
+        stored = {} if self._store is None else self._store.metrics()
+        return {**stored, **self._gauges.metrics(self.pools)}
 
     def add_host_pool(self) -> Pool:
         """Start the CPU processes for sources, rule rewards and host ops."""
-        count = self.host_processes
-        places = self._reserved.take(HOST_POOL, PoolConfig(), 0, range(count), {"CPU": 1.0})
-        started = self._start(HOST_POOL, count, places, gpus=0)
-        asked = {rank: process.pid.remote() for rank, process in started.items()}
-        whereabouts = self._get(HOST_POOL, asked, self.config.ready_timeout_s).values()
+        begun = self._begun.pop(HOST_POOL, None) or self._begin(HOST_POOL, PoolConfig(), 0)
+        whereabouts = self._get(HOST_POOL, begun.whereabouts, self.config.ready_timeout_s).values()
         pids, nodes = tuple(pid for pid, _ in whereabouts), tuple(node for _, node in whereabouts)
-        made = Pool(HOST_POOL, tuple(started.values()), node_ids=nodes, pids=pids, logs=self._logs(HOST_POOL, count))
+        processes, logs = tuple(begun.processes.values()), self._logs(HOST_POOL, self.host_processes)
+        made = Pool(HOST_POOL, processes, node_ids=nodes, pids=pids, logs=logs)
         self.pools[HOST_POOL] = made
         self.watch.add(made)
         return made
 
     def end_pool(self, name: str) -> None:
         """End one pool's processes at once, whatever they are at, and free its slots; also one that is starting."""
-        pool = self.pools.pop(name, None)
+        pool, begun = self.pools.pop(name, None), self._begun.pop(name, None)
         self.watch.remove(name)
-        _kill(pool.processes if pool else ())
+        _kill((*(pool.processes if pool else ()), *(begun.processes.values() if begun else ())))
         self._reserved.release(name)
 
     def keeper(self, node_id: str) -> Any:
@@ -308,7 +343,8 @@ class Cluster:
         processes = [process for pool in self.pools.values() for process in pool.processes]
         with contextlib.suppress(Exception):
             ray.wait([p.close.remote() for p in processes], num_returns=len(processes), timeout=grace_s)
-        _kill(processes)
+        _kill((*processes, *(one for begun in self._begun.values() for one in begun.processes.values())))
+        self._begun.clear()
         self.end_keepers()
         self._reserved.release_all()
 
@@ -339,14 +375,14 @@ class Cluster:
             return ()
         return tuple(str((self.log_folder / f"{pool}-{rank}.log").resolve()) for rank in range(count))
 
-    def _start(self, pool: str, size: int, places: Mapping[int, Place], gpus: int) -> dict[int, Any]:
-        """Rank -> its new process, in its place."""
+    def _start(self, pool: str, size: int, places: Mapping[int, Place], gpus: int) -> _Begun:
+        """New processes, each in its place."""
         module, name = PROCESS_PATH
         remote = worker_actor(getattr(importlib.import_module(module), name))
         logs = self._logs(pool, size)
         # Two ways: what the runtime environment holds, Ray shows and logs.
         plain, kept = plain_variables(self.config.worker_env), kept_variables(self.config.worker_env)
-        return {
+        processes = {
             rank: remote.options(
                 num_cpus=1,
                 num_gpus=gpus,
@@ -356,6 +392,10 @@ class Cluster:
             ).remote(pool, rank, size, logs[rank] if logs else None, folder=os.getcwd(), variables=kept)
             for rank, (group, bundle) in places.items()
         }
+        whereabouts = {rank: process.pid.remote() for rank, process in processes.items()}
+        modules = list(self._modules.get(pool, ()))
+        imports = {rank: one.import_ahead.remote(modules) for rank, one in processes.items()} if modules else {}
+        return _Begun(places, processes, whereabouts, imports)
 
     def _introduce(self, name: str, processes: Sequence[Any], node_ids: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Tell the first rank on each machine of the others there."""

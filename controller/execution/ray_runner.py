@@ -14,95 +14,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from controller.cluster.pool import RELAYS, SIGNALS, Pool
+from controller.cluster.pool import SIGNALS, Pool
 from controller.cluster.replies import RayReplies, Replies
-from controller.cluster.watch import Waited, Watch
-from controller.execution.batch_ref import BatchRef, merge_stored
+from controller.cluster.watch import Watch
+from controller.execution.batch_ref import BatchRef
+from controller.execution.calls import Calls
 from controller.execution.executor import Arrived, Finished
 from controller.execution.failed_calls import FailedCall, NodeError, WorkerLost, error_of, lost, overdue
+from controller.execution.held_states import HeldStates
 from controller.execution.looking import Looking
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
+from controller.execution.pending import Pending
 from controller.execution.pieces import Handed, Questions, Taker, piece_of_made, piece_of_row, takes_pieces
 from controller.execution.replicas import Replicas, hand_over, living, lost_team
-from controller.execution.worker_group import Reading, Shards, WorkerGroup, build_call, collect, cut, cut_for_host
+from controller.execution.worker_group import Shards, WorkerGroup, collect
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Dataflow, Node
-from rlhf_dist.dataflow.state_value import resolved, states_read
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
-from rlhf_dist.placement.roles import HOST_POOL, rollout_of
+from rlhf_dist.placement.roles import HOST_POOL
 from rlhf_dist.roles import State
-from rlhf_dist.wire import Call, HeldState, Look, Pieces, Reply, numbers_in
+from rlhf_dist.wire import HeldState, Reply
 
 INDEX_ONLY = ("join", "concat", "refill")
 """Kinds of nodes that the controller does itself: they move row indices."""
-WHOLE = Shards(parts=(np.empty(0, np.int64),), answering=(0,), part_of_answer=(0,))
-"""Of a node without a batch."""
-NO_SHARDS = Shards(parts=(), answering=(), part_of_answer=())
 LOOK_S = 1.0
 """Between two looks for processes that are lost."""
 PEERS_S = 2.0
 """A rank that says it lost another one is followed by that one's own word within so long, where it has one."""
-
-
-@dataclass(eq=False)
-class _Pending:
-    node: Node
-    step: int
-    shards: Shards
-    """Of its first batch."""
-    batches: tuple[BatchRef, ...]
-    started_s: float
-    callees: list[tuple[Pool, int]] = field(default_factory=list)
-    """Pool and rank in it of each call, in the order of `replies`."""
-    part_of_call: list[int] = field(default_factory=list)
-    """Of generation: which part of the rows each call has."""
-    refs: dict[tuple[int, ...], Any] = field(default_factory=dict)
-    """Ranks (of the receiving group after the sending one) -> reference to their replies."""
-    replies: dict[int, Reply] = field(default_factory=dict)
-    """Rank -> its reply, once fetched."""
-    source: _Pending | None = None
-    """What it streams from, until that is finished."""
-    bundles: list[tuple[int, ...]] = field(default_factory=list)
-    """Parts of the source's rows that each call of a streamed node has."""
-    interrupted: bool = False
-    """Its ranks were asked to stop early."""
-    numbers: Mapping[str, Mapping[str, float]] | None = None
-    """Of the states that its settings use, for who looks inside."""
-    handed: Handed | None = None
-    """What its ranks have handed over, where others take its rows piece by piece."""
-    taker: Taker | None = None
-    """Of whose pieces this is one."""
-
-    @property
-    def before(self) -> BatchRef | None:
-        """Its first batch, whose rows it keeps or makes others of."""
-        return self.batches[0] if self.batches else None
-
-    @property
-    def waited(self) -> list[Waited]:
-        """The processes that it waits for."""
-        if not self.refs:
-            return []
-        left = [callee for call, callee in enumerate(self.callees) if call not in self.replies]
-        return [Waited(pool, rank, self.started_s) for pool, rank in left]
-
-    def pieces(self, rows: IntArray, call: int) -> Pieces | None:
-        """What a call with these rows is told of pieces."""
-        return None if self.handed is None else self.handed.pieces(rows, call)
-
-    @property
-    def complete(self) -> bool:
-        return self.source is None and len(self.replies) == self.ranks
-
-    @property
-    def ranks(self) -> int:
-        return sum(map(len, self.refs))
 
 
 class RayRunner:
@@ -134,22 +77,23 @@ class RayRunner:
         waited for; what it raises ends the wait. replicas: of pools that only generate; None: what is lost is an
         error. looking: what processes keep of their calls; None: nothing. pieces: in which others take the rows of a
         node that is still at it; 1: models wait for it, and rules take each rank's."""
-        self.groups, self.host, self.seed, self.call_timeout_s = groups, host, seed, call_timeout_s
-        self.states = dict(states or {})
-        self.numbers: dict[str, dict[str, float]] = {
-            name: numbers_in(values) for name, values in (numbers or {}).items()
-        }
-        self._first = {
-            name: {key: value for key, value in values.items() if key not in self.numbers[name]}
-            for name, values in (numbers or {}).items()
-        }
-        self._held: dict[str, Any] = {}
-        self.source_kwargs = source_kwargs or {}
+        self.held = HeldStates(numbers or {})
+        self.calls = Calls(
+            groups,
+            host,
+            self.held,
+            seed=seed,
+            limit_s=call_timeout_s,
+            states=states or {},
+            source_kwargs=source_kwargs or {},
+            beside=beside,
+            looking=looking,
+        )
+        self.call_timeout_s = call_timeout_s
         self.outputs = Outputs(dataflow)
-        self._interrupts, self._beside = interrupts, beside
+        self._interrupts = interrupts
         self._replies, self._watch, self._check = replies or RayReplies(), watch, check
         self._replicas = None if interrupts else replicas  # an interrupted replica holds what it has begun
-        self._looking = looking
         self._pieces = pieces
         self._handing = {
             source.name for source in dataflow or () for target in dataflow or () if self.follows(source, target)
@@ -161,15 +105,28 @@ class RayRunner:
         self.newest = -1
         """Latest step of which anything has been launched."""
         self._looked_s = 0.0
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._writing: list[tuple[Node, int]] = []
-        self._cut_short: dict[tuple[str, int], _Pending] = {}
-        self._next_host = 0
+        self._cut_short: dict[tuple[str, int], Pending] = {}
+
+    @property
+    def groups(self) -> Mapping[str, WorkerGroup]:
+        """Role -> the worker group that does its nodes."""
+        return self.calls.groups
+
+    @groups.setter
+    def groups(self, groups: Mapping[str, WorkerGroup]) -> None:
+        self.calls.groups = groups
+
+    @property
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Of every state."""
+        return self.held.numbers
 
     # --- the Runner protocol -------------------------------------------------------------------------
     def pools_of(self, node: Node) -> tuple[str, ...]:
         """The pools of its worker groups; host ops, sources on the host pool and joins occupy none."""
-        pools = (group.pool.name for group in self._groups_of(node) if group.pool.name != HOST_POOL)
+        pools = (group.pool.name for group in self.calls.groups_of(node) if group.pool.name != HOST_POOL)
         return tuple(dict.fromkeys(pools))
 
     def streams(self, source: Node, target: Node) -> bool:
@@ -215,18 +172,18 @@ class RayRunner:
             return
         source = next((p for p in self._pending if node.inputs and self._is_source(p, node, step)), None)
         if source is not None:
-            self._pending.append(_Pending(node, step, NO_SHARDS, (), 0.0, source=source))
+            self._pending.append(Pending(node, step, (), 0.0, source=source))
             return
         batches = tuple(self.outputs.input(entry, step) for entry in node.inputs)
-        pending = _Pending(node, step, NO_SHARDS, batches, time.perf_counter())
+        pending = Pending(node, step, batches, time.perf_counter())
         if node.name in self._handing:
             pending.handed = Handed(piece_of_row(len(batches[0].rows), self._pieces))
         if node.kind in INDEX_ONLY:
             pending.started_s = 0.0
         elif node.kind in ("host", "state"):
-            self._call_host_op(pending)
+            self.calls.host_op(pending)
         else:
-            self._call_groups(pending)
+            self._call_ranks(pending)
         self._pending.append(pending)
 
     def follow(self, node: Node, step: int) -> None:
@@ -241,7 +198,7 @@ class RayRunner:
         if not self._interrupts or pending is None or pending.interrupted or node.rows != "expand":
             return
         pending.interrupted = True
-        (group,) = self._groups_of(node)
+        (group,) = self.calls.groups_of(node)
         for process in group.pool.processes:
             process.interrupt.options(concurrency_group=SIGNALS).remote(group.role)
 
@@ -252,7 +209,7 @@ class RayRunner:
                 return arrived
             for pending in self._pending:
                 if pending.source is not None:
-                    self._stream(pending, pending.source)
+                    self.calls.stream(pending, pending.source)
             complete = [pending for pending in self._pending if pending.complete]
             if complete:
                 self._pending = [pending for pending in self._pending if pending not in complete]
@@ -273,7 +230,7 @@ class RayRunner:
                 if cause := self._watch.look([one for pending in self._pending for one in pending.waited]):
                     self._take_over(lost(cause, self._pending, self._watch), [])
 
-    def _take(self, waiting: Mapping[Any, tuple[_Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
+    def _take(self, waiting: Mapping[Any, tuple[Pending, tuple[int, ...]]], timeout_s: float) -> list[FailedCall]:
         """Keep the replies that come within `timeout_s`; returns what came instead of one."""
         ready = self._replies.ready([*waiting, *self._questions.refs], timeout_s)
         failed = []
@@ -323,12 +280,11 @@ class RayRunner:
 
     def held_state(self, name: str) -> HeldState:
         """What is held of a state now."""
-        return HeldState(self.numbers[name], self._held.get(name), self._first.get(name, {}))
+        return self.held.of(name)
 
     def restore_state(self, name: str, held: HeldState) -> None:
         """Go on from what `held_state` gave, or a checkpoint."""
-        self.numbers[name], self._held[name] = dict(held.numbers), held.ref
-        self._first[name] = dict(held.first)
+        self.held.restore(name, held)
 
     def run_node(self, node: Node, step: int) -> Finished:
         """Launch one node and wait for it: a live run, line by line."""
@@ -371,7 +327,7 @@ class RayRunner:
                 return piece, taker.read(made)
         return None
 
-    def _source_of(self, taker: Taker) -> _Pending | None:
+    def _source_of(self, taker: Taker) -> Pending | None:
         at = (taker.entry.rows, taker.step)
         under_way = (p for p in self._pending if (p.node.name, p.step) == at)
         return next(under_way, self._cut_short.get(at))
@@ -382,11 +338,11 @@ class RayRunner:
         taker.at, rows = found
         if (source := self._source_of(taker)) is not None and source.handed is not None:
             source.handed.taken.add(taker.at)
-        pending = _Pending(taker.node, taker.step, NO_SHARDS, (rows,), time.perf_counter(), taker=taker)
-        self._call_groups(pending)
+        pending = Pending(taker.node, taker.step, (rows,), time.perf_counter(), taker=taker)
+        self._call_ranks(pending)
         self._pending.append(pending)
 
-    def _finish_piece(self, pending: _Pending, taker: Taker, ended_s: float) -> Finished:
+    def _finish_piece(self, pending: Pending, taker: Taker, ended_s: float) -> Finished:
         """A piece is done, and the pools are free for others; the node is finished with the last."""
         assert taker.at is not None and pending.before is not None, "it was launched with rows"
         taker.done[taker.at] = (pending.shards, [pending.replies[call] for call in range(pending.ranks)])
@@ -407,7 +363,7 @@ class RayRunner:
 
     def _finish_taker(self, taker: Taker, started_s: float, ended_s: float, tokens: int) -> Finished:
         del self._takers[taker.node.name, taker.step]
-        (group,) = self._groups_of(taker.node)
+        (group,) = self.calls.groups_of(taker.node)
         before = self.outputs.input(taker.entry, taker.step)
         output = taker.collected(before, group.pool.name)
         if output.batch is not None:
@@ -422,80 +378,6 @@ class RayRunner:
             tokens=tokens,
             nbytes=output.nbytes,
         )
-
-    # --- calls -----------------------------------------------------------------------------------------
-    def _groups_of(self, node: Node) -> tuple[WorkerGroup, ...]:
-        own, apart = self.groups.get(node.role), self.groups.get(rollout_of(node.role))
-        if apart is not None and own is not None and node.kind == "reshard":
-            return (own, apart)
-        if own is not None and node.kind == "weights":
-            givers = (self.groups[role] for role in node.senders)
-            return (*(group for group in givers if group.pool.name != own.pool.name), own)
-        group = apart if apart is not None and rollout_of(node.role) in node.weights_read else own
-        return () if group is None else (group,)
-
-    def _call_groups(self, pending: _Pending) -> None:
-        node, step, readings = pending.node, pending.step, self._readings(pending)
-        groups = self._groups_of(node)
-        settings, averages = self._kwargs(pending), averages_of(node)
-        for group, (op, kwargs) in zip(groups, _ops(node, len(groups), settings), strict=True):
-            cuts = [
-                cut(node, group, reading, average, seed=self.seed, step=step)
-                for reading, average in zip(readings or (None,), averages, strict=False)
-            ]
-            pending.shards = cuts[0][0] if group is groups[0] else pending.shards
-            first, parts = pending.ranks, part_of_ranks(node, group)
-            answering = cuts[0][0].answering
-            pending.callees += [(group.pool, rank) for rank in range(group.pool.size)]
-            calls = [
-                build_call(
-                    node,
-                    step,
-                    self.seed,
-                    [
-                        reading.given(shards.parts[part], mini_batch)
-                        for reading, (shards, mini_batch) in zip(readings, cuts, strict=False)
-                    ],
-                    kwargs,
-                    self._look(pending, part, answers=rank in answering),
-                    cuts[0][0].wanted(part) if readings else None,
-                    pending.pieces(cuts[0][0].parts[part], rank),
-                )
-                for rank, part in enumerate(parts)
-            ]
-            dead: Collection[int] = ()
-            if node.rows == "expand":
-                pending.part_of_call = list(parts)
-                dead = self._replicas.dead(group.pool.name) if self._replicas is not None else ()
-            # Rows of a rank that is done early are worth a reply of their own only where somebody streams them.
-            alone = node.rows == "expand" or len(groups) > 1 or self._beside
-            for ranks in [(rank,) for rank in range(len(calls)) if rank not in dead] if alone else group.pool.teams:
-                process = group.pool.processes[ranks[0]]
-                if self._beside:
-                    ref = process.call.options(concurrency_group=SIGNALS).remote(group.role, op, calls[ranks[0]])
-                elif len(ranks) == 1:
-                    ref = process.call.remote(group.role, op, calls[ranks[0]])
-                else:
-                    relayed = {rank: calls[rank] for rank in ranks}
-                    relay = process.relay.options(concurrency_group=RELAYS)
-                    ref = relay.remote(group.role, op, relayed, self.call_timeout_s)
-                pending.refs[tuple(first + rank for rank in ranks)] = ref
-            if dead:
-                self._hand_over(pending, sorted(dead))
-
-    def _call_host_op(self, pending: _Pending) -> None:
-        node, step, readings = pending.node, pending.step, self._readings(pending)
-        shards = cut_for_host(node, self.host.size, pending.batches)
-        pending.shards = shards[0] if shards else WHOLE
-        for part in range(len(pending.shards.parts)):
-            given = [reading.given(one.parts[part], None) for reading, one in zip(readings, shards, strict=True)]
-            call = build_call(node, step, self.seed, given, self._kwargs(pending), self._look(pending, part))
-            process = self._host_process(pending, self.host)
-            pending.refs[part,] = (
-                process.run_state_op.remote(self.states[node.role], node.op, self.held_state(node.role), call)
-                if node.kind == "state"
-                else process.run_host_op.remote(node.spec, call)
-            )
 
     # --- replicas ----------------------------------------------------------------------------------------
     def _take_over(self, error: NodeError, failed: Sequence[FailedCall]) -> None:
@@ -520,26 +402,23 @@ class RayRunner:
             return
         raise error
 
-    def _hand_over(self, pending: _Pending, calls: Sequence[int]) -> None:
+    def _call_ranks(self, pending: Pending) -> None:
+        dead: Collection[int] = ()
+        if self._replicas is not None and pending.node.rows == "expand":
+            (group,) = self.calls.groups_of(pending.node)
+            dead = self._replicas.dead(group.pool.name)
+        self.calls.ranks(pending, dead)
+        if dead:
+            self._hand_over(pending, sorted(dead))
+
+    def _hand_over(self, pending: Pending, calls: Sequence[int]) -> None:
         """Send the rows of these calls to replicas that live."""
-        node, before = pending.node, pending.before
+        before = pending.before
         assert self._replicas is not None and before is not None, "generation has rows"
-        (group,), (reading,) = self._groups_of(node), self._readings(pending)
+        (group,) = self.calls.groups_of(pending.node)
         teams = living(group.pool, self._replicas.dead(group.pool.name))
         pending.shards, takeovers = hand_over(pending.shards, pending.part_of_call, calls, teams, before.rows.tokens)
-        settings = self._kwargs(pending)
-        for one in takeovers:
-            given = [reading.given(pending.shards.parts[one.part], None)]
-            for number, rank in zip(one.calls, one.ranks, strict=True):
-                look = self._look(pending, one.part, answers=number in pending.shards.answering)
-                wanted = pending.shards.wanted(one.part)
-                hands = pending.pieces(pending.shards.parts[one.part], number)
-                call = build_call(node, pending.step, self.seed, given, settings, look, wanted, hands)
-                if number == len(pending.callees):
-                    pending.callees.append((group.pool, rank))
-                    pending.part_of_call.append(one.part)
-                pending.callees[number] = (group.pool, rank)
-                pending.refs[number,] = group.pool.processes[rank].call.remote(group.role, node.op, call)
+        self.calls.others(pending, takeovers)
 
     def _mend(self, node: Node) -> None:
         """Before anything but generation is asked of a pool, its dead replicas are replaced."""
@@ -549,111 +428,14 @@ class RayRunner:
             if self._replicas.dead(name):
                 self.groups = {**self.groups, **self._replicas.mend(name)}
 
-    def _launch_again(self, pending: _Pending) -> None:
-        """Call the ranks that were interrupted once more; they go on with the responses they hold."""
-        node = pending.node
-        (group,) = self._groups_of(node)
-        (reading,), parts = self._readings(pending), part_of_ranks(node, group)
-        for rank, process in enumerate(group.pool.processes):
-            if pending.replies[rank].interrupted:
-                given = [reading.given(pending.shards.parts[parts[rank]], None)]
-                look = self._look(pending, parts[rank], answers=rank in pending.shards.answering)
-                wanted = pending.shards.wanted(parts[rank])
-                hands = pending.pieces(pending.shards.parts[parts[rank]], rank)
-                call = build_call(node, pending.step, self.seed, given, self._kwargs(pending), look, wanted, hands)
-                pending.refs[rank,] = process.call.remote(group.role, node.op, call)
-                del pending.replies[rank]
+    def _launch_again(self, pending: Pending) -> None:
+        """Call the ranks that were interrupted once more."""
+        self.calls.again(pending)
         pending.started_s, pending.interrupted = time.perf_counter(), False
         self._pending.insert(0, pending)
 
-    def _is_source(self, pending: _Pending, node: Node, step: int) -> bool:
+    def _is_source(self, pending: Pending, node: Node, step: int) -> bool:
         return pending.step == step and pending.node.name == node.inputs[0].rows and self._by_ranks(pending.node, node)
-
-    def _stream(self, pending: _Pending, source: _Pending) -> None:
-        """Send on the rows of those ranks of `source` that have replied since, spread over the CPU processes."""
-        sent = {answer for bundle in pending.bundles for answer in bundle}
-        new = [
-            answer
-            for answer, rank in enumerate(source.shards.answering)
-            if answer not in sent and rank in source.replies and not source.replies[rank].interrupted
-        ]
-        group = self.groups[pending.node.role]
-        for at in range(min(len(new), group.pool.size)):
-            bundle = new[at :: group.pool.size]
-            call = self._streamed_call(pending, source, bundle)
-            process = self._host_process(pending, group.pool)
-            pending.refs[len(pending.bundles),] = process.call.remote(group.role, pending.node.op, call)
-            pending.bundles.append(tuple(bundle))
-            pending.started_s = pending.started_s or time.perf_counter()
-
-    def _streamed_call(self, pending: _Pending, source: _Pending, bundle: list[int]) -> Call:
-        shards, node = source.shards, pending.node
-        replies = [source.replies[shards.answering[answer]] for answer in bundle]
-        made = [
-            shards.parts[shards.part_of_answer[answer]][reply.parent]
-            for answer, reply in zip(bundle, replies, strict=True)
-        ]
-        assert source.before is not None, f"{source.node.name} has no input"
-        moved = source.before.take(np.concatenate(made))
-        rows = np.arange(len(moved.rows))
-        stored = merge_stored([reply.stored for reply in replies], rows, [reply.num_rows for reply in replies])
-        columns = {**moved.columns, **stored}
-        (entry,) = node.inputs
-        made_of = BatchRef(moved.rows, {c: columns[at.column] for c, at in entry.columns.items()})
-        given = [Reading(entry, made_of).given(rows, None)]
-        look = self._look(pending, len(pending.bundles), streamed=True)
-        return build_call(node, pending.step, self.seed, given, self._kwargs(pending), look)
-
-    def _look(self, pending: _Pending, part: int, *, answers: bool = True, streamed: bool = False) -> Look | None:
-        node = pending.node
-        if self._looking is None or node.evaluation:
-            return None
-        if pending.taker is not None and pending.taker.at is not None:
-            part, streamed = pending.taker.at * len(pending.callees) + part, True
-        if pending.numbers is None:  # the same for all ranks
-            states = {*states_read(node.kwargs), *([node.role] if node.kind == "state" else [])}
-            pending.numbers = {state: dict(self.numbers[state]) for state in states}
-        return self._looking.of(
-            node,
-            pending.step,
-            part=part,
-            of_rows=None if streamed or pending.before is None else len(pending.before.rows),
-            answers=answers,
-            streamed=streamed,
-            numbers=pending.numbers,
-            given=self._source_kwargs(node, pending.batches) if node.kind == "source" else {},
-        )
-
-    def _host_process(self, pending: _Pending, pool: Pool) -> Any:
-        """The next of the CPU processes, for a call of `pending`."""
-        self._next_host += 1
-        pending.callees.append((pool, self._next_host % pool.size))
-        return pool.processes[self._next_host % pool.size]
-
-    def _readings(self, pending: _Pending) -> list[Reading]:
-        if pending.node.kind == "source":  # what it waits for says how many rows are drawn
-            return []
-        return [Reading(entry, batch) for entry, batch in zip(pending.node.inputs, pending.batches, strict=True)]
-
-    def _kwargs(self, pending: _Pending) -> dict[str, Any]:
-        node = pending.node
-        if node.kind == "source":
-            return self._source_kwargs(node, pending.batches)
-        try:
-            settings: dict[str, Any] = resolved(node.kwargs, self.numbers)
-        except (ValueError, KeyError, ArithmeticError) as error:
-            held = {state: self.numbers[state] for state in states_read(node.kwargs)}
-            raise NodeError(f"{node.name} ({node.line}) cannot take its settings from {held}: {error!r}") from error
-        return settings
-
-    def _source_kwargs(self, node: Node, gate: Sequence[BatchRef]) -> dict[str, Any]:
-        given = dict(self.source_kwargs.get(node.role, {}))
-        if f"{node.role}.drawn" in node.weights_written:
-            given["position"] = int(self.numbers.get(node.role, {}).get("drawn", 0))
-            groups = sum(len(np.unique(batch.rows.group)) for batch in gate)
-            if gate and groups >= node.kwargs["until"]:
-                given["rows"] = 0
-        return given
 
     def _check_deadlines(self) -> None:
         now = time.perf_counter()
@@ -662,7 +444,7 @@ class RayRunner:
                 raise overdue(pending, self.call_timeout_s, self._watch)
 
     # --- outputs -----------------------------------------------------------------------------------------
-    def _finish(self, pending: _Pending) -> Finished:
+    def _finish(self, pending: Pending) -> Finished:
         node, step, ended = pending.node, pending.step, time.perf_counter()
         if any(reply.interrupted for reply in pending.replies.values()):
             self._cut_short[node.name, step] = pending
@@ -685,15 +467,12 @@ class RayRunner:
                     taker.of_made = of_made
         for streamed in [p for p in self._pending if p.source is pending]:
             streamed.batches = (self.outputs.input(streamed.node.inputs[0], step),)
-            self._stream(streamed, pending)
+            self.calls.stream(streamed, pending)
             places = tuple(np.concatenate([output.places[answer] for answer in b]) for b in streamed.bundles)
             bundles = tuple(range(len(places)))
             streamed.shards = Shards(parts=places, answering=bundles, part_of_answer=bundles)
             streamed.source = None
-        if output.state is not None:
-            self.numbers[node.role] = dict(output.state)
-            self._held[node.role] = output.held
-            self._first.pop(node.role, None)  # an op may have let go of what the state began with
+        self.held.take(node.role, output)
         self.outputs.done(node, step)
         if self._replicas is not None and node.kind == "reshard":
             for name in self.pools_of(node):
@@ -709,13 +488,13 @@ class RayRunner:
             nbytes=output.nbytes,
         )
 
-    def _collect(self, pending: _Pending) -> NodeOutput:
+    def _collect(self, pending: Pending) -> NodeOutput:
         replies = [pending.replies[rank] for rank in range(pending.ranks)]
         pools = {pool.name for pool, _ in pending.callees}
         pool = pools.pop() if len(pools) == 1 else ""
         return collect(pending.node, pending.step, pending.shards, replies, pending.before, pool)
 
-    def _moved(self, pending: _Pending) -> NodeOutput:
+    def _moved(self, pending: Pending) -> NodeOutput:
         """The output of a node that moves row indices only."""
         node, batches = pending.node, pending.batches
         metrics: Metrics = {}
@@ -732,13 +511,6 @@ class RayRunner:
         return NodeOutput(batch=batch, metrics=metrics, seconds=0.0, nbytes=0)
 
 
-def _ops(node: Node, groups: int, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What each of a node's groups does, and its settings; the last one receives where weights go between pools."""
-    if node.kind == "weights":
-        return [("give_weights", {"target": node.role})] * (groups - 1) + [(node.op, settings)]
-    return [("send_weights", settings), ("receive_weights", settings)] if groups > 1 else [(node.op, settings)]
-
-
 def _named(node: Node, output: NodeOutput) -> dict[str, float]:
     return {f"{metrics_of(node)}/{key}": mean.value for key, mean in output.metrics.items()}
 
@@ -747,20 +519,6 @@ def metrics_of(node: Node) -> str:
     """What stands before the names of a node's metrics: `actor`, `actor#2`, `gae`."""
     prefix = node.op if node.kind == "host" or node.kind in INDEX_ONLY else node.role
     return f"{prefix}#{node.name.split('#')[1]}" if "#" in node.name else prefix
-
-
-def part_of_ranks(node: Node, group: WorkerGroup) -> Sequence[int]:
-    """The part of the rows that each rank of `group` gets."""
-    mesh = group.mesh(getattr(node.spec, "mesh", "train"))
-    protocol = getattr(node.spec, "dispatch", None)
-    return [protocol.part_of(mesh, rank) if protocol else 0 for rank in range(group.pool.size)]
-
-
-def averages_of(node: Node) -> list[str | None]:
-    """For each batch of a node, what the loss over it is averaged over; None where there is none."""
-    if "terms" in node.kwargs:
-        return [loss.average for loss, _ in node.kwargs["terms"]]
-    return [getattr(node.kwargs.get("loss"), "average", None)] * max(1, len(node.inputs))
 
 
 def _check_refilled(node: Node, batches: Sequence[BatchRef], batch: BatchRef) -> None:

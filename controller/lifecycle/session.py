@@ -9,7 +9,7 @@ Rule rewards and sources live on the host pool's CPU processes; everything with 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -36,7 +36,7 @@ from rlhf_dist.held_out import HELDOUT, held_out_fields
 from rlhf_dist.output_checks import frozen_folders
 from rlhf_dist.placement.phases import phases_of
 from rlhf_dist.placement.roles import HOST_POOL, only_generates, pool_size, resolved, rollout_of
-from rlhf_dist.role_kinds import has_training_engine, meshes_of, role_with_base, worker_of
+from rlhf_dist.role_kinds import has_training_engine, meshes_of, modules_of, role_with_base, worker_of
 from rlhf_dist.roles import OpSpec, State
 from rlhf_dist.wire import Bridge, HeldState
 
@@ -60,6 +60,14 @@ class Processes(Protocol):
     @property
     def watch(self) -> Watch | None:
         """What finds the process that is lost, where there are several."""
+        ...
+
+    def begin_pool(self, name: str, pool: PoolConfig, team: int, modules: Sequence[str]) -> None:
+        """Start what will be a pool's processes, and have them import `modules`; nothing is waited for but slots."""
+        ...
+
+    def await_processes(self) -> None:
+        """Wait until all that were begun answer."""
         ...
 
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
@@ -198,13 +206,7 @@ class Session:
         """Start the processes of these pools and the workers they host, and connect them to each other and to the
         pools that are there. Raises ClusterError when something does not come up."""
         launch, run = self.launch, self.launch.run
-        pools = {
-            name: self.cluster.add_host_pool()
-            if name == HOST_POOL
-            else self.cluster.add_pool(name, resolved(run.placement, name), team_of(launch, name))
-            for name in self.pools
-            if name in names
-        }
+        pools = self._start_processes([name for name in self.pools if name in names], phase)
         self._check_files(pools)
         starting: list[_Starting] = []
         if HOST_POOL in pools:
@@ -213,6 +215,24 @@ class Session:
         self.groups |= {group.role: group for group, _ in starting}
         _await_roles(starting, self.cluster, run.ray.ready_timeout_s + run.ray.call_timeout_s, phase)
         self._connect(names, phase)
+
+    def _start_processes(self, names: Sequence[str], phase: Callable[[str], None]) -> dict[str, Pool]:
+        """All pools' processes start and import side by side; they join their groups a pool at a time."""
+        layouts = {name: PoolConfig() if name == HOST_POOL else self._layout(name) for name in names}
+        teams = {name: 0 if name == HOST_POOL else team_of(self.launch, name) for name in names}
+        for name in names:
+            self.cluster.begin_pool(name, layouts[name], teams[name], modules_of_pool(self.launch, name))
+        self.cluster.await_processes()
+        phase("imports: torch and engines")
+        return {
+            name: self.cluster.add_host_pool()
+            if name == HOST_POOL
+            else self.cluster.add_pool(name, layouts[name], teams[name])
+            for name in names
+        }
+
+    def _layout(self, name: str) -> PoolConfig:
+        return resolved(self.launch.run.placement, name)
 
     def change_pool(self, name: str, slots: int, dead: Collection[int], phase: Callable[[str], None]) -> None:
         """Give a pool of teams, which is at nothing, `slots` slots (on each of its nodes), and new processes instead of
@@ -329,6 +349,12 @@ def team_of(launch: Launch, pool: str) -> int:
         generates = name != role or only_generates(launch.recipe.roles[role], launch.dataflow.facts[role])
         sizes.add(config.rollout.tensor_parallel if generates and isinstance(config, LanguageModelConfig) else 0)
     return sizes.pop() if len(sizes) == 1 else 0
+
+
+def modules_of_pool(launch: Launch, pool: str) -> list[str]:
+    """What its processes import ahead; those of the host pool start within a second as it is."""
+    names = [name for name, placed in pools_of_roles(launch).items() if placed == pool != HOST_POOL]
+    return list(dict.fromkeys(module for name in names for module in modules_of(launch, name)))
 
 
 def with_slots(launch: Launch, pool: str, slots: int) -> Launch:

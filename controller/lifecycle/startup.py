@@ -1,6 +1,6 @@
 """How long a run takes to its first step, by part: what the display is told, with a clock.
 
-imports and checks | Ray | processes | engines | checkpoint | sync | evaluation | first step
+command and checks | Ray | processes | imports | engines | checkpoint | sync | evaluation | first step
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ PARTS = {
     "this process": "processes",
     "Ray": "Ray",
     "processes": "processes",
+    "imports": "imports",
     "checkpoint": "checkpoint",
     "first weight sync": "sync",
     "evaluation": "evaluation",
@@ -41,7 +42,7 @@ class StartUp:
         self._part: str | None = None
         self._since = time.monotonic()
         if began_s is not None:
-            self.seconds["imports and checks"] = max(time.time() - began_s, 0.0)
+            self.seconds["command and checks"] = max(time.time() - began_s, 0.0)
 
     def phase(self, text: str) -> None:
         """Something begins."""

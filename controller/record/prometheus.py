@@ -4,7 +4,8 @@
     a scrape ────────────> those, and gauges of this machine read at that moment: processor, memory, disk, GPUs
 
 It listens on loopback. Elsewhere (`output.prometheus_host`) only with a bearer token, from the environment variable
-RLHF_DIST_PROMETHEUS_TOKEN. GPUs are those of the controller's machine; other nodes have exporters of their own.
+RLHF_DIST_PROMETHEUS_TOKEN. Gauges read at a scrape are of the controller's machine; each rank's device, on whatever
+node, is among the metrics (`gpu/POOL-RANK/...`, `cluster/pool_gauges.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import psutil
 
+from rlhf_dist.gpu_gauges import readings_of
 from rlhf_dist.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
 TOKEN = "RLHF_DIST_PROMETHEUS_TOKEN"
 TIMES = "time_s/"
 """In front of a metric that is the seconds of a node."""
+GPU_GAUGES = {
+    "busy_percent": "share of the last moments in which a kernel ran",
+    "power_watts": "of the device",
+    "temperature_celsius": "of the device",
+}
 
 
 class PrometheusEndpoint:
@@ -117,27 +124,16 @@ class PrometheusEndpoint:
     def _of_devices(self) -> Iterator[Metric]:
         if not self._devices:
             return
-        used: list[tuple[dict[str, str], float]] = []
-        rates: list[tuple[dict[str, str], float]] = []
-        watts: list[tuple[dict[str, str], float]] = []
-        degrees: list[tuple[dict[str, str], float]] = []
-        import pynvml
-
-        for number, device in enumerate(self._devices):
-            gpu = {"gpu": str(number)}
-            with suppress(pynvml.NVMLError):  # a gauge that a device does not have is left out
-                memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-                used += [({**gpu, "kind": "total"}, memory.total), ({**gpu, "kind": "used"}, memory.used)]
-            with suppress(pynvml.NVMLError):
-                rates.append((gpu, pynvml.nvmlDeviceGetUtilizationRates(device).gpu))
-            with suppress(pynvml.NVMLError):
-                watts.append((gpu, pynvml.nvmlDeviceGetPowerUsage(device) / 1000))
-            with suppress(pynvml.NVMLError):
-                degrees.append((gpu, pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU)))
-        yield self._gauge("gpu_memory_bytes", "of the device", used)
-        yield self._gauge("gpu_busy_percent", "share of the last moments in which a kernel ran", rates)
-        yield self._gauge("gpu_power_watts", "of the device", watts)
-        yield self._gauge("gpu_temperature_celsius", "of the device", degrees)
+        each = [({"gpu": str(number)}, readings_of(device)) for number, device in enumerate(self._devices)]
+        memory = [
+            ({**gpu, "kind": kind}, of[f"memory_{kind}_bytes"])
+            for gpu, of in each
+            for kind in ("total", "used")
+            if f"memory_{kind}_bytes" in of
+        ]
+        yield self._gauge("gpu_memory_bytes", "of the device", memory)
+        for name, about in GPU_GAUGES.items():
+            yield self._gauge(f"gpu_{name}", about, [(gpu, of[name]) for gpu, of in each if name in of])
 
     def _gauge(self, name: str, about: str, rows: Iterable[tuple[Mapping[str, str], float]]) -> Metric:
         from prometheus_client.core import GaugeMetricFamily

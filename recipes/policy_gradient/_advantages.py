@@ -56,6 +56,7 @@ def _scope(arguments: Mapping[str, Any]) -> Literal["batch", "groups"]:
     reads=with_kl("rewards", "group_id", "response_mask"),
     writes=("advantages", "response_mask"),
     scope=_scope,
+    least_group=lambda settings: 1 if settings["baseline"] in ("batch", "none", "signed") else 2,
     missing=True,
 )
 def response_advantage(

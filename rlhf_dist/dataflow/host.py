@@ -80,8 +80,9 @@ class HostOp(Generic[P, R]):
     scope: Scope | Callable[[Mapping[str, Any]], Scope]
     """What a shard must hold whole, or a function of the keyword arguments that says so."""
     rows: HostRows
-    least_group: int = 1
-    """Fewest rows of one group that the op can tell anything from; a recipe that gives it fewer is refused."""
+    least_group: int | Callable[[Mapping[str, Any]], int] = 1
+    """Fewest rows of one group that the op can tell anything from, or a function of the keyword arguments; a recipe
+    that gives it fewer is refused."""
     copies: int | Callable[[Mapping[str, Any]], int] = 1
     """rows="derive": most rows made of each, for row counts before a run, or a function of the keyword arguments."""
     missing: bool = False
@@ -114,6 +115,11 @@ class HostOp(Generic[P, R]):
         """What a shard must hold whole, for these arguments."""
         return self.scope(kwargs) if callable(self.scope) else self.scope
 
+    def least_group_for(self, kwargs: Mapping[str, Any]) -> int:
+        """Fewest rows of one group, for these arguments."""
+        least = self.least_group
+        return least({**defaults(self.function), **kwargs}) if callable(least) else least
+
     def copies_for(self, kwargs: Mapping[str, Any]) -> int:
         """Most rows made of each, for these arguments."""
         return self.copies({**defaults(self.function), **kwargs}) if callable(self.copies) else self.copies
@@ -130,19 +136,19 @@ def host_op(
     writes: Columns = (),
     scope: Scope | Callable[[Mapping[str, Any]], Scope] = "rows",
     rows: HostRows = "keep",
-    least_group: int = 1,
+    least_group: int | Callable[[Mapping[str, Any]], int] = 1,
     copies: int | Callable[[Mapping[str, Any]], int] = 1,
     missing: bool = False,
 ) -> Callable[[Callable[P, R]], HostOp[P, R]]:
     """Declare a pure function `(batch, **settings) -> Batch | HostResult` as a host op.
 
     reads, writes: column names, or a function of the keyword arguments where they depend on them; a tuple of tuples
-    where the function takes several batches. scope and copies may be functions, too. rows: with `drop` it returns a
-    `HostResult` with `keep`, with `derive` one with `parent` (and at most `copies` rows of each). least_group: fewest
-    rows of a group that the op makes sense for. missing: it takes missing numbers (`rlhf_dist.missing`);
-    without, a run in which one reaches it ends with an error: NaN > 0.5 is False, so that a reward that nobody knows
-    would count as a bad one. A function that has a parameter `rng` is given a generator, and needs
-    scope="batch": what it draws must not depend on how rows are cut.
+    where the function takes several batches. scope, copies and least_group may be functions, too. rows: with `drop` it
+    returns a `HostResult` with `keep`, with `derive` one with `parent` (and at most `copies` rows of each).
+    least_group: fewest rows of a group that the op makes sense for. missing: it takes missing numbers
+    (`rlhf_dist.missing`); without, a run in which one reaches it ends with an error: NaN > 0.5 is False, so that a
+    reward that nobody knows would count as a bad one. A function that has a parameter `rng` is given a generator, and
+    needs scope="batch": what it draws must not depend on how rows are cut.
 
     Raises ValueError for a declaration that cannot be.
     """

@@ -124,7 +124,7 @@ def test_calls_that_others_take_over_keep_their_inputs_like_any(tmp_path: Path) 
     workers.calls = []
     runner = workers.runner({"actor": ("gen", 4)})
     runner.groups = {**runner.groups, "actor": WorkerGroup("actor", Pool("gen", workers._processes(4), team=1))}
-    runner._replicas, runner._looking = Dead({3}), Looking(folder=tmp_path, every=1, profiled=[0])
+    runner._replicas, runner.calls.looking = Dead({3}), Looking(folder=tmp_path, every=1, profiled=[0])
     for name in ("prompts", "actor.generate_sequences"):
         runner.run_node(workers.dataflow[name], 0)
     looks = [call.look for call in workers.calls if call.node == "actor.generate_sequences"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from controller.cluster.pool import Pool
@@ -33,6 +33,9 @@ class WarmCluster(Cluster):
                 continue
             self.idle.append(self.pools.pop(name))
             self.watch.remove(name)
+
+    def begin_pool(self, name: str, pool: PoolConfig, team: int, modules: Sequence[str]) -> None:
+        self._modules[name] = modules  # which of its pools need new processes, `add_pool` finds out
 
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
         return self._again(name, pool.slots, False, team) or self._kept(super().add_pool(name, pool, team))

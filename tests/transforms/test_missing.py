@@ -156,6 +156,7 @@ def test_an_op_that_does_not_say_that_it_takes_missing_numbers_is_given_none() -
     with pytest.raises(ValueError, match=r"mine reads column 'rewards', which is missing in 4 of 9 rows.*drop_missing"):
         refuse_missing("mine", BATCH, ("group_id", "rewards"))
     refuse_missing("mine", BATCH, ("group_id", "values", "response_mask"))
+    refuse_missing("mine", BATCH.take(np.empty(0, np.int64)), ("rewards",))
 
 
 def test_a_run_ends_at_such_an_op_and_goes_on_past_one_that_takes_them() -> None:
