@@ -121,7 +121,7 @@ def overdue(pending: CalledNode, limit_s: float, watch: Watch | None) -> WorkerL
     doing = watch.doing(pending.waited) if watch is not None else ""
     stacks = watch.write_stacks(pending.waited, f"stacks-step-{pending.step}") if watch is not None else ""
     text = (
-        f"{pending.node.name} (step {pending.step}, {pending.node.line}) did not finish within "
+        f"{_at(pending)} did not finish within "
         f"ray.call_timeout_s={limit_s:g} s; no reply of rank {', '.join(str(rank) for _, rank in silent)}"
         f"{doing}{logs_of(logs)}{stacks}"
     )
@@ -129,9 +129,13 @@ def overdue(pending: CalledNode, limit_s: float, watch: Watch | None) -> WorkerL
 
 
 def _where(pending: CalledNode, rank: int | None = None) -> str:
-    line = f", {pending.node.line}" if pending.node.line else ""
     on = "" if rank is None else f" on rank {rank}"
-    return f"{pending.node.name} (step {pending.step}{line}) failed{on}"
+    return f"{_at(pending)} failed{on}"
+
+
+def _at(pending: CalledNode) -> str:
+    line = f", {pending.node.line}" if pending.node.line else ""
+    return f"{pending.node.name} (step {pending.step}{line})"
 
 
 def _callee(pending: CalledNode, cause: FirstCause) -> Pool | None:

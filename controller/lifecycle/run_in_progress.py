@@ -395,8 +395,9 @@ class RunInProgress:
         self._leave_checkpoint()
         last = self.checkpoints.saved
         saved = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
-        lost = "" if last == self.done else f", {self.done - last} steps after it are lost"
-        raise Preempted(f"{notice} after {self.done} steps; {saved}{lost}; go on with resume=auto") from notice
+        lost = "" if last == self.done else f", and {self.done - last} steps {'after it ' if last else ''}are lost"
+        how = "go on with resume=auto" if last else "resume=auto starts again"
+        raise Preempted(f"{notice} after {self.done} steps; {saved}{lost}; {how}") from notice
 
     def _leave_checkpoint(self) -> None:
         if not self.notices.at_once:

@@ -80,6 +80,8 @@ def _import(module: str, spec: str) -> ModuleType:
 
 
 def _nearest(name: str, module: ModuleType) -> str:
-    names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    close = difflib.get_close_matches(name, names, n=1)
+    there = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    own = [key for key, value in there.items() if getattr(value, "__module__", None) == module.__name__]
+    names = own or list(there)  # what it only imports is rarely meant
+    close = difflib.get_close_matches(name, there, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names[:10]) or 'no functions'}"
