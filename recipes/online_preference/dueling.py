@@ -61,6 +61,7 @@ class Dueling:
     reads=(("row_id", "rewards", "group_id"), ("parent_id", "score", "parsed", "group_id")),
     writes=("upper", "lower"),
     scope="groups",
+    missing=True,
 )
 def bounds(batch: Batch, verdicts: Batch, *, width: float) -> Batch:
     """`rewards`, the mean of a row's scores, plus and minus `width` standard errors of its parsed ones."""

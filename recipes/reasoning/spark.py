@@ -117,9 +117,9 @@ def right_against_wrong(batch: Batch) -> HostResult:
     return HostResult(columns=Batch(columns, len(first)), parent=first, metrics=metrics)
 
 
-@host_op(reads=("choice", "parsed", "wanted"), writes=("rewards",))
+@host_op(reads=("choice", "parsed", "wanted"), writes=("rewards",), missing=True)
 def verdict_is_right(batch: Batch) -> HostResult:
-    """1 where the verdict is the wanted one."""
+    """1 where the verdict is the wanted one; one that cannot be read is not."""
     agrees = (batch["parsed"].values > 0) & ((batch["choice"].values > 0.5) == (batch["wanted"].values > 0.5))
     columns = Batch({"rewards": Column(agrees.astype(np.float32))}, batch.num_rows)
     return HostResult(columns=columns, metrics={"verdict_right": mean_of(agrees)})

@@ -19,6 +19,7 @@ from recipes.online_preference._sample_pairs import sample_pair_loss, win_regres
 from recipes.online_preference.active import furthest_apart, most_unsure
 from recipes.online_preference.cream import consistent_dpo, self_rewards
 from recipes.online_preference.cyclealign import agreed
+from recipes.online_preference.dueling import bounds
 from recipes.online_preference.egpo import duels, online_ipo
 from recipes.online_preference.eva import informative
 from recipes.online_preference.likelihood_reward import likelihoods
@@ -26,9 +27,11 @@ from recipes.online_preference.nash_md import win_advantage
 from recipes.online_preference.pmpo import good_and_bad, weighted_likelihood
 from recipes.online_preference.popri import best_and_ranked, directions, private_scores
 from recipes.reasoning._rewards import bleu, format_and_answer, reaches, tool_calls
+from recipes.reasoning.spark import verdict_is_right
 from recipes.reward_models.armorm import OBJECTIVES, VERBOSITY, gated_preference
 from rlhf_dist.algorithms.contract import ModelOutput
 from rlhf_dist.batch import Batch, Column
+from rlhf_dist.missing import MISSING
 from tests.recipes.rows import gradient, masked, micro_batch, numbers, of_rows, ragged, values
 
 
@@ -207,6 +210,25 @@ def test_a_gated_reward_pays_for_verbosity() -> None:
     value, metrics = gated_preference(0.5)(model, micro_batch({"label": [1, -1]}, [1, 1], [0, 0]))
     assert metrics["margin"].tolist() == pytest.approx([0.8 + 0.5])
     assert value.tolist() == pytest.approx([-log_sigmoid(1.3)])
+
+
+# --- verdicts that could not be read ----------------------------------------------------------------------------
+def test_verdicts_that_could_not_be_read_are_given_to_the_ops_that_know_what_they_are() -> None:
+    said = Batch({"choice": numbers(1, 0, MISSING), "parsed": numbers(1, 1, 0), "wanted": numbers(1, 1, 0)})
+    assert verdict_is_right.missing and values(verdict_is_right(said).columns, "rewards") == [1, 0, 0]
+    rows = Batch({"row_id": groups(7, 8), "rewards": numbers(2, 5), "group_id": groups(0, 0)})
+    verdicts = Batch(
+        {
+            "parent_id": groups(7, 7, 7, 8),
+            "score": numbers(1, 3, MISSING, 5),
+            "parsed": numbers(1, 1, 0, 1),
+            "group_id": groups(0, 0, 0, 0),
+        }
+    )
+    # Scores 1 and 3: deviation 1, standard error 1 / sqrt(2), twice that on each side of the mean. One score has none.
+    made = bounds(rows, verdicts, width=2.0)
+    assert bounds.missing and values(made, "upper") == pytest.approx([2 + sqrt(2), 5])
+    assert values(made, "lower") == pytest.approx([2 - sqrt(2), 5])
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------
