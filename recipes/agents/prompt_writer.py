@@ -59,10 +59,14 @@ PAPERS = {
 class PromptWriter(WithCritic):
     """Settings of a writer for a frozen model."""
 
+    samples_per_prompt: int = 1
+    """Hints for each prompt."""
     answers: int = 1
     """Answers of the frozen model to each hint."""
     keep_prompt: bool = True
     """The frozen model reads the prompt and the hint; False: the hint alone, as the prompt."""
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref of the writer."""
 
 
 @recipe

@@ -51,6 +51,8 @@ class SafeRLHF(WithCritic):
     """The multiplier at the start."""
     multiplier_lr: float = 0.1
     """Step size of its logarithm."""
+    kl_coef: float = 0.02
+    """Penalty on log pi - log pi_ref, taken off the reward and added to the cost."""
 
 
 class Lagrange(State):

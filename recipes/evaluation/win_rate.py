@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.online_preference._compared import compared
 from recipes.policy_gradient.judge_grpo import PAIRWISE
 from rlhf_dist.batch import Batch
 from rlhf_dist.catalogue import Paper
@@ -17,10 +18,8 @@ from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
 from rlhf_dist.missing import is_missing
-from rlhf_dist.parsers import Choice
-from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Judge, Opponent, Prompts
-from rlhf_dist.transforms import both_orders, mark_rows, win_rates
+from rlhf_dist.transforms import mark_rows
 
 PAPERS = {
     "win_rate": Paper(
@@ -68,6 +67,4 @@ def win_rate(prompts: Prompts, policy: Opponent, baseline: Opponent, judge: Judg
     """A policy against a baseline, as a judge sees them."""
     batch = mark_rows(policy.generate_sequences(prompts), column="ours", number=1)
     batch = batch.concat(mark_rows(baseline.generate_sequences(prompts), column="ours", number=0))
-    choice = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker)
-    verdicts = judge.generate_sequences(both_orders(batch), template=Template(cfg.question), parser=choice, n=cfg.votes)
-    measured(win_rates(batch, verdicts))
+    measured(compared(batch, judge, cfg.question, cfg.marker, votes=cfg.votes))

@@ -7,13 +7,12 @@ A pair that both orders leave at a tie, or that has no verdict in one of them, t
 
 from dataclasses import dataclass
 
+from recipes.online_preference._compared import compared
 from rlhf_dist.algorithms import dpo
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.parsers import Choice
-from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Judge, Prompts, Reference
-from rlhf_dist.transforms import both_orders, keep_best_and_worst, win_rates
+from rlhf_dist.transforms import keep_best_and_worst
 
 QUESTION = """\
 A good response is helpful, correct and to the point. Which of two responses to a prompt is better?
@@ -56,12 +55,6 @@ class OAIF:
 def oaif(prompts: Prompts, actor: Actor, reference: Reference, judge: Judge, cfg: OAIF) -> None:
     """DPO on pairs that a frozen language model has an opinion of."""
     batch = actor.generate_sequences(prompts, n=2)
-    verdicts = judge.generate_sequences(
-        both_orders(batch),
-        template=Template(cfg.question),
-        parser=Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker),
-        n=cfg.votes,
-    )
-    judged, _ = win_rates(batch, verdicts).where("judged")
+    judged, _ = compared(batch, judge, cfg.question, cfg.marker, votes=cfg.votes).where("judged")
     pairs = reference.compute_ref_log_prob(keep_best_and_worst(judged))
     actor.update_actor(pairs, loss=dpo(cfg.beta))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.online_preference._compared import compared
 from recipes.online_preference.oaif import QUESTION
 from recipes.preference._pairs import soft_pairs
 from rlhf_dist.batch import Batch, Column
@@ -19,10 +20,7 @@ from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
-from rlhf_dist.parsers import Choice
-from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Actor, Prompts, Reference
-from rlhf_dist.transforms import both_orders, win_rates
 
 PAPERS = {
     "self_preferring": Paper(
@@ -83,13 +81,8 @@ def ranked_pairs(batch: Batch, *, most: int) -> HostResult:
 def self_preferring(prompts: Prompts, actor: Actor, reference: Reference, cfg: SelfPreferring) -> None:
     """DPO with soft labels on pairs that the policy ranks itself."""
     batch = actor.generate_sequences(prompts, n=cfg.samples_per_prompt)
-    verdicts = actor.generate_sequences(
-        both_orders(batch, rounds=cfg.rounds),
-        template=Template(cfg.question),
-        parser=Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker),
-        n=cfg.votes,
-    )
-    judged, _ = win_rates(batch, verdicts).where("judged")
+    asked = {"votes": cfg.votes, "rounds": cfg.rounds}
+    judged, _ = compared(batch, actor, cfg.question, cfg.marker, **asked).where("judged")
     pairs = reference.compute_ref_log_prob(ranked_pairs(judged, most=cfg.samples_per_prompt))
     actor.update_actor(pairs, loss=soft_pairs(cfg.beta))
     reference.copy_from(actor, every=cfg.iteration)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.algorithms import loss
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, log_sigmoid, pair_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def with_reference(
     else:
         share = (margin / temperature).sigmoid()
         value = -(1 - share) * log_sigmoid(margin) + share * (-margin).exp()
-    return value, metrics_of(value, beta * won, beta * lost)
+    return value, pair_metrics(value, beta * won, beta * lost)
 
 
 @loss(reads=("label",), average="groups")
@@ -112,7 +112,7 @@ def without_reference(
     else:
         good, bad = (-(-alpha * mean).expm1() / alpha for mean in (mean_won, mean_lost))
         value = -log_sigmoid(beta * (good - bad) - gap)
-    return value, metrics_of(value, mean_won, mean_lost)
+    return value, pair_metrics(value, mean_won, mean_lost)
 
 
 @loss(
@@ -130,7 +130,7 @@ def soft_pairs(
     won, lost = chosen_and_rejected(score, rows)
     chance, _ = chosen_and_rejected(rows["win"], rows)
     value = -chance * log_sigmoid(won - lost) - (1 - chance) * log_sigmoid(lost - won)
-    return value, metrics_of(value, won, lost)
+    return value, pair_metrics(value, won, lost)
 
 
 def log_odds(mean_log_prob: Tensor) -> Tensor:
@@ -145,13 +145,3 @@ def place_of_token(rows: Rows) -> Tensor:
     lengths = one.new_zeros(rows.num_rows).index_add(0, rows.row_of_token, one)
     starts = lengths.cumsum(0) - lengths
     return one.cumsum(0) - 1 - starts[rows.row_of_token]
-
-
-def metrics_of(value: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Of the two sides' rewards, [G] each."""
-    chosen, rejected = chosen.detach(), rejected.detach()
-    return {
-        "preference_loss": value.detach(),
-        "accuracy": (chosen > rejected).to(chosen.dtype),
-        "margin": chosen - rejected,
-    }

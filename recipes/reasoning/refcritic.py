@@ -87,6 +87,7 @@ def verdict_and_use(batch: Batch, *, coef: float, right: float) -> HostResult:
         rewards = rewards + np.float32(coef) * batch["refined"].values
     rewards[unknown] = MISSING
     metrics = {"verdict_right": mean_of(agrees[~unknown]), "solved": mean_of(solved[~unknown])}
+    metrics = {name: one for name, one in metrics.items() if one.count}  # a mean of nothing is not 0
     return HostResult(columns=Batch({"rewards": Column(rewards)}, batch.num_rows), metrics=metrics)
 
 

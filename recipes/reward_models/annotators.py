@@ -11,16 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.online_preference._compared import compared
 from rlhf_dist.algorithms import bradley_terry
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper
 from rlhf_dist.dataflow import HostResult, host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.metrics import Mean
-from rlhf_dist.parsers import Choice
-from rlhf_dist.prompt_template import Template
 from rlhf_dist.roles import Judge, Opponent, Prompts, RewardModel
-from rlhf_dist.transforms import both_orders, keep_best_and_worst, win_rates
+from rlhf_dist.transforms import keep_best_and_worst
 
 PAPERS = {
     "annotators": Paper(
@@ -81,8 +80,6 @@ def with_noise(batch: Batch, *, noise: float, rng: np.random.Generator) -> HostR
 def annotators(prompts: Prompts, policy: Opponent, judge: Judge, reward: RewardModel, cfg: Annotators) -> None:
     """A reward model of pairs that judges have labelled."""
     batch = drawn_from(policy.generate_sequences(prompts, n=2), pool=cfg.pool)
-    parser = Choice({"1": 1.0, "2": 0.0, "tie": 0.5}, after=cfg.marker)
-    verdicts = judge.generate_sequences(both_orders(batch), template=Template(cfg.question), parser=parser)
-    judged, _ = win_rates(batch, verdicts).where("judged")
+    judged, _ = compared(batch, judge, cfg.question, cfg.marker).where("judged")
     pairs = with_noise(keep_best_and_worst(judged), noise=cfg.noise)
     reward.update_reward_model(pairs, loss=bradley_terry())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
 from rlhf_dist.algorithms.loss import loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, pair_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,4 @@ def bradley_terry(
         margin, _ = chosen_and_rejected(rows["margin"], rows)
         gap = gap - margin
     value = -logsigmoid(gap) + centre_coef * (chosen + rejected) ** 2
-    return value, {
-        "preference_loss": value.detach(),
-        "accuracy": (chosen > rejected).to(gap.dtype).detach(),
-        "margin": (chosen - rejected).detach(),
-        "chosen_reward": chosen.detach(),
-        "rejected_reward": rejected.detach(),
-    }
+    return value, pair_metrics(value, chosen, rejected)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_dist.algorithms.contract import ModelOutput, Rows
 from rlhf_dist.algorithms.loss import loss
-from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected
+from rlhf_dist.algorithms.losses.pairs import chosen_and_rejected, pair_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def dpo(
         value = (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
     else:
         value = -(1 - flipped) * logsigmoid(margin) - flipped * logsigmoid(-margin)
-    return value, _metrics(value, chosen, rejected)
+    return value, pair_metrics(value, chosen, rejected)
 
 
 @loss(
@@ -74,7 +74,7 @@ def ipo(
     """
     chosen, rejected = chosen_and_rejected(_log_ratio(model, rows, length_normalised), rows)
     value = (chosen - rejected - 1 / (2 * tau)) ** 2
-    return value, _metrics(value, tau * chosen, tau * rejected)
+    return value, pair_metrics(value, tau * chosen, tau * rejected)
 
 
 @loss(reads=("label",), average="groups", check=lambda beta, gamma: _check_positive("beta", beta))
@@ -89,7 +89,7 @@ def simpo(model: ModelOutput, rows: Rows, beta: float = 2.0, gamma: float = 1.0)
     assert model.log_probs is not None
     chosen, rejected = chosen_and_rejected(beta * rows.mean_tokens(model.log_probs), rows)
     value = -logsigmoid(chosen - rejected - gamma)
-    return value, _metrics(value, chosen, rejected)
+    return value, pair_metrics(value, chosen, rejected)
 
 
 def _log_ratio(model: ModelOutput, rows: Rows, length_normalised: bool) -> Tensor:
@@ -97,18 +97,6 @@ def _log_ratio(model: ModelOutput, rows: Rows, length_normalised: bool) -> Tenso
     assert model.log_probs is not None
     per_token = model.log_probs - rows["ref_log_probs"]
     return rows.mean_tokens(per_token) if length_normalised else rows.sum_tokens(per_token)
-
-
-def _metrics(value: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Of implicit rewards, [G] each."""
-    chosen, rejected = chosen.detach(), rejected.detach()
-    return {
-        "preference_loss": value.detach(),
-        "accuracy": (chosen > rejected).to(chosen.dtype),
-        "margin": chosen - rejected,
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-    }
 
 
 def _check_positive(name: str, value: float) -> None:

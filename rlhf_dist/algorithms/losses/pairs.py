@@ -25,6 +25,18 @@ def chosen_and_rejected(per_row: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     return rows.sum_groups(per_row * chosen), rows.sum_groups(per_row * rejected)
 
 
+def pair_metrics(value: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Of a loss over pairs, and of what its two sides are worth to the model, [G] each."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "preference_loss": value.detach(),
+        "accuracy": (chosen > rejected).to(chosen.dtype),
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+    }
+
+
 def log_sigmoid(x: Tensor) -> Tensor:
     """log sigma(x), exact in both tails; for recipes, which do not import torch."""
     from torch.nn.functional import logsigmoid
