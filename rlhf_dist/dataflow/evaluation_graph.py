@@ -32,7 +32,7 @@ class EvaluationGraph:
         if not self.rows:
             return "never, since data.heldout is not set"
         if self.beside:
-            each = "every step" if self.every == 1 else f"every {self.every}th step from step 0"
+            each = "every step" if self.every == 1 else f"one step in {self.every}, from step 0 on"
             return f"beside {each}, and after the last"
         between = {0: "", 1: ", after every step"}.get(self.every, f", after every {self.every} steps")
         return f"before the first step{between}{' and after the last' if self.every != 1 else ''}"
