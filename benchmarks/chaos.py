@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -300,7 +300,8 @@ def _random(table: Sequence[Fault], seconds: float, seed: int) -> Iterator[Fault
     chosen, until = random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < until:
         fault = chosen.choice(table)
-        yield Fault(**{**asdict(fault), "step": min(fault.step, chosen.randrange(1, STEPS)) if fault.step else 0})
+        step = min(fault.step, chosen.randrange(1, STEPS))
+        yield fault if fault.corrupts else replace(fault, step=step)  # an older checkpoint must be there
 
 
 def line_of(outcome: Outcome) -> str:

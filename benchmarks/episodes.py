@@ -4,12 +4,14 @@
     waves          the same episodes in lock-step: all turns of a round are drawn, then all tools are waited for
     engine_bound   the same turns with tools that take no time: what the engine alone allows
 
-The three draw the same tokens, which is checked; `cpu_s` is what they cost beside seconds, which are others', too, on
-a machine that is shared. Beside them: 64 of these episodes, one of which waits for a tool of
-5 s; and training on the leaves of episodes that branch, with and without computing once what they share
-(`tree_training.py`). `--simulated`: in place of all that, what up to 10,000 episodes at one time cost beside an engine
-that costs nothing (`many_episodes.py`). One JSON line last.
+The three draw the same tokens, which is checked. `cpu_s` is what each cost, where `seconds` on a shared machine say as
+much about its other jobs; `tools_s` the seconds that no engine can save, of the longest episode and of the waves.
 
+Beside them: 64 of these episodes, one of which waits for a tool of 5 s; and training on the leaves of episodes that
+branch, with and without computing once what they share (`tree_training.py`). `--simulated`: in place of all that, what
+up to 10,000 episodes at one time cost beside an engine that costs nothing (`many_episodes.py`). One JSON line last.
+
+    make bench-episodes ARGS="--concurrent 64"
     make bench-episodes ARGS="--turn-tokens 32"
     make bench-episodes ARGS="--simulated --episodes 10000"
 """
@@ -19,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import tempfile
 import time
 from collections import Counter
@@ -31,31 +32,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.lock_step import SAID, TURNS, latencies_of, play_waves, rows_of, tool_seconds
 from benchmarks.many_episodes import many_episodes
 from benchmarks.tree_training import Branching, tree_training
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import ModelConfig, RolloutConfig
 from rlhf_dist.data.conversation import Conversation
-from rlhf_dist.data.ends import end_token_ids
-from rlhf_dist.data.tokenizer import TextTokenizer
 from rlhf_dist.environments import Chat, Environment, EpisodeLimits, Row
-from rlhf_dist.sampling import Sampling, seed_of
-from rlhf_dist.testing.tiny_model import VOCABULARY, save_llama
-from rlhf_dist.wire import Call
+from rlhf_dist.sampling import Sampling
+from rlhf_dist.testing.tiny_model import save_llama
 from workers.engines.generation.interface import GenerationEngine
 from workers.episodes.leaves import Episode
 from workers.episodes.rows import episode_columns
 from workers.episodes.run import run_episodes
 
-TURNS, SIGMA, MEAN_S = 6, 1.0, 0.5
 STRAGGLER_S = 5.0
-SAID = "\nok:"
-
-
-def latencies_of(rng: np.random.Generator) -> list[float]:
-    """Seconds that each tool of an episode takes: one less than it has turns."""
-    turns = int(rng.integers(1, TURNS + 1))
-    return [float(value) for value in rng.lognormal(math.log(MEAN_S) - SIGMA**2 / 2, SIGMA, turns - 1)]
 
 
 class Tools(Environment):
@@ -92,6 +83,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--simulated", action="store_true", help="cost of the host with an engine that costs nothing")
     parser.add_argument("--episodes", type=int, help="256, or 10,000 beside a simulated engine")
+    parser.add_argument("--concurrent", type=int, help="most episodes under way at one time, in waves too; all")
     parser.add_argument("--turn-tokens", type=int, default=16)
     parser.add_argument("--trees", type=int, default=8, help="episodes that branch, for the part about training")
     arguments = parser.parse_args()
@@ -105,7 +97,7 @@ def simulated(most: int, turn_tokens: int) -> None:
     """The cost of up to `most` episodes beside a simulated engine."""
     tokens = TURNS * (turn_tokens + len(SAID))
     counts = [count for count in (100, 1_000) if count < most]
-    found = many_episodes([*counts, most], Tools(1.0, turn_tokens), _rows, tokens)
+    found = many_episodes([*counts, most], Tools(1.0, turn_tokens), rows_of, tokens)
     print(json.dumps({"engine": "simulated", "turn_tokens": turn_tokens, "episodes": found}))
 
 
@@ -113,7 +105,8 @@ def measured(arguments: argparse.Namespace) -> None:
     """The three ways, and training on trees."""
     count = arguments.episodes or 256
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(arguments.engine, save_llama(Path(scratch) / "model", hidden=128), arguments.turn_tokens)
+        model = save_llama(Path(scratch) / "model", hidden=128)
+        bench = Bench(arguments.engine, model, arguments.turn_tokens, arguments.concurrent)
         bench.ours(8, slow=0.0)  # what the first call alone costs
         bound_took, bound = bench.ours(count, slow=0.0)
         ours_took, ours = bench.ours(count, slow=1.0)
@@ -127,8 +120,10 @@ def measured(arguments: argparse.Namespace) -> None:
     result = {
         "engine": arguments.engine,
         "episodes": count,
+        "concurrent": arguments.concurrent or count,
         "turn_tokens": arguments.turn_tokens,
         "tokens": tokens,
+        "tools_s": tool_seconds(count, arguments.concurrent),
         "ours": {
             **_speed(tokens, ours_took),
             "lost": sum(not episode.trains for episode in ours),
@@ -166,8 +161,8 @@ class Clock:
 class Bench:
     """An engine, and the ways to play episodes on it."""
 
-    def __init__(self, kind: str, model: Path, turn_tokens: int) -> None:
-        self.model, self.turn_tokens = model, turn_tokens
+    def __init__(self, kind: str, model: Path, turn_tokens: int, concurrent: int | None) -> None:
+        self.model, self.turn_tokens, self.concurrent = model, turn_tokens, concurrent
         self.tokens = TURNS * (turn_tokens + len(SAID))
         rollout = RolloutConfig(
             engine=kind,
@@ -214,8 +209,10 @@ class Bench:
         self, environment: Environment, count: int, *, step_seconds: float | None = None, **groups: Any
     ) -> tuple[Took, list[Episode]]:
         """What they took, and the episodes of `count` rows."""
-        batch, call = _rows(count)
-        limits = EpisodeLimits(turns=TURNS, seconds=600.0, concurrent=count, step_seconds=step_seconds)
+        batch, call = rows_of(count)
+        limits = EpisodeLimits(
+            turns=TURNS, seconds=600.0, concurrent=self.concurrent or count, step_seconds=step_seconds
+        )
         sampling, model = Sampling(max_tokens=self.tokens), str(self.model)
         clock = Clock()
         episodes = run_episodes(
@@ -225,7 +222,7 @@ class Bench:
 
     def leaves(self, count: int) -> Batch:
         """The rows of episodes that branch, two turns' tokens a turn."""
-        batch, call = _rows(count)
+        batch, call = rows_of(count)
         environment, sampling = Branching(self.turn_tokens * 2), Sampling(max_tokens=self.tokens)
         episodes = run_episodes(
             self.engine, str(self.model), batch, call, environment, EpisodeLimits(), sampling, self.tokens + 8
@@ -235,36 +232,10 @@ class Bench:
         return Batch({**columns, "group_id": Column(groups)})
 
     def waves(self, count: int) -> tuple[Took, list[list[list[int]]]]:
-        """Round by round: one blocking call of the engine for all that go on, then all their tools at one time."""
-        batch, call = _rows(count)
-        tokenizer, ends = TextTokenizer(self.model), end_token_ids(self.model)
+        """What they took in lock-step, and the tokens of each turn."""
         clock = Clock()
-        prompts, texts = batch["prompt_ids"].rows(), batch["prompt"].rows()
-        talks = [Conversation(tokenizer, ids.tolist(), text, ends) for ids, text in zip(prompts, texts, strict=True)]
-        seeds = [f"{call.seed}/{call.step}/{call.node}/{row}/0" for row in call.row_index]
-        waits = [latencies_of(np.random.default_rng(seed_of(seed, "environment"))) for seed in seeds]
-        for turn in range(TURNS):
-            left = [at for at, wait in enumerate(waits) if len(wait) >= turn]
-            if not left:
-                break
-            contexts = [talks[at].context() for at in left]
-            drawn = self.engine.generate(
-                contexts, Sampling(max_tokens=self.turn_tokens), [seed_of(seeds[at], turn) for at in left]
-            )
-            for at, response in zip(left, drawn, strict=True):
-                talks[at].drew(response.token_ids, response.log_probs, response.versions)
-            going_on = [at for at in left if len(waits[at]) > turn]
-            time.sleep(max((waits[at][turn] for at in going_on), default=0.0))
-            for at in going_on:
-                talks[at].say("user", SAID)
+        talks = play_waves(self.engine, self.model, count, self.concurrent, self.turn_tokens)
         return clock.took(), [_drawn(talk) for talk in talks]
-
-
-def _rows(count: int) -> tuple[Batch, Call]:
-    texts = [f"{row}+1=" for row in range(count)]
-    ids = [[1, *(VOCABULARY[character] for character in text)] for text in texts]
-    columns = {"prompt_ids": Column.ragged(ids, np.int32), "prompt": Column.strings(texts)}
-    return Batch(columns), Call(num_rows=count, row_index=np.arange(count), step=0, node="bench", line="", seed=0)
 
 
 def _turns(episodes: list[Episode]) -> list[list[list[int]]]:

@@ -42,7 +42,7 @@ class ProcessState:
     status: int | None = None
     """As `os.wait` gives it; None where it is not known."""
     out_of_memory: bool = False
-    """The kernel has killed some process of this machine for want of memory since this one was watched."""
+    """The kernel has killed some process of this machine for want of memory since the one before it ended."""
 
     @property
     def stopped(self) -> bool:
@@ -132,8 +132,9 @@ class Exits:
             pidfd = self._pidfds.pop(pid)
             status = _status(pid, pidfd)
             os.close(pidfd)
+            killed, self._killed = self._killed, oom_kills()
             self._ended[pid] = ProcessState(
-                alive=False, ended_at=at, status=status, out_of_memory=oom_kills() > self._killed
+                alive=False, ended_at=at, status=status, out_of_memory=self._killed > killed
             )
             return self._ended[pid]
 

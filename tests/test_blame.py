@@ -130,6 +130,23 @@ def test_the_end_of_a_process_that_is_not_ours_is_seen_with_its_signal() -> None
     assert exits.state(2**22 + 1) is None, "never seen"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pidfds are Linux's")
+def test_the_kernel_s_kill_is_said_of_the_process_that_ended_by_it_and_of_none_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kills = [4]
+    monkeypatch.setattr("rlhf_dist.process_state.oom_kills", lambda: kills[0])
+    exits, out_of_memory = Exits(), []
+    for more in (0, 1, 0):
+        with grandchild("import time; time.sleep(60)") as pid:
+            exits.watch([pid])
+            kills[0] += more
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: pid in exits.ended())
+            out_of_memory.append(exits.ended()[pid].out_of_memory)
+    assert out_of_memory == [False, True, False]
+
+
 def test_a_process_says_where_it_stands_while_it_hangs() -> None:
     activity, go, over = Activity(), threading.Event(), threading.Event()
 

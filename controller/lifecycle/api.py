@@ -36,7 +36,7 @@ class RunResult:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics of every step, read from metrics.jsonl."""
+        """The lines of metrics.jsonl: of every step, and of evaluations, whose `kind` is "evaluation"."""
         from controller.record.metrics import read_metrics
 
         return read_metrics(self.folder)

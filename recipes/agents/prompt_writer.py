@@ -8,12 +8,9 @@ prompt). The frozen model answers `answers` times; the writer's reward is the me
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from recipes.policy_gradient._critic import WithCritic, learn_with_critic
-from rlhf_dist.batch import Batch, Column
+from recipes.policy_gradient._prompts import written_prompt
 from rlhf_dist.catalogue import Paper
-from rlhf_dist.dataflow import host_op
 from rlhf_dist.dataflow.recipe import recipe
 from rlhf_dist.roles import Actor, Critic, Opponent, Prompts, Reference, Reward
 from rlhf_dist.transforms import mean_of_children
@@ -70,19 +67,6 @@ class PromptWriter(WithCritic):
     """The frozen model reads the prompt and the hint; False: the hint alone, as the prompt."""
     kl_coef: float = 0.02
     """Penalty on log pi - log pi_ref of the writer."""
-
-
-@host_op(reads=("prompt_ids", "response_ids", "finished"), writes=("prompt_ids",))
-def written_prompt(batch: Batch, *, keep_prompt: bool) -> Batch:
-    """The frozen model's prompt: the tokens of the prompt, if they stay, and of the hint without its end. A hint of no
-    tokens leaves the prompt."""
-    made = []
-    for row in range(batch.num_rows):
-        said = batch["response_ids"].row(row)
-        said = said[: len(said) - int(batch["finished"].values[row])]
-        prompt = batch["prompt_ids"].row(row)
-        made.append(np.concatenate([prompt, said]) if keep_prompt or not len(said) else said)
-    return Batch({"prompt_ids": Column.ragged(made, dtype="int32")}, batch.num_rows)
 
 
 @recipe

@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from recipes.agents.prompt_writer import written_prompt
 from recipes.policy_gradient._critic import WithCritic, learn_from_log_probs
+from recipes.policy_gradient._prompts import written_prompt
 from rlhf_dist.algorithms.ragged import row_of_token
 from rlhf_dist.batch import Batch, Column
 from rlhf_dist.catalogue import Paper

@@ -38,7 +38,7 @@ class FromVerifiers:
     async def _play(self, endpoint: Endpoint, row: Row) -> float:
         game, limit = self.game, {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         rollout, rubric = getattr(game, "rollout", None), getattr(game, "rubric", None)
-        if rollout is None or not hasattr(rubric, "score_rollout"):
+        if rollout is None or rubric is None or not hasattr(rubric, "score_rollout"):
             raise TypeError(
                 "FromVerifiers needs an environment with `rollout` and a `rubric` with `score_rollout`, as those of "
                 f"verifiers 0.1.9 have; got a {type(game).__name__}"

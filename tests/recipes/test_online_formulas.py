@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.agents.prompt_writer import written_prompt
 from recipes.constrained.multipliers import Constrained, Multipliers, weighed
 from recipes.evaluation.best_of_list import found_right
 from recipes.evaluation.diversity import distinct
@@ -30,6 +29,7 @@ from recipes.online_preference.likelihood_reward import followed_up, likelihoods
 from recipes.online_preference.pmpo import good_and_bad, weighted_likelihood
 from recipes.online_preference.rejection_pairs import accepted_pairs
 from recipes.online_preference.selm import implicit_reward
+from recipes.policy_gradient._prompts import written_prompt
 from recipes.reasoning._rewards import bleu, format_and_answer, logic_rl, reaches, tool_calls
 from recipes.reasoning.rlccf import agrees_with_vote, answer_of
 from recipes.reward_models.armorm import as_numbers, gated_preference, regression

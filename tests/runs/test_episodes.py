@@ -75,66 +75,6 @@ def test_episodes_on_ray_are_those_of_one_process(launch_warm: Callable[..., dic
     assert len(lost) == 4 and {entry["detail"] for entry in lost} == {"OSError: no tool for 7"}
 
 
-STRAGGLER = '''
-"""One row's tool is slow, and a reference in a pool of its own."""
-
-import time
-
-from rlhf_dist.algorithms import ppo_clip
-from rlhf_dist.dataflow.recipe import recipe
-from rlhf_dist.environments import Environment
-from rlhf_dist.roles import Actor, Prompts, Reference
-from rlhf_dist.transforms import grpo_advantage
-
-
-class Slow(Environment):
-    rewards = True
-
-    async def episode(self, chat, row):
-        reply = await chat.generate(max_tokens=6)
-        chat.reward(float(len(set(reply.text))))
-        if row.answer == "6":
-            await chat.run(time.sleep, 2.0)
-        chat.say(" and?")
-        await chat.generate(max_tokens=4)
-
-
-@recipe
-def straggler(prompts: Prompts, actor: Actor, reference: Reference) -> None:
-    batch = reference.compute_ref_log_prob(actor.run_episodes(prompts, environment=Slow(), n=2))
-    actor.update_actor(grpo_advantage(actor.compute_log_prob(batch), kl_coef=0.1), loss=ppo_clip(0.2))
-'''
-
-
-def test_a_reference_takes_what_is_over_and_its_ranks_keep_in_step(
-    launch_warm: Callable[..., dict[str, Any]], tmp_path: Path, tied: Path
-) -> None:
-    """About 20 s."""
-    file = tmp_path / "straggler.py"
-    file.write_text(STRAGGLER)
-    rows = [{"prompt": f"{answer}+0=", "answer": str(answer)} for answer in range(8)]
-    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = [
-        *(f"data.train.path={tmp_path}/few.jsonl", "data.prompts_per_step=8", "steps=2", "output.inputs_every=2"),
-        *("actor.rollout.engine=transformers", "actor.rollout.max_response_tokens=48", f"reference.model.path={tied}"),
-        *("placement.pools.main.slots=1", "placement.pools.models.slots=2", "placement.roles.Reference=models"),
-    ]
-    found = {}
-    for pieces in (1, 4):
-        launch_warm(str(file), *settings, f"placement.pieces={pieces}", f"name=pieces_{pieces}")
-        found[pieces] = read_metrics(tmp_path / f"pieces_{pieces}")
-        trace = json.loads((tmp_path / f"pieces_{pieces}" / "trace.json").read_text())["traceEvents"]
-        spans = [(one["name"], one["ts"], one["ts"] + one["dur"]) for one in trace if one["ph"] == "X"]
-        made = max(end for name, _, end in spans if name == "actor.run_episodes")
-        reference = [end for name, _, end in spans if name == "reference.compute_ref_log_prob" and end < made]
-        assert bool(len(reference) > 2) == (pieces > 1)
-    for whole, cut in zip(found[1], found[4], strict=True):
-        assert whole["actor/drawn_tokens"] == cut["actor/drawn_tokens"]
-        assert whole["grpo_advantage/ref_kl"] == pytest.approx(cut["grpo_advantage/ref_kl"], rel=1e-4)
-    saved = list((tmp_path / "pieces_4/inputs/step_000000/reference.compute_ref_log_prob").glob("part_*"))
-    assert len(saved) == 8, "each piece on each rank is a call that can be replayed"
-
-
 def test_ranks_that_share_a_copy_play_one_set_of_episodes(launch_warm: Callable[..., dict[str, Any]]) -> None:
     settings = [
         *("placement.pools.main.slots=1", "placement.pools.gen.slots=2", "placement.rollout=gen"),
