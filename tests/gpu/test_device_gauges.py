@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.gpu.devices import ON_GPU
 from workers.device_gauges import DeviceGauges
 
-pytestmark = pytest.mark.gpu
+pytestmark = ON_GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_tells_how_busy_hot_and_full_it_is() -> None:
     pytest.importorskip("pynvml")
     gauges = DeviceGauges(torch.device("cuda:0"))
