@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.auto_settings import machine_lines, settle
+from rlhf_dist.beside_checks import check_evaluation, check_pieces
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import LanguageModelConfig, ModelConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Node
@@ -19,7 +20,6 @@ from rlhf_dist.dataflow.host import HostOp
 from rlhf_dist.dataflow.row_facts import Amount, amounts, rows_per_group
 from rlhf_dist.dataflow.token_makers import reads_others_tokens
 from rlhf_dist.engine_checks import check_engines
-from rlhf_dist.evaluation_checks import check_evaluation
 from rlhf_dist.generation_checks import check_episodes, check_generation, check_templates
 from rlhf_dist.held_out import held_out_fields
 from rlhf_dist.launch_lines import epoch_lines, model_lines
@@ -92,6 +92,7 @@ def check_launch(launch: Launch, cluster: Cluster | None = None) -> list[str]:
     _check_rollout(launch, shapes, pools, sizes)
     check_generation(launch, pools)
     check_evaluation(launch, pools)
+    check_pieces(launch, pools)
     _check_lengths(launch, shapes)
     rows = rows_of_nodes(launch)
     _check_groups(launch)

@@ -132,10 +132,11 @@ class Exits:
             pidfd = self._pidfds.pop(pid)
             status = _status(pid, pidfd)
             os.close(pidfd)
-            killed, self._killed = self._killed, oom_kills()
-            self._ended[pid] = ProcessState(
-                alive=False, ended_at=at, status=status, out_of_memory=self._killed > killed
-            )
+            killed = self._killed
+            if status is None or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                self._killed = oom_kills()  # one that ended otherwise is not the one that the kernel chose
+            out_of_memory = self._killed > killed
+            self._ended[pid] = ProcessState(alive=False, ended_at=at, status=status, out_of_memory=out_of_memory)
             return self._ended[pid]
 
 

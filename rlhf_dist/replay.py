@@ -40,7 +40,7 @@ class Replay(State):
         """No rows."""
         return {"size": 0.0}
 
-    @state_op(reads=_columns)
+    @state_op(reads=_columns, missing=True)
     def add(
         self, values: dict[str, Any], batch: Batch, *, columns: tuple[str, ...] = REPLAYED
     ) -> tuple[dict[str, Any], Mapping[str, Mean]]:

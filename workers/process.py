@@ -317,8 +317,9 @@ class WorkerProcess:
 
     def _hand(self, call: Call, piece: int, result: OpResult) -> None:
         """See `WorkerContext.hand`."""
-        now = time.perf_counter()
-        self._handing.give(piece, _reply(result, call, Batch({}, call.num_rows), now, now, self.store))
+        assert call.pieces is not None, "only such calls are given this"
+        now, ticket = time.perf_counter(), call.pieces.ticket
+        self._handing.give(ticket, piece, _reply(result, call, Batch({}, call.num_rows), now, now, self.store))
 
     def handed(self, ticket: str, wait_s: float) -> list[tuple[int, Reply]]:
         """See `Handing.take`. Called in a concurrency group of its own, beside `call`."""
@@ -332,6 +333,7 @@ class WorkerProcess:
     def abandon(self) -> None:
         """Forget what is half done of a step that is given up. Comes after all calls before it: its answer says that
         this process is there, and at nothing."""
+        self._handing.forget()
         for worker in self._roles.values():
             if hasattr(worker, "abandon"):
                 worker.abandon()

@@ -12,6 +12,7 @@ from rlhf_dist.algorithms.contract import Loss
 from rlhf_dist.batch import Batch
 from rlhf_dist.config import OptimizerConfig
 from rlhf_dist.metrics import Mean, Metrics, combine
+from rlhf_dist.missing import refuse_missing
 from rlhf_dist.wire import Call, OpResult, WorkerContext
 from workers.engines.files.checkpoint import SAVE_TIMEOUT_S
 from workers.engines.files.rank_state import RankState
@@ -55,10 +56,13 @@ class TrainedRole(WeightSets):
         """`epochs` passes over `mini_batches` cuts of the batch; all ranks step together, rows or not.
 
         loss: of the one batch; or terms: loss and weight of each. `call.mini_batch` names each row's mini-batch; the
-        controller drew it over the whole batch, so it does not depend on how many ranks there are.
+        controller drew it over the whole batch, so it does not depend on how many ranks there are. Raises ValueError
+        where a number that a loss reads is missing: it would be compared as if it were one.
         """
         batches = given if isinstance(given, tuple) else (given,)
         summands = terms or ([(loss, 1.0)] if loss is not None else [])
+        for batch in batches:
+            refuse_missing(f"the loss of {call.node}", batch, batch)
         steps = [
             [
                 (weight, one, batch.take(np.flatnonzero(rows.mini_batch == k)))

@@ -35,7 +35,7 @@ class ObjectStore:
         if not self._asking.is_alive() and time.monotonic() - self._asked_s > self._every_s:
             self._asked_s = time.monotonic()
             self._asking = self._ask()
-        self._asking.join(WAIT_S)
+            self._asking.join(WAIT_S)
         stats, self._answer = self._answer, None
         if stats is None:
             return {}

@@ -448,9 +448,9 @@ def _session_folder() -> str:
 
 
 def worker_actor(kind: type) -> Any:
-    """A worker process class as Ray actor: a thread that works, and one each for signals, relays, what is handed
-    over, and beats."""
-    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, HANDED: 1, BEATS: 1}}
+    """A worker process class as Ray actor: a thread that works, and others for signals, relays, beats, and what is
+    handed over: a question about a call that has not begun must not hold up one about the call under way."""
+    threads: Any = {"concurrency_groups": {SIGNALS: 1, RELAYS: 1, HANDED: 4, BEATS: 1}}
     return ray.remote(**threads)(kind)
 
 

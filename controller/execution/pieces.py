@@ -26,31 +26,8 @@ from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Input, Node
 from rlhf_dist.wire import Pieces, Reply
 
-HANDING = ("run_episodes",)
-"""Ops whose ranks hand over what is finished."""
 WAIT_S = 10.0
 """Longest that a question what has been handed over waits for an answer."""
-
-
-def hands_over(source: Node) -> bool:
-    """Whether rows of this node are there before it is done. Those of the first `groups=` are known when all are."""
-    return source.op in HANDING and source.kwargs.get("groups") is None
-
-
-def takes_pieces(source: Node, target: Node) -> bool:
-    """Whether `target` may be given the rows of `source` piece by piece: each row's result is its own, and
-    all that it reads was made there."""
-    return (
-        hands_over(source)
-        and target.kind == "op"
-        and target.rows == "keep"
-        and not target.weights_written
-        and getattr(target.spec, "streams", False)
-        and len(target.inputs) == 1
-        and target.inputs[0].rows == source.name
-        and not target.inputs[0].ids  # ids are made when all rows are there
-        and all(origin.node == source.name for origin in target.inputs[0].columns.values())
-    )
 
 
 @dataclass(eq=False)
@@ -66,6 +43,8 @@ class Handed:
     """Calls of which an answer is on its way."""
     taken: set[int] = field(default_factory=set)
     """Pieces that somebody has taken."""
+    _held_by: tuple[Shards | None, dict[int, list[int]]] = field(default_factory=lambda: (None, {}))
+    """Piece -> answers with rows of it, of these shards: the controller looks at each turn."""
 
     def pieces(self, rows: IntArray, call: int) -> Pieces:
         """What a call with these rows is told; a rank may get several, one after the other."""
@@ -85,8 +64,13 @@ class Handed:
 
     def holders(self, shards: Shards, piece: int) -> list[int]:
         """Answers whose rows are of this piece, some of them."""
-        rows = (shards.parts[part] for part in shards.part_of_answer)
-        return [answer for answer, own in enumerate(rows) if (self.of_row[own] == piece).any()]
+        if self._held_by[0] is not shards:
+            held_by: dict[int, list[int]] = {}
+            for answer, part in enumerate(shards.part_of_answer):
+                for one in np.unique(self.of_row[shards.parts[part]]).tolist():
+                    held_by.setdefault(one, []).append(answer)
+            self._held_by = shards, held_by
+        return self._held_by[1].get(piece, [])
 
     def whole(self, node: Node, step: int, shards: Shards, before: BatchRef, piece: int) -> BatchRef | None:
         """The rows of a piece, in the order that they have among all; None where some are not there yet."""

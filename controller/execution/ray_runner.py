@@ -29,11 +29,12 @@ from controller.execution.held_states import HeldStates
 from controller.execution.looking import Looking
 from controller.execution.outputs import NodeOutput, Outputs, RowsError, first_groups, join, put_together
 from controller.execution.pending import Pending
-from controller.execution.pieces import Handed, Questions, Taker, piece_of_made, piece_of_row, takes_pieces
+from controller.execution.pieces import Handed, Questions, Taker, piece_of_made, piece_of_row
 from controller.execution.replicas import Replicas, hand_over, living, lost_team
 from controller.execution.worker_group import Shards, WorkerGroup, collect
 from rlhf_dist.batch import IntArray
 from rlhf_dist.dataflow.graph import Dataflow, Node
+from rlhf_dist.dataflow.pieces import takes_pieces
 from rlhf_dist.failure import Failure, FailureKind, failure_of_call
 from rlhf_dist.metrics import Metrics
 from rlhf_dist.placement.roles import HOST_POOL
@@ -101,6 +102,8 @@ class RayRunner:
         self._takers: dict[tuple[str, int], Taker] = {}
         self._of_made: dict[tuple[str, int], IntArray] = {}
         """Node that hands over, step -> the piece of each row that it has made."""
+        self._withdrawn: list[Finished] = []
+        """Of takers that were launched for a piece which was not there any more."""
         self._questions = Questions()
         self.newest = -1
         """Latest step of which anything has been launched."""
@@ -301,7 +304,8 @@ class RayRunner:
     def _arrived(self) -> list[Finished | Arrived]:
         """For whom there is a piece that the executor does not know of yet; and who has had all, and waited to hear
         which rows those were."""
-        found: list[Finished | Arrived] = []
+        found: list[Finished | Arrived] = [*self._withdrawn]
+        self._withdrawn.clear()
         for taker in list(self._takers.values()):
             if taker.told or taker.at is not None:
                 continue
@@ -334,7 +338,13 @@ class RayRunner:
 
     def _launch_piece(self, taker: Taker) -> None:
         found, taker.told = self._next_piece(taker), False
-        assert found is not None, f"the executor was told of a piece for {taker.node.name}"
+        if found is None:  # Somebody who had made some of its rows has died since: they are made again.
+            now = time.perf_counter()
+            nothing = Finished(
+                node=taker.node.name, step=taker.step, started_s=now, ended_s=now, metrics={}, waits=True
+            )
+            self._withdrawn.append(nothing)
+            return
         taker.at, rows = found
         if (source := self._source_of(taker)) is not None and source.handed is not None:
             source.handed.taken.add(taker.at)

@@ -418,6 +418,8 @@ class RunInProgress:
             try:
                 return self._recovered(error, started)
             except RECOVERABLE as again:
+                if again is error:  # there is nothing to go back to
+                    raise
                 again.__context__ = error
                 error = with_reason(again, f"in a recovery from: {first}")
 

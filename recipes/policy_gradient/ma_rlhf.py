@@ -36,6 +36,8 @@ PAPERS = {
 class MARLHF(WithCritic):
     """Settings of MA-RLHF."""
 
+    gamma: float = 1.0
+    """Discount per segment."""
     segment: int = 5
     """Tokens of a macro action; 1 is PPO."""
     kl_coef: float = 0.05

@@ -39,10 +39,11 @@ def with_evaluations(dataflow: Dataflow, evaluations: Sequence[EvaluationGraph],
 
 def draws_with_them(nodes: Sequence[Node], one: EvaluationGraph) -> list[int]:
     """Which of a step's nodes draw with weights that the evaluation draws with, before any of these change: the
-    evaluation comes behind them, and is of the weights that the step began with."""
-    states = {state for node in one.dataflow for state in node.weights_read if state.endswith(".rollout")}
-    written = next((at for at, node in enumerate(nodes) if states & set(node.weights_written)), len(nodes))
-    return [at for at, node in enumerate(nodes[:written]) if states & set(node.weights_read)]
+    evaluation comes behind them, before what scores it changes, and is of the weights that the step began with."""
+    read = {state for node in one.dataflow for state in node.weights_read}
+    drawn = {state for state in read if state.endswith(".rollout")}
+    written = next((at for at, node in enumerate(nodes) if read & set(node.weights_written)), len(nodes))
+    return [at for at, node in enumerate(nodes[:written]) if drawn & set(node.weights_read)]
 
 
 def _node(node: Node, one: EvaluationGraph, held_out: str, first: int) -> Node:

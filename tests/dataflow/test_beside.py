@@ -8,10 +8,10 @@ import pytest
 
 from controller.execution.simulation import Span, simulate
 from recipes.policy_gradient.grpo import grpo
+from rlhf_dist.beside_checks import check_evaluation, check_pieces
 from rlhf_dist.compose import compose
 from rlhf_dist.dataflow.beside import with_evaluations
 from rlhf_dist.dataflow.trace import trace
-from rlhf_dist.evaluation_checks import check_evaluation
 from rlhf_dist.held_out import evaluation_graphs
 from rlhf_dist.typed import ConfigError
 
@@ -71,7 +71,7 @@ def test_its_nodes_are_of_the_step_s_graph_under_names_of_their_own() -> None:
     ("settings", "message"),
     [
         (["output.evaluate_every=0"], "output.evaluate_every=0 has none"),
-        (["placement.rollout=null", "~placement.pools.gen"], "'actor' generates in its training pool 'main'"),
+        (["placement.rollout=null", "~placement.pools.gen"], "'actor' generates in pool 'main', which trains"),
         (["placement.max_staleness=1"], "with placement.max_staleness=1 it does not wait"),
         (["data.heldout=null", "output.evaluate_every=0"], ""),
     ],
@@ -86,3 +86,33 @@ def test_where_it_would_hold_up_the_step_it_is_refused(settings: list[str], mess
         return
     with pytest.raises(ConfigError, match=message):
         check_evaluation(launch, launch.placed)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rollout", "message"),
+    [
+        ("improvement", ["placement.pools.gen.slots=1", "placement.rollout=gen"], "those of what scores it, change"),
+        ("annotators", [], "generates in pool 'main', which trains"),
+    ],
+)
+def test_so_it_is_where_its_scorer_learns_first_or_a_frozen_role_generates_where_others_train(
+    recipe: str, rollout: list[str], message: str
+) -> None:
+    given = [*rollout, "output.evaluate_beside=true"]
+    launch = compose(recipe, ["model.path=anywhere", "data.heldout.path=h.jsonl", "output.evaluate_every=2", *given])
+    with pytest.raises(ConfigError, match=message):
+        check_evaluation(launch, launch.placed)
+
+
+def test_pieces_that_nobody_takes_are_refused() -> None:
+    for recipe, more, taken in (
+        ("grpo", ["reward.function=a:b"], False),  # no episodes
+        ("tool_grpo", [], False),  # all in one pool
+        ("turn_ppo", ["placement.pools.models.slots=1", "placement.roles.Critic=models"], True),
+    ):
+        launch = compose(recipe, ["model.path=anywhere", "task=addition", "placement.pieces=4", *more])
+        if taken:
+            check_pieces(launch, launch.placed)
+            continue
+        with pytest.raises(ConfigError, match=f"placement.pieces=4 lets .* and in {recipe} none does"):
+            check_pieces(launch, launch.placed)

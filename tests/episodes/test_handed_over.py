@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,13 +77,18 @@ def test_who_asks_what_was_handed_over_waits_until_there_is_something_or_the_cal
     handing, reply = Handing(), object()
     assert handing.take("a", 0.01) == [], "not begun"
     handing.begin("a")
-    threading.Timer(0.05, handing.give, (2, reply)).start()
+    threading.Timer(0.05, handing.give, ("a", 2, reply)).start()
     assert handing.take("a", 30.0) == [(2, reply)]
     threading.Timer(0.05, handing.end).start()
     assert handing.take("a", 30.0) == [] == handing.take("a", 30.0), "over"
-    handing.begin("a")  # it was interrupted
-    handing.give(1, reply)  # type: ignore[arg-type]
+    handing.begin("a")  # it was interrupted, and another call runs while its episodes go on
     handing.begin("b")
-    assert handing.take("a", 0.01) == [] == handing.take("b", 0.01), (
-        "of the call before, which nobody asks about any more"
-    )
+    handing.give("a", 1, reply)  # type: ignore[arg-type]
+    assert handing.take("b", 0.01) == [], "it is none of b's"
+    handing.begin("a")
+    assert handing.take("a", 0.01) == [(1, reply)]
+    began = time.monotonic()
+    assert handing.take("a", 0.2) == [] and time.monotonic() - began >= 0.2, "it is under way: who asks waits"
+    handing.forget()
+    handing.give("a", 3, reply)  # type: ignore[arg-type]
+    assert handing.take("a", 0.01) == [], "given up"

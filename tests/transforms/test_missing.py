@@ -163,5 +163,7 @@ def test_a_run_ends_at_such_an_op_and_goes_on_past_one_that_takes_them() -> None
     failing = {"reward.function": "tests.recipes.rules:fails_on_even_length", "reward.failed_reward": "missing"}
     with pytest.raises(CheckFailed, match="right_and_wrong reads column 'rewards', which is missing in"):
         check_recipe("oreal", both_ways=False, **{"algorithm.samples_per_prompt": 4, **failing})
+    with pytest.raises(CheckFailed, match="loss of actor.update_actor reads column 'rewards', which is missing in"):
+        check_recipe("sample_pairs", both_ways=False, **failing)  # pairs are compared in the loss
     steps = check_recipe("surrogates/nft", both_ways=False, steps=1, **failing)
     assert steps[-1]["reward/failed_rows"] == steps[-1]["response_advantage/missing_rewards"] > 0
