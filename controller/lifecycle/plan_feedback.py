@@ -9,13 +9,12 @@ The prediction is for the placement the run had, on the hardware it ran on, with
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from controller.execution.executor import Finished
 from controller.lifecycle.session import pools_of_roles
 from rlhf_dist.compose import Launch
 from rlhf_dist.hardware import Cluster
@@ -37,22 +36,17 @@ CALIBRATION = "calibration.yaml"
 def write_feedback(
     launch: Launch,
     folder: Path,
-    finished: Iterable[Finished],
+    node_seconds: Mapping[str, Sequence[float]],
     step_s: float,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Write the report and the refined calibration into the run's folder; returns the report.
+    """Write the report and the refined calibration into the run's folder; returns the report. node_seconds: node -> of
+    each step that was run.
 
     A run whose placement the planner cannot price (models of an unknown kind, a cluster it cannot see) gets a
     report that says why, and no calibration: feedback never fails a run.
     """
-    of_step: dict[tuple[str, int], float] = {}  # a node may run several times in a step, a piece of its rows each
-    for one in finished:
-        of_step[one.node, one.step] = of_step.get((one.node, one.step), 0.0) + one.ended_s - one.started_s
-    seconds: dict[str, list[float]] = {}
-    for (node, _), spent in of_step.items():
-        seconds.setdefault(node, []).append(spent)
-    measured = {name: median(_settled(every)) for name, every in seconds.items()}
+    measured = {name: median(_settled(every)) for name, every in node_seconds.items()}
     report: dict[str, Any]
     try:
         question = question_of_run(launch, metrics)
@@ -153,6 +147,6 @@ def _lengths(launch: Launch, metrics: Mapping[str, float]) -> tuple[Lengths | No
     return (Lengths.fixed(prompt), Lengths.fixed(response)) if prompt > 0 else (None, None)
 
 
-def _settled(seconds: list[float]) -> list[float]:
+def _settled(seconds: Sequence[float]) -> Sequence[float]:
     """Seconds without the first step's, which warms up."""
     return seconds[1:] if len(seconds) > 1 else seconds

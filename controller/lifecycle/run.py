@@ -116,7 +116,7 @@ def _run_in(beginning: Beginning, launch: Launch, display: StartUp, eager: bool,
         summary |= {"idle_share": progress.timeline.idle_share(), "critical_path_s": progress.timeline.critical_path()}
         _write_json(folder / "trace.json", {"traceEvents": progress.timeline.events()})
         if progress.steps:
-            write_feedback(launch, folder, progress.timeline.finished, progress.seconds / progress.steps, progress.last)
+            write_feedback(launch, folder, progress.node_seconds, progress.seconds / progress.steps, progress.last)
     _write_json(folder / "summary.json", summary)
     return summary
 

@@ -74,6 +74,8 @@ class Progress:
     """That were run, those that were run again included."""
     tokens: float = 0.0
     seconds: float = 0.0
+    node_seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Node -> of each step that was run."""
 
 
 class RunInProgress:
@@ -267,6 +269,8 @@ class RunInProgress:
         self.progress.seconds += seconds
         assert self.progress.timeline is not None, "set when the run begins"
         self.progress.timeline.finished += report.nodes
+        for node, spent in report.seconds.items():
+            self.progress.node_seconds.setdefault(node, []).append(spent)
 
     @contextmanager
     def _paused(self, what: str) -> Iterator[None]:
