@@ -31,15 +31,17 @@ def is_missing(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return found
 
 
-def refuse_missing(op: str, batch: Batch, reads: Iterable[str]) -> None:
-    """Raises ValueError where a column of one number a row, of those that `op` reads, has missing ones."""
+def refuse_missing(op: str, batch: Batch, reads: Iterable[str], *, can_declare: bool = True) -> None:
+    """Raises ValueError where a column of one number a row, of those that `op` reads, has missing ones. can_declare:
+    an op of this kind may say that it takes them."""
     for name in reads:
         column = batch[name]
         if batch.num_rows and column.offsets is None and column.values.dtype == np.float32:
             lost = int(is_missing(column.values).reshape(batch.num_rows, -1).any(axis=1).sum())
             if lost:
+                declare = ", or declare it with missing=True" if can_declare else ""
                 raise ValueError(
                     f"{op} reads column {name!r}, which is missing in {lost} of {batch.num_rows} rows, and does not "
                     "say what it makes of that; leave such rows out before it (batch = drop_missing(batch) where it is "
-                    "rewards), or declare it with missing=True"
+                    f"rewards){declare}"
                 )

@@ -318,6 +318,31 @@ def test_what_a_replica_had_handed_over_is_lost_with_it_once_somebody_has_it() -
         Run(before_playing=dies, before_scoring=lambda batch: scored.release(), replicas=Others()).steps()
 
 
+def test_a_piece_that_is_taken_back_before_it_is_launched_is_scored_later_and_no_bit_changes() -> None:
+    """Its replica died while the pool that was to take it was busy."""
+    whole, taken_back = Run().steps(2), threading.Event()
+
+    def tool(rank: int, piece: int) -> None:
+        if piece == PIECES - 1:
+            assert taken_back.wait(10)
+
+    run = Run(before_playing=tool)
+    launch = run.runner.launch
+
+    def launched(node: Any, step: int) -> None:
+        if node.name == "reference.compute_ref_log_prob" and not taken_back.is_set():
+            (source,) = (one for one in run.runner._pending if one.handed is not None)
+            assert source.handed is not None and source.handed.replies and source.handed.forget(source.shards.answering)
+            launch(node, step)
+            taken_back.set()
+            assert not run.calls, "there was nothing to score"
+            return
+        launch(node, step)
+
+    run.runner.launch = launched  # type: ignore[method-assign]
+    assert sorted(run.steps(2).written) == sorted(whole.written) and taken_back.is_set()
+
+
 def test_a_failure_while_pieces_are_under_way_is_said() -> None:
     def fails(batch: Batch) -> None:
         raise ValueError("no such token")

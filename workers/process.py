@@ -108,9 +108,7 @@ class WorkerProcess:
         imported ends this, and is named where its role is built, which imports it again."""
         with without_collections(), suppress(Exception):
             for module in modules:
-                self._phase = f"importing {module}"
                 importlib.import_module(module)
-        self._phase = ""
         if self.is_actor:
             gc.freeze()  # nothing of it ever becomes garbage, and no collection goes through it any more
 

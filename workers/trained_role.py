@@ -62,7 +62,7 @@ class TrainedRole(WeightSets):
         batches = given if isinstance(given, tuple) else (given,)
         summands = terms or ([(loss, 1.0)] if loss is not None else [])
         for batch in batches:
-            refuse_missing(f"the loss of {call.node}", batch, batch)
+            refuse_missing(f"the loss of {call.node}", batch, batch, can_declare=False)
         steps = [
             [
                 (weight, one, batch.take(np.flatnonzero(rows.mini_batch == k)))

@@ -1,4 +1,4 @@
-"""What GPUs of pools were at in a step, by rank, as metrics: `gpu/POOL-RANK/busy_percent`.
+"""What GPUs of pools were at, by rank, as metrics of the step after: `gpu/POOL-RANK/busy_percent`.
 
 Asked for when a step ends and told when the next one does, so that nobody waits: a rank that does not answer is missing
 then, and is asked again once it has.

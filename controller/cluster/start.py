@@ -143,7 +143,7 @@ class Cluster:
                 num_cpus=self.slots + self.config.spare_slots + self.host_processes + 1,
                 object_store_memory=self.config.object_store_bytes,
                 include_dashboard=False,
-                _temp_dir=str(temporary_folder().absolute() / "ray"),
+                _temp_dir=str(temporary_folder() / "ray"),
                 # Ray would start a process a CPU ahead; ours have an environment of their own and cannot use them.
                 _system_config={"prestart_worker_first_driver": False},
                 **options,

@@ -24,7 +24,9 @@ def temporary_folder() -> Path:
     """Where Ray keeps its sessions: RAY_TMPDIR, else TMPDIR, as Ray chooses; /tmp, where the latter's path is too long
     for sockets, which schedulers that make a TMPDIR for each job know nothing of. Raises ClusterError for a RAY_TMPDIR
     that is."""
-    told, usual = (os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR"))
+    told, usual = (
+        os.path.abspath(folder) if (folder := os.environ.get(name)) else None for name in ("RAY_TMPDIR", "TMPDIR")
+    )
     if told is not None and len(os.fsencode(told)) > LONGEST_FOLDER:
         raise ClusterError(
             f"Ray's sockets lie below RAY_TMPDIR, and the system wants at most {LONGEST_FOLDER} bytes of its path, "

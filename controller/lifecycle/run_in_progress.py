@@ -90,7 +90,7 @@ class RunInProgress:
         display: StepDisplay,
         progress: Progress,
         eager: bool,
-        store_metrics: Callable[[], dict[str, float]],
+        cluster_metrics: Callable[[], dict[str, float]],
         uploads: Uploads | None,
         notices: Notices,
     ) -> None:
@@ -126,7 +126,7 @@ class RunInProgress:
                 "data.heldout is not evaluated: nothing that generates has rewards, of a role or of its episodes"
             )
         self.recoveries = Recoveries(session, display.phase)
-        self.store_metrics = store_metrics
+        self.cluster_metrics = cluster_metrics
         self.closed_s = time.perf_counter()
         self.began = self.furthest = 0
         """Steps done when this launch began, and at most until now."""
@@ -232,7 +232,7 @@ class RunInProgress:
         self._tell_evaluation(report.step, evaluated)
         metrics = own.metrics
         tokens = self._tokens(metrics)
-        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.store_metrics()}
+        metrics |= {"step_s": seconds, "tokens_per_s": tokens / seconds, **self.cluster_metrics()}
         metrics |= self.copied
         self.copied = {}
         if self.recovered_s:

@@ -155,6 +155,8 @@ def test_an_op_that_does_not_say_that_it_takes_missing_numbers_is_given_none() -
     """A number that nobody knows is above nothing: a comparison would make a wrong response of it."""
     with pytest.raises(ValueError, match=r"mine reads column 'rewards', which is missing in 4 of 9 rows.*drop_missing"):
         refuse_missing("mine", BATCH, ("group_id", "rewards"))
+    with pytest.raises(ValueError, match=r"rewards\)$"):
+        refuse_missing("the loss of actor.update_actor", BATCH, ("rewards",), can_declare=False)
     refuse_missing("mine", BATCH, ("group_id", "values", "response_mask"))
     refuse_missing("mine", BATCH.take(np.empty(0, np.int64)), ("rewards",))
 
