@@ -4,8 +4,8 @@ The demonstrations forget three carries in five (`rlhf_dist/demo/addition.py`), 
 middling level; PPO, told only whether a sum is right, has to find out which of its habits is the good one.
 
 Two stages (`rlhf_dist/stages.py`). Writes ROOT/model, ROOT/sft, ROOT/ppo (the two runs), ROOT/summary.json and
-ROOT/demo.png. Accuracy is the share of held-out sums, operand pairs never seen in training, whose most likely answer is
-right.
+ROOT/demo.png. An earlier demo in ROOT is replaced, or gone on with by resume=auto. Accuracy is the share of held-out
+sums, operand pairs never seen in training, whose most likely answer is right.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ PPO = {
     "steps": 100,
     "output.evaluate_every": 20,
 }
+OWN = re.compile(r"model|(sft|ppo)(\.\d+)?|summary\.json|demo\.png")
+"""What a demo leaves in its folder, with runs that ended before their first checkpoint."""
 
 
 def register(commands: Commands) -> None:
@@ -50,10 +52,11 @@ def register(commands: Commands) -> None:
         "SFT, then PPO, of a small Llama on two-digit addition",
         "demo",
         "demo --root runs/demo steps=20",
+        "demo resume=auto",
     )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--root", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: runs/demo")
-    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the PPO run")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the PPO run; resume=auto: of both")
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
@@ -72,10 +75,16 @@ def demo_command(arguments: argparse.Namespace) -> int:
         "model.dtype": "float32",
         "stages": {"sft": {**SFT, "model.path": str(root / "model")}, "ppo": PPO},
     }
-    of_ppo = [re.sub("^([~+]*)", r"\1ppo.", override) for override in arguments.overrides]
-    stages = read_stages(settings, of_ppo)
-    shutil.rmtree(root, ignore_errors=True)
-    save_model(root / "model", seed)
+    of_both = [override for override in arguments.overrides if override.startswith("resume=")]
+    of_ppo = [re.sub("^([~+]*)", r"\1ppo.", override) for override in arguments.overrides if override not in of_both]
+    stages = read_stages(settings, [*of_both, *of_ppo])
+    _check_free(root)
+    anew = of_both[-1:] in ([], ["resume=overwrite"])
+    if anew:
+        for name in ("sft", "ppo", "summary.json", "demo.png"):
+            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
+    if anew or not (root / "model").is_dir():
+        save_model(root / "model", seed)
     summaries = run_stages(stages)
     ppo = summaries["ppo"]
     before, after = ppo["evaluations"][0]["heldout/reward"], ppo["evaluations"][-1]["heldout/reward"]
@@ -96,6 +105,24 @@ def demo_command(arguments: argparse.Namespace) -> int:
     print(f"\n{gain} after {ppo['steps']} steps of PPO, {summary['wall_s']} s in all")
     print(f"{root / 'summary.json'}, {root / 'demo.png'}")
     return 0
+
+
+def _check_free(root: Path) -> None:
+    """Raises ConfigError where the folder is not a demo's, or a demo writes to it now."""
+    from controller.lifecycle.folder_lock import owner_of
+    from controller.lifecycle.run_folder import is_run
+    from rlhf_dist.typed import ConfigError
+
+    there = [root / name for name in ("sft", "ppo") if (root / name).exists()]
+    others = [entry.name for entry in root.iterdir() if not OWN.fullmatch(entry.name)] if root.is_dir() else []
+    others += [folder.name for folder in there if not is_run(folder)]
+    if others:
+        names = ", ".join(sorted(others)[:3])
+        raise ConfigError(f"{root} holds files that are not of a demo ({names}); choose another --root")
+    for folder in there:
+        state, owner = owner_of(folder)
+        if state == "live":
+            raise ConfigError(f"{root} is written by another demo ({owner}); wait for it or choose another --root")
 
 
 def _plot(root: Path, ppo: dict[str, Any]) -> None:
