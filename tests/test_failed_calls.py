@@ -59,6 +59,8 @@ def test_a_process_that_is_gone_goes_before_those_that_lost_it() -> None:
 def test_a_call_over_its_limit_names_who_has_not_replied() -> None:
     error = overdue(Called(), 30.0, None)
     assert "did not finish within ray.call_timeout_s=30 s; no reply of rank 0, 1, 2; see /logs/main-0.log" in str(error)
+    hurried = overdue(Called(), 12.345, None, shortened=True)
+    assert "did not finish within the 12.3 s that were left; no reply" in str(hurried)
 
 
 def test_the_first_process_of_a_pool_is_as_well_known_as_in_the_pool() -> None:

@@ -114,15 +114,15 @@ def lost(cause: FirstCause, pendings: Sequence[CalledNode], watch: Watch) -> Wor
     return WorkerLost.at(of, f"{where}: {cause.text}{see}{stacks}", cause)
 
 
-def overdue(pending: CalledNode, limit_s: float, watch: Watch | None) -> WorkerLost:
-    """The error for a node that has taken longer than a call may."""
+def overdue(pending: CalledNode, limit_s: float, watch: Watch | None, *, shortened: bool = False) -> WorkerLost:
+    """The error for a node that has taken longer than a call may. shortened: than was left for it, by who waits."""
     silent = [(one.pool, one.rank) for one in pending.waited]
     logs = [log for pool, rank in silent if (log := pool.log(rank))]
     doing = watch.doing(pending.waited) if watch is not None else ""
     stacks = watch.write_stacks(pending.waited, f"stacks-step-{pending.step}") if watch is not None else ""
+    limit = f"the {limit_s:.3g} s that were left" if shortened else f"ray.call_timeout_s={limit_s:g} s"
     text = (
-        f"{_at(pending)} did not finish within "
-        f"ray.call_timeout_s={limit_s:g} s; no reply of rank {', '.join(str(rank) for _, rank in silent)}"
+        f"{_at(pending)} did not finish within {limit}; no reply of rank {', '.join(str(rank) for _, rank in silent)}"
         f"{doing}{logs_of(logs)}{stacks}"
     )
     return WorkerLost.at(pending, text)

@@ -60,6 +60,7 @@ class RayRunner:
         *,
         seed: int,
         call_timeout_s: float,
+        shortened: bool = False,
         states: Mapping[str, State] | None = None,
         numbers: Mapping[str, Mapping[str, Any]] | None = None,
         source_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
@@ -72,12 +73,13 @@ class RayRunner:
         looking: Looking | None = None,
         pieces: int = 1,
     ) -> None:
-        """numbers: what states start with, and how far sources have been drawn. interrupts: generation may be asked to
-        stop early. beside: calls run beside whatever the ranks are doing, for ops that only look at something. watch:
-        finds the process that is lost; None: there is none to lose. check: called every second while something is
-        waited for; what it raises ends the wait. replicas: of pools that only generate; None: what is lost is an
-        error. looking: what processes keep of their calls; None: nothing. pieces: in which others take the rows of a
-        node that is still at it; 1: models wait for it, and rules take each rank's."""
+        """shortened: call_timeout_s is what who waits has left, not the setting. numbers: what states start with, and
+        how far sources have been drawn. interrupts: generation may be asked to stop early. beside: calls run beside
+        whatever the ranks are doing, for ops that only look at something. watch: finds the process that is lost; None:
+        there is none to lose. check: called every second while something is waited for; what it raises ends the wait.
+        replicas: of pools that only generate; None: what is lost is an error. looking: what processes keep of their
+        calls; None: nothing. pieces: in which others take the rows of a node that is still at it; 1: models wait for
+        it, and rules take each rank's."""
         self.held = HeldStates(numbers or {})
         self.calls = Calls(
             groups,
@@ -90,7 +92,7 @@ class RayRunner:
             beside=beside,
             looking=looking,
         )
-        self.call_timeout_s = call_timeout_s
+        self.call_timeout_s, self._shortened = call_timeout_s, shortened
         self.outputs = Outputs(dataflow)
         self._interrupts = interrupts
         self._replies, self._watch, self._check = replies or RayReplies(), watch, check
@@ -451,7 +453,7 @@ class RayRunner:
         now = time.perf_counter()
         for pending in self._pending:
             if pending.refs and now - pending.started_s > self.call_timeout_s:
-                raise overdue(pending, self.call_timeout_s, self._watch)
+                raise overdue(pending, self.call_timeout_s, self._watch, shortened=self._shortened)
 
     # --- outputs -----------------------------------------------------------------------------------------
     def _finish(self, pending: Pending) -> Finished:

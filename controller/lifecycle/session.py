@@ -141,6 +141,7 @@ class Session:
             self.cluster.pools[HOST_POOL],
             seed=run.seed,
             call_timeout_s=run.ray.call_timeout_s if limit_s is None else limit_s,
+            shortened=limit_s is not None,
             states=self.states,
             numbers=numbers,
             source_kwargs={**default, **rows},
