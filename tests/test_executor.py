@@ -260,6 +260,25 @@ def test_the_critical_path_goes_on_before_an_evaluation() -> None:
     assert timeline.critical_path() == {"actor.generate_sequences": 0.5, "actor.update_actor": 0.5, "waiting": 0.25}
 
 
+def test_the_critical_path_counts_each_piece() -> None:
+    """Pieces of what makes rows and of what takes them, one pool each: the taker is at work from 2 to 9 but for one."""
+    dataflow, pools_of = trace(ppo), Clock(APART, lambda node, step: 1.0).pools_of
+    ran = [
+        ("actor.generate_sequences", 0.0, 4.0),
+        ("reference.compute_ref_log_prob", 2.0, 4.5),
+        ("reference.compute_ref_log_prob", 4.5, 6.0),
+        ("reference.compute_ref_log_prob", 7.0, 9.0),
+    ]
+    finished = [Finished(node=node, step=0, started_s=a, ended_s=b, metrics={}) for node, a, b in ran]
+    links = critical_path(dataflow, finished, pools_of)
+    assert [(link.seconds, link.waited_s) for link in links] == [(2.0, 0.0), (2.5, 0.0), (1.5, 0.0), (2.0, 1.0)]
+    assert seconds_on_path(links) == {
+        "reference.compute_ref_log_prob": 6.0,
+        "actor.generate_sequences": 2.0,
+        "waiting": 1.0,
+    }
+
+
 def test_a_streamed_node_starts_with_its_source_and_is_launched_once() -> None:
     class Streaming(Clock):
         launched: list[tuple[str, int]]

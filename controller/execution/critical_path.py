@@ -86,35 +86,42 @@ def critical_path(
 
     A node waits for those whose columns or weights it uses and for the node before it on its pools; one that waited
     for none of these, for all that had ended: the controller lets nothing start over an evaluation or a checkpoint.
-    Returns the links in the order of time.
+    One that ran several times (interrupted, or as pieces arrived) is there with each run; one that took a piece of what
+    was still being made waited for it until then. Returns the links in the order of time.
     """
-    ran: dict[Instance, Finished] = {}
-    for one in finished:  # a node that was interrupted is there several times: its last run ends it
-        ran[one.node, one.step] = one
-    if not ran:
+    runs = sorted(finished, key=lambda one: (one.started_s, one.ended_s))
+    if not runs:
         return []
-    before = _predecessors(dataflow, list(ran))
-    on_pool: dict[str, list[Finished]] = {}
-    for one in sorted(ran.values(), key=lambda one: one.started_s):
-        for pool in pools_of(dataflow[one.node]):
-            if on_pool.get(pool):
-                before[one.node, one.step].append((on_pool[pool][-1].node, on_pool[pool][-1].step))
-            on_pool.setdefault(pool, []).append(one)
+    runs_of: dict[Instance, list[int]] = {}
+    on_pool: dict[str, list[int]] = {}
+    pool_before: list[list[int]] = []
+    for at, one in enumerate(runs):
+        runs_of.setdefault((one.node, one.step), []).append(at)
+        lines = [on_pool.setdefault(pool, []) for pool in pools_of(dataflow[one.node])]
+        pool_before.append([line[-1] for line in lines if line])
+        for line in lines:
+            line.append(at)
+    before = _predecessors(dataflow, list(runs_of))
+    by_end = sorted(range(len(runs)), key=lambda at: runs[at].ended_s)
     links: list[Link] = []
-    by_end = sorted(ran.values(), key=lambda one: one.ended_s)
-    now: Finished | None = by_end[-1]
+    now: int | None = by_end[-1]
+    until_s = runs[by_end[-1]].ended_s
     while now is not None:
-        waited_for = [ran[at] for at in before[now.node, now.step] if ran[at].ended_s <= now.started_s + 1e-3]
-        last = max(waited_for, key=lambda one: one.ended_s, default=None)
+        run = runs[now]
+        own = run.node, run.step
+        known = [at for at in pool_before[now] if runs[at].ended_s <= run.started_s + 1e-3]
+        known += [at for other in (own, *before[own]) for at in runs_of[other]]
+        # Only what began before it: what took no time is no circle. What goes on comes after what ended just then.
+        until = {at: min(runs[at].ended_s, run.started_s) for at in known if at < now}
+        last = max(until, key=lambda at: (until[at], runs[at].ended_s <= run.started_s), default=None)
         if last is None:
-            ended = bisect.bisect_right(by_end, now.started_s, key=lambda one: one.ended_s)
-            earlier = (by_end[at] for at in reversed(range(ended)))
-            last = next(
-                (one for one in earlier if one.started_s < now.started_s), None
-            )  # what took no time is no circle
-        waited_s = max(0.0, now.started_s - last.ended_s) if last else 0.0
-        links.append(Link(node=now.node, step=now.step, seconds=now.ended_s - now.started_s, waited_s=waited_s))
-        now = last
+            ended = bisect.bisect_right(by_end, run.started_s, key=lambda at: runs[at].ended_s)
+            last = next((at for at in reversed(by_end[:ended]) if at < now), None)
+        last_s = run.started_s if last is None else min(runs[last].ended_s, run.started_s)
+        links.append(
+            Link(node=run.node, step=run.step, seconds=until_s - run.started_s, waited_s=run.started_s - last_s)
+        )
+        now, until_s = last, last_s
     return links[::-1]
 
 
