@@ -57,13 +57,33 @@ def check_pieces(launch: Launch, pools: Mapping[str, str]) -> None:
     count = launch.run.placement.pieces
     if count == 1:
         return
-    nodes = list(launch.dataflow)
-    for source in nodes:
-        made_in = pools.get(rollout_of(source.role), pools.get(source.role))
-        if any(takes_pieces(source, target) and pools.get(target.role) != made_in for target in nodes):
-            return
+    if _takers(launch, pools):
+        return
     raise ConfigError(
         f"{PIECES}={count} lets rules, and models of other pools, take episodes (run_episodes, without groups=) while "
         f"others are still played, and in {launch.dataflow.name} none does; give such a role a pool of its own "
         f"(placement.roles.ROLE=POOL), or set {PIECES}=1"
     )
+
+
+def beside_lines(launch: Launch, pools: Mapping[str, str]) -> list[str]:
+    """What goes on beside other nodes, for people."""
+    run, lines = launch.run, list[str]()
+    if run.placement.pieces > 1:
+        for source, takers in _takers(launch, pools).items():
+            lines.append(f"pieces    {', '.join(takers)}: in {run.placement.pieces} of {source}, as they are finished")
+    if run.data.heldout is not None and run.output.evaluate_every:
+        how = "beside what trains" if run.output.evaluate_beside else "between two steps"
+        lines.append(f"held out  evaluated every {run.output.evaluate_every} steps, {how}")
+    return lines
+
+
+def _takers(launch: Launch, pools: Mapping[str, str]) -> dict[str, list[str]]:
+    """Node -> those that take its rows piece by piece, in these pools."""
+    nodes, found = list(launch.dataflow), dict[str, list[str]]()
+    for source in nodes:
+        made_in = pools.get(rollout_of(source.role), pools.get(source.role))
+        for target in nodes:
+            if takes_pieces(source, target) and pools.get(target.role) != made_in:
+                found.setdefault(source.name, []).append(target.name)
+    return found

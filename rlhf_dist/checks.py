@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.auto_settings import machine_lines, settle
-from rlhf_dist.beside_checks import check_evaluation, check_pieces
+from rlhf_dist.beside_checks import beside_lines, check_evaluation, check_pieces
 from rlhf_dist.compose import Launch
 from rlhf_dist.config import LanguageModelConfig, ModelConfig, RewardConfig, SourceConfig
 from rlhf_dist.dataflow.graph import Node
@@ -438,6 +438,7 @@ def _plan(
     lines.append(f"pool      {HOST_POOL}: {run.placement.host_processes} CPU processes for {on_host}")
     for role in launch.dataflow.generating:
         lines.append(f"rollout   {role}: {_freshness(launch, role, pools)}")
+    lines += beside_lines(launch, pools)
     width = max(len(node.name) for node in launch.dataflow)
     for number, node in enumerate(launch.dataflow, start=1):
         count, dropped = rows[node.name]

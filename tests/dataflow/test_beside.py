@@ -8,7 +8,7 @@ import pytest
 
 from controller.execution.simulation import Span, simulate
 from recipes.policy_gradient.grpo import grpo
-from rlhf_dist.beside_checks import check_evaluation, check_pieces
+from rlhf_dist.beside_checks import beside_lines, check_evaluation, check_pieces
 from rlhf_dist.compose import compose
 from rlhf_dist.dataflow.beside import with_evaluations
 from rlhf_dist.dataflow.trace import trace
@@ -108,11 +108,18 @@ def test_pieces_that_nobody_takes_are_refused() -> None:
     for recipe, more, taken in (
         ("grpo", ["reward.function=a:b"], False),  # no episodes
         ("tool_grpo", [], False),  # all in one pool
-        ("turn_ppo", ["placement.pools.models.slots=1", "placement.roles.Critic=models"], True),
+        (
+            "turn_ppo",
+            ["placement.pools.models.slots=1", "placement.roles.Critic=models", "output.evaluate_every=5"],
+            True,
+        ),
     ):
         launch = compose(recipe, ["model.path=anywhere", "task=addition", "placement.pieces=4", *more])
         if taken:
             check_pieces(launch, launch.placed)
+            pieces, evaluated = beside_lines(launch, launch.placed)
+            assert pieces == "pieces    critic.compute_values: in 4 of actor.run_episodes, as they are finished"
+            assert evaluated == "held out  evaluated every 5 steps, between two steps"
             continue
         with pytest.raises(ConfigError, match=f"placement.pieces=4 lets .* and in {recipe} none does"):
             check_pieces(launch, launch.placed)
