@@ -168,7 +168,8 @@ class LanguageModelWorker(LanguageModelOutputs, TrainedRole):
             self.generation.abandon()
 
     def close(self) -> None:
-        """Free what the generation engine holds outside the process."""
+        """Free what the generation engine holds outside the process, too."""
+        super().close()
         if self.generation is not None:
             self.generation.close()
 

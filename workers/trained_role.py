@@ -135,3 +135,7 @@ class TrainedRole(WeightSets):
         """Write a Hugging Face folder."""
         self.engine.export(Path(folder))
         return OpResult(columns=NOTHING)
+
+    def close(self) -> None:
+        """Let go of what outlives the engine."""
+        self.engine.close()

@@ -15,17 +15,17 @@ def _world(size: int) -> Iterator[World]:
     world.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world1() -> Iterator[World]:
     yield from _world(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world2() -> Iterator[World]:
     yield from _world(2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world4() -> Iterator[World]:
     yield from _world(4)
 

@@ -66,6 +66,7 @@ class Training:
 
     def close(self) -> None:
         """Remove the model."""
+        self.engine.close()
         self._folder.cleanup()
 
 

@@ -97,6 +97,14 @@ class CheckpointWriter:
         group: dist.ProcessGroup = dist.new_group(ranks, timeout=timedelta(seconds=SAVE_TIMEOUT_S), backend="gloo")
         return group
 
+    def close(self) -> None:
+        """End the thread, and let go of the group where no save is under way: a gloo group is a thread of its own,
+        which wakes up a hundred times a second until then."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        idle = self._pending is None or self._pending.done()
+        if idle and "_group" in vars(self) and dist.is_initialized():
+            dist.destroy_process_group(vars(self).pop("_group"))
+
     def save(self, folder: Path, state: State, card: ModelCard, config: Any, source: Path) -> Future[None]:
         """Copy `state`, then write it to `folder`, which all ranks share; the future ends when all have. Collective.
 

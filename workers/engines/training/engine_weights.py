@@ -159,6 +159,10 @@ class EngineWeights(ABC):
         self.before_use("update" if self._optimizer_config is not None else "forward")
         return self._writer.save(folder, self._whole_state(), self._card(), self._module.hf.config, self._folder)
 
+    def close(self) -> None:
+        """See `TrainingEngine.close`."""
+        self._writer.close()
+
     def load(self, folder: Path) -> None:
         """See `TrainingEngine.load`."""
         self.before_use("update" if self._optimizer_config is not None else "write")

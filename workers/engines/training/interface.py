@@ -179,6 +179,10 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what background saves hold; no rank saves any more."""
+        ...
+
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, on any number of ranks. Raises BrokenCheckpoint."""
         ...
