@@ -110,7 +110,8 @@ def test_data_that_cannot_be_is_one_line(model: Path, tmp_path: Path, capsys: py
 
 def test_check_says_which_data_and_dtypes(half: Path, tmp_path: Path) -> None:
     given = settings(half, tmp_path, [{"prompt": TALK[:1], "answer": "2"}])
-    launch = compose("grpo", ["task=none", "reward.function=rlhf_dist.rewards:exact_match", *given])
+    own = ["task=none", "reward.function=rlhf_dist.rewards:exact_match", "model.dtype=float32"]  # auto: the processor's
+    launch = compose("grpo", [*own, *given])
     lines = check_launch(launch)
     assert any("data.jsonl (chat messages)" in one and "prompts 22 to 22 tokens of 256" in one for one in lines)
     [actor] = [one for one in lines if one.startswith("model     actor")]
