@@ -326,12 +326,11 @@ class Cluster:
 
     def close(self, grace_s: float = 5.0) -> None:
         """End every process: ask first, then kill, then leave Ray (and end it, if it was started here)."""
-        head_lost = self.watch.head_lost
-        self.watch.close()
-        if head_lost:  # whatever is asked of it waits for a minute, after which Ray ends this process
-            self._reap()
-        elif ray.is_initialized():
+        if ray.is_initialized() and not self.watch.head_lost:
             self._end_processes(grace_s)
+        if self.watch.head_lost:  # whatever is asked of it waits for a minute, after which Ray ends this process
+            self._reap()
+        self.watch.close()
         self.pools.clear()
         self._reserved.forget()
         if self._started and ray.is_initialized():
@@ -346,7 +345,8 @@ class Cluster:
         _kill((*processes, *(one for begun in self._begun.values() for one in begun.processes.values())))
         self._begun.clear()
         self.end_keepers()
-        self._reserved.release_all()
+        if not self._own and not self.watch.head_lost:  # a Ray of our own ends with all that was reserved
+            self._reserved.release_all()
 
     def _reap(self) -> None:
         reaper, self._reaper = self._reaper, None

@@ -38,7 +38,9 @@ def test_an_interrupted_run_ends_quickly_and_leaves_nothing(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     output = tmp_path / "output.txt"
     with output.open("w") as log:
-        running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        running = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 150
         while "step 2/" not in output.read_text() and time.monotonic() < deadline and running.poll() is None:
@@ -47,7 +49,7 @@ def test_an_interrupted_run_ends_quickly_and_leaves_nothing(
         family = descendants(running.pid)
         assert len(family) > 3, "Ray and the workers are children of the run"
         started = time.monotonic()
-        running.send_signal(number)
+        os.killpg(running.pid, number)  # as a terminal and `timeout` do
         assert running.wait(timeout=30) == (EXIT_CODE if number == signal.SIGTERM else 130)
         assert time.monotonic() - started < 10
         _, alive = psutil.wait_procs(family, timeout=5)
