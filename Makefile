@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Compiled once, not by each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-judge lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes bench-tool chaos comparison docs gpu-evidence models-table clean
+.PHONY: help install demo test test-judge lint check format smollm2 bench-training bench-grpo bench-reshard bench-load bench-report bench-executor bench-recovery bench-planner bench-episodes bench-tool bench-pieces chaos comparison docs gpu-evidence models-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,9 @@ bench-episodes: install  ## 256 episodes with tools, against lock-step waves and
 
 bench-tool: install  ## accuracy before and after GRPO of a policy that learns to call a calculator, by seed
 	$(BIN)/python -m benchmarks.calculator_tool $(ARGS)
+
+bench-pieces: install  ## a step with one slow tool, with and without placement.pieces: one JSON line
+	$(BIN)/python -m benchmarks.pieces $(ARGS)
 
 clean:  ## remove caches and build output (not .venv, runs or models)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

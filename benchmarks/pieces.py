@@ -61,7 +61,7 @@ class Settings:
 def straggling(prompts: Prompts, actor: Actor, reference: Reference, cfg: Settings) -> None:
     """GRPO with a reference."""
     batch = reference.compute_ref_log_prob(actor.run_episodes(prompts, environment=Straggling(cfg.seconds), n=COPIES))
-    actor.update_actor(grpo_advantage(batch, kl_coef=0.1), loss=ppo_clip(0.2, on_policy=True))
+    actor.update_actor(grpo_advantage(actor.compute_log_prob(batch), kl_coef=0.1), loss=ppo_clip(0.2))
 
 
 def main() -> None:
@@ -82,8 +82,8 @@ def main() -> None:
         for pieces in (1, PIECES, PIECES, 1):
             lines = _run(folder, pieces, arguments)
             rewards.setdefault(pieces, lines[0]["actor/reward"])
-            seconds[pieces] += [line["time/step_s"] for line in lines[1:]]
-            reference[pieces] += [line["time/reference.compute_ref_log_prob_s"] for line in lines[1:]]
+            seconds[pieces] += [line["step_s"] for line in lines[1:]]
+            reference[pieces] += [line["time_s/reference.compute_ref_log_prob"] for line in lines[1:]]
     assert rewards[1] == rewards[PIECES], "the same episodes, whatever is handed over"
     found: dict[str, Any] = {f"pieces_{count}": _spread(values) for count, values in seconds.items()}
     found["reference_s"] = {str(count): round(statistics.median(values), 2) for count, values in reference.items()}
@@ -95,8 +95,9 @@ def _run(folder: Path, pieces: int, arguments: argparse.Namespace) -> list[dict[
     settings: dict[str, Any] = {
         **{"task": "none", "model.dtype": "float32", "name": f"pieces{pieces}", "steps": arguments.steps},
         **{"actor.model.path": folder / "actor", "reference.model.path": folder / "reference"},
-        **{"data.train.path": folder / "rows.jsonl", "data.prompts_per_step": ROWS, "data.max_response_tokens": 512},
-        **{"actor.rollout.engine": "transformers", "actor.rollout.max_response_tokens": 480},
+        **{"data.train.path": folder / "rows.jsonl", "data.prompts_per_step": ROWS, "data.max_response_tokens": 480},
+        **{"actor.rollout.engine": "transformers", "actor.rollout.max_prompt_tokens": 16},
+        **{"actor.rollout.max_response_tokens": 480},
         **{"algorithm.seconds": arguments.seconds, "placement.pieces": pieces},
         **{"placement.pools.main.slots": 1, "placement.pools.models.slots": 1, "placement.roles.Reference": "models"},
         **{"output.root": folder / "runs", "resume": "overwrite", "output.tracker": "none"},
