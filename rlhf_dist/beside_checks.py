@@ -60,8 +60,8 @@ def check_pieces(launch: Launch, pools: Mapping[str, str]) -> None:
     if _takers(launch, pools):
         return
     raise ConfigError(
-        f"{PIECES}={count} lets rules, and models of other pools, take episodes (run_episodes, without groups=) while "
-        f"others are still played, and in {launch.dataflow.name} none does; give such a role a pool of its own "
+        f"{PIECES}={count} lets rules, and models of other pools, take responses and episodes (without groups=) while "
+        f"others are still made, and in {launch.dataflow.name} none does; give such a role a pool of its own "
         f"(placement.roles.ROLE=POOL), or set {PIECES}=1"
     )
 

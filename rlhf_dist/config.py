@@ -374,9 +374,9 @@ class PlacementConfig:
     """Interrupt generation at a weight update and continue the responses, and episodes, with the new weights; for
     max_staleness above 0. False: the update waits until they are done."""
     pieces: int = 1
-    """In how many pieces models of other pools (reference, critic, reward models) and rules take episodes, each as soon
-    as its own are over, while others are still played. Rows are cut in their order, so that results do not depend on
-    time; in the last bits they do on this number. 1: models wait for all episodes of a step."""
+    """In how many pieces models of other pools (reference, critic, reward models) and rules take responses and
+    episodes, each as soon as its own are over, while others are still made. Rows are cut in their order, so that
+    results do not depend on time; in the last bits they do on this number. 1: models wait for all of a step."""
     slots: int = 0
     """Slots that pools with a `share` divide; 0 where none has one."""
     cluster: str | None = None

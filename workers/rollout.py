@@ -17,7 +17,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import LanguageModelConfig
 from rlhf_dist.environments import Environment, EpisodeLimits
 from rlhf_dist.metrics import Largest, Mean, Metrics, reward_metrics
-from rlhf_dist.parsers import Parser, parsed_columns
+from rlhf_dist.parsers import PARSED, Parser, parsed_columns
 from rlhf_dist.placement.roles import rollout_of
 from rlhf_dist.prompt_template import Template
 from rlhf_dist.reshard.groups import consecutive_axes, rollout_grid
@@ -29,9 +29,9 @@ from workers.engines.generation.interface import NOTHING_DRAWN, Ends, Generation
 from workers.episodes.copies import Copy
 from workers.episodes.groups import First
 from workers.episodes.leaves import Episode
-from workers.episodes.pieces import Hand
 from workers.episodes.rows import episode_columns, episode_metrics, group_metrics, log_lost
-from workers.episodes.run import EpisodesUnderWay, Speaker, begin_episodes
+from workers.episodes.run import EpisodesUnderWay, Hand, Speaker, begin_episodes
+from workers.gathered import Gathered
 from workers.memory.arbiter import arbiter_of, generating
 from workers.reshard.separate import GenerationEnd
 from workers.reshard.sync import SyncReport
@@ -47,6 +47,8 @@ class _Begun:
     responses: list[Response]
     staleness: NDArray[np.int64]
     """[B] updates they were behind."""
+    gathered: Gathered[Response] | None
+    """Those that are whole, where others take them piece by piece."""
 
 
 class RolloutWorker:
@@ -127,6 +129,17 @@ class RolloutWorker:
         if begun is not None:  # staleness is that of the policy that drew the first token
             old = np.array([len(response.token_ids) > 0 for response in begun.responses], dtype=bool)
             behind = np.where(old, begun.staleness, behind)
+
+        def rows_of_some(numbers: NDArray[np.int64], some: Sequence[Response]) -> OpResult:
+            return self._response_rows(numbers, some, asked, n, template, prefix, sampling, parser)
+
+        def hand(piece: int, made: Sequence[tuple[int, Response]]) -> None:
+            numbers = np.array([number for number, _ in made], dtype=np.int64)
+            self.context.hand(call, piece, rows_of_some(numbers, [response for _, response in made]))
+
+        gathered = None if begun is None else begun.gathered
+        if call.pieces is not None and begun is None:
+            gathered = Gathered(call.pieces.of_row, n, hand)
         responses = self._drawn(
             asked.prompts,
             np.flatnonzero(fits),
@@ -135,32 +148,46 @@ class RolloutWorker:
             begun=None if begun is None else begun.responses,
             stop=self._stop.is_set if self._interrupts else None,
             mixture=None if lender is None or mixture is None else (lender.engine, mixture[1]),
+            done=None if gathered is None else gathered.over,
         )
         if any(response.interrupted for response in responses):
-            self._begun[call.node, call.step] = _Begun(responses, behind)
+            self._begun[call.node, call.step] = _Begun(responses, behind, gathered)
             return OpResult(columns=NOTHING, interrupted=True)
-        parent = np.repeat(np.arange(batch.num_rows), n)
-        columns = {**response_columns(responses), **asked_columns(asked, parent, template, prefix)}
-        columns |= self._texts(responses, sampling)
+        made = rows_of_some(np.arange(len(responses)), responses)
+        columns, tokens = dict(made.columns.items()), made.tokens
+        assert tokens is not None, "rows of responses have token ids"
         metrics: Metrics = {}
         if parser is not None:
-            found, unparsed = parsed_columns(parser, _whole_answers(asked, parent, columns["response"]))
-            columns |= found
             metrics = {
-                "unparsed": Mean(float(unparsed), float(len(parent))),
+                "unparsed": Mean(float(len(responses) - columns[PARSED].values.sum()), float(len(responses))),
                 "prompts_too_long": Mean(float((~fits).sum()), 0),
             }
         if begun is not None:
             continued = sum(len(r.versions) > 0 and r.versions[0] != r.versions[-1] for r in responses)
             metrics["continued"] = Mean(float(continued), 0)
+        return replace(made, metrics={**generation_metrics(columns, tokens, behind), **metrics})
+
+    def _response_rows(
+        self,
+        numbers: NDArray[np.int64],
+        responses: Sequence[Response],
+        asked: Asked,
+        n: int,
+        template: Template | None,
+        prefix: str | None,
+        sampling: Sampling,
+        parser: Parser | None,
+    ) -> OpResult:
+        """The rows of some responses, without metrics. numbers: [B'] which ones of all, the `n` of a row together."""
+        parent = numbers // n
+        columns = {**response_columns(responses), **asked_columns(asked, parent, template, prefix)}
+        columns |= self._texts(responses, sampling)
+        if parser is not None:
+            found, _ = parsed_columns(parser, _whole_answers(asked, parent, columns["response"]))
+            columns |= found
         prompt_tokens = np.array([len(prompt) for prompt in asked.prompts], dtype=np.int64)[parent]
         tokens = prompt_tokens + columns["response_ids"].lengths
-        return OpResult(
-            columns=Batch(columns, len(responses)),
-            parent=parent,
-            tokens=tokens,
-            metrics={**generation_metrics(columns, tokens, behind), **metrics},
-        )
+        return OpResult(columns=Batch(columns, len(responses)), parent=parent, tokens=tokens)
 
     def _sampling(self, n: int, greedy: bool, *, stop: Sequence[str] = (), **sampled: float | None) -> Sampling:
         """The role's own settings, and what the call says in their place."""
@@ -230,10 +257,14 @@ class RolloutWorker:
         begun: Sequence[Response] | None,
         stop: Callable[[], bool] | None,
         mixture: tuple[GenerationEngine, float] | None,
+        done: Callable[[int, Response], None] | None,
     ) -> list[Response]:
-        """Responses to all prompts; those that are not among `rows` get an empty one."""
+        """Responses to all prompts; those that are not among `rows` get an empty one. done: told of each as it ends."""
         places = (rows[:, None] * sampling.n + np.arange(sampling.n)).ravel().tolist()
         responses = [NO_RESPONSE] * len(seeds)
+        if done is not None and begun is None:
+            for place in sorted(set(range(len(seeds))) - set(places)):
+                done(place, NO_RESPONSE)
         found = self.engine.generate(
             [prompts[row] for row in rows],
             sampling,
@@ -242,6 +273,7 @@ class RolloutWorker:
             stop=stop,
             ends=self._ends(sampling.stop),
             mixture=mixture,
+            done=None if done is None else lambda at, response: done(places[at], response),
         )
         for place, response in zip(places, found, strict=True):
             responses[place] = response

@@ -89,7 +89,7 @@ class Calls:
                     kwargs,
                     self._look(pending, part, answers=rank in answering),
                     cuts[0][0].wanted(part) if readings else None,
-                    pending.pieces(cuts[0][0].parts[part], rank),
+                    pending.pieces(cuts[0][0].parts[part], rank) if rank in answering else None,
                 )
                 for rank, part in enumerate(parts)
             ]
@@ -165,7 +165,8 @@ class Calls:
         """One rank alone, with a part of the rows of a node that generates."""
         node, rows, (reading,) = pending.node, pending.shards.parts[part], pending.readings
         look = self._look(pending, part, answers=number in pending.shards.answering)
-        wanted, pieces = pending.shards.wanted(part), pending.pieces(rows, number)
+        wanted = pending.shards.wanted(part)
+        pieces = pending.pieces(rows, number) if number in pending.shards.answering else None
         given, settings = [reading.given(rows, None)], self._settings(pending)
         call = build_call(node, pending.step, self.seed, given, settings, look, wanted, pieces)
         pending.refs[number,] = group.pool.processes[rank].call.remote(group.role, node.op, call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_dist.dataflow.graph import Node
 
-HANDING = ("run_episodes",)
+HANDING = ("generate_sequences", "run_episodes")
 """Ops whose ranks hand over what is finished."""
 
 

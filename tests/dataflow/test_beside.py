@@ -104,22 +104,29 @@ def test_so_it_is_where_its_scorer_learns_first_or_a_frozen_role_generates_where
         check_evaluation(launch, launch.placed)
 
 
-def test_pieces_that_nobody_takes_are_refused() -> None:
-    for recipe, more, taken in (
-        ("grpo", ["reward.function=a:b"], False),  # no episodes
-        ("tool_grpo", [], False),  # all in one pool
+@pytest.mark.parametrize(
+    ("recipe", "settings", "taken"),
+    [
+        ("tool_grpo", [], ""),  # all in one pool
+        ("turn_ppo", ["placement.roles.Critic=models"], "critic.compute_values: in 4 of actor.run_episodes"),
         (
-            "turn_ppo",
-            ["placement.pools.models.slots=1", "placement.roles.Critic=models", "output.evaluate_every=5"],
-            True,
+            "grpo",
+            ["placement.roles.Reference=models"],
+            "reference.compute_ref_log_prob, reward.compute_reward: in 4 of",
         ),
-    ):
-        launch = compose(recipe, ["model.path=anywhere", "task=addition", "placement.pieces=4", *more])
-        if taken:
-            check_pieces(launch, launch.placed)
-            pieces, evaluated = beside_lines(launch, launch.placed)
-            assert pieces == "pieces    critic.compute_values: in 4 of actor.run_episodes, as they are finished"
-            assert evaluated == "held out  evaluated every 5 steps, between two steps"
-            continue
+    ],
+)
+def test_who_takes_pieces_is_said_and_pieces_that_nobody_takes_are_refused(
+    recipe: str, settings: list[str], taken: str
+) -> None:
+    given = ["model.path=anywhere", "task=addition", "placement.pieces=4", "output.evaluate_every=5"]
+    apart = ["placement.pools.models.slots=1"] if settings else []
+    launch = compose(recipe, [*given, *apart, *settings])
+    if not taken:
         with pytest.raises(ConfigError, match=f"placement.pieces=4 lets .* and in {recipe} none does"):
             check_pieces(launch, launch.placed)
+        return
+    check_pieces(launch, launch.placed)
+    pieces, evaluated = beside_lines(launch, launch.placed)
+    assert pieces.startswith(f"pieces    {taken}") and pieces.endswith("as they are finished")
+    assert evaluated == "held out  evaluated every 5 steps, between two steps"

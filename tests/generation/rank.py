@@ -125,6 +125,37 @@ def by_request(prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -
     return [(r.token_ids.tolist(), r.log_probs.tolist(), r.finished) for r in found], so_far, refused
 
 
+def told_of(prompts: list[list[int]], sampling: Sampling, seeds: list[int], stop_after: int) -> tuple[list[int], bool]:
+    """Places that `done` was told of, in one wave and in one that was stopped after some tokens and went on; and
+    whether it was told what was then returned."""
+    rows = [np.array(prompt, dtype=np.int32) for prompt in prompts]
+    places, same = list[int](), True
+    for stops in (False, True):
+        told: dict[int, Any] = {}
+        left = [stop_after if stops else 0]
+
+        def done(place: int, response: Any, told: dict[int, Any] = told) -> None:
+            assert place not in told, "once each"
+            told[place] = response
+
+        def stop(left: list[int] = left) -> bool:
+            left[0] -= 1
+            return left[0] == 0
+
+        wave: dict[str, Any] = {"stop": stop if stops else None, "done": done}
+        responses = _engine.generate(rows, sampling, seeds, **wave)
+        assert any(one.interrupted for one in responses) == stops
+        if stops:
+            assert 0 < len(told) < len(responses), "some were done by then"
+            responses = _engine.generate(rows, sampling, seeds, begun=responses, **wave)
+        same = same and all(
+            told[k].token_ids.tolist() == one.token_ids.tolist() and told[k].finished == one.finished
+            for k, one in enumerate(responses)
+        )
+        places += sorted(told)
+    return places, same
+
+
 def random_launches(
     prompts: list[list[int]], sampling: Sampling, seeds: list[int], stops: bool
 ) -> tuple[int, int, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rlhf_dist.batch import Batch, Column
 from rlhf_dist.config import LanguageModelConfig, ModelConfig, RolloutConfig
 from rlhf_dist.parsers import Number
 from rlhf_dist.prompt_template import Template
-from rlhf_dist.wire import Call, OpResult, WorkerContext
+from rlhf_dist.wire import Call, OpResult, Pieces, WorkerContext
 from tests.tiny import save_llama
 from workers.asked import Asker, encode_rows
 from workers.rollout import RolloutWorker
@@ -42,9 +43,9 @@ def workers(folders: dict[str, Path]) -> dict[str, RolloutWorker]:
     return made
 
 
-def ask(worker: RolloutWorker, batch: Batch, **settings: Any) -> OpResult:
+def ask(worker: RolloutWorker, batch: Batch, pieces: Pieces | None = None, **settings: Any) -> OpResult:
     rows = np.arange(batch.num_rows)
-    call = Call(num_rows=batch.num_rows, row_index=rows, step=0, node="asked", line="mine.py:1", seed=0)
+    call = Call(num_rows=batch.num_rows, row_index=rows, step=0, node="asked", line="mine.py:1", seed=0, pieces=pieces)
     return worker.generate_sequences(batch, call, **settings)
 
 
@@ -113,6 +114,28 @@ def test_a_stop_text_ends_a_response_as_finished_and_is_left_out_of_its_text(wor
         assert held.columns["finished"].values[row] == (at >= 0 or free.columns["finished"].values[row])
         ended += at >= 0
     assert ended >= 2
+
+
+def test_responses_of_a_piece_are_handed_over_as_the_reply_has_them(
+    workers: dict[str, RolloutWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, of_row, handed = workers["actor"], np.array([0, 1, 1, 2]), dict[int, OpResult]()
+    context = replace(worker.context, hand=lambda call, piece, result: handed.update({piece: result}))
+    monkeypatch.setattr(worker, "context", context)
+    batch = prompts("1+1=", "2+2=", "1" * 80, "3+3=")  # nothing is drawn for the third
+    settings: dict[str, Any] = {"template": Template("{prompt}"), "parser": Number(), "n": 3}
+    result = ask(worker, batch, Pieces(ticket="x", of_row=of_row), **settings)
+    assert sorted(handed) == [0, 1, 2] and result.parent is not None and result.tokens is not None
+    for piece, part in handed.items():
+        rows = np.flatnonzero(of_row[result.parent] == piece)
+        assert part.parent is not None and part.parent.tolist() == result.parent[rows].tolist()
+        assert part.tokens is not None and part.tokens.tolist() == result.tokens[rows].tolist()
+        whole = result.columns.take(rows)
+        assert set(part.columns) == set(whole)
+        for name in whole:
+            for mine, theirs in zip(part.columns[name].rows(), whole[name].rows(), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+    assert set(ask(worker, batch, **settings).columns) == set(result.columns)
 
 
 def test_a_prefix_of_text_or_ids_is_gone_on_from(workers: dict[str, RolloutWorker]) -> None:

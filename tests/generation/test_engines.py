@@ -124,6 +124,14 @@ def test_requests_come_and_go_and_each_is_drawn_as_if_it_were_alone(engine: tupl
     )
 
 
+def test_each_response_is_told_of_once_and_as_it_is_returned(engine: tuple[str, Single]) -> None:
+    _, one = engine
+    one.sync(1, 1)
+    sampling = Sampling(n=40, temperature=2.0, max_tokens=12)  # some end early
+    places, same = one.told_of(SHORT, sampling, list(range(120)), 6)
+    assert places == 2 * list(range(120)) and same
+
+
 def test_responses_end_with_the_end_token_or_at_the_limit(engine: tuple[str, Single]) -> None:
     _, one = engine
     one.sync(1, 1)

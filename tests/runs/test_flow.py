@@ -91,3 +91,27 @@ def test_numbers_are_those_of_one_process_in_which_all_waits(
     )
     saved = list((tmp_path / "apart/inputs/step_000001/reference.compute_ref_log_prob").glob("part_*"))
     assert len(saved) == 8, "each piece on each rank is a call that can be replayed"
+
+
+def test_plain_responses_go_on_as_episodes_do(
+    launch_warm: Callable[..., dict[str, Any]], tmp_path: Path, tied: Path
+) -> None:
+    """About 15 s."""
+    rows = [{"prompt": f"{answer}+0=", "answer": str(answer)} for answer in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = [
+        *("task=none", f"data.train.path={tmp_path}/rows.jsonl", "data.prompts_per_step=9", "steps=2"),
+        *("reward.function=rlhf_dist.rewards:exact_match", f"reference.model.path={tied}", "algorithm.kl_coef=0.1"),
+        *("algorithm.samples_per_prompt=2", "actor.optimizer.lr=1e-3", "actor.rollout.engine=transformers"),
+        *("actor.rollout.max_response_tokens=24", "data.heldout=null"),
+    ]
+    apart = [one for one in APART if not one.startswith("output.evaluate")]
+    launch_warm("grpo", *settings, "name=here", local=True)
+    launch_warm("grpo", *settings, *apart, "name=apart")
+    here, apart_lines = read_metrics(tmp_path / "here"), read_metrics(tmp_path / "apart")
+    assert len(here) == len(apart_lines) == 2
+    for one, other in zip(here, apart_lines, strict=True):
+        for name in ("actor/response_tokens", "reward/reward", "actor/loss", "actor/ref_kl"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), (name, other["step"])
+    saved = list((tmp_path / "apart/inputs/step_000001/reference.compute_ref_log_prob").glob("part_*"))
+    assert len(saved) == 8, "four pieces on two ranks"

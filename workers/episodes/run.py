@@ -22,8 +22,11 @@ from workers.episodes.chat import Budget, LiveChat
 from workers.episodes.groups import First, FirstGroups
 from workers.episodes.leaves import Episode
 from workers.episodes.loop import EpisodeLoop
-from workers.episodes.pieces import EpisodePieces, Hand
 from workers.episodes.play import play, play_branches
+from workers.gathered import Gathered
+
+Hand = Callable[[int, Sequence[Episode]], None]
+"""(piece, all that its episodes became, in the order of rows and copies)"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +120,11 @@ def begin_episodes(
     voices = {one.name: _Voice(one, environment, limits) for one in (own, *speakers)}
     attempts = itertools.count()
     groups = FirstGroups(batch.num_rows, sampling.n, wanted=wanted, first=first, step_seconds=limits.step_seconds)
-    pieces = None if hand is None or call.pieces is None else EpisodePieces(call.pieces.of_row, sampling.n, hand)
+    gathered: Gathered[Sequence[Episode]] | None = None
+    if hand is not None and call.pieces is not None:
+        gathered = Gathered(
+            call.pieces.of_row, sampling.n, lambda piece, made: hand(piece, [leaf for _, some in made for leaf in some])
+        )
 
     def side(voice: _Voice, at: int, seed: str, attempt: int, **more: Any) -> LiveChat:
         return LiveChat(
@@ -145,8 +152,8 @@ def begin_episodes(
         number = at * sampling.n + copy
         leaves = await play(environment, partial(new_chat, at, copy), limits, number, groups.stop_of(number))
         groups.over(number, leaves)
-        if pieces is not None:
-            pieces.over(number, leaves)
+        if gathered is not None:
+            gathered.over(number, leaves)
         return leaves
 
     starts: Sequence[Callable[[], Any]] = [

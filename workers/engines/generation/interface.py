@@ -162,6 +162,7 @@ class GenerationEngine(Protocol):
         stop: Callable[[], bool] | None = None,
         ends: Ends | None = None,
         mixture: tuple[GenerationEngine, float] | None = None,
+        done: Callable[[int, Response], None] | None = None,
     ) -> list[Response]:
         """Draw sampling.n responses per prompt.
 
@@ -173,6 +174,7 @@ class GenerationEngine(Protocol):
         as interrupted. begun: what such a call returned; interrupted responses go on where they were.
         ends: what ends a response after any of its tokens, as finished.
         mixture: another engine of this process and its share s: tokens are drawn from (1 - s) own + s other logits.
+        done: told of each response that ends in this call as soon as it does, with its place among all.
         Raises StaleWeights without verified weights, ValueError for prompts, limits or seeds that do not fit.
         """
         ...

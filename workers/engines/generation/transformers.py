@@ -89,6 +89,7 @@ class TransformersEngine(SyncedEngine):
         stop: Callable[[], bool] | None = None,
         ends: Ends | None = None,
         mixture: tuple[GenerationEngine, float] | None = None,
+        done: Callable[[int, Response], None] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
         models = [(self._ready(), 1.0)] if mixture is None else self._mixed(*mixture)
@@ -114,9 +115,13 @@ class TransformersEngine(SyncedEngine):
                 rows.append(replace(row, ends=ends, before=before))
             cohort = self._cohort(models, rows)
             while cohort.rows and not (stop is not None and stop()):
-                cohort.step()
-            for at, row in zip(here, rows, strict=True):
-                responses[at] = continued(responses[at], row.response(self._version))
+                for row in cohort.step():
+                    at = int(row.name)
+                    responses[at] = continued(responses[at], row.response(self._version))
+                    if done is not None:
+                        done(at, responses[at])
+            for row in cohort.rows:
+                responses[int(row.name)] = continued(responses[int(row.name)], row.response(self._version))
         return responses
 
     def add(self, request: Request) -> None:

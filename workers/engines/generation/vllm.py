@@ -152,6 +152,7 @@ class VllmEngine(SyncedEngine):
         stop: Callable[[], bool] | None = None,
         ends: Ends | None = None,
         mixture: tuple[GenerationEngine, float] | None = None,
+        done: Callable[[int, Response], None] | None = None,
     ) -> list[Response]:
         """See GenerationEngine."""
         if mixture is not None:
@@ -184,25 +185,32 @@ class VllmEngine(SyncedEngine):
             engine.add_request(request_id, {"type": "token", "prompt_token_ids": tokens}, own)
             places[request_id] = place
         latest: dict[str, Any] = {}
-        ended: set[str] = set()
+
+        def keep(request_id: str, *, ended: bool = False) -> None:
+            place, now = places.pop(request_id), self._response(latest.pop(request_id))
+            now = replace(now, finished=True, interrupted=False) if ended else now
+            responses[place] = continued(responses[place], now)
+            if done is not None and not responses[place].interrupted:
+                done(place, responses[place])
+
         with torch.random.fork_rng(devices=self._random_devices):
             if stop is not None and seeds:
                 before_all = sum(len(response.token_ids) for response in responses)
                 torch.manual_seed(stream_seed(resumed_seed(seeds[0], before_all)))
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    latest[output.request_id] = output.outputs[0]
-                    if ends is not None and _at_its_end(responses[places[output.request_id]], output, ends):
-                        ended.add(output.request_id)
-                        engine.abort_request([output.request_id])
+                    if (request_id := output.request_id) not in places:
+                        continue  # what it says of one that `ends` has ended
+                    latest[request_id] = output.outputs[0]
+                    ended = ends is not None and _at_its_end(responses[places[request_id]], output, ends)
+                    if ended:
+                        engine.abort_request([request_id])
+                    if ended or output.finished:
+                        keep(request_id, ended=ended)
                 if stop is not None and engine.has_unfinished_requests() and self._anyone(stop()):
                     engine.abort_request(list(places))
-        for request_id, place in places.items():
-            if request_id in latest:
-                drawn_now = self._response(latest[request_id])
-                if request_id in ended:
-                    drawn_now = replace(drawn_now, finished=True, interrupted=False)
-                responses[place] = continued(responses[place], drawn_now)
+        for request_id in list(latest):
+            keep(request_id)
         assert stop is not None or not any(r.interrupted for r in responses), "vLLM left requests without an output"
         return responses
 
