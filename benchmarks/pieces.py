@@ -1,11 +1,13 @@
-"""What a straggling tool costs a step whose reference has a pool of its own, with and without `placement.pieces`.
+"""Steps whose reference has a pool of its own, with and without `placement.pieces`.
 
     make bench-pieces ARGS="--steps 8"
+    make bench-pieces ARGS="--plain"
 
-Each step plays 32 episodes, one of which waits for its tool longer than the reference takes for all rows. With one
-piece the reference waits for the last episode; with four it has done what was finished before. The two runs take
-turns, so that what else the machine does falls on both; the first step of each, with its first calls, does not count.
-One JSON line last: medians, least and largest, and the ratio of the medians.
+Each step plays 32 episodes, one of which waits for its tool longer than the reference takes for all rows; `--plain`:
+it draws 384 responses, of which the engine has room for 128 at one time. With one piece the reference waits for the
+last of them; with four it has done what was finished before. The two runs take turns, so that what else the machine
+does falls on both; the first step of each, with its first calls, does not count. One JSON line last: medians, least
+and largest, and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from rlhf_dist.transforms import grpo_advantage
 
 ROWS, COPIES, SAID, PIECES = 16, 2, 400, 4
 """Prompts of a step, episodes of each, tokens that the environment says in one, and the pieces that are compared."""
+PLAIN_TOKENS = 64
+"""Most of a plain response."""
 
 
 class Straggling(Environment):
@@ -69,10 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="of each of four runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of the slow tool")
+    parser.add_argument("--plain", action="store_true", help="GRPO on plain responses, more than there is room for")
     arguments = parser.parse_args()
     seconds: dict[int, list[float]] = {1: [], PIECES: []}
     reference: dict[int, list[float]] = {1: [], PIECES: []}
-    rewards: dict[int, float] = {}
+    told: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-pieces-") as scratch:
         folder = Path(scratch)
         save_llama(folder / "actor", hidden=32)
@@ -81,14 +86,16 @@ def main() -> None:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for pieces in (1, PIECES, PIECES, 1):
             lines = _run(folder, pieces, arguments)
-            rewards.setdefault(pieces, lines[0]["actor/reward"])
+            drawn = {"actor/response_tokens", "actor/reward", "reward/reward"} & set(lines[0])
+            told.setdefault(pieces, {name: lines[0][name] for name in drawn})
             seconds[pieces] += [line["step_s"] for line in lines[1:]]
             reference[pieces] += [line["time_s/reference.compute_ref_log_prob"] for line in lines[1:]]
-    assert rewards[1] == rewards[PIECES], "the same episodes, whatever is handed over"
+    assert told[1] == told[PIECES], "the same is drawn, whatever is handed over"
     found: dict[str, Any] = {f"pieces_{count}": _spread(values) for count, values in seconds.items()}
     found["reference_s"] = {str(count): round(statistics.median(values), 2) for count, values in reference.items()}
     found["ratio"] = round(found["pieces_1"]["median_s"] / found[f"pieces_{PIECES}"]["median_s"], 3)
-    print(json.dumps({"tool_s": arguments.seconds, **found}))
+    what = {"plain": True} if arguments.plain else {"tool_s": arguments.seconds}
+    print(json.dumps({**what, **found}))
 
 
 def _run(folder: Path, pieces: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -98,12 +105,18 @@ def _run(folder: Path, pieces: int, arguments: argparse.Namespace) -> list[dict[
         **{"data.train.path": folder / "rows.jsonl", "data.prompts_per_step": ROWS, "data.max_response_tokens": 480},
         **{"actor.rollout.engine": "transformers", "actor.rollout.max_prompt_tokens": 16},
         **{"actor.rollout.max_response_tokens": 480},
-        **{"algorithm.seconds": arguments.seconds, "placement.pieces": pieces},
+        **{"placement.pieces": pieces},
         **{"placement.pools.main.slots": 1, "placement.pools.models.slots": 1, "placement.roles.Reference": "models"},
         **{"output.root": folder / "runs", "resume": "overwrite", "output.tracker": "none"},
         **{"output.checkpoint_every": None, "output.save_model": False, "output.rollouts_every": 0},
     }
-    lines = launch(straggling, settings=settings, quiet=True).metrics
+    if arguments.plain:
+        settings |= {"algorithm.samples_per_prompt": 24, "algorithm.kl_coef": 0.1, "data.heldout": None}
+        settings |= {"actor.rollout.max_response_tokens": PLAIN_TOKENS, "data.max_response_tokens": PLAIN_TOKENS}
+        settings["reward.function"] = "rlhf_dist.rewards:exact_match"
+    else:
+        settings["algorithm.seconds"] = arguments.seconds
+    lines = launch("grpo" if arguments.plain else straggling, settings=settings, quiet=True).metrics
     return [line for line in lines if line.get("kind") != "evaluation"]
 
 
