@@ -14,6 +14,9 @@ from rlhf_dist.placement.roles import HOST_POOL
 RELEASE_S = 60.0
 """Longest wait for processes to free what a run left; longer: they are not kept."""
 
+SLOTS = 14
+"""Of pools at work and idle. Ray's others are for runs that start processes of their own; each process has 0.5 GB."""
+
 
 class WarmCluster(Cluster):
     """Keeps its processes between runs, without roles: pools of the next run that have their size get them."""
@@ -38,19 +41,36 @@ class WarmCluster(Cluster):
         self._modules[name] = modules  # which of its pools need new processes, `add_pool` finds out
 
     def add_pool(self, name: str, pool: PoolConfig, team: int = 0) -> Pool:
-        return self._again(name, pool.slots, False, team) or self._kept(super().add_pool(name, pool, team))
+        found = self._again(name, pool.slots, False, team)
+        if found is None:
+            self._make_room(pool.slots * max(pool.nodes, 1))
+            found = self._kept(super().add_pool(name, pool, team))
+        return found
 
     def change_pool(self, name: str, pool: PoolConfig, dead: Collection[int]) -> Pool:
+        self._make_room(max(0, pool.slots - self.pools[name].size))
         self._reserved.rename(self._slots.pop(self.pools[name].processes[0]), name)
         return self._kept(super().change_pool(name, pool, dead))
 
     def add_host_pool(self) -> Pool:
-        return self._again(HOST_POOL, self.host_processes, True) or self._kept(super().add_host_pool())
+        found = self._again(HOST_POOL, self.host_processes, True)
+        if found is None:
+            self._make_room(self.host_processes)
+            found = self._kept(super().add_host_pool())
+        return found
 
     def end(self) -> None:
         """End all processes, at work or idle."""
         self.pools |= {str(k): pool for k, pool in enumerate(self.idle)}
         self.close()
+
+    def _make_room(self, size: int) -> None:
+        """End idle pools, those first that are idle for longest, until there are so many slots beside the others."""
+        while self.idle and sum(one.size for one in (*self.pools.values(), *self.idle)) + size > SLOTS:
+            oldest = self.idle.pop(0)
+            name = f"no longer needed {next(self._count)}"
+            self.pools[name] = replace(oldest, name=name)
+            self.end_pool(name)
 
     def _kept(self, pool: Pool) -> Pool:
         """Its slots are given back in the end, whatever other pools of its name there are until then."""
