@@ -345,7 +345,7 @@ class Cluster:
         _kill((*processes, *(one for begun in self._begun.values() for one in begun.processes.values())))
         self._begun.clear()
         self.end_keepers()
-        if not self._own and not self.watch.head_lost:  # a Ray of our own ends with all that was reserved
+        if self._reaper is None and not self.watch.head_lost:  # a Ray that ends with us needs nothing back
             self._reserved.release_all()
 
     def _reap(self) -> None:
