@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml
 demo: install  ## SFT, then PPO, of a small Llama through Ray + vLLM + FSDP2: about 3 minutes, no GPU
 	$(BIN)/rlhf-dist demo $(ARGS)
 
-test: install  ## all tests (about 45 minutes on 2 slow cores)
+test: install  ## all tests (about 30 minutes on 2 cores, 45 on slow ones)
 	$(PYTEST) $(ARGS)
 
 test-judge: install  ## the judge over HTTP against a real vLLM server, which `test` leaves out

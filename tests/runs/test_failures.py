@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.util import placement_group_table
 
 from controller.cluster.pool import ClusterError
 from controller.cluster.start import Cluster
@@ -33,15 +34,25 @@ def test_a_pool_that_cannot_be_placed_names_what_is_free_where(cluster: None) ->
     assert time.monotonic() - started < 20
 
 
+def reserved() -> int:
+    """Placement groups that there are in the Ray that tests share."""
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+
+
 def test_a_reward_that_raises_is_an_error_with_its_row_and_never_a_zero(
     launch: Callable[..., Any], tmp_path: Path
 ) -> None:
+    before = reserved()
     file = tmp_path / "reward.py"
     file.write_text("def broken(prompt, response, answer):\n    raise KeyError('no such sum')\n")
     with pytest.raises(
         NodeError, match=r"reward.compute_reward \(step 0, grpo.py:\d+\).*broken for row \d.*no such sum"
     ):
         launch("grpo", *ROLLOUT, f"reward.function={file}:broken")
+    deadline = time.monotonic() + 20
+    while reserved() > before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert reserved() == before, "a Ray that was there before the run has its slots back"
 
 
 class Picky(Exception):
