@@ -28,6 +28,12 @@ def test_files_that_are_not_of_a_demo_are_never_deleted(tmp_path: Path, capsys: 
     assert (other / "sft/data.jsonl").exists()
 
 
+def test_a_folder_that_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nowhere")):
+        assert f"error: {root} cannot be written (" in _refusal(root, capsys)
+
+
 def test_a_demo_under_way_keeps_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ppo"
     folder.mkdir()

@@ -78,7 +78,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
     of_both = [override for override in arguments.overrides if override.startswith("resume=")]
     of_ppo = [re.sub("^([~+]*)", r"\1ppo.", override) for override in arguments.overrides if override not in of_both]
     stages = read_stages(settings, [*of_both, *of_ppo])
-    _check_free(root)
+    _make_folder(root)
     anew = of_both[-1:] in ([], ["resume=overwrite"])
     if anew:
         for name in ("sft", "ppo", "summary.json", "demo.png"):
@@ -107,21 +107,25 @@ def demo_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_free(root: Path) -> None:
-    """Raises ConfigError where the folder is not a demo's, or a demo writes to it now."""
+def _make_folder(root: Path) -> None:
+    """Raises ConfigError where it cannot be, is not a demo's, or a demo writes to it now."""
     from controller.lifecycle.folder_lock import owner_of
     from controller.lifecycle.run_folder import is_run
     from rlhf_dist.typed import ConfigError
 
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{root} cannot be written ({error.strerror}); choose another --root") from error
     there = [root / name for name in ("sft", "ppo") if (root / name).exists()]
-    others = [entry.name for entry in root.iterdir() if not OWN.fullmatch(entry.name)] if root.is_dir() else []
+    others = [entry.name for entry in root.iterdir() if not OWN.fullmatch(entry.name)]
     others += [folder.name for folder in there if not is_run(folder)]
     if others:
         names = ", ".join(sorted(others)[:3])
         raise ConfigError(f"{root} holds files that are not of a demo ({names}); choose another --root")
     for folder in there:
         state, owner = owner_of(folder)
-        if state == "live":
+        if state in ("live", "watch"):  # of another host, which is not known to have ended, neither
             raise ConfigError(f"{root} is written by another demo ({owner}); wait for it or choose another --root")
 
 

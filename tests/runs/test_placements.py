@@ -109,7 +109,7 @@ def test_staleness_is_bounded_reported_and_counts_on_after_a_resume(launch_warm:
     assert rows[0]["actor/correction"] == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize(("engine", "pieces"), [("transformers", 1), ("vllm", 3)])
+@pytest.mark.parametrize(("engine", "pieces"), [("transformers", 1), ("vllm", 1), ("vllm", 3)])
 def test_interrupted_responses_go_on_with_the_new_weights(
     launch_warm: Launch, tmp_path: Path, engine: str, pieces: int
 ) -> None:

@@ -88,8 +88,8 @@ def test_ppo_through_vllm(launch_warm: Launch, tmp_path: Path, model: Path) -> N
 
 def test_grpo_generates_with_the_weights_it_trains_tied_and_tensor_parallel(launch_warm: Launch, tied: Path) -> None:
     settings = ("algorithm.samples_per_prompt=4", "algorithm.kl_coef=0", "steps=3", f"model.path={tied}")
-    for parallel in (1, 2):
-        own = (f"actor.rollout.tensor_parallel={parallel}", f"placement.pieces={parallel}")  # the rule takes pieces
+    for parallel, pieces in ((1, 1), (2, 1), (2, 2)):
+        own = (f"actor.rollout.tensor_parallel={parallel}", f"placement.pieces={pieces}")  # the rule takes pieces
         summary = launch_warm("grpo", *ROLLOUT, *settings, *own)
         assert summary["last"]["actor/version"] == 3
         assert summary["last"]["actor/rollout_mismatch"] < 1e-4, "sampler and trainer must be the same policy"
