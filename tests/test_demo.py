@@ -28,6 +28,14 @@ def test_files_that_are_not_of_a_demo_are_never_deleted(tmp_path: Path, capsys: 
     assert (other / "sft/data.jsonl").exists()
 
 
+def test_a_mistyped_setting_deletes_no_earlier_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo/config.yaml").write_text("\ndata:\n\nplacement:\n\noutput:\n")
+    (tmp_path / "summary.json").write_text("{}")
+    assert "unknown key stepz; did you mean steps?" in _refusal(tmp_path, capsys, "stepz=3")
+    assert (tmp_path / "ppo/config.yaml").is_file() and (tmp_path / "summary.json").is_file()
+
+
 def test_a_folder_that_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nowhere")):

@@ -61,7 +61,7 @@ def register(commands: Commands) -> None:
 
 def demo_command(arguments: argparse.Namespace) -> int:
     """Run both stages and write the summary."""
-    from controller.lifecycle.stages import run_stages
+    from controller.lifecycle.stages import check_stages, run_stages
     from rlhf_dist.demo.addition import save_model
     from rlhf_dist.stages import read_stages
 
@@ -80,11 +80,13 @@ def demo_command(arguments: argparse.Namespace) -> int:
     stages = read_stages(settings, [*of_both, *of_ppo])
     _make_folder(root)
     anew = of_both[-1:] in ([], ["resume=overwrite"])
-    if anew:
-        for name in ("sft", "ppo", "summary.json", "demo.png"):
-            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
     if anew or not (root / "model").is_dir():
         save_model(root / "model", seed)
+    earlier = [root / name for name in ("sft", "ppo", "summary.json", "demo.png") if anew and (root / name).exists()]
+    if earlier:
+        check_stages(stages)  # a mistyped setting deletes nothing
+    for one in earlier:
+        shutil.rmtree(one) if one.is_dir() else one.unlink()
     summaries = run_stages(stages)
     ppo = summaries["ppo"]
     before, after = ppo["evaluations"][0]["heldout/reward"], ppo["evaluations"][-1]["heldout/reward"]
